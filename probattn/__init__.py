@@ -1,0 +1,20 @@
+"""Causal self-attention as a probabilistic program: exact log-determinants, margins, inference."""
+
+from probattn.attention import attention_weights, conditional_mean, coupling, residual
+from probattn.log_det import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
+from probattn.margins import certificate, embedding_margin, stability_margin, support_tokens
+
+__all__ = [
+    "attention_weights",
+    "certificate",
+    "conditional_mean",
+    "coupling",
+    "embedding_margin",
+    "jacobian_blocks",
+    "log_det",
+    "reduced_blocks",
+    "relaxed_barrier",
+    "residual",
+    "stability_margin",
+    "support_tokens",
+]

@@ -1,0 +1,271 @@
+"""Strictly causal attention: weights, conditional mean and residual.
+
+Symbols of the paper and their names here, with T positions, d embedding dimensions and rank r:
+x_t is row t of `x` (T, d); W_Q and W_K are `w_query` and `w_key` (d, r); the logits are
+l_ts = q_t . k_s / sqrt(r) for s < t; alpha_t is row t of the attention weights (T, T); mu_t is
+`conditional_mean` and e_t = x_t - mu_t is `residual`. Positions are 0-based, and position 0, which
+has no past, has mean zero.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+_HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
+_ROWS = 64  # positions whose weighted covariances are formed at once: bounds the memory
+
+
+class Geometry(NamedTuple):
+    """What every quantity of the geometry is computed from.
+
+    Values and keys are taken relative to the first token: covariances and the softmax do not see
+    a common shift, and in floating point the differences are what carries the information. The
+    first token, and not the mean, because it keeps the past free of the future's rounding errors.
+
+    Attributes:
+        values: (..., T, d), x_s - x_0.
+        queries: (..., T, r), the query projection of `values`.
+        keys: (..., T, r), the key projection of `values`.
+        weights: (..., T, T), the attention weights of the sequence itself.
+    """
+
+    values: Float[Array, "*batch T d"]
+    queries: Float[Array, "*batch T r"]
+    keys: Float[Array, "*batch T r"]
+    weights: Float[Array, "*weights T T"]
+
+
+def attention_weights(queries: ArrayLike, keys: ArrayLike) -> Float[Array, "*batch T T"]:
+    """Strictly causal softmax weights alpha_ts, with logits q_t . k_s / sqrt(r) over s < t.
+
+    Args:
+        queries: (..., T, r).
+        keys: (..., T, r).
+
+    Returns:
+        (..., T, T). Row t sums to one over its columns s < t; row 0 is all zero.
+
+    Raises:
+        ValueError: if the shapes do not fit or the arrays are not floating point.
+    """
+    queries = _floating("queries", queries)
+    keys = _floating("keys", keys)
+    if queries.ndim < 2 or keys.ndim < 2 or queries.shape[-2:] != keys.shape[-2:]:
+        raise ValueError(
+            f"queries have shape {queries.shape} and keys {keys.shape}: "
+            "expected both as (..., T, r) with the same T and r"
+        )
+    if queries.shape[-1] < 1:
+        raise ValueError(f"queries have shape {queries.shape}: expected (..., T, r) with r >= 1")
+    _check_leading_axes(queries=queries.shape[:-2], keys=keys.shape[:-2])
+    return _causal_softmax(queries, keys)
+
+
+def conditional_mean(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+) -> Float[Array, "*batch T d"]:
+    """Attention-weighted mean of the past, mu_t = sum over s < t of alpha_ts x_s, and mu_0 = 0.
+
+    Args:
+        x: token embeddings (..., T, d).
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+
+    Returns:
+        (..., T, d).
+
+    Raises:
+        ValueError: if the shapes do not fit or the arrays are not floating point.
+    """
+    x, w_query, w_key = check_arguments(x, w_query, w_key)
+    return jnp.matmul(geometry(x, w_query, w_key).weights, x, precision=_HIGHEST)
+
+
+def residual(x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike) -> Float[Array, "*batch T d"]:
+    """Residual e_t = x_t - mu_t of the attention process, e_t ~ Normal(0, sigma^2 I).
+
+    Args:
+        x: token embeddings (..., T, d).
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+
+    Returns:
+        (..., T, d).
+
+    Raises:
+        ValueError: if the shapes do not fit or the arrays are not floating point.
+    """
+    x = _floating("x", x)
+    return x - conditional_mean(x, w_query, w_key)
+
+
+def coupling(w_query: ArrayLike, w_key: ArrayLike) -> Float[Array, "*batch d d"]:
+    """Coupling matrix A = W_K W_Q^T / sqrt(r), all that the process sees of W_Q and W_K.
+
+    Args:
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+
+    Returns:
+        (..., d, d). In the scalar case its one entry is the paper's coupling a.
+
+    Raises:
+        ValueError: if the shapes do not fit or the arrays are not floating point.
+    """
+    w_query, w_key = check_weights(w_query, w_key)
+    scaled = w_key / math.sqrt(w_key.shape[-1])
+    return jnp.matmul(scaled, jnp.swapaxes(w_query, -1, -2), precision=_HIGHEST)
+
+
+def geometry(
+    x: Float[Array, "*batch T d"],
+    w_query: Float[Array, "*weights d r"],
+    w_key: Float[Array, "*weights d r"],
+) -> Geometry:
+    """Projections and attention weights that log-determinants and margins start from.
+
+    The arguments are those of `residual`, already checked by `check_arguments`.
+    """
+    first = x[..., :1, :]
+    values = x - first
+    queries = jnp.matmul(values, w_query, precision=_HIGHEST)
+    keys = jnp.matmul(values, w_key, precision=_HIGHEST)
+    offset = jnp.matmul(first, w_query, precision=_HIGHEST)
+    return Geometry(values, queries, keys, _causal_softmax(queries + offset, keys))
+
+
+def attention_covariance(
+    weights: Float[Array, "*weights T T"],
+    left: Float[Array, "*left T m"],
+    right: Float[Array, "*right T n"],
+) -> Float[Array, "*batch T m n"]:
+    """Covariance of `left` and `right` under each row of the attention weights.
+
+    Both factors are centred at the row's own mean before they are multiplied: a difference of
+    second moments loses all its digits where attention is sharp (at scale 10 the float32 log
+    determinant was wrong by 100 times its rounding error).
+
+    Args:
+        weights: (..., T, T), strictly causal.
+        left: (..., T, m).
+        right: (..., T, n).
+
+    Returns:
+        (..., T, m, n); zero at positions 0 and 1.
+    """
+    length = weights.shape[-1]
+    if length <= _ROWS:
+        return _covariance_rows(weights, left, right)
+    # A past of s < stop is all that rows start..stop attend to: half of the products fall away.
+    rows = jax.checkpoint(_covariance_rows)
+    blocks = []
+    for start in range(0, length, _ROWS):
+        stop = min(start + _ROWS, length)
+        past = weights[..., start:stop, :stop]
+        blocks.append(rows(past, left[..., :stop, :], right[..., :stop, :]))
+    return jnp.concatenate(blocks, axis=-3)
+
+
+def check_arguments(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+) -> tuple[Float[Array, "*batch T d"], Float[Array, "*weights d r"], Float[Array, "*weights d r"]]:
+    """Arguments of the public functions as arrays of one floating dtype, at least float32.
+
+    Raises:
+        ValueError: if a shape or a dtype does not fit.
+    """
+    x = _floating("x", x)
+    w_query, w_key = check_weights(w_query, w_key)
+    d = w_query.shape[-2]
+    if x.ndim < 2 or x.shape[-1] != d:
+        raise ValueError(
+            f"x has shape {x.shape}: expected (..., T, d) with d = {d}, "
+            f"to fit w_query of shape {w_query.shape}"
+        )
+    if x.shape[-2] < 1:
+        raise ValueError(f"x has shape {x.shape}: expected (..., T, d) with T >= 1")
+    _check_leading_axes(x=x.shape[:-2], w_query=w_query.shape[:-2], w_key=w_key.shape[:-2])
+    return x, w_query, w_key
+
+
+def check_weights(
+    w_query: ArrayLike, w_key: ArrayLike
+) -> tuple[Float[Array, "*batch d r"], Float[Array, "*batch d r"]]:
+    """Projection matrices as arrays of a floating dtype, at least float32.
+
+    Raises:
+        ValueError: if a shape or a dtype does not fit.
+    """
+    w_query = _floating("w_query", w_query)
+    w_key = _floating("w_key", w_key)
+    if w_query.ndim < 2 or w_key.ndim < 2 or w_query.shape[-2:] != w_key.shape[-2:]:
+        raise ValueError(
+            f"w_query has shape {w_query.shape} and w_key {w_key.shape}: "
+            "expected both as (..., d, r) with the same d and r"
+        )
+    if min(w_query.shape[-2:]) < 1:
+        raise ValueError(
+            f"w_query has shape {w_query.shape}: expected (..., d, r) with d >= 1 and r >= 1"
+        )
+    _check_leading_axes(w_query=w_query.shape[:-2], w_key=w_key.shape[:-2])
+    return w_query, w_key
+
+
+def _floating(name: str, array: ArrayLike) -> Float[Array, "..."]:
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {array.dtype}: expected a floating-point dtype")
+    # Half precision has no LAPACK, and too few digits for a determinant.
+    return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
+
+
+def _check_leading_axes(**shapes: tuple[int, ...]) -> None:
+    try:
+        jnp.broadcast_shapes(*shapes.values())
+    except ValueError:
+        given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"leading axes do not broadcast: got {given}; expected shapes that NumPy broadcasts"
+        ) from None
+
+
+def _strictly_causal(length: int) -> Bool[Array, "T T"]:
+    return jnp.tril(jnp.ones((length, length), dtype=bool), -1)
+
+
+def _causal_softmax(
+    queries: Float[Array, "*queries T r"], keys: Float[Array, "*keys T r"]
+) -> Float[Array, "*batch T T"]:
+    length, rank = queries.shape[-2:]
+    if length == 0:
+        leading = jnp.broadcast_shapes(queries.shape[:-2], keys.shape[:-2])
+        return jnp.zeros((*leading, 0, 0), queries.dtype)
+    logits = jnp.matmul(queries, jnp.swapaxes(keys, -1, -2), precision=_HIGHEST)
+    causal = _strictly_causal(length)
+    # Row 0 has no past: one finite logit, a constant, keeps its softmax and derivative finite.
+    no_past = jnp.arange(length) == 0
+    masked = jnp.where(no_past[:, None] & no_past, 0.0, -jnp.inf).astype(logits.dtype)
+    weights = jax.nn.softmax(jnp.where(causal, logits / math.sqrt(rank), masked), axis=-1)
+    return jnp.where(causal, weights, jnp.zeros((), logits.dtype))
+
+
+def _covariance_rows(
+    weights: Float[Array, "*weights rows past"],
+    left: Float[Array, "*left past m"],
+    right: Float[Array, "*right past n"],
+) -> Float[Array, "*batch rows m n"]:
+    def centred(factor: Array) -> Array:
+        mean = jnp.matmul(weights, factor, precision=_HIGHEST)
+        return factor[..., None, :, :] - mean[..., :, None, :]
+
+    return jnp.einsum(
+        "...tsm,...tsn->...tmn",
+        weights[..., None] * centred(left),
+        centred(right),
+        precision=_HIGHEST,
+    )

@@ -1,0 +1,224 @@
+"""Exact log-determinant of the attention change of variables, and its barrier for training.
+
+The Jacobian of x -> e is block lower triangular with diagonal blocks
+D_t = I_d - Cov_{alpha_t}(x_s, k_s) W_Q^T / sqrt(r) (paper, Theorem 1). Its determinant needs only
+the r x r matrix R_t = I_r - Cov_{alpha_t}(q_s, k_s) / sqrt(r): by Sylvester's identity
+det(I_d - C W_Q^T) = det(I_r - W_Q^T C), and W_Q^T Cov(x_s, k_s) = Cov(q_s, k_s).
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from probattn.attention import attention_covariance, check_arguments, geometry
+
+# The quadratic branch of the relaxed barrier ends this many delta below zero (see _relaxed).
+_QUADRATIC_DEPTH = 10.0
+
+
+def reduced_blocks(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+) -> Float[Array, "*batch T r r"]:
+    """Reduced blocks R_t = I_r - Cov_{alpha_t}(q_s, k_s) / sqrt(r), with det R_t = det D_t.
+
+    Args:
+        x: token embeddings (..., T, d).
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+
+    Returns:
+        (..., T, r, r); the identity at positions 0 and 1, whose past has no spread.
+
+    Raises:
+        ValueError: if the shapes do not fit or the arrays are not floating point.
+    """
+    x, w_query, w_key = check_arguments(x, w_query, w_key)
+    _, queries, keys, weights = geometry(x, w_query, w_key)
+    rank = w_query.shape[-1]
+    covariance = attention_covariance(weights, queries, keys)
+    return jnp.eye(rank, dtype=covariance.dtype) - covariance / math.sqrt(rank)
+
+
+def jacobian_blocks(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+) -> Float[Array, "*batch T d d"]:
+    """Diagonal Jacobian blocks D_t = I_d - Cov_{alpha_t}(x_s, k_s) W_Q^T / sqrt(r), dense.
+
+    For small d: every result that can is computed from smaller matrices elsewhere.
+
+    Args:
+        x: token embeddings (..., T, d).
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+
+    Returns:
+        (..., T, d, d), the derivative of e_t with respect to x_t (paper, Theorem 1).
+
+    Raises:
+        ValueError: if the shapes do not fit or the arrays are not floating point.
+    """
+    x, w_query, w_key = check_arguments(x, w_query, w_key)
+    values, _, keys, weights = geometry(x, w_query, w_key)
+    covariance = attention_covariance(weights, values, keys)
+    transposed = jnp.swapaxes(w_query, -1, -2)[..., None, :, :] / math.sqrt(w_query.shape[-1])
+    product = jnp.matmul(covariance, transposed, precision=lax.Precision.HIGHEST)
+    return jnp.eye(x.shape[-1], dtype=product.dtype) - product
+
+
+def log_det(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
+    """Sign and log absolute value of det D_t at every position, exact, from the reduced blocks.
+
+    The derivative is R_t^-T, exact up to the boundary, in forward and reverse mode and to any
+    order. At an exactly singular block there is none; what is returned there is that of a block a
+    rounding error away, large and finite, so that the other positions' derivatives stay right.
+
+    Args:
+        x: token embeddings (..., T, d).
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+
+    Returns:
+        The sign (+1, -1, or 0 where singular) and log|det D_t| in nats (-inf where singular),
+        each (..., T). The sequence's log-density term (paper, Corollary 3.1) is the sum over
+        positions, and stands only where every sign is +1.
+
+    Raises:
+        ValueError: if the shapes do not fit or the arrays are not floating point.
+    """
+    return slogdet(reduced_blocks(x, w_query, w_key))
+
+
+def relaxed_barrier(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, delta: float = 1e-3
+) -> Float[Array, "*batch T"]:
+    """Relaxed log-barrier on z_t = det D_t: the training penalty of every position, in nats.
+
+    It is -log z for z >= delta, the exact barrier; ((z - 2 delta)^2 / delta^2 - 1) / 2 - log delta
+    below, down to z = -10 delta, which joins it with two continuous derivatives and is finite on
+    the wrong side of the boundary; and from there on an asinh of that parabola, again with two
+    continuous derivatives, which grows only like log|z|. (Relaxed barriers: Feller and Ebenbauer,
+    IEEE Trans. Automat. Contr. 62(8), 2017.)
+
+    Args:
+        x: token embeddings (..., T, d).
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+        delta: determinant below which the barrier is relaxed, > 0.
+
+    Returns:
+        (..., T); zero at positions 0 and 1, negative where det D_t > 1.
+
+    Raises:
+        ValueError: if delta is not positive, the shapes do not fit or the arrays are not floating
+            point.
+    """
+    if not (delta > 0 and math.isfinite(delta)):
+        raise ValueError(f"delta is {delta}: expected a finite number > 0")
+    return _barrier(reduced_blocks(x, w_query, w_key), float(delta))
+
+
+@jax.custom_jvp
+def slogdet(
+    blocks: Float[Array, "*batch r r"],
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """Sign and log|det| of square blocks, with the derivative R^-T of one factorisation."""
+    factors, pivots, _ = lax.linalg.lu(blocks)
+    return _sign_and_log_abs(factors, pivots)
+
+
+@slogdet.defjvp
+def _slogdet_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple:
+    (blocks,), (tangent,) = primals, tangents
+    factors, pivots, permutation = lax.linalg.lu(blocks)
+    sign, log_abs = _sign_and_log_abs(factors, pivots)
+    inverse = _inverse(_without_zero_pivots(factors), permutation)
+    return (sign, log_abs), (jnp.zeros_like(sign), _trace_product(inverse, tangent))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _barrier(blocks: Float[Array, "*batch r r"], delta: float) -> Float[Array, "*batch"]:
+    sign, log_abs = slogdet(blocks)
+    return _relaxed(sign, log_abs, delta)
+
+
+# Its own rule, and not the chain rule through slogdet: at z = 0 the product of dz/dR = z R^-T, the
+# adjugate, with the parabola's slope is finite though R^-T is not.
+@_barrier.defjvp
+def _barrier_jvp(delta: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple:
+    (blocks,), (tangent,) = primals, tangents
+    factors, pivots, permutation = lax.linalg.lu(blocks)
+    value = _relaxed(*_sign_and_log_abs(factors, pivots), delta)
+    factors = _without_zero_pivots(factors)
+    sign, log_abs = _sign_and_log_abs(factors, pivots)
+    _, slope = jax.jvp(
+        lambda log_abs: _relaxed(sign, log_abs, delta), (log_abs,), (jnp.ones_like(log_abs),)
+    )
+    change = _trace_product(_inverse(factors, permutation), tangent)
+    # Where several pivots vanish so does the adjugate, and the inverse may overflow.
+    return value, jnp.where(slope == 0, jnp.zeros_like(slope), slope * change)
+
+
+def _relaxed(
+    sign: Float[Array, "*batch"], log_abs: Float[Array, "*batch"], delta: float
+) -> Float[Array, "*batch"]:
+    """Relaxed barrier as a function of z = sign * exp(log_abs).
+
+    With u = 1 - z / delta the parabola is p(u) = u + u^2 / 2 above -log delta. Beyond
+    u_0 = 1 + _QUADRATIC_DEPTH it turns into p_0 + p_0 asinh(p / p_0 - 1), with p_0 = p(u_0).
+    """
+    log_ratio = log_abs - math.log(delta)
+    exact = (sign > 0) & (log_ratio >= 0)
+    # Each branch sees only arguments at which it is finite, else its derivative would be 0 * inf.
+    far_below = log_ratio > 30.0  # here asinh is its logarithm to 1e-12, and exp might overflow
+    near = jnp.where(exact | far_below, jnp.zeros_like(log_ratio), log_ratio)
+    u = 1 - sign * jnp.exp(near)
+    parabola = u + u**2 / 2
+    u_end = 1 + _QUADRATIC_DEPTH
+    end = u_end + u_end**2 / 2
+    excess = jnp.maximum(parabola / end - 1, jnp.zeros_like(parabola))
+    capped = jnp.where(u > u_end, end + end * jnp.arcsinh(excess), parabola)
+    far = end + end * (2 * jnp.where(far_below, log_ratio, jnp.zeros_like(u)) - math.log(end))
+    below = jnp.where(far_below, far, capped) - math.log(delta)
+    return jnp.where(exact, -jnp.where(exact, log_abs, jnp.zeros_like(log_abs)), below)
+
+
+def _sign_and_log_abs(
+    factors: Float[Array, "*batch r r"], pivots: Array
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    diagonal = jnp.diagonal(factors, axis1=-2, axis2=-1)
+    swaps = jnp.sum(pivots != jnp.arange(pivots.shape[-1], dtype=pivots.dtype), axis=-1)
+    parity = jnp.where(swaps % 2 == 0, 1.0, -1.0).astype(diagonal.dtype)
+    sign = parity * jnp.prod(jnp.sign(diagonal), axis=-1)
+    return sign, jnp.sum(jnp.log(jnp.abs(diagonal)), axis=-1)
+
+
+def _without_zero_pivots(factors: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:
+    """LU factors with pivots of exactly zero moved by one rounding error of the block."""
+    limits = jnp.finfo(factors.dtype)
+    diagonal = jnp.diagonal(factors, axis1=-2, axis2=-1)
+    size = jnp.max(jnp.abs(factors), axis=(-2, -1), keepdims=True)[..., 0]
+    rounding = limits.eps * jnp.where(size > 0, size, jnp.ones_like(size))
+    zero = jnp.abs(diagonal) < limits.tiny / limits.eps
+    shift = jnp.where(zero, rounding - diagonal, jnp.zeros_like(diagonal))
+    return factors + shift[..., None] * jnp.eye(factors.shape[-1], dtype=factors.dtype)
+
+
+def _inverse(factors: Float[Array, "*batch r r"], permutation: Array) -> Float[Array, "*batch r r"]:
+    rows = jnp.eye(factors.shape[-1], dtype=factors.dtype)[permutation]
+    forward = lax.linalg.triangular_solve(
+        factors, rows, left_side=True, lower=True, unit_diagonal=True
+    )
+    return lax.linalg.triangular_solve(factors, forward, left_side=True, lower=False)
+
+
+def _trace_product(
+    inverse: Float[Array, "*batch r r"], tangent: Float[Array, "*batch r r"]
+) -> Float[Array, "*batch"]:
+    return jnp.sum(jnp.swapaxes(inverse, -1, -2) * tangent, axis=(-2, -1))
