@@ -2,7 +2,13 @@
 
 from probattn.attention import attention_weights, conditional_mean, coupling, residual
 from probattn.log_det import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
-from probattn.margins import certificate, embedding_margin, stability_margin, support_tokens
+from probattn.margins import (
+    certificate,
+    embedding_margin,
+    infeasible,
+    stability_margin,
+    support_tokens,
+)
 
 __all__ = [
     "attention_weights",
@@ -10,6 +16,7 @@ __all__ = [
     "conditional_mean",
     "coupling",
     "embedding_margin",
+    "infeasible",
     "jacobian_blocks",
     "log_det",
     "reduced_blocks",

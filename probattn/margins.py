@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from probattn.attention import attention_covariance, check_arguments, check_weights, geometry
 from probattn.log_det import log_det, reduced_blocks, slogdet
@@ -65,6 +65,26 @@ def stability_margin(
     if kind == "det":
         return sign * jnp.exp(log_abs)
     return jnp.where(sign > 0, log_abs, jnp.full_like(log_abs, -jnp.inf))
+
+
+def infeasible(x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike) -> Bool[Array, "*batch T"]:
+    """Whether each position lies beyond the boundary: R_t has a real eigenvalue <= 0.
+
+    Wider than a non-positive determinant, which an even number of negative eigenvalues hides.
+
+    Args:
+        x: token embeddings (..., T, d).
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+
+    Returns:
+        (..., T); False at positions 0 and 1.
+
+    Raises:
+        ValueError: if the shapes do not fit or the arrays are not floating point.
+    """
+    eigenvalues = jnp.linalg.eigvals(reduced_blocks(x, w_query, w_key))
+    return jnp.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
 
 
 def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
@@ -229,15 +249,12 @@ def _smallest_singular_value(
 
     # The basis is a constant of the derivative: differentiating through it is NaN where the past
     # has no spread, and wrong while it has fewer than r + 1 tokens. u^T dD v needs no more.
-    low_rank = lax.stop_gradient(covariance), lax.stop_gradient(w_scaled)
-    low_rank = jnp.broadcast_arrays(*low_rank)
+    low_rank = jnp.broadcast_arrays(lax.stop_gradient(covariance), lax.stop_gradient(w_scaled))
     if 2 * rank < d:
         basis, _ = jnp.linalg.qr(jnp.concatenate(low_rank, axis=-1))
         basis_t = jnp.swapaxes(basis, -1, -2)
-        inside = [jnp.matmul(basis_t, factor, precision=_HIGHEST) for factor in low_rank]
-    else:
-        inside = low_rank
-    product = jnp.matmul(inside[0], jnp.swapaxes(inside[1], -1, -2), precision=_HIGHEST)
+        low_rank = [jnp.matmul(basis_t, factor, precision=_HIGHEST) for factor in low_rank]
+    product = jnp.matmul(low_rank[0], jnp.swapaxes(low_rank[1], -1, -2), precision=_HIGHEST)
     u, size, v = _last_singular_triple(jnp.eye(product.shape[-1], dtype=x.dtype) - product)
     if 2 * rank < d:
         u = jnp.matmul(basis, u[..., None], precision=_HIGHEST)[..., 0]

@@ -1,0 +1,157 @@
+"""Configuration of a run: frozen dataclasses, read from and written to TOML."""
+
+import dataclasses
+import math
+import os
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from probattn.corpora import DataConfig
+from probattn.models import LanguageModelConfig, ObjectiveConfig
+from probattn.models.transformer import Precision
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a model is fitted.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: sequences in a minibatch.
+        learning_rate: peak of the learning rate, after a linear warm-up and before a cosine decay
+            to a tenth of it.
+        warmup: steps of the linear warm-up, fewer than steps.
+        seed: of the initial parameters and the minibatches.
+        eval_every: steps between reports on training and validation text.
+        checkpoint_every: steps between checkpoints to resume from.
+        precision: of the network's matrix products; the determinant is float32 in any case.
+    """
+
+    steps: int = 2000
+    batch: int = 12
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    seed: int = 0
+    eval_every: int = 250
+    checkpoint_every: int = 500
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no fit."""
+        for name in ("steps", "batch", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"fit.{name} is {value!r}: expected an integer >= 1")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(
+                f"fit.warmup is {self.warmup} and fit.steps {self.steps}: "
+                "expected 0 <= warmup < steps"
+            )
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(
+                f"fit.learning_rate is {self.learning_rate}: expected a finite number > 0"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"fit.seed is {self.seed}: expected an integer from 0 to 2^32 - 1")
+        if self.precision not in typing.get_args(Precision):
+            raise ValueError(
+                f"fit.precision is {self.precision!r}: "
+                f"expected one of {', '.join(typing.get_args(Precision))}"
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a fitted model.
+
+    Attributes:
+        data: which text.
+        model: size of the network.
+        objective: what is fitted.
+        fit: how it is fitted.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+def read_config(path: str | os.PathLike[str]) -> RunConfig:
+    """Read a TOML file whose tables are the fields of `RunConfig`; what it leaves out is default.
+
+    Raises:
+        ValueError: if the file cannot be read, is no TOML, or names an unknown or ill-typed field.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a TOML file: {error}") from None
+    try:
+        return _from_tables(tables)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def format_config(config: RunConfig) -> str:
+    """Write a configuration as TOML, without the fields that are None."""
+    tables = {
+        table: {name: value for name, value in fields.items() if value is not None}
+        for table, fields in dataclasses.asdict(config).items()
+    }
+    return tomli_w.dumps(tables)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Fields in which two configurations differ, as "table.field: old -> new"."""
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    return [
+        f"{table}.{name}: {before[table][name]} -> {after[table][name]}"
+        for table in before
+        for name in before[table]
+        if before[table][name] != after[table][name]
+    ]
+
+
+def _from_tables(tables: dict[str, Any]) -> RunConfig:
+    kinds = typing.get_type_hints(RunConfig)
+    _check_names(tables, kinds, "tables")
+    parts = {}
+    for table, values in tables.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{table} is {values!r}: expected a table, [{table}]")
+        types_of = typing.get_type_hints(kinds[table])
+        _check_names(values, types_of, f"fields of [{table}]")
+        converted = {
+            name: _convert(f"{table}.{name}", value, types_of[name])
+            for name, value in values.items()
+        }
+        parts[table] = kinds[table](**converted)
+    return RunConfig(**parts)
+
+
+def _check_names(given: dict[str, Any], known: dict[str, Any], what: str) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"unknown {what}: {', '.join(unknown)}; expected {', '.join(known)}")
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """Value as the declared type: only int to float is converted, and nothing guessed."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        (kind,) = [option for option in typing.get_args(kind) if option is not type(None)]
+    if typing.get_origin(kind) is Literal:
+        kind = str
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {value!r}: expected {kind.__name__}")
+    return value

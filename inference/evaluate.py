@@ -1,0 +1,217 @@
+"""Evaluate a run: bits per character, robustness to embedding noise, margins."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from probattn.batches import windows
+from probattn.corpora import load_corpus, read_text
+from probattn.inference.post_hoc import post_hoc_prior
+from probattn.inference.progress import Bar, progress_bar
+from probattn.inference.runs import Run, check_same_corpus
+from probattn.inference.scoring import Scorer
+from probattn.inference.stages import StageMargins, stage_margins, stages
+
+NOISE_ABSOLUTE = (0.0, 0.1, 0.2, 0.5)
+NOISE_RELATIVE = (0.0, 0.25, 0.5, 1.0)
+QUANTILES = (0.0, 0.01, 0.1, 0.5)
+
+_MARGIN_TOKENS = 4096  # positions whose margins are taken, in windows spread over the text
+
+
+@dataclass(frozen=True)
+class NoisePoint:
+    """Loss at one level of Gaussian noise on what enters the stack.
+
+    Attributes:
+        sigma: standard deviation of the noise, in the embedding's unit.
+        relative: the same in units of the embedding's root mean square.
+        bpc: bits per character.
+        degradation: bpc over the clean bpc.
+    """
+
+    sigma: float
+    relative: float
+    bpc: float
+    degradation: float
+
+
+@dataclass(frozen=True)
+class MarginSummary:
+    """Margins of one attention stage over the positions >= 2 of a text.
+
+    Attributes:
+        label: of the stage.
+        kind: of the margin.
+        quantiles: margin by quantile; that at 0 is the smallest.
+        mean_log_det: mean log det D_t in nats over feasible positions.
+        infeasible_fraction: fraction of positions at which R_t has a real eigenvalue <= 0.
+        certified_fraction: fraction of positions with certificate rho_t < 1.
+        positions: how many positions.
+    """
+
+    label: str
+    kind: str
+    quantiles: Mapping[float, float]
+    mean_log_det: float
+    infeasible_fraction: float
+    certified_fraction: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What `evaluate` measures.
+
+    Attributes:
+        text: which text.
+        cross_entropy: nats per token.
+        bpc: bits per character.
+        tokens: predicted tokens.
+        embedding_rms: root mean square, per coordinate, of what enters the stack.
+        noise_absolute: losses at given sigma, in the embedding's unit.
+        noise_relative: losses at given multiples of the embedding's root mean square.
+        margins: per attention stage: post hoc, trained where there is one, and the heads of the
+            first layer.
+        post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
+    """
+
+    text: str
+    cross_entropy: float
+    bpc: float
+    tokens: int
+    embedding_rms: float
+    noise_absolute: tuple[NoisePoint, ...]
+    noise_relative: tuple[NoisePoint, ...]
+    margins: tuple[MarginSummary, ...]
+    post_hoc_converged: bool
+
+
+def evaluate(
+    run: Run,
+    *,
+    text: str | os.PathLike[str] | None = None,
+    noise_absolute: Sequence[float] = NOISE_ABSOLUTE,
+    noise_relative: Sequence[float] = NOISE_RELATIVE,
+    seed: int = 0,
+    progress: bool = False,
+) -> EvaluateResult:
+    """Evaluate a run and store the result in its summary.
+
+    The noise of every level is the same draw, scaled, so that levels and runs of one
+    configuration compare. Margins are those of at most 4096 positions, in windows spread evenly.
+
+    Args:
+        run: from `load_run` or `fit`.
+        text: UTF-8 file to evaluate on, by default the run's validation text.
+        noise_absolute: standard deviations of noise, in the embedding's unit.
+        noise_relative: standard deviations in units of the embedding's root mean square.
+        seed: of the noise.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: if a noise level is negative or not finite, the text cannot be read, is
+            shorter than two tokens or has a character that the vocabulary lacks.
+    """
+    for name, levels in (("noise_absolute", noise_absolute), ("noise_relative", noise_relative)):
+        for level in levels:
+            if not (level >= 0 and math.isfinite(level)):
+                raise ValueError(f"{name}: got {level}, expected finite numbers >= 0")
+    tokens, name = text_tokens(run, text)
+    prior = post_hoc_prior(run, progress=progress)
+    scorer = Scorer(run.config.model, run.vocabulary, tokens)
+    clean = scorer.score(run.parameters)
+    rms = scorer.embedding_rms(run.parameters)
+    total = len(noise_absolute) + len(noise_relative) + len(list(stages(run, prior)))
+    with progress_bar("evaluate", total=total, unit="part", visible=progress) as bar:
+
+        def sweep(levels: Sequence[float], unit: float) -> tuple[NoisePoint, ...]:
+            points = []
+            for level in levels:
+                sigma = level * unit
+                noisy = scorer.score(run.parameters, noise=sigma, rng_key=jax.random.key(seed))
+                points.append(NoisePoint(sigma, sigma / rms, noisy.bpc, noisy.bpc / clean.bpc))
+                bar.update(1)
+            return tuple(points)
+
+        absolute, relative = sweep(noise_absolute, 1.0), sweep(noise_relative, rms)
+        margins = _margins(run, prior, tokens, bar)
+    result = EvaluateResult(
+        text=name,
+        cross_entropy=clean.cross_entropy,
+        bpc=clean.bpc,
+        tokens=clean.tokens,
+        embedding_rms=rms,
+        noise_absolute=absolute,
+        noise_relative=relative,
+        margins=margins,
+        post_hoc_converged=prior.converged,
+    )
+    with run.lock():
+        run.update_summary(evaluate=_plain(asdict(result)))
+    return result
+
+
+def text_tokens(run: Run, text: str | os.PathLike[str] | None) -> tuple[np.ndarray, str]:
+    """Tokens of a file, or of the run's validation text, and what to call it.
+
+    Raises:
+        ValueError: if the text cannot be read, is shorter than two tokens or has a character
+            that the vocabulary lacks.
+    """
+    if text is None:
+        corpus = load_corpus(run.config.data)
+        check_same_corpus(run, corpus)
+        content, name = corpus.validation, f"validation text of {corpus.name}"
+    else:
+        content, name = read_text(text), Path(text).name
+    try:
+        tokens = run.vocabulary.encode(content)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if len(tokens) < 2:
+        raise ValueError(f"{name}: has {len(tokens)} tokens: expected at least 2")
+    return tokens, name
+
+
+def _margins(run: Run, prior: Any, tokens: np.ndarray, bar: Bar) -> tuple[MarginSummary, ...]:
+    plan = windows(len(tokens), block=run.config.model.block)
+    most = max(_MARGIN_TOKENS // plan.length, 1)
+    chosen = np.linspace(0, len(plan.starts) - 1, min(most, len(plan.starts))).round().astype(int)
+    inputs = plan.take(tokens)[chosen]
+    if inputs.shape[1] < 3:
+        return ()
+    summaries = []
+    for stage in stages(run, prior):
+        summaries.append(_summary(stage_margins(run, stage, inputs)))
+        bar.update(1)
+    return tuple(summaries)
+
+
+def _summary(margins: StageMargins) -> MarginSummary:
+    margin, log_det = margins.margin[:, 2:], margins.log_det[:, 2:]
+    feasible = np.isfinite(log_det)
+    return MarginSummary(
+        label=margins.label,
+        kind="sigma_min",
+        quantiles={level: float(np.quantile(margin, level)) for level in QUANTILES},
+        mean_log_det=float(log_det[feasible].mean()) if feasible.any() else -math.inf,
+        infeasible_fraction=float(margins.infeasible[:, 2:].mean()),
+        certified_fraction=float((margins.certificate[:, 2:] < 1).mean()),
+        positions=margin.size,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """The result as JSON has it: keys are strings, infinities None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,175 @@
+"""What figures are drawn from: arguments checked and made into arrays, without Matplotlib."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Values = NDArray[np.float64]
+Positions = NDArray[np.intp]
+
+
+def check_any(name: str, entries: Mapping[str, Any]) -> None:
+    """Refuse an empty mapping.
+
+    Raises:
+        ValueError: if there is no entry.
+    """
+    if not entries:
+        raise ValueError(f"{name}: got no entries, expected at least one label")
+
+
+def metric(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Values]:
+    """Steps and values of one metric, without the rows where it is None.
+
+    Raises:
+        ValueError: if there are no rows, or one lacks the key or the step.
+    """
+    if not rows:
+        raise ValueError(f"runs[{label!r}]: got no rows, expected the lines of a metrics.jsonl")
+    for number, row in enumerate(rows):
+        for wanted in ("step", key):
+            if wanted not in row:
+                raise ValueError(
+                    f"runs[{label!r}], row {number}: got keys {', '.join(map(str, row))}, "
+                    f"expected {wanted!r} among them"
+                )
+    kept = [(row["step"], row[key]) for row in rows if row[key] is not None]
+    table = np.array(kept, np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def monitored(
+    label: str, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[Values, Values]]:
+    """Kind of margin -> steps and smallest margins, of the kinds that occur.
+
+    Raises:
+        ValueError: if there are no rows, or one lacks min_margin, or has one without its kind.
+    """
+    metric(label, rows, "min_margin")
+    metric(label, [row | {"min_margin_kind": None} for row in rows], "min_margin_kind")
+    return {}
+
+
+def sweep(label: str, result: Mapping[str, Sequence[float]], unit: str) -> tuple[Values, Values]:
+    """Noise and bits per character of one sweep, by growing noise from 0 on.
+
+    Raises:
+        ValueError: if one of the two is missing, they differ in length, the least noise is not 0, or
+            the bits per character there, which others are divided by, are not positive.
+    """
+    columns = []
+    for key in (f"noise_{unit}", f"bpc_{unit}"):
+        if key not in result:
+            raise ValueError(
+                f"results[{label!r}]: got keys {', '.join(map(str, result))}, expected {key!r} "
+                "among them"
+            )
+        columns.append(vector(f"results[{label!r}][{key!r}]", result[key]))
+    noise, bpc = columns
+    if len(noise) != len(bpc):
+        raise ValueError(
+            f"results[{label!r}]: got {len(noise)} values of noise_{unit} and {len(bpc)} of "
+            f"bpc_{unit}, expected as many of one as of the other"
+        )
+    order = np.argsort(noise, kind="stable")
+    noise, bpc = noise[order], bpc[order]
+    if not len(noise) or noise[0] != 0 or not bpc[0] > 0:
+        first = f"noise {noise[0]:g} with BPC {bpc[0]:g}" if len(noise) else "no points"
+        raise ValueError(
+            f"results[{label!r}]: got {first} for the least noise_{unit}, expected noise 0 with a "
+            "positive BPC, to which the others are relative"
+        )
+    return noise, bpc
+
+
+def vector(name: str, values: ArrayLike) -> Values:
+    """One-dimensional array of floats.
+
+    Raises:
+        ValueError: if it has another number of dimensions.
+    """
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: got an array of shape {array.shape}, expected one dimension")
+    return array
+
+
+def aligned(margins: Mapping[str, ArrayLike]) -> dict[str, Values]:
+    """Several margins of one text.
+
+    Raises:
+        ValueError: if there are none, or they are no vectors of one length, at least 1.
+    """
+    check_any("margins", margins)
+    values = {label: vector(f"margins[{label!r}]", margin) for label, margin in margins.items()}
+    first = next(iter(values))
+    for label, margin in values.items():
+        if len(margin) != len(values[first]) or not len(margin):
+            raise ValueError(
+                f"margins[{label!r}]: got {len(margin)} margins, expected one for each token of a "
+                f"text, as many as the {len(values[first]) or 'tokens'} of margins[{first!r}]"
+            )
+    return values
+
+
+def positions(name: str, values: ArrayLike, length: int) -> Positions:
+    """Positions in a text of `length` tokens.
+
+    Raises:
+        ValueError: if they are no vector of integers from 0 to length - 1.
+    """
+    array = np.asarray(values)
+    if array.shape == (0,):  # an empty list has dtype float
+        array = array.astype(np.intp)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"{name}: got {array.dtype} of shape {array.shape}, expected a vector of integers"
+        )
+    outside = array[(array < 0) | (array >= length)]
+    if outside.size:
+        raise ValueError(f"{name}: got position {outside[0]}, expected 0 to {length - 1}")
+    return array.astype(np.intp)
+
+
+def smallest_of_each(values: Values, stride: int) -> Positions:
+    """Position of the smallest value in each stretch of `stride`; NaN only where there is no other."""
+    filled = np.where(np.isnan(values), np.inf, values)
+    starts = range(0, len(values), stride)
+    return np.array([start + np.argmin(filled[start : start + stride]) for start in starts], np.intp)
+
+
+def above_an_edge(values: Values) -> Values:
+    """The values with -inf moved to an edge a little below 0 and below all finite ones."""
+    finite = np.append(values[np.isfinite(values)], 0.0)
+    edge = finite.min() - 0.1 * (float(np.ptp(finite)) or 1.0)
+    return np.where(values == -np.inf, edge, values)
+
+
+def colour_limits(values: Values) -> tuple[float, float]:
+    """1st and 99th percentile of the finite values, never the same number."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = (float(each) for each in np.quantile(finite, [0.01, 0.99]))
+    # Without a spread all are of the colour of a large margin: none stands out.
+    return (low, high) if high - low > 1e-6 * max(1.0, abs(high)) else (high - 1.0, high)
+
+
+def cumulative(name: str, values: ArrayLike) -> tuple[Values, Values]:
+    """Empirical distribution function at the finite values: them, ascending, and the fraction <= it.
+
+    NaN counts for nothing; -inf counts below all, +inf above.
+
+    Raises:
+        ValueError: if this is no vector, or has no finite value.
+    """
+    array = vector(name, values)
+    ordered = np.sort(array[~np.isnan(array)])
+    fraction = np.arange(1, len(ordered) + 1) / max(1, len(ordered))
+    finite = np.isfinite(ordered)
+    if not finite.any():
+        raise ValueError(f"{name}: got {len(array)} margins, none finite, expected at least one")
+    return ordered[finite], fraction[finite]

@@ -1,0 +1,301 @@
+"""Fit a language model by MAP: the loop around the steps, and what it leaves in a run directory."""
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from probattn.corpora import Corpus, DataError, load_corpus
+from probattn.inference.checkpoints import named_leaves, with_leaves
+from probattn.inference.config import RunConfig, differences
+from probattn.inference.monitor import Monitor
+from probattn.inference.progress import Bar, progress_bar
+from probattn.inference.runs import (
+    Run,
+    RunError,
+    check_same_corpus,
+    check_target,
+    create_run,
+    load_run,
+)
+from probattn.inference.scoring import Scorer
+from probattn.inference.svi import Trainer, TrainState
+from probattn.vocabulary import build_vocabulary
+
+_REPORT_TOKENS = 16_384  # of training and of validation text behind each line of metrics.jsonl
+_CALL_SECONDS = 0.5  # of steps between two updates of the progress bar
+
+
+class FitError(RuntimeError):
+    """A fit cannot go on: the message says at which step, why, and what to try."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished fit.
+
+    Attributes:
+        run: the run directory; `run.parameters` are those of the best validation.
+        validation_cross_entropy: of these on the whole validation text, nats per token.
+        validation_bpc: the same in bits per character.
+        metrics: the lines of metrics.jsonl.
+    """
+
+    run: Run
+    validation_cross_entropy: float
+    validation_bpc: float
+    metrics: list[dict[str, Any]]
+
+
+def fit(
+    config: RunConfig,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    optimizer: optax.GradientTransformation | None = None,
+    progress: bool = False,
+) -> FitResult:
+    """Fit a language model by MAP with NumPyro's SVI and an AutoDelta guide.
+
+    Minibatches and initial parameters are functions of the seed, so a run that was interrupted and
+    resumed ends as one that was not. The parameters of the best validation are kept.
+
+    Args:
+        config: data, model, objective and fit.
+        out: run directory, see `runs`; new or empty unless `resume` or `overwrite` is set.
+        resume: continue the run in `out` from its latest checkpoint.
+        overwrite: replace the run in `out`.
+        optimizer: any optax transformation, by default Adam with warm-up and cosine decay. It is
+            not recorded in the run: pass it again to resume.
+        progress: show a progress bar and a line per report.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError: if the text is unusable, `out` holds something else, or the configuration is
+            not the run's (the subclasses DataError, RunError and CheckpointError say which).
+        FitError: if the loss is not finite any more.
+    """
+    out = Path(out)
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other: expected at most one of them")
+    if not resume:
+        check_target(out, overwrite=overwrite)
+    corpus = load_corpus(config.data)
+    if resume:
+        run = _reopen(out, config, corpus)
+        train, validation = _encode(corpus, run.vocabulary, config)
+    else:
+        vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
+        train, validation = _encode(corpus, vocabulary, config)
+        run = create_run(out, config, corpus, vocabulary, overwrite=overwrite)
+    with run.lock():
+        loop = _Loop(run, train, validation, optimizer)
+        with progress_bar(
+            f"fit {config.objective.name}",
+            total=config.fit.steps,
+            initial=loop.step,
+            unit="step",
+            visible=progress,
+        ) as bar:
+            loop.go(bar)
+        return _conclude(run, validation)
+
+
+class _Loop:
+    """The state of a fit between compiled calls."""
+
+    def __init__(
+        self,
+        run: Run,
+        train: np.ndarray,
+        validation: np.ndarray,
+        optimizer: optax.GradientTransformation | None,
+    ) -> None:
+        config = run.config
+        self.run = run
+        self._trainer = Trainer(config, jnp.asarray(train), run.vocabulary.size, optimizer)
+        self._scorers = {
+            prefix: Scorer(
+                config.model,
+                run.vocabulary,
+                tokens,
+                most_tokens=_REPORT_TOKENS,
+                precision=config.fit.precision,
+            )
+            for prefix, tokens in (("", train), ("validation_", validation))
+        }
+        self._monitor = Monitor(config, self._scorers[""].inputs)
+        self._state = self._trainer.init()
+        self._seconds = 0.0
+        self._reported_step = self.step = run.latest.step or 0
+        if self.step:
+            self._restore()
+        rows = [row for row in run.metrics() if row["step"] <= self.step]
+        run.write_metrics(rows)
+        self._best = min((row["validation_cross_entropy"] for row in rows), default=math.inf)
+
+    def go(self, bar: Bar) -> None:
+        """Take all steps that are left."""
+        fit = self.run.config.fit
+        calls = 1
+        try:
+            while self.step < fit.steps:
+                stop = min(
+                    self.step + calls,
+                    _next_multiple(self.step, fit.eval_every),
+                    _next_multiple(self.step, fit.checkpoint_every),
+                    fit.steps,
+                )
+                seconds = self._advance(stop, bar)
+                per_step = seconds / max(stop - self.step, 1)
+                bar.update(stop - self.step)
+                self.step = stop
+                calls = max(1, min(2 * calls, round(_CALL_SECONDS / max(per_step, 1e-9))))
+                last = stop == fit.steps
+                if last or stop % fit.eval_every == 0:
+                    self._report(bar)
+                if last or stop % fit.checkpoint_every == 0:
+                    self._save()
+        except KeyboardInterrupt:
+            self._save()
+            raise
+
+    def _advance(self, stop: int, bar: Bar) -> float:
+        started = time.perf_counter()
+        self._state, progress = self._trainer.advance(self._state, self.step, stop)
+        finite = bool(progress.finite)
+        seconds = time.perf_counter() - started
+        self._seconds += seconds
+        if not finite:
+            self._fail(int(progress.step), f"the loss is {float(progress.loss)}")
+        fit = self.run.config.fit
+        rate = (stop - self.step) * fit.batch * self.run.config.model.block / seconds
+        bar.show(loss=f"{float(progress.loss):.3f}", tokens=f"{rate:,.0f}/s", **self._shown)
+        return seconds
+
+    _shown: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
+
+    def _report(self, bar: Bar) -> None:
+        """Score training and validation text, note it, keep the parameters if they are best."""
+        parameters = self._trainer.parameters(self._state)
+        row: dict[str, Any] = {"step": self.step}
+        for prefix, scorer in self._scorers.items():
+            score = scorer.score(parameters)
+            row |= {f"{prefix}cross_entropy": score.cross_entropy, f"{prefix}bpc": score.bpc}
+        if not math.isfinite(row["cross_entropy"] + row["validation_cross_entropy"]):
+            self._fail(self.step, "the cross-entropy is not finite")
+        fit, block = self.run.config.fit, self.run.config.model.block
+        tokens = (self.step - self._reported_step) * fit.batch * block
+        row |= {
+            "loss": float(self._state.loss_sum) / max(int(self._state.loss_count), 1),
+            "tokens_per_s": tokens / self._seconds if self._seconds else None,
+            **self._monitor(parameters),
+            "rejected_steps": int(self._state.rejected),
+            "embedding_rms": self._scorers[""].embedding_rms(parameters),
+        }
+        self._state = self._state._replace(
+            loss_sum=jnp.zeros_like(self._state.loss_sum),
+            loss_count=jnp.zeros_like(self._state.loss_count),
+        )
+        self._seconds, self._reported_step = 0.0, self.step
+        self.run.append_metrics(row)
+        self._shown = {
+            "bpc": f"{row['validation_bpc']:.3f}",
+            "margin": f"{row['min_margin']:.3f}",
+        }
+        bar.line(
+            f"step {self.step:6d}  bpc {row['bpc']:.3f}  validation {row['validation_bpc']:.3f}  "
+            f"smallest margin {row['min_margin']:.3f} ({row['min_margin_kind']})"
+        )
+        if row["validation_cross_entropy"] < self._best:
+            self._best = row["validation_cross_entropy"]
+            self.run.best.save(self.step, parameters)
+
+    def _save(self) -> None:
+        if not all(
+            bool(jnp.all(jnp.isfinite(leaf)))
+            for leaf in self._trainer.parameters(self._state).values()
+        ):
+            self._fail(self.step, "the parameters are not finite")
+        self.run.latest.save(self.step, named_leaves(_with_key_data(self._state)))
+
+    def _restore(self) -> None:
+        plain = _with_key_data(self._state)
+        restored = with_leaves(plain, self.run.latest.load(named_leaves(plain)))
+        key = jax.random.wrap_key_data(restored.svi.rng_key)
+        self._state = restored._replace(svi=restored.svi._replace(rng_key=key))
+
+    def _fail(self, step: int, cause: str) -> None:
+        kept = self.run.latest.step
+        good = "no checkpoint was made before it" if kept is None else f"step {kept} is kept"
+        raise FitError(
+            f"{self.run.path}: the fit stopped at step {step}: {cause}; {good}; try a smaller "
+            f"fit.learning_rate (now {self.run.config.fit.learning_rate:g}) or a longer fit.warmup "
+            f"(now {self.run.config.fit.warmup}), with --overwrite"
+        )
+
+
+def _conclude(run: Run, validation: np.ndarray) -> FitResult:
+    scorer = Scorer(
+        run.config.model, run.vocabulary, validation, precision=run.config.fit.precision
+    )
+    score = scorer.score(run.parameters)
+    rows = run.metrics()
+    run.update_summary(
+        fit={
+            "inference": "map",
+            "steps": run.config.fit.steps,
+            "best_step": run.step,
+            "validation_cross_entropy": score.cross_entropy,
+            "validation_bpc": score.bpc,
+            "validation_tokens": score.tokens,
+            "rejected_steps": rows[-1]["rejected_steps"],
+            "parameters": sum(leaf.size for leaf in run.parameters.values()),
+        }
+    )
+    return FitResult(run, score.cross_entropy, score.bpc, rows)
+
+
+def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
+    if not (out / "config.toml").exists():
+        raise RunError(f"{out}: holds no run to resume; start one without --resume")
+    run = load_run(out)
+    if changed := differences(run.config, config):
+        raise RunError(
+            f"{out}: cannot resume with a changed configuration: {'; '.join(changed)}; "
+            "give the run's own values, or start a new run"
+        )
+    check_same_corpus(run, corpus)
+    return run
+
+
+def _encode(corpus: Corpus, vocabulary: Any, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of both texts, each of more than one block."""
+    encoded = vocabulary.encode(corpus.train), vocabulary.encode(corpus.validation)
+    for part, tokens in zip(("training", "validation"), encoded, strict=True):
+        if len(tokens) <= config.model.block:
+            raise DataError(
+                f"corpus {corpus.name!r}: the {part} text has {len(tokens)} tokens: expected more "
+                f"than one block of {config.model.block}; give a longer text or a smaller "
+                "model.block"
+            )
+    return encoded
+
+
+def _with_key_data(state: TrainState) -> TrainState:
+    """The state with its typed random key as plain numbers, which can be saved."""
+    return state._replace(svi=state.svi._replace(rng_key=jax.random.key_data(state.svi.rng_key)))
+
+
+def _next_multiple(step: int, every: int) -> int:
+    return (step // every + 1) * every

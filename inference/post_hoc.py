@@ -1,0 +1,197 @@
+"""The post-hoc attention prior: (W_Q, W_K, sigma) fitted to a run's frozen embeddings.
+
+A run of objective ce trains no attention stage, and one of another objective trains it for its
+own weights. To compare runs, each gets the same treatment: the stage that maximises the exact log
+density of its embeddings, with the model's prior on W_Q and W_K, fitted once and kept in the run.
+"""
+
+import math
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from probattn import log_det, relaxed_barrier, residual
+from probattn.batches import windows
+from probattn.corpora import load_corpus
+from probattn.inference.progress import progress_bar
+from probattn.inference.runs import Run, RunError, check_same_corpus
+from probattn.models.priors import attention_prior
+from probattn.models.transformer import embed
+
+_WINDOWS = 128  # of training text, spread evenly over it
+_MOST_ITERATIONS = 1000
+_PATIENCE = 20  # iterations that together must improve by _TOLERANCE nats per token
+_TOLERANCE = 1e-3
+_DELTA = 1e-6  # where the barrier is relaxed, for the line search; the result is checked
+
+
+@dataclass(frozen=True)
+class PostHocPrior:
+    """Attention stage fitted to frozen embeddings by the exact log density.
+
+    Attributes:
+        w_query: W_Q (width, prior_rank).
+        w_key: W_K (width, prior_rank).
+        scale: sigma, the standard deviation of the residual, in units of the embedding.
+        log_density: mean log density in nats per token of the text it was fitted on; -inf where
+            a determinant is not positive.
+        converged: whether the fit came to rest before its last iteration.
+        iterations: of L-BFGS.
+        tokens: how many it was fitted on.
+    """
+
+    w_query: Float[np.ndarray, "d r"]
+    w_key: Float[np.ndarray, "d r"]
+    scale: float
+    log_density: float
+    converged: bool
+    iterations: int
+    tokens: int
+
+
+def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
+    """Read the run's post-hoc attention prior, fitted and stored by the first call.
+
+    Raises:
+        ValueError: if the run has no parameters yet, its corpus is not there any more, or the
+            stored prior is damaged.
+    """
+    path = run.path / "post_hoc_prior.npz"
+    if path.exists():
+        return _read(path, run)
+    corpus = load_corpus(run.config.data)
+    check_same_corpus(run, corpus)
+    tokens = run.vocabulary.encode(corpus.train)
+    plan = windows(len(tokens), block=run.config.model.block)
+    chosen = np.linspace(0, len(plan.starts) - 1, min(_WINDOWS, len(plan.starts)))
+    inputs = plan.take(tokens)[chosen.round().astype(int)]
+    prior = fit_attention_prior(
+        embed(run.parameters, jnp.asarray(inputs)),
+        rank=run.config.model.prior_rank,
+        training_tokens=len(tokens),
+        seed=run.config.fit.seed,
+        progress=progress,
+    )
+    with run.lock():
+        _write(path, prior)
+    return prior
+
+
+def fit_attention_prior(
+    x: Float[Array, "B T d"], *, rank: int, training_tokens: int, seed: int, progress: bool = False
+) -> PostHocPrior:
+    """Fit W_Q, W_K and sigma to embeddings by the exact log density, by L-BFGS.
+
+    Maximises the mean over tokens of log Normal(e_t; 0, sigma^2 I) + log det D_t, plus the log
+    prior of W_Q and W_K over the number of training tokens, with sigma at its maximum given W_Q
+    and W_K, the root mean square of the residual. Without the prior there is no maximum: the log
+    determinant grows like log ||A||.
+
+    Args:
+        x: embeddings (B, T, d).
+        rank: of W_Q and W_K.
+        training_tokens: tokens of the whole text, of which x is a sample: the prior's weight.
+        seed: of the prior draw that the fit starts from.
+        progress: show a progress bar.
+    """
+    width = x.shape[-1]
+    objective = partial(_objective, x=x, training_tokens=training_tokens)
+    keys = jax.random.split(jax.random.key(seed))
+    prior = attention_prior(width, rank)
+    params = tuple(prior.sample(key).astype(x.dtype) for key in keys)
+    optimizer = optax.lbfgs()
+    state = optimizer.init(params)
+
+    @jax.jit
+    def iterate(params: Any, state: Any) -> tuple[Any, Any, Array]:
+        value, gradient = optax.value_and_grad_from_state(objective)(params, state=state)
+        updates, state = optimizer.update(
+            gradient, state, params, value=value, grad=gradient, value_fn=objective
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    values: list[float] = []
+    converged = False
+    with progress_bar(
+        "post-hoc attention prior", total=_MOST_ITERATIONS, unit="it", visible=progress
+    ) as bar:
+        while len(values) < _MOST_ITERATIONS and not converged:
+            params, state, value = iterate(params, state)
+            values.append(float(value))
+            bar.update(1)
+            bar.show(loss=f"{values[-1]:.4f}")
+            converged = len(values) > _PATIENCE and values[-_PATIENCE - 1] - values[-1] < _TOLERANCE
+    w_query, w_key = params
+    scale = float(jnp.sqrt(jnp.mean(residual(x, w_query, w_key) ** 2)))
+    return PostHocPrior(
+        np.asarray(w_query),
+        np.asarray(w_key),
+        scale,
+        float(_mean_log_density(x, w_query, w_key, scale)),
+        converged,
+        len(values),
+        x.shape[0] * x.shape[1],
+    )
+
+
+def _objective(
+    params: tuple[Array, Array], *, x: Float[Array, "B T d"], training_tokens: int
+) -> Array:
+    w_query, w_key = params
+    energy = jnp.mean(residual(x, w_query, w_key) ** 2)
+    barrier = jnp.mean(relaxed_barrier(x, w_query, w_key, delta=_DELTA))
+    prior = attention_prior(*w_query.shape)
+    log_prior = prior.log_prob(w_query) + prior.log_prob(w_key)
+    return x.shape[-1] / 2 * jnp.log(energy) + barrier - log_prior / training_tokens
+
+
+@jax.jit
+def _mean_log_density(
+    x: Float[Array, "B T d"], w_query: Array, w_key: Array, scale: float
+) -> Array:
+    sign, log_abs = log_det(x, w_query, w_key)
+    squared = jnp.sum((residual(x, w_query, w_key) / scale) ** 2, axis=-1)
+    gauss = -squared / 2 - x.shape[-1] * (jnp.log(scale) + math.log(2 * math.pi) / 2)
+    return jnp.where(jnp.all(sign > 0), jnp.mean(gauss + log_abs), -jnp.inf)
+
+
+def _write(path: Path, prior: PostHocPrior) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            np.savez(stream, **vars(prior))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path, run: Run) -> PostHocPrior:
+    shape = (run.config.model.width, run.config.model.prior_rank)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            values = {name: stored[name] for name in PostHocPrior.__dataclass_fields__}
+        for name in ("w_query", "w_key"):
+            if values[name].shape != shape or not np.all(np.isfinite(values[name])):
+                raise ValueError(f"{name} is no finite array of shape {shape}")
+        return PostHocPrior(
+            values["w_query"],
+            values["w_key"],
+            float(values["scale"]),
+            float(values["log_density"]),
+            bool(values["converged"]),
+            int(values["iterations"]),
+            int(values["tokens"]),
+        )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path}: damaged ({error}); delete it to have it fitted again") from None

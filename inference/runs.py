@@ -1,0 +1,279 @@
+"""Run directories: everything that a fit leaves behind, and how to open it again.
+
+config.toml      the configuration        checkpoints/latest  state to resume from
+data.json        corpus and vocabulary    checkpoints/best    parameters of the best validation
+metrics.jsonl    one line per report      post_hoc_prior.npz  attention prior, see post_hoc.py
+summary.json     results                  figures/            pictures and their tables
+lock             held by the process that writes
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+from jaxtyping import Array
+
+from probattn.corpora import Corpus
+from probattn.inference.checkpoints import CheckpointError, CheckpointFolder
+from probattn.inference.config import RunConfig, format_config, read_config
+from probattn.models.language_model import parameter_shapes
+from probattn.vocabulary import Vocabulary, vocabulary_from_dict
+
+_ENTRIES = (
+    "config.toml",
+    "data.json",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+    "post_hoc_prior.npz",
+    "margins.nc",
+    "figures",
+)
+
+
+class RunError(ValueError):
+    """A run directory cannot be used: the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fitted run, as `load_run` opens it.
+
+    Attributes:
+        path: its directory.
+        config: the configuration it was fitted with.
+        data: name, description, checksum and sizes of its corpus.
+        vocabulary: symbols of its tokens.
+    """
+
+    path: Path
+    config: RunConfig
+    data: Mapping[str, Any]
+    vocabulary: Vocabulary
+
+    @property
+    def step(self) -> int | None:
+        """Step at which `parameters` were saved, None before the first report."""
+        return self.best.step
+
+    @cached_property
+    def parameters(self) -> dict[str, Array]:
+        """Parameters of the best validation, by site name: a point estimate (MAP).
+
+        Raises:
+            CheckpointError: if there are none yet or they are damaged.
+        """
+        if self.step is None:
+            raise CheckpointError(
+                f"{self.path}: the fit has not reached its first report, so it has no parameters "
+                "yet; finish it with fit --resume"
+            )
+        return self.best.load(self.parameter_shapes())
+
+    def parameter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every parameter."""
+        return parameter_shapes(self.vocabulary.size, self.config.model, self.config.objective)
+
+    @property
+    def best(self) -> CheckpointFolder:
+        """Checkpoint of the best validation."""
+        return CheckpointFolder(self.path / "checkpoints" / "best")
+
+    @property
+    def latest(self) -> CheckpointFolder:
+        """Checkpoint to resume from."""
+        return CheckpointFolder(self.path / "checkpoints" / "latest")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, one per report."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        rows = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise RunError(f"{path}, line {number}: expected JSON: {error}") from None
+        return rows
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Replace metrics.jsonl, at once or not at all."""
+        write_text(self.path / "metrics.jsonl", "".join(_json_line(row) for row in rows))
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(_json_line(row))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def summary(self) -> dict[str, Any]:
+        """Results so far, by the command that made them."""
+        path = self.path / "summary.json"
+        return _read_json(path) if path.exists() else {}
+
+    def update_summary(self, **results: Any) -> None:
+        """Set results in summary.json."""
+        summary = self.summary() | results
+        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run's lock while writing to it.
+
+        Raises:
+            RunError: if another process holds it.
+        """
+        with _locked(self.path):
+            yield
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run directory for reading; parameters are loaded when they are first asked for.
+
+    Raises:
+        RunError: if the directory is no run, or its description is damaged.
+    """
+    path = Path(path)
+    if not (path / "config.toml").is_file():
+        raise RunError(f"{path}: expected a run directory, which has a config.toml")
+    config = read_config(path / "config.toml")
+    data = _read_json(path / "data.json")
+    try:
+        vocabulary = vocabulary_from_dict(data["vocabulary"])
+        described = {name: data[name] for name in _DATA_FIELDS}
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path / 'data.json'}: damaged: {error}") from None
+    return Run(path, config, described, vocabulary)
+
+
+def create_run(
+    path: str | os.PathLike[str],
+    config: RunConfig,
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+    *,
+    overwrite: bool = False,
+) -> Run:
+    """Make a run directory.
+
+    Raises:
+        RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
+    """
+    path = Path(path)
+    check_target(path, overwrite=overwrite)
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        for name in _ENTRIES:
+            entry = path / name
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        run = Run(path, config, _describe(corpus), vocabulary)
+        description = {**run.data, "vocabulary": vocabulary.to_dict()}
+        write_text(path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
+        # Last: a directory with a config.toml is a run, and must be a whole one.
+        write_text(path / "config.toml", format_config(config))
+    return run
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse a directory that a new run would damage.
+
+    Raises:
+        RunError: see `create_run`.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError(f"{path}: expected a directory for the run, got a file")
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in (*_ENTRIES, "lock"))
+    if others:
+        raise RunError(
+            f"{path}: holds {', '.join(others[:3])}, which is no part of a run; "
+            "expected a new or empty directory"
+        )
+    if (path / "config.toml").exists() and not overwrite:
+        raise RunError(
+            f"{path}: holds another run; continue it with --resume, replace it with --overwrite, "
+            "or choose another directory"
+        )
+
+
+def check_same_corpus(run: Run, corpus: Corpus) -> None:
+    """Refuse a corpus that is not the one the run was fitted on.
+
+    Raises:
+        RunError: if the checksums differ.
+    """
+    if run.data["sha256"] != corpus.sha256:
+        raise RunError(
+            f"{run.path}: was fitted on {run.data['description']} with checksum "
+            f"{run.data['sha256'][:12]}, and that source now has {corpus.sha256[:12]}; "
+            "restore the text, or start a new run"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or, after any failure, as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+_DATA_FIELDS = ("name", "description", "sha256", "train_characters", "validation_characters")
+
+
+def _describe(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "name": corpus.name,
+        "description": corpus.description,
+        "sha256": corpus.sha256,
+        "train_characters": len(corpus.train),
+        "validation_characters": len(corpus.validation),
+    }
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = filelock.FileLock(path / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunError(f"{path}: another process is writing to this run") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: is missing from the run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: damaged: expected an object, got {type(content).__name__}")
+    return content
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"

@@ -1,0 +1,136 @@
+"""Losses of a language model on a text, with or without noise on its embeddings."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from probattn.batches import Windows, windows
+from probattn.models import LanguageModelConfig
+from probattn.models.transformer import Parameters, Precision, embed, logits
+from probattn.vocabulary import Vocabulary
+
+_BATCH = 32  # windows in one call
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a text is predicted.
+
+    Attributes:
+        cross_entropy: nats per token.
+        bpc: bits per character, comparable between vocabularies.
+        tokens: predicted tokens.
+        characters: characters that they stand for.
+    """
+
+    cross_entropy: float
+    bpc: float
+    tokens: int
+    characters: int
+
+
+class Scorer:
+    """Loss of every token of a text, each predicted once from the tokens of its window.
+
+    The text is cut into windows of a block without overlap; its first token is not predicted.
+
+    Args:
+        config: size of the network.
+        vocabulary: symbols of the tokens.
+        tokens: the text, (N,), N >= 2.
+        most_tokens: if given, only that many tokens, in windows spread evenly over the text.
+        precision: of the matrix products.
+    """
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        vocabulary: Vocabulary,
+        tokens: Int[np.ndarray, " N"],
+        *,
+        most_tokens: int | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        plan = windows(len(tokens) - 1, block=config.block)
+        if most_tokens is not None and len(plan.starts) > (most := most_tokens // config.block):
+            chosen = np.linspace(0, len(plan.starts) - 1, max(most, 1)).round().astype(int)
+            plan = Windows(plan.starts[chosen], plan.length, plan.reported[chosen])
+        self.inputs = plan.take(tokens)
+        self._targets = plan.take(tokens[1:])
+        self._reported = plan.reported
+        self._characters = vocabulary.token_characters[self._targets]
+        self._losses = jax.jit(partial(_losses, heads=config.heads, precision=precision))
+
+    def score(
+        self, parameters: Parameters, *, noise: float = 0.0, rng_key: Array | None = None
+    ) -> Score:
+        """Score the text.
+
+        Args:
+            parameters: of the network.
+            noise: standard deviation of a Gaussian noise on what enters the stack.
+            rng_key: of the noise.
+        """
+        losses = self.losses(parameters, noise=noise, rng_key=rng_key)[self._reported]
+        characters = int(self._characters[self._reported].sum())
+        total = float(losses.sum(dtype=np.float64))
+        return Score(
+            cross_entropy=total / losses.size,
+            bpc=total / math.log(2) / characters,
+            tokens=losses.size,
+            characters=characters,
+        )
+
+    def losses(
+        self, parameters: Parameters, *, noise: float = 0.0, rng_key: Array | None = None
+    ) -> Float[np.ndarray, "windows T"]:
+        """Loss of every position of every window, in nats."""
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        count = len(self.inputs)
+        results = []
+        for start in range(0, count, _BATCH):
+            # The last batch is filled up with its own last window: one shape, one compilation.
+            rows = np.minimum(np.arange(start, start + _BATCH), count - 1)
+            key = jax.random.fold_in(rng_key, start)
+            results.append(
+                self._losses(parameters, self.inputs[rows], self._targets[rows], noise, key)
+            )
+        return np.concatenate([np.asarray(part) for part in results])[:count]
+
+    def embedding_rms(self, parameters: Parameters) -> float:
+        """Root mean square, per coordinate, of what enters the stack over this text."""
+        counts = np.zeros((len(parameters["token_embedding"]), self.inputs.shape[1]))
+        np.add.at(counts, (self.inputs, np.arange(self.inputs.shape[1])), self._reported)
+        tokens, positions = (
+            np.asarray(parameters[name], np.float64)
+            for name in ("token_embedding", "position_embedding")
+        )
+        positions = positions[: self.inputs.shape[1]]
+        # Sum over (symbol, position) pairs of count * |token + position|^2, without the pairs.
+        total = (
+            (counts.sum(1) * (tokens**2).sum(1)).sum()
+            + (counts.sum(0) * (positions**2).sum(1)).sum()
+            + 2 * np.einsum("vt,vd,td->", counts, tokens, positions, optimize=True)
+        )
+        return math.sqrt(total / (counts.sum() * tokens.shape[1]))
+
+
+def _losses(
+    parameters: Parameters,
+    inputs: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    noise: Float[Array, ""],
+    rng_key: Array,
+    *,
+    heads: int,
+    precision: Precision,
+) -> Float[Array, "B T"]:
+    x = embed(parameters, inputs)
+    x = x + noise * jax.random.normal(rng_key, x.shape, x.dtype)
+    predicted = logits(parameters, x, heads=heads, precision=precision)
+    return optax.softmax_cross_entropy_with_integer_labels(predicted, targets)

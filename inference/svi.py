@@ -1,0 +1,223 @@
+"""Stochastic variational inference of the language model, several steps per compiled call.
+
+A step is NumPyro's SVI step on a minibatch that is a function of (seed, step), followed by the
+check that keeps Adam from jumping over the attention barrier: a step that makes a determinant of
+its minibatch non-positive is taken back and tried again at half its size.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import optax
+from jaxtyping import Array, Bool, Float, Int
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer.initialization import init_to_sample
+from numpyro.infer.svi import SVIState
+
+from probattn.batches import random_blocks
+from probattn.inference.config import FitConfig, RunConfig
+from probattn.log_det import log_det
+from probattn.models import language_model
+from probattn.models.language_model import attention_stage
+from probattn.models.transformer import Parameters, embed
+
+_HALVINGS = 10  # after which a step is not taken at all
+
+
+class TrainState(NamedTuple):
+    """All that a fit carries from step to step.
+
+    Attributes:
+        svi: NumPyro's state: parameters, optimizer state, random key.
+        loss_sum: sum of the losses since the last report, in nats per token.
+        loss_count: how many they are.
+        rejected: steps so far of which at least one try was rejected.
+    """
+
+    svi: SVIState
+    loss_sum: Float[Array, ""]
+    loss_count: Int[Array, ""]
+    rejected: Int[Array, ""]
+
+
+class Progress(NamedTuple):
+    """Where `Trainer.advance` stopped.
+
+    Attributes:
+        step: steps done in all; smaller than asked for if a loss was not finite.
+        loss: of the last step, in nats per token.
+        finite: whether that loss is finite.
+    """
+
+    step: Int[Array, ""]
+    loss: Float[Array, ""]
+    finite: Bool[Array, ""]
+
+
+class Trainer:
+    """A language model, its guide and its optimizer, ready to take steps.
+
+    Args:
+        config: model, objective and fit.
+        tokens: training text, on the device, (N,).
+        vocabulary_size: number of symbols.
+        optimizer: any optax transformation; by default `default_optimizer(config.fit)`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokens: Int[Array, " N"],
+        vocabulary_size: int,
+        optimizer: optax.GradientTransformation | None = None,
+    ) -> None:
+        self.config = config
+        init_key, self._data_key = jax.random.split(jax.random.key(config.fit.seed))
+        sequences = tokens.shape[0] // config.model.block
+        count = sequences * config.model.block
+        model = partial(
+            language_model,
+            vocabulary_size=vocabulary_size,
+            config=config.model,
+            objective=config.objective,
+            num_sequences=sequences,
+            precision=config.fit.precision,
+        )
+        self.guide = AutoDelta(model, init_loc_fn=init_to_sample)
+        # The loss is -log joint / N: nats per token, whatever the size of the corpus.
+        self._svi = SVI(
+            numpyro.handlers.scale(model, 1 / count),
+            numpyro.handlers.scale(self.guide, 1 / count),
+            default_optimizer(config.fit) if optimizer is None else optimizer,
+            Trace_ELBO(),
+        )
+        self._tokens = tokens
+        self._init = jax.jit(lambda: self._svi.init(init_key, *self.minibatch(tokens, 0)))
+        # Compiled here, so that a rate of steps is one. Donated: the old parameters and moments
+        # make room for the new.
+        shapes = jax.eval_shape(self.init), tokens, jnp.int32(0), jnp.int32(0)
+        self._advance = jax.jit(self._run, donate_argnums=0).lower(*shapes).compile()
+
+    def init(self) -> TrainState:
+        """State before the first step: a draw from the prior."""
+        # Each a buffer of its own, since all are donated.
+        counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return TrainState(self._init(), jnp.zeros(()), *counts)
+
+    def advance(self, state: TrainState, step: int, stop: int) -> tuple[TrainState, Progress]:
+        """Take the steps from `step` to `stop`, fewer if a loss is not finite; `state` is used up.
+
+        Every length runs the same compiled code, so cutting a fit elsewhere changes no digit.
+        """
+        return self._advance(state, self._tokens, jnp.int32(step), jnp.int32(stop))
+
+    def parameters(self, state: TrainState) -> dict[str, Array]:
+        """Parameters by site name."""
+        return self._sites(self._svi.get_params(state.svi))
+
+    def minibatch(
+        self, tokens: Int[Array, " N"], step: int | Int[Array, ""]
+    ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """Inputs and targets of a step, a function of the seed and the step alone."""
+        return random_blocks(
+            jax.random.fold_in(self._data_key, step),
+            tokens,
+            batch=self.config.fit.batch,
+            block=self.config.model.block,
+        )
+
+    def _sites(self, params: dict[str, Array]) -> dict[str, Array]:
+        return self.guide.median(params)
+
+    def _run(
+        self, state: TrainState, tokens: Array, step: Array, stop: Array
+    ) -> tuple[TrainState, Progress]:
+        def body(carry: tuple[TrainState, Progress]) -> tuple[TrainState, Progress]:
+            state, progress = carry
+            state, loss = self._step(state, *self.minibatch(tokens, progress.step))
+            return state, Progress(progress.step + 1, loss, jnp.isfinite(loss))
+
+        def unfinished(carry: tuple[TrainState, Progress]) -> Array:
+            _, progress = carry
+            return (progress.step < stop) & progress.finite
+
+        start = Progress(step, jnp.zeros(()), jnp.bool_(True))
+        return jax.lax.while_loop(unfinished, body, (state, start))
+
+    def _step(self, state: TrainState, inputs: Array, targets: Array) -> tuple[TrainState, Array]:
+        svi, loss = self._svi.update(state.svi, inputs, targets)
+        rejected = jnp.bool_(False)
+        if self.config.objective.name != "ce":
+            svi, rejected = self._retreat(state.svi, svi, inputs)
+        return (
+            TrainState(
+                svi,
+                state.loss_sum + loss,
+                state.loss_count + 1,
+                state.rejected + rejected.astype(jnp.int32),
+            ),
+            loss,
+        )
+
+    def _retreat(self, old: SVIState, new: SVIState, inputs: Array) -> tuple[SVIState, Array]:
+        """Shorten a step until it makes no positive determinant of the minibatch non-positive.
+
+        A position that was infeasible before the step does not count: the relaxed barrier is
+        there to lead it back, and must be allowed to.
+        """
+        params, start = (
+            self._svi.optim.get_params(new.optim_state),
+            self._svi.optim.get_params(old.optim_state),
+        )
+        inside = partial(_inside, inputs=inputs, config=self.config)
+
+        def shorten() -> tuple[dict[str, Array], Array]:
+            before = inside(self._sites(start))
+
+            def at(scale: Array) -> dict[str, Array]:
+                return jax.tree.map(lambda a, b: a + scale * (b - a), start, params)
+
+            def crosses(trial: tuple[Array, Array]) -> Array:
+                _, scale = trial
+                return jnp.any(before & ~inside(self._sites(at(scale))))
+
+            halvings, scale = jax.lax.while_loop(
+                lambda trial: (trial[0] < _HALVINGS) & crosses(trial),
+                lambda trial: (trial[0] + 1, trial[1] / 2),
+                (0, jnp.ones(())),
+            )
+            scale = jnp.where(halvings < _HALVINGS, scale, 0.0)
+            return at(scale), halvings > 0
+
+        # Almost every step stays inside, and pays for one evaluation of the determinants.
+        params, rejected = jax.lax.cond(
+            jnp.all(inside(self._sites(params))), lambda: (params, jnp.bool_(False)), shorten
+        )
+        count, (_, moments) = new.optim_state
+        return new._replace(optim_state=(count, (params, moments))), rejected
+
+
+def default_optimizer(config: FitConfig) -> optax.GradientTransformation:
+    """Adam with linear warm-up and cosine decay to a tenth.
+
+    Not AdamW: the priors already regularise, and decoupled decay on top is not the MAP.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / max(config.warmup, 1),
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup,
+        decay_steps=config.steps,
+        end_value=config.learning_rate / 10,
+    )
+    return optax.adam(schedule, b1=0.9, b2=0.99)
+
+
+def _inside(parameters: Parameters, *, inputs: Array, config: RunConfig) -> Array:
+    """Where the determinants that carry the barrier are positive."""
+    x = embed(parameters, inputs)
+    stage = attention_stage(parameters, x, config=config.model, objective=config.objective)
+    return log_det(*stage)[0] > 0

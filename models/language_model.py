@@ -1,0 +1,162 @@
+"""A GPT language model whose token embeddings pass through the attention barrier."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Int
+
+from probattn import relaxed_barrier, residual
+from probattn.models import priors, transformer
+from probattn.models.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Size of the network.
+
+    Attributes:
+        layers: number of attention layers, each followed by an MLP.
+        heads: attention heads per layer, a divisor of width.
+        width: embedding dimensions d.
+        block: positions T that the model sees at once.
+        prior_rank: rank r of the separate attention stage that carries the barrier.
+    """
+
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    block: int = 64
+    prior_rank: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse sizes of which no network can be made."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"model.{field.name} is {value!r}: expected an integer >= 1")
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.heads is {self.heads} and model.width {self.width}: "
+                "expected heads to divide width"
+            )
+
+
+def language_model(
+    inputs: Int[Array, "B T"],
+    targets: Int[Array, "B T"] | None = None,
+    *,
+    vocabulary_size: int,
+    config: LanguageModelConfig,
+    objective: ObjectiveConfig | None = None,
+    num_sequences: int | None = None,
+    precision: transformer.Precision = "float32",
+) -> None:
+    """NumPyro model of token sequences: priors, attention factor, transformer, tokens.
+
+    Sample sites: the parameters (see `priors`), then "tokens" with one log likelihood per
+    sequence. Factor sites: "attention_barrier" and "attention_residual", minus the weighted
+    relaxed barrier and squared residual of each sequence. Plates: "layers" and "sequences".
+
+    Args:
+        inputs: symbols (B, T), T <= config.block.
+        targets: the symbol that follows each input, (B, T); None samples them.
+        vocabulary_size: number of symbols V; symbols are 0 .. V - 1.
+        config: size of the network.
+        objective: which terms to add to the likelihood; by default the likelihood alone ("ce").
+        num_sequences: sequences in the whole training set, of which the B given are a random
+            minibatch; by default B. With minibatches of a text of N tokens it is N / T, so that
+            the prior counts once.
+        precision: of the network's matrix products. The barrier is float32 at least.
+
+    Raises:
+        ValueError: if inputs are not (B, T) with T <= config.block, or targets differ in shape.
+    """
+    objective = ObjectiveConfig("ce") if objective is None else objective
+    _check(inputs, targets, config)
+    sequences = inputs.shape[0]
+    parameters = _sample_parameters(vocabulary_size, config, objective)
+    with numpyro.plate("sequences", num_sequences or sequences, subsample_size=sequences):
+        x = transformer.embed(parameters, inputs)
+        if objective.name != "ce":
+            stage = attention_stage(parameters, x, config=config, objective=objective)
+            barrier, energy = _attention_terms(*stage, objective)
+            barrier_weight, residual_weight = objective.weights
+            numpyro.factor("attention_barrier", -barrier_weight * barrier)
+            if residual_weight:
+                numpyro.factor("attention_residual", -residual_weight * energy)
+        logits = transformer.logits(parameters, x, heads=config.heads, precision=precision)
+        numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=targets)
+
+
+def parameter_shapes(
+    vocabulary_size: int, config: LanguageModelConfig, objective: ObjectiveConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter that `language_model` samples, by site name."""
+
+    def draw() -> dict[str, Array]:
+        with numpyro.handlers.seed(rng_seed=0):
+            return _sample_parameters(vocabulary_size, config, objective)
+
+    return jax.eval_shape(draw)
+
+
+def attention_stage(
+    parameters: transformer.Parameters,
+    x: Float[Array, "B T d"],
+    *,
+    config: LanguageModelConfig,
+    objective: ObjectiveConfig,
+) -> tuple[Float[Array, "... T d"], Float[Array, "*heads d r"], Float[Array, "*heads d r"]]:
+    """Arguments (x, w_query, w_key) at which the objective evaluates the attention formulas.
+
+    For the separate stage x is (B, T, d) and the matrices are (d, r); for the first layer x is
+    its normalised input (B, 1, T, d) and the matrices are (heads, d, d / heads).
+    """
+    if objective.attention == "separate":
+        return x, parameters["w_query"], parameters["w_key"]
+    normalised, w_query, w_key = transformer.first_layer(parameters, x, heads=config.heads)
+    return normalised[:, None], w_query, w_key
+
+
+def _sample_parameters(
+    vocabulary_size: int, config: LanguageModelConfig, objective: ObjectiveConfig
+) -> dict[str, Array]:
+    parameters = priors.sample_transformer(
+        vocabulary_size=vocabulary_size,
+        layers=config.layers,
+        width=config.width,
+        block=config.block,
+    )
+    if objective.trains_attention_prior:
+        parameters |= priors.sample_attention_stage(config.width, config.prior_rank)
+    return parameters
+
+
+def _attention_terms(
+    x: Float[Array, "... T d"],
+    w_query: Float[Array, "*heads d r"],
+    w_key: Float[Array, "*heads d r"],
+    objective: ObjectiveConfig,
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Barrier and ||e_t||^2 / (2 sigma^2), summed over positions and averaged over heads."""
+    barrier = relaxed_barrier(x, w_query, w_key, delta=objective.delta).sum(-1)
+    scaled = residual(x, w_query, w_key) / objective.residual_scale
+    energy = jnp.sum(scaled**2, axis=(-2, -1)) / 2  # dead code, and compiled away, if not used
+    heads = tuple(range(1, barrier.ndim))
+    return barrier.mean(heads), energy.mean(heads)
+
+
+def _check(inputs: Array, targets: Array | None, config: LanguageModelConfig) -> None:
+    if inputs.ndim != 2 or not 1 <= inputs.shape[1] <= config.block:
+        raise ValueError(
+            f"inputs have shape {inputs.shape}: expected (B, T) with 1 <= T <= block = "
+            f"{config.block}"
+        )
+    if targets is not None and targets.shape != inputs.shape:
+        raise ValueError(
+            f"targets have shape {targets.shape}: expected that of inputs, {inputs.shape}"
+        )

@@ -1,0 +1,65 @@
+"""Priors on the parameters of the language model.
+
+Every weight is Normal around zero with variance 1 / fan-in, which keeps activations of order one;
+the two projections that write into the residual stream are narrower by sqrt(2 layers), so that the
+stream's variance does not depend on depth (Radford et al. 2019); the gains of the norms are
+Normal(1, 0.1). A draw from these priors is also where `fit` starts.
+"""
+
+import math
+
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array
+
+# Standard deviation of each of the two tables whose sum enters the stack. The logits are tied to
+# the first: at width 128 they start with a standard deviation of about a half.
+EMBEDDING_SCALE = 0.05
+GAIN_SCALE = 0.1
+
+
+def attention_prior(width: int, rank: int) -> dist.Distribution:
+    """Prior of each of W_Q and W_K (width, rank) of a separate attention stage."""
+    return _normal((width, rank), scale=1 / math.sqrt(width))
+
+
+def sample_attention_stage(width: int, rank: int) -> dict[str, Array]:
+    """Sample sites w_query and w_key (width, rank) of a separate attention stage."""
+    prior = attention_prior(width, rank)
+    return {name: numpyro.sample(name, prior) for name in ("w_query", "w_key")}
+
+
+def sample_transformer(
+    *, vocabulary_size: int, layers: int, width: int, block: int
+) -> dict[str, Array]:
+    """Sample sites of the network's parameters, those of the layers stacked in plate "layers".
+
+    Returns:
+        token_embedding (vocabulary, width), position_embedding (block, width), final_norm
+        (width,), and with a leading axis of layers: attention_norm (width,), attention_in
+        (width, 3 width) in the order query, key, value, attention_out (width, width), mlp_norm
+        (width,), mlp_in (width, 4 width), mlp_out (4 width, width).
+    """
+    fan_in = 1 / math.sqrt(width)
+    into_stream = 1 / math.sqrt(2 * layers)
+    single = {
+        "token_embedding": _normal((vocabulary_size, width), scale=EMBEDDING_SCALE),
+        "position_embedding": _normal((block, width), scale=EMBEDDING_SCALE),
+        "final_norm": _normal((width,), location=1.0, scale=GAIN_SCALE),
+    }
+    per_layer = {
+        "attention_norm": _normal((width,), location=1.0, scale=GAIN_SCALE),
+        "attention_in": _normal((width, 3 * width), scale=fan_in),
+        "attention_out": _normal((width, width), scale=fan_in * into_stream),
+        "mlp_norm": _normal((width,), location=1.0, scale=GAIN_SCALE),
+        "mlp_in": _normal((width, 4 * width), scale=fan_in),
+        "mlp_out": _normal((4 * width, width), scale=fan_in / 2 * into_stream),
+    }
+    parameters = {name: numpyro.sample(name, prior) for name, prior in single.items()}
+    with numpyro.plate("layers", layers):
+        parameters |= {name: numpyro.sample(name, prior) for name, prior in per_layer.items()}
+    return parameters
+
+
+def _normal(shape: tuple[int, ...], *, location: float = 0.0, scale: float) -> dist.Distribution:
+    return dist.Normal(location, scale).expand(shape).to_event(len(shape))

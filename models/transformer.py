@@ -1,0 +1,110 @@
+"""The network: a pre-norm GPT stack as pure functions of a dictionary of parameters.
+
+Shapes: B sequences, T positions, d width, H heads, V symbols; the parameters are those that
+`priors.sample_transformer` names. Layers are unrolled, not scanned: on a CPU XLA runs the unrolled
+stack faster, and compiling a few layers takes seconds either way.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Parameters = Mapping[str, Array]
+Precision = Literal["float32", "bfloat16"]
+
+LAYER_PARAMETERS = (
+    "attention_norm",
+    "attention_in",
+    "attention_out",
+    "mlp_norm",
+    "mlp_in",
+    "mlp_out",
+)
+
+
+def embed(parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T d"]:
+    """Token plus position embedding: what enters the stack, before any norm.
+
+    Noise and margins are taken here, since a norm hides the scale of what it sees.
+    """
+    positions = parameters["position_embedding"][: tokens.shape[-1]]
+    return parameters["token_embedding"][tokens] + positions
+
+
+def logits(
+    parameters: Parameters,
+    x: Float[Array, "B T d"],
+    *,
+    heads: int,
+    precision: Precision = "float32",
+) -> Float[Array, "B T V"]:
+    """Next-symbol logits from what enters the stack; the output is tied to the token embedding.
+
+    Args:
+        parameters: see the module.
+        x: the output of `embed`, perhaps with noise, (B, T, d).
+        heads: number of attention heads, a divisor of d.
+        precision: of the matrix products; norms, softmax and logits are float32 (or wider) in any
+            case.
+
+    Returns:
+        (B, T, V), the logits of the symbol that follows each position.
+    """
+    stacked = [_unstack(parameters[name]) for name in LAYER_PARAMETERS]
+    for layer in zip(*stacked, strict=True):
+        x = _layer(dict(zip(LAYER_PARAMETERS, layer, strict=True)), x, heads, precision)
+    x = _norm(x, parameters["final_norm"])
+    return _product(x, parameters["token_embedding"].T, precision).astype(x.dtype)
+
+
+def first_layer(
+    parameters: Parameters, x: Float[Array, "B T d"], *, heads: int
+) -> tuple[Float[Array, "B T d"], Float[Array, "H d r"], Float[Array, "H d r"]]:
+    """What the first attention layer sees, and the query and key matrices of its heads.
+
+    Returns:
+        The normalised input (B, T, d), w_query and w_key (H, d, d / H).
+    """
+    width = x.shape[-1]
+    matrices = parameters["attention_in"][0, :, : 2 * width]
+    # (d, 2 d) -> (d, 2, H, d / H) -> (2, H, d, d / H)
+    w_query, w_key = matrices.reshape(width, 2, heads, width // heads).transpose(1, 2, 0, 3)
+    return _norm(x, parameters["attention_norm"][0]), w_query, w_key
+
+
+def _layer(
+    parameters: Parameters, x: Float[Array, "B T d"], heads: int, precision: Precision
+) -> Float[Array, "B T d"]:
+    sequences, length, width = x.shape
+    projected = _product(
+        _norm(x, parameters["attention_norm"]), parameters["attention_in"], precision
+    )
+    # (B, T, 3 d) -> three of (B, T, H, d / H)
+    query, key, value = jnp.split(
+        projected.reshape(sequences, length, 3 * heads, width // heads), 3, axis=2
+    )
+    attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    attended = attended.reshape(sequences, length, width)
+    x = x + _product(attended, parameters["attention_out"], precision).astype(x.dtype)
+    hidden = _product(_norm(x, parameters["mlp_norm"]), parameters["mlp_in"], precision)
+    return x + _product(jax.nn.gelu(hidden), parameters["mlp_out"], precision).astype(x.dtype)
+
+
+def _norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"]) -> Float[Array, "*batch d"]:
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+    return gain * centred * jax.lax.rsqrt(variance + 1e-5)
+
+
+def _product(x: Array, weights: Array, precision: Precision) -> Array:
+    if precision == "bfloat16":
+        x, weights = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
+    return x @ weights
+
+
+def _unstack(parameter: Float[Array, "layers ..."]) -> list[Array]:
+    # A split transposes to one concatenation; indexing would transpose to a sum of padded arrays.
+    return [jnp.squeeze(part, 0) for part in jnp.split(parameter, parameter.shape[0])]

@@ -1,0 +1,229 @@
+"""Slow oracle for the mathematics: explicit loops and dense automatic differentiation.
+
+Every function takes one sequence `x` of shape (T, d) and matrices `w_query`, `w_key` of shape
+(d, r), and follows the definition rather than the identity that makes the fast code fast: the
+Jacobian is differentiated, never assembled; the determinant is d × d, never reduced; singular
+values come from the full block. Tests and benchmarks compare the fast code with it. It is not
+exported, it does not validate, and it is meant for float64.
+
+The symbols are those of Agarwal et al. (2026), arXiv:2602.22271, with positions counted from 0:
+e_t = x_t − mu_t is the residual and D_t = ∂e_t/∂x_t the diagonal block of its Jacobian.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def attention_weights(queries, keys):
+    """Strictly causal attention weights, one softmax per row.
+
+    Args:
+        queries: shape (T, r).
+        keys: shape (T, r).
+
+    Returns:
+        Shape (T, T); entry (t, s) is alpha_ts for s < t and zero elsewhere.
+    """
+    length, rank = queries.shape
+    rows = [jnp.zeros(length, queries.dtype)]
+    for t in range(1, length):
+        logits = jnp.stack([jnp.dot(queries[t], keys[s]) / math.sqrt(rank) for s in range(t)])
+        unnormalised = jnp.exp(logits - jnp.max(logits))
+        past = unnormalised / jnp.sum(unnormalised)
+        rows.append(jnp.concatenate([past, jnp.zeros(length - t, queries.dtype)]))
+    return jnp.stack(rows)
+
+
+def residual_at(x, w_query, w_key, t):
+    """Residual e_t = x_t − sum_{s<t} alpha_ts x_s of one position, shape (d,)."""
+    if t == 0:
+        return x[0]
+    query = x[t] @ w_query
+    divisor = math.sqrt(w_query.shape[1])
+    logits = jnp.stack([jnp.dot(query, x[s] @ w_key) / divisor for s in range(t)])
+    unnormalised = jnp.exp(logits - jnp.max(logits))
+    alpha = unnormalised / jnp.sum(unnormalised)
+    mean = jnp.zeros_like(x[0])
+    for s in range(t):
+        mean = mean + alpha[s] * x[s]
+    return x[t] - mean
+
+
+def residual(x, w_query, w_key):
+    """Residuals e_t of every position, shape (T, d)."""
+    return jnp.stack([residual_at(x, w_query, w_key, t) for t in range(x.shape[0])])
+
+
+def full_jacobian(x, w_query, w_key):
+    """Jacobian of the whole map x -> e by forward differentiation, shape (T * d, T * d)."""
+    size = x.size
+    return jax.jacfwd(residual)(x, w_query, w_key).reshape(size, size)
+
+
+def log_det_total(x, w_query, w_key):
+    """Sign and log|det| of the whole Jacobian, two scalars."""
+    return jnp.linalg.slogdet(full_jacobian(x, w_query, w_key))
+
+
+def jacobian_block(x, w_query, w_key, t):
+    """Block D_t = ∂e_t/∂x_t by forward differentiation, shape (d, d)."""
+
+    def residual_of(token):
+        return residual_at(x.at[t].set(token), w_query, w_key, t)
+
+    return jax.jacfwd(residual_of)(x[t])
+
+
+def jacobian_blocks(x, w_query, w_key):
+    """Every D_t, cut from the diagonal of the whole Jacobian, shape (T, d, d)."""
+    length, width = x.shape
+    jacobian = full_jacobian(x, w_query, w_key).reshape(length, width, length, width)
+    return jnp.stack([jacobian[t, :, t, :] for t in range(length)])
+
+
+def log_det_at(x, w_query, w_key, t):
+    """Sign and log|det D_t| of one position, two scalars."""
+    return jnp.linalg.slogdet(jacobian_block(x, w_query, w_key, t))
+
+
+def log_det(x, w_query, w_key):
+    """Sign and log|det D_t| of every position, each of shape (T,)."""
+    sign, log_abs = zip(*(log_det_at(x, w_query, w_key, t) for t in range(x.shape[0])), strict=True)
+    return jnp.stack(sign), jnp.stack(log_abs)
+
+
+def reduced_block(x, w_query, w_key, t):
+    """Block R_t = I − Cov_{alpha_t}(q_s, k_s)/sqrt(r), the covariance summed term by term.
+
+    Returns:
+        Shape (r, r), the identity at positions 0 and 1.
+    """
+    rank = w_query.shape[1]
+    queries, keys = x @ w_query, x @ w_key
+    alpha = attention_weights(queries[: t + 1], keys[: t + 1])[t]
+    mean_query = jnp.zeros(rank, x.dtype)
+    mean_key = jnp.zeros(rank, x.dtype)
+    for s in range(t):
+        mean_query = mean_query + alpha[s] * queries[s]
+        mean_key = mean_key + alpha[s] * keys[s]
+    covariance = jnp.zeros((rank, rank), x.dtype)
+    for s in range(t):
+        term = jnp.outer(queries[s] - mean_query, keys[s] - mean_key)
+        covariance = covariance + alpha[s] * term
+    return jnp.eye(rank, dtype=x.dtype) - covariance / math.sqrt(rank)
+
+
+def reduced_blocks(x, w_query, w_key):
+    """Every R_t, shape (T, r, r)."""
+    return jnp.stack([reduced_block(x, w_query, w_key, t) for t in range(x.shape[0])])
+
+
+def relaxed_logarithm(z, delta):
+    """The relaxed barrier as a function of the determinant z >= −10 delta.
+
+    −log z from delta up, and below it the parabola of the same value and first two derivatives.
+    How the fast code caps the growth below −10 delta is its own affair: there is no oracle for it.
+    """
+    parabola = ((z - 2 * delta) ** 2 / delta**2 - 1) / 2 - jnp.log(delta)
+    return jnp.where(z >= delta, -jnp.log(jnp.where(z >= delta, z, delta)), parabola)
+
+
+def relaxed_barrier(x, w_query, w_key, delta=1e-3):
+    """Relaxed log-barrier of every det D_t, shape (T,); needs every det D_t >= −10 delta."""
+    blocks = [jacobian_block(x, w_query, w_key, t) for t in range(x.shape[0])]
+    return jnp.stack([relaxed_logarithm(jnp.linalg.det(block), delta) for block in blocks])
+
+
+def signed_sigma_min(matrix):
+    """Smallest singular value, with a minus sign where the determinant is not positive."""
+    sigma_min = jnp.linalg.svd(matrix, compute_uv=False)[-1]
+    return jnp.where(jnp.linalg.det(matrix) > 0, sigma_min, -sigma_min)
+
+
+def stability_margin(x, w_query, w_key, kind="sigma_min"):
+    """Margin of every position from dense blocks.
+
+    Args:
+        x: shape (T, d).
+        w_query: shape (d, r).
+        w_key: shape (d, r).
+        kind: "sigma_min" and "det" and "log_det" of D_t, or "reduced": the signed smallest
+            singular value of R_t.
+
+    Returns:
+        Shape (T,).
+    """
+    margins = []
+    for t in range(x.shape[0]):
+        if kind == "reduced":
+            margins.append(signed_sigma_min(reduced_block(x, w_query, w_key, t)))
+            continue
+        block = jacobian_block(x, w_query, w_key, t)
+        if kind == "sigma_min":
+            margins.append(signed_sigma_min(block))
+        elif kind == "det":
+            margins.append(jnp.linalg.det(block))
+        else:
+            sign, log_abs = jnp.linalg.slogdet(block)
+            margins.append(jnp.where(sign > 0, log_abs, -jnp.inf))
+    return jnp.stack(margins)
+
+
+def embedding_margin(x, w_query, w_key):
+    """First-order distance of every position to the boundary, by differentiating its margin.
+
+    Valid where the smallest singular value of D_t is simple.
+
+    Returns:
+        |margin_t| / ||∂ margin_t / ∂x||, shape (T,); +inf where the gradient is exactly zero.
+    """
+    distances = []
+    for t in range(x.shape[0]):
+
+        def margin_at(x, t=t):
+            return signed_sigma_min(jacobian_block(x, w_query, w_key, t))
+
+        margin, gradient = jax.value_and_grad(margin_at)(x)
+        slope = jnp.sqrt(jnp.sum(gradient**2))
+        distances.append(jnp.where(slope > 0, jnp.abs(margin) / slope, jnp.inf))
+    return jnp.stack(distances)
+
+
+def balanced(w_query, w_key):
+    """The matrices with the same coupling A whose Gram matrices are equal and diagonal.
+
+    With A = P S Qᵀ, its singular value decomposition, and r' = min(d, r):
+    W_K = P S^½ r'^¼ and W_Q = Q S^½ r'^¼, so that W_K W_Qᵀ/sqrt(r') = A again.
+
+    Returns:
+        (w_query, w_key), NumPy, each of shape (d, r').
+    """
+    width, rank = w_query.shape
+    left, values, right = np.linalg.svd(np.asarray(w_key) @ np.asarray(w_query).T / math.sqrt(rank))
+    kept = min(width, rank)
+    root = np.sqrt(values[:kept]) * kept**0.25
+    return right[:kept].T * root, left[:, :kept] * root
+
+
+def certificate(x, w_query, w_key):
+    """Grüss bound rho_t on the balanced reduced covariance, over all pairs of past tokens.
+
+    Returns:
+        Shape (T,), NumPy; zero at positions 0 and 1.
+    """
+    w_query, w_key = balanced(w_query, w_key)
+    queries, keys = np.asarray(x) @ w_query, np.asarray(x) @ w_key
+    rho = np.zeros(len(queries))
+    for t in range(len(queries)):
+        query_diameter = key_diameter = 0.0
+        for s in range(t):
+            for u in range(s):
+                query_distance = np.linalg.norm(queries[s] - queries[u])
+                key_distance = np.linalg.norm(keys[s] - keys[u])
+                query_diameter = max(query_diameter, query_distance)
+                key_diameter = max(key_diameter, key_distance)
+        rho[t] = query_diameter * key_diameter / (4 * math.sqrt(w_query.shape[1]))
+    return rho

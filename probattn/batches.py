@@ -1,0 +1,79 @@
+"""Blocks of a token sequence: random minibatches to fit, windows to evaluate."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
+
+
+class Windows(NamedTuple):
+    """Windows over a text, such that every position is reported exactly once.
+
+    Attributes:
+        starts: (windows,), where each window begins.
+        length: positions in each window.
+        reported: (windows, length), True where a position is this window's to report.
+    """
+
+    starts: Int[np.ndarray, " windows"]
+    length: int
+    reported: Bool[np.ndarray, "windows length"]
+
+    def take(self, tokens: Int[np.ndarray, " N"]) -> Int[np.ndarray, "windows length"]:
+        """Tokens of each window."""
+        return tokens[self.starts[:, None] + np.arange(self.length)]
+
+
+def random_blocks(
+    rng_key: PRNGKeyArray, tokens: Int[Array, " N"], *, batch: int, block: int
+) -> tuple[Int[Array, "batch block"], Int[Array, "batch block"]]:
+    """Minibatch of blocks that start at random positions, and the token that follows each input.
+
+    Args:
+        rng_key: the minibatch is a function of it, so a step's data can be drawn again.
+        tokens: (N,), N > block.
+        batch: number of blocks B.
+        block: tokens per block T.
+
+    Returns:
+        Inputs and targets, each (B, T).
+
+    Raises:
+        ValueError: if the text is not longer than a block.
+    """
+    if tokens.shape[0] <= block:
+        raise ValueError(
+            f"the text has {tokens.shape[0]} tokens: expected more than one block of {block}"
+        )
+    starts = jax.random.randint(rng_key, (batch, 1), 0, tokens.shape[0] - block)
+    blocks = tokens[starts + jnp.arange(block + 1)]
+    return blocks[:, :-1], blocks[:, 1:]
+
+
+def windows(length: int, *, block: int, stride: int | None = None) -> Windows:
+    """Windows that cover a text of any length.
+
+    The first window reports all of its positions; each later one begins `stride` further and
+    reports those that no earlier window held, so that they have at least block - stride tokens of
+    context. The last window is moved back to end with the text.
+
+    Args:
+        length: number of positions, >= 1.
+        block: positions in a window; shorter texts have one window of their length.
+        stride: distance between windows, 1 <= stride <= block; by default block, no overlap.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    stride = block if stride is None else stride
+    if length < 1:
+        raise ValueError(f"the text has {length} positions: expected at least 1")
+    if not 1 <= stride <= block:
+        raise ValueError(f"stride is {stride}: expected 1 <= stride <= block = {block}")
+    size = min(block, length)
+    starts = np.append(np.arange(0, length - size, stride), length - size)
+    ends = np.concatenate([[0], starts[:-1] + size])
+    positions = starts[:, None] + np.arange(size)
+    return Windows(starts, size, positions >= ends[:, None])
