@@ -181,10 +181,8 @@ def text_tokens(run: Run, text: str | os.PathLike[str] | None) -> tuple[np.ndarr
 
 
 def _margins(run: Run, prior: Any, tokens: np.ndarray, bar: Bar) -> tuple[MarginSummary, ...]:
-    plan = windows(len(tokens), block=run.config.model.block)
-    most = max(_MARGIN_TOKENS // plan.length, 1)
-    chosen = np.linspace(0, len(plan.starts) - 1, min(most, len(plan.starts))).round().astype(int)
-    inputs = plan.take(tokens)[chosen]
+    plan = windows(len(tokens), block=run.config.model.block).spread(_MARGIN_TOKENS)
+    inputs = plan.take(tokens)
     if inputs.shape[1] < 3:
         return ()
     summaries = []

@@ -26,39 +26,48 @@ def metric(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Val
     Raises:
         ValueError: if there are no rows, or one lacks the key or the step.
     """
-    if not rows:
-        raise ValueError(f"runs[{label!r}]: got no rows, expected the lines of a metrics.jsonl")
-    for number, row in enumerate(rows):
-        for wanted in ("step", key):
-            if wanted not in row:
-                raise ValueError(
-                    f"runs[{label!r}], row {number}: got keys {', '.join(map(str, row))}, "
-                    f"expected {wanted!r} among them"
-                )
+    _check_keys(label, rows, "step", key)
     kept = [(row["step"], row[key]) for row in rows if row[key] is not None]
     table = np.array(kept, np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
-def monitored(
+def after_the_start(steps: Values, values: Values) -> Values:
+    """Values of the last four fifths of the steps; all where there are fewer than ten."""
+    return values if len(values) < 10 else values[steps >= 0.2 * steps.max()]
+
+
+def finite_range(values: Values) -> tuple[float, float]:
+    """Smallest and largest finite value; 0 and 0 if there is none."""
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+
+
+def smallest_margins(
     label: str, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[Values, Values]]:
-    """Kind of margin -> steps and smallest margins, of the kinds that occur.
+    """Kind of margin -> steps and min_margin of the rows that have one of that kind.
 
     Raises:
-        ValueError: if there are no rows, or one lacks min_margin, or has one without its kind.
+        ValueError: if there are no rows, or one lacks min_margin or min_margin_kind.
     """
-    metric(label, rows, "min_margin")
-    metric(label, [row | {"min_margin_kind": None} for row in rows], "min_margin_kind")
-    return {}
+    _check_keys(label, rows, "min_margin", "min_margin_kind")
+    measured = [row for row in rows if row["min_margin"] is not None]
+    kinds = dict.fromkeys(row["min_margin_kind"] for row in measured)
+    return {
+        kind: metric(
+            label, [row for row in measured if row["min_margin_kind"] == kind], "min_margin"
+        )
+        for kind in kinds
+    }
 
 
 def sweep(label: str, result: Mapping[str, Sequence[float]], unit: str) -> tuple[Values, Values]:
     """Noise and bits per character of one sweep, by growing noise from 0 on.
 
     Raises:
-        ValueError: if one of the two is missing, they differ in length, the least noise is not 0, or
-            the bits per character there, which others are divided by, are not positive.
+        ValueError: if one of the two is missing, they differ in length, the least noise is not 0,
+            or the bits per character there, which divide the others, are not positive.
     """
     columns = []
     for key in (f"noise_{unit}", f"bpc_{unit}"):
@@ -135,10 +144,12 @@ def positions(name: str, values: ArrayLike, length: int) -> Positions:
 
 
 def smallest_of_each(values: Values, stride: int) -> Positions:
-    """Position of the smallest value in each stretch of `stride`; NaN only where there is no other."""
+    """Position of the smallest value in each stretch of `stride`; a NaN only where all are."""
     filled = np.where(np.isnan(values), np.inf, values)
     starts = range(0, len(values), stride)
-    return np.array([start + np.argmin(filled[start : start + stride]) for start in starts], np.intp)
+    return np.array(
+        [start + np.argmin(filled[start : start + stride]) for start in starts], np.intp
+    )
 
 
 def above_an_edge(values: Values) -> Values:
@@ -159,9 +170,10 @@ def colour_limits(values: Values) -> tuple[float, float]:
 
 
 def cumulative(name: str, values: ArrayLike) -> tuple[Values, Values]:
-    """Empirical distribution function at the finite values: them, ascending, and the fraction <= it.
+    """Empirical distribution function at the finite values.
 
-    NaN counts for nothing; -inf counts below all, +inf above.
+    Returns them in ascending order, and the fraction of all that is not above each. NaN
+    counts for nothing; -inf counts below all, +inf above.
 
     Raises:
         ValueError: if this is no vector, or has no finite value.
@@ -173,3 +185,15 @@ def cumulative(name: str, values: ArrayLike) -> tuple[Values, Values]:
     if not finite.any():
         raise ValueError(f"{name}: got {len(array)} margins, none finite, expected at least one")
     return ordered[finite], fraction[finite]
+
+
+def _check_keys(label: str, rows: Sequence[Mapping[str, Any]], *keys: str) -> None:
+    if not rows:
+        raise ValueError(f"runs[{label!r}]: got no rows, expected the lines of a metrics.jsonl")
+    for number, row in enumerate(rows):
+        for key in keys:
+            if key not in row:
+                raise ValueError(
+                    f"runs[{label!r}], row {number}: got keys {', '.join(map(str, row))}, "
+                    f"expected {key!r} among them"
+                )

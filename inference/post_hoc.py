@@ -28,7 +28,7 @@ from probattn.inference.runs import Run, RunError, check_same_corpus
 from probattn.models.priors import attention_prior
 from probattn.models.transformer import embed
 
-_WINDOWS = 128  # of training text, spread evenly over it
+_TOKENS = 8192  # of training text, in windows spread evenly over it
 _MOST_ITERATIONS = 1000
 _PATIENCE = 20  # iterations that together must improve by _TOLERANCE nats per token
 _TOLERANCE = 1e-3
@@ -72,11 +72,9 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
     tokens = run.vocabulary.encode(corpus.train)
-    plan = windows(len(tokens), block=run.config.model.block)
-    chosen = np.linspace(0, len(plan.starts) - 1, min(_WINDOWS, len(plan.starts)))
-    inputs = plan.take(tokens)[chosen.round().astype(int)]
+    plan = windows(len(tokens), block=run.config.model.block).spread(_TOKENS)
     prior = fit_attention_prior(
-        embed(run.parameters, jnp.asarray(inputs)),
+        embed(run.parameters, jnp.asarray(plan.take(tokens))),
         rank=run.config.model.prior_rank,
         training_tokens=len(tokens),
         seed=run.config.fit.seed,

@@ -35,7 +35,6 @@ _ENTRIES = (
     "summary.json",
     "checkpoints",
     "post_hoc_prior.npz",
-    "margins.nc",
     "figures",
 )
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from probattn.batches import Windows, windows
+from probattn.batches import batched_rows, windows
 from probattn.models import LanguageModelConfig
 from probattn.models.transformer import Parameters, Precision, embed, logits
 from probattn.vocabulary import Vocabulary
@@ -57,9 +57,8 @@ class Scorer:
         precision: Precision = "float32",
     ) -> None:
         plan = windows(len(tokens) - 1, block=config.block)
-        if most_tokens is not None and len(plan.starts) > (most := most_tokens // config.block):
-            chosen = np.linspace(0, len(plan.starts) - 1, max(most, 1)).round().astype(int)
-            plan = Windows(plan.starts[chosen], plan.length, plan.reported[chosen])
+        if most_tokens is not None:
+            plan = plan.spread(most_tokens)
         self.inputs = plan.take(tokens)
         self._targets = plan.take(tokens[1:])
         self._reported = plan.reported
@@ -93,10 +92,8 @@ class Scorer:
         rng_key = jax.random.key(0) if rng_key is None else rng_key
         count = len(self.inputs)
         results = []
-        for start in range(0, count, _BATCH):
-            # The last batch is filled up with its own last window: one shape, one compilation.
-            rows = np.minimum(np.arange(start, start + _BATCH), count - 1)
-            key = jax.random.fold_in(rng_key, start)
+        for number, rows in enumerate(batched_rows(count, _BATCH)):
+            key = jax.random.fold_in(rng_key, number)
             results.append(
                 self._losses(parameters, self.inputs[rows], self._targets[rows], noise, key)
             )

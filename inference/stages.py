@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from probattn import certificate, embedding_margin, infeasible, log_det, stability_margin
+from probattn.batches import batched_rows
 from probattn.inference.post_hoc import PostHocPrior
 from probattn.inference.runs import Run
 from probattn.models.transformer import Parameters, embed, first_layer
@@ -69,12 +70,14 @@ def stages(run: Run, prior: PostHocPrior) -> Iterator[Stage]:
 def stage_margins(run: Run, stage: Stage, inputs: Int[np.ndarray, "windows T"]) -> StageMargins:
     """Margins, log determinants and certificates of a stage over windows of tokens."""
     measure = jax.jit(partial(_measure, normalised=stage.normalised, heads=run.config.model.heads))
-    parts = []
-    for start in range(0, len(inputs), _BATCH):
-        # The last batch is filled up with the last window: one shape, one compilation.
-        rows = np.minimum(np.arange(start, start + _BATCH), len(inputs) - 1)
-        parts.append(measure(run.parameters, inputs[rows], stage.w_query, stage.w_key))
-    fields = [np.concatenate([np.asarray(x) for x in part])[: len(inputs)] for part in zip(*parts)]
+    parts = [
+        measure(run.parameters, inputs[rows], stage.w_query, stage.w_key)
+        for rows in batched_rows(len(inputs), _BATCH)
+    ]
+    fields = [
+        np.concatenate([np.asarray(piece) for piece in pieces])[: len(inputs)]
+        for pieces in zip(*parts, strict=True)
+    ]
     return StageMargins(stage.label, *fields)
 
 

@@ -22,7 +22,7 @@ class LanguageModelConfig:
         layers: number of attention layers, each followed by an MLP.
         heads: attention heads per layer, a divisor of width.
         width: embedding dimensions d.
-        block: positions T that the model sees at once.
+        block: positions T that the model sees at once, at least 3: the first two have no margin.
         prior_rank: rank r of the separate attention stage that carries the barrier.
     """
 
@@ -36,8 +36,9 @@ class LanguageModelConfig:
         """Refuse sizes of which no network can be made."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"model.{field.name} is {value!r}: expected an integer >= 1")
+            least = 3 if field.name == "block" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"model.{field.name} is {value!r}: expected an integer >= {least}")
         if self.width % self.heads:
             raise ValueError(
                 f"model.heads is {self.heads} and model.width {self.width}: "

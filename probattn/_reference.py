@@ -10,11 +10,21 @@ The symbols are those of Agarwal et al. (2026), arXiv:2602.22271, with positions
 e_t = x_t − mu_t is the residual and D_t = ∂e_t/∂x_t the diagonal block of its Jacobian.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def weights_of(query, keys):
+    """Softmax of the logits of one query, a list of as many scalars as there are keys."""
+    logits = [jnp.dot(query, key) / math.sqrt(query.size) for key in keys]
+    largest = functools.reduce(jnp.maximum, logits)
+    unnormalised = [jnp.exp(logit - largest) for logit in logits]
+    total = sum(unnormalised)
+    return [weight / total for weight in unnormalised]
 
 
 def attention_weights(queries, keys):
@@ -27,40 +37,44 @@ def attention_weights(queries, keys):
     Returns:
         Shape (T, T); entry (t, s) is alpha_ts for s < t and zero elsewhere.
     """
-    length, rank = queries.shape
-    rows = [jnp.zeros(length, queries.dtype)]
-    for t in range(1, length):
-        logits = jnp.stack([jnp.dot(queries[t], keys[s]) / math.sqrt(rank) for s in range(t)])
-        unnormalised = jnp.exp(logits - jnp.max(logits))
-        past = unnormalised / jnp.sum(unnormalised)
-        rows.append(jnp.concatenate([past, jnp.zeros(length - t, queries.dtype)]))
+    queries, keys = list(queries), list(keys)
+    zero = jnp.zeros((), queries[0].dtype)
+    rows = [jnp.stack([zero] * len(keys))]
+    for t in range(1, len(queries)):
+        past = weights_of(queries[t], keys[:t])
+        rows.append(jnp.stack([*past, *[zero] * (len(keys) - t)]))
     return jnp.stack(rows)
 
 
-def residual_at(x, w_query, w_key, t):
-    """Residual e_t = x_t − sum_{s<t} alpha_ts x_s of one position, shape (d,)."""
-    if t == 0:
-        return x[0]
-    query = x[t] @ w_query
-    divisor = math.sqrt(w_query.shape[1])
-    logits = jnp.stack([jnp.dot(query, x[s] @ w_key) / divisor for s in range(t)])
-    unnormalised = jnp.exp(logits - jnp.max(logits))
-    alpha = unnormalised / jnp.sum(unnormalised)
-    mean = jnp.zeros_like(x[0])
-    for s in range(t):
-        mean = mean + alpha[s] * x[s]
-    return x[t] - mean
+def residual_of(token, past, w_query, w_key):
+    """Residual of one token given its past: e_t = x_t − sum_{s<t} alpha_ts x_s.
+
+    Args:
+        token: x_t, shape (d,).
+        past: list of the x_s, s < t.
+        w_query: shape (d, r).
+        w_key: shape (d, r).
+
+    Returns:
+        Shape (d,).
+    """
+    if not past:
+        return token
+    alpha = weights_of(token @ w_query, [earlier @ w_key for earlier in past])
+    return token - sum(weight * earlier for weight, earlier in zip(alpha, past, strict=True))
 
 
 def residual(x, w_query, w_key):
     """Residuals e_t of every position, shape (T, d)."""
-    return jnp.stack([residual_at(x, w_query, w_key, t) for t in range(x.shape[0])])
+    tokens = list(x)
+    return jnp.stack(
+        [residual_of(tokens[t], tokens[:t], w_query, w_key) for t in range(len(tokens))]
+    )
 
 
 def full_jacobian(x, w_query, w_key):
     """Jacobian of the whole map x -> e by forward differentiation, shape (T * d, T * d)."""
-    size = x.size
-    return jax.jacfwd(residual)(x, w_query, w_key).reshape(size, size)
+    return jax.jacfwd(residual)(x, w_query, w_key).reshape(x.size, x.size)
 
 
 def log_det_total(x, w_query, w_key):
@@ -70,11 +84,8 @@ def log_det_total(x, w_query, w_key):
 
 def jacobian_block(x, w_query, w_key, t):
     """Block D_t = ∂e_t/∂x_t by forward differentiation, shape (d, d)."""
-
-    def residual_of(token):
-        return residual_at(x.at[t].set(token), w_query, w_key, t)
-
-    return jax.jacfwd(residual_of)(x[t])
+    tokens = list(x)
+    return jax.jacfwd(residual_of)(tokens[t], tokens[:t], w_query, w_key)
 
 
 def jacobian_blocks(x, w_query, w_key):
@@ -102,18 +113,19 @@ def reduced_block(x, w_query, w_key, t):
         Shape (r, r), the identity at positions 0 and 1.
     """
     rank = w_query.shape[1]
-    queries, keys = x @ w_query, x @ w_key
-    alpha = attention_weights(queries[: t + 1], keys[: t + 1])[t]
-    mean_query = jnp.zeros(rank, x.dtype)
-    mean_key = jnp.zeros(rank, x.dtype)
-    for s in range(t):
-        mean_query = mean_query + alpha[s] * queries[s]
-        mean_key = mean_key + alpha[s] * keys[s]
-    covariance = jnp.zeros((rank, rank), x.dtype)
-    for s in range(t):
-        term = jnp.outer(queries[s] - mean_query, keys[s] - mean_key)
-        covariance = covariance + alpha[s] * term
-    return jnp.eye(rank, dtype=x.dtype) - covariance / math.sqrt(rank)
+    identity = jnp.eye(rank, dtype=x.dtype)
+    if t == 0:
+        return identity
+    queries, keys = list(x @ w_query), list(x @ w_key)
+    query, queries, keys = queries[t], queries[:t], keys[:t]
+    alpha = weights_of(query, keys)
+    mean_query = sum(weight * query for weight, query in zip(alpha, queries, strict=True))
+    mean_key = sum(weight * key for weight, key in zip(alpha, keys, strict=True))
+    covariance = sum(
+        weight * jnp.outer(query - mean_query, key - mean_key)
+        for weight, query, key in zip(alpha, queries, keys, strict=True)
+    )
+    return identity - covariance / math.sqrt(rank)
 
 
 def reduced_blocks(x, w_query, w_key):
@@ -131,10 +143,22 @@ def relaxed_logarithm(z, delta):
     return jnp.where(z >= delta, -jnp.log(jnp.where(z >= delta, z, delta)), parabola)
 
 
+def determinant(matrix):
+    """Determinant by Laplace expansion, for d <= 6 or so.
+
+    Unlike `jnp.linalg.det`, whose derivative is wrong at diag(0, 1), it is a polynomial to
+    automatic differentiation too.
+    """
+    if matrix.shape == (1, 1):
+        return matrix[0, 0]
+    minors = [jnp.delete(matrix[1:], j, axis=1) for j in range(len(matrix))]
+    return sum((-1) ** j * matrix[0, j] * determinant(minor) for j, minor in enumerate(minors))
+
+
 def relaxed_barrier(x, w_query, w_key, delta=1e-3):
     """Relaxed log-barrier of every det D_t, shape (T,); needs every det D_t >= −10 delta."""
     blocks = [jacobian_block(x, w_query, w_key, t) for t in range(x.shape[0])]
-    return jnp.stack([relaxed_logarithm(jnp.linalg.det(block), delta) for block in blocks])
+    return jnp.stack([relaxed_logarithm(determinant(block), delta) for block in blocks])
 
 
 def signed_sigma_min(matrix):

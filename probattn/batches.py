@@ -1,5 +1,6 @@
 """Blocks of a token sequence: random minibatches to fit, windows to evaluate."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,12 @@ class Windows(NamedTuple):
     def take(self, tokens: Int[np.ndarray, " N"]) -> Int[np.ndarray, "windows length"]:
         """Tokens of each window."""
         return tokens[self.starts[:, None] + np.arange(self.length)]
+
+    def spread(self, most_tokens: int) -> "Windows":
+        """At most that many positions (but one window), in windows spread evenly over the text."""
+        most = min(max(most_tokens // self.length, 1), len(self.starts))
+        chosen = np.linspace(0, len(self.starts) - 1, most).round().astype(int)
+        return Windows(self.starts[chosen], self.length, self.reported[chosen])
 
 
 def random_blocks(
@@ -77,3 +84,12 @@ def windows(length: int, *, block: int, stride: int | None = None) -> Windows:
     ends = np.concatenate([[0], starts[:-1] + size])
     positions = starts[:, None] + np.arange(size)
     return Windows(starts, size, positions >= ends[:, None])
+
+
+def batched_rows(count: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
+    """Indices of rows in batches of one size, the last filled up with the last row.
+
+    One size is one compilation; what is computed of the filling is to be cut off after `count`.
+    """
+    for start in range(0, count, size):
+        yield np.minimum(np.arange(start, start + size), count - 1)
