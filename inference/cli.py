@@ -203,14 +203,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
-    commands = Annotated[Fit, tyro.conf.subcommand("fit", default=_fit_defaults(arguments))]
-    for name, kind in (
-        ("evaluate", Evaluate),
-        ("margins", Margins),
-        ("generate", Generate),
-        ("demo", Demo),
-    ):
-        commands = commands | Annotated[kind, tyro.conf.subcommand(name)]
+    commands: Any = (
+        Annotated[Fit, tyro.conf.subcommand("fit", default=_fit_defaults(arguments))]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Margins, tyro.conf.subcommand("margins")]
+        | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Demo, tyro.conf.subcommand("demo")]
+    )
     # tyro frames its messages and spreads them over lines; a script wants one.
     stderr = io.StringIO()
     try:
@@ -275,8 +274,9 @@ def _fail(error: BaseException, *, status: int) -> int:
 def _print_evaluations(console: Console, results: Mapping[str, Any], *, heads: bool = True) -> None:
     first = next(iter(results.values()))
     table = Table(title=f"{first.text}", title_justify="left")
-    for name, justify in (("", "left"), *((label, "right") for label in results)):
-        table.add_column(name, justify=justify)
+    table.add_column("")
+    for label in results:
+        table.add_column(label, justify="right")
     columns = [_evaluation_rows(result) for result in results.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     for name in names:

@@ -87,8 +87,9 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     entries["training text"] = Line2D([], [], color="0.3", **_TRAINING)
     entries["validation text"] = Line2D([], [], color="0.3")
     low, high = data.finite_range(np.concatenate(late))
-    if curves.dataLim.y1 > (top := high + 0.1 * (high - low)):
-        curves.set_ylim(low - 0.05 * (top - low), top)
+    room = max(0.1 * (high - low), 0.02 * high)
+    if curves.dataLim.y1 > high + room:
+        curves.set_ylim(low - room, high + room)
     dress(curves, 0 if kinds else None, "optimizer step", "bits per character")
     for number, (panel, kind) in enumerate(zip(panels, kinds, strict=True), start=1):
         dress(panel, number, "optimizer step", f"smallest margin\n({drawable(kind)})")

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from probattn.inference.evaluate import EvaluateResult, NoisePoint
 from probattn.inference.runs import Run
 from probattn.inference.token_margins import TextMargins, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def comparison_figures(
@@ -68,7 +72,7 @@ def margin_figures(margins: TextMargins, folder: Path) -> list[Path]:
     ]
 
 
-def _save(folder: Path, figures: Mapping[str, object]) -> list[Path]:
+def _save(folder: Path, figures: Mapping[str, "Figure"]) -> list[Path]:
     from probattn.inference import plots
 
     paths = []

@@ -188,7 +188,7 @@ class Trainer:
             halvings, scale = jax.lax.while_loop(
                 lambda trial: (trial[0] < _HALVINGS) & crosses(trial),
                 lambda trial: (trial[0] + 1, trial[1] / 2),
-                (0, jnp.ones(())),
+                (jnp.int32(0), jnp.ones(())),
             )
             scale = jnp.where(halvings < _HALVINGS, scale, 0.0)
             return at(scale), halvings > 0

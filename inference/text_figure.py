@@ -26,7 +26,7 @@ from probattn.inference.text_layout import RETURN_MARK, Piece, TextLayout, lay_o
 _COLUMNS, _MAX_ROWS = 88, 100
 _TYPE = 9.0  # points
 _COLUMN = 0.602 * _TYPE / 72  # inches: DejaVu Sans Mono is 0.602 em wide
-_ROW = 1.55 * _TYPE / 72
+_ROW = 1.75 * _TYPE / 72
 _HEAD, _FOOT = 0.06, 0.5  # inches above the text, and below it for the colour bar and the caption
 
 
@@ -35,7 +35,7 @@ def text_by_margin(
     tokens: Sequence[str],
     margin: ArrayLike,
     *,
-    support: Sequence[int],
+    support: ArrayLike,
     label: str,
     max_characters: int = 1200,
 ) -> Figure:
@@ -48,7 +48,7 @@ def text_by_margin(
     Args:
         tokens: the text of each token, N of them.
         margin: its margin, shape (N,); NaN and infinities are allowed.
-        support: positions of the support tokens.
+        support: positions of the support tokens, shape (k,).
         label: whose margin it is, and of which kind.
         max_characters: of the text to draw, from its start.
 
@@ -107,7 +107,7 @@ def text_by_margin(
 def _draw_cells(page: Axes, pieces: Iterable[Piece], faces: NDArray[np.float64]) -> None:
     pieces = list(pieces)
     cells = PolyCollection(
-        [_corners(piece) for piece in pieces],
+        [_corners(piece, 0.38) for piece in pieces],
         facecolors=[tuple(faces[piece.token]) for piece in pieces],
         edgecolors="white",
         linewidths=0.4,
@@ -117,18 +117,16 @@ def _draw_cells(page: Axes, pieces: Iterable[Piece], faces: NDArray[np.float64])
 
 
 def _draw_boxes(page: Axes, pieces: Iterable[Piece]) -> None:
-    pieces = list(pieces)
-    for name, colour, linewidth in (("halo", "white", 3.4), ("support", SUPPORT_COLOUR, 1.8)):
-        boxes = PolyCollection(
-            [_corners(piece) for piece in pieces],
-            facecolors="none",
-            edgecolors=colour,
-            linewidths=linewidth,
-            clip_on=False,
-            zorder=4,
-            gid=name,
-        )
-        page.add_collection(boxes, autolim=False)
+    boxes = PolyCollection(
+        [_corners(piece, 0.47) for piece in pieces],
+        facecolors="none",
+        edgecolors=SUPPORT_COLOUR,
+        linewidths=2.0,
+        clip_on=False,
+        zorder=4,
+        gid="support",
+    )
+    page.add_collection(boxes, autolim=False)
 
 
 def _draw_characters(page: Axes, pieces: Iterable[Piece], faces: NDArray[np.float64]) -> None:
@@ -139,7 +137,7 @@ def _draw_characters(page: Axes, pieces: Iterable[Piece], faces: NDArray[np.floa
             if character != " ":
                 page.text(
                     piece.column + offset + 0.5,
-                    piece.row + 0.7,
+                    piece.row + 0.68,
                     character,
                     color=ink,
                     family=MONO,
@@ -150,9 +148,10 @@ def _draw_characters(page: Axes, pieces: Iterable[Piece], faces: NDArray[np.floa
                 )
 
 
-def _corners(piece: Piece) -> list[tuple[float, float]]:
+def _corners(piece: Piece, above: float) -> list[tuple[float, float]]:
+    """Rectangle of a piece that reaches so far above and below the middle of its row."""
     left, right = piece.column, piece.column + len(piece.text)
-    top, bottom = piece.row, piece.row + 1
+    top, bottom = piece.row + 0.5 - above, piece.row + 0.5 + above
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 

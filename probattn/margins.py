@@ -249,11 +249,13 @@ def _smallest_singular_value(
 
     # The basis is a constant of the derivative: differentiating through it is NaN where the past
     # has no spread, and wrong while it has fewer than r + 1 tokens. u^T dD v needs no more.
-    low_rank = jnp.broadcast_arrays(lax.stop_gradient(covariance), lax.stop_gradient(w_scaled))
+    low_rank = tuple(
+        jnp.broadcast_arrays(lax.stop_gradient(covariance), lax.stop_gradient(w_scaled))
+    )
     if 2 * rank < d:
         basis, _ = jnp.linalg.qr(jnp.concatenate(low_rank, axis=-1))
         basis_t = jnp.swapaxes(basis, -1, -2)
-        low_rank = [jnp.matmul(basis_t, factor, precision=_HIGHEST) for factor in low_rank]
+        low_rank = tuple(jnp.matmul(basis_t, factor, precision=_HIGHEST) for factor in low_rank)
     product = jnp.matmul(low_rank[0], jnp.swapaxes(low_rank[1], -1, -2), precision=_HIGHEST)
     u, size, v = _last_singular_triple(jnp.eye(product.shape[-1], dtype=x.dtype) - product)
     if 2 * rank < d:

@@ -1,0 +1,120 @@
+"""Cost of a step of `fit` against the same network, loss and optimizer written without NumPyro."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
+from harness import compare
+
+from probattn import log_det, relaxed_barrier
+from probattn.batches import random_blocks
+from probattn.inference.config import RunConfig
+from probattn.inference.svi import Trainer, default_optimizer
+from probattn.models import LanguageModelConfig, ObjectiveConfig, language_model
+from probattn.models.transformer import embed, logits
+
+VOCABULARY, TOKENS = 65, 1_000_000
+STEPS = 20  # in one call, as `fit` makes several
+
+
+def svi_step(rounds: int) -> dict[str, Any]:
+    """Ratio of a step of the trainer to the hand-written one, for objectives ce and margin."""
+    results = {}
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, TOKENS, dtype=np.int32))
+    for name in ("ce", "margin"):
+        config = RunConfig(model=LanguageModelConfig(), objective=ObjectiveConfig(name))
+        results[name] = compare(
+            {
+                "hand-written": _hand_written(config, tokens),
+                "probattn": _trainer(config, tokens),
+            },
+            rounds=rounds,
+        )
+    return results
+
+
+def _trainer(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:
+    trainer = Trainer(config, tokens, VOCABULARY)
+    state = trainer.init()
+
+    def run() -> Any:
+        nonlocal state
+        state, progress = trainer.advance(state, 0, STEPS)
+        return progress
+
+    return run
+
+
+def _hand_written(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:
+    """The step as a practitioner would write it, with the priors' densities by hand."""
+    model, fit, objective = config.model, config.fit, config.objective
+    with numpyro.handlers.seed(rng_seed=0):
+        inputs = jnp.zeros((1, model.block), jnp.int32)
+        trace = numpyro.handlers.trace(language_model).get_trace(
+            inputs, vocabulary_size=VOCABULARY, config=model, objective=objective
+        )
+    sites = {
+        name: site
+        for name, site in trace.items()
+        if site["type"] == "sample" and not site["is_observed"] and name != "tokens"
+    }
+    params = {name: site["value"] for name, site in sites.items()}
+    priors = {}
+    for name, site in sites.items():
+        normal = site["fn"]
+        while hasattr(normal, "base_dist"):
+            normal = normal.base_dist
+        priors[name] = float(normal.loc.flat[0]), float(normal.scale.flat[0])
+    weight, _ = objective.weights
+    optimizer = default_optimizer(fit)
+
+    def inside(params: Any, inputs: jax.Array) -> jax.Array:
+        return log_det(embed(params, inputs), params["w_query"], params["w_key"])[0] > 0
+
+    def loss(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        x = embed(params, inputs)
+        predicted = logits(params, x, heads=model.heads)
+        value = optax.softmax_cross_entropy_with_integer_labels(predicted, targets).mean()
+        if weight:
+            barrier = relaxed_barrier(x, params["w_query"], params["w_key"], objective.delta)
+            value += weight * barrier.mean()
+        log_prior = sum(
+            jnp.sum(
+                -(((params[name] - location) / scale) ** 2) / 2
+                - math.log(scale)
+                - math.log(2 * math.pi) / 2
+            )
+            for name, (location, scale) in priors.items()
+        )
+        return value - log_prior / TOKENS
+
+    def step(number: jax.Array, carry: Any) -> Any:
+        params, moments, _ = carry
+        key = jax.random.fold_in(jax.random.key(0), number)
+        inputs, targets = random_blocks(key, tokens, batch=fit.batch, block=model.block)
+        value, gradient = jax.value_and_grad(loss)(params, inputs, targets)
+        updates, moments = optimizer.update(gradient, moments, params)
+        trial = optax.apply_updates(params, updates)
+        if weight:  # the check that the trainer makes, without the retreat that it rarely needs
+            ok = jnp.all(inside(trial, inputs))
+            trial = jax.lax.cond(ok, lambda: trial, lambda: params)
+        return trial, moments, value
+
+    @jax.jit
+    def advance(params: Any, moments: Any) -> Any:
+        return jax.lax.fori_loop(0, STEPS, step, (params, moments, jnp.zeros(())))
+
+    state = params, optimizer.init(params)
+
+    def run() -> Any:
+        nonlocal state
+        params, moments, value = advance(*state)
+        state = params, moments
+        return value
+
+    return run
