@@ -15,7 +15,6 @@ import numpyro
 import optax
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
-from numpyro.infer.initialization import init_to_sample
 
 import probattn as pa
 from probattn.models import LanguageModelConfig, ObjectiveConfig, language_model
@@ -48,7 +47,7 @@ def minibatch(step):
     return blocks[:, :-1], blocks[:, 1:]
 
 
-guide = AutoDelta(model, init_loc_fn=init_to_sample)
+guide = AutoDelta(model)
 # The loss in nats per token instead of nats per text.
 per_token = partial(numpyro.handlers.scale, scale=1 / len(tokens))
 svi = SVI(per_token(model), per_token(guide), optax.adam(3e-3), Trace_ELBO())

@@ -24,8 +24,8 @@ from probattn.inference.text_layout import legible
 SINGLE, DOUBLE = 3.4, 7.0  # widths of a figure, in inches
 DPI = 200
 SANS, MONO = "DejaVu Sans", "DejaVu Sans Mono"  # both come with Matplotlib
+TYPE_SIZE = 8
 SUPPORT_COLOUR = "#D55E00"
-_LEGEND_SIZE = 8
 
 # Okabe and Ito (2008), ordered so that neighbours differ in grey as well.
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#D55E00", "#56B4E9", "#009E73")
@@ -39,14 +39,14 @@ styled = style.context(
         "default",
         {
             "font.family": SANS,
-            "font.size": 8,
+            "font.size": TYPE_SIZE,
             "axes.linewidth": 0.6,
-            "axes.titlesize": 8,
+            "axes.titlesize": TYPE_SIZE,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "legend.frameon": False,
-            "legend.fontsize": _LEGEND_SIZE,
-            "legend.title_fontsize": _LEGEND_SIZE,
+            "legend.fontsize": TYPE_SIZE,
+            "legend.title_fontsize": TYPE_SIZE,
         },
     ]
 )
@@ -109,25 +109,13 @@ def mark_boundary(axes: Axes, along: Literal["x", "y"]) -> dict[str, Artist]:
 
 def add_legend(figure: Figure, entries: Mapping[str, Artist], *, title: str = "") -> None:
     """A title and a legend above the panels, in as many columns as fit the figure's width."""
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    type_ = font_manager.FontProperties(family=SANS, size=_LEGEND_SIZE)
-
-    def width(text: str) -> float:
-        return renderer.get_text_width_height_descent(text, type_, False)[0] / figure.dpi
-
-    def fit(text: str, room: float) -> str:
-        text = drawable(text)
-        if width(text) <= room:
-            return text
-        return textwrap.fill(text, max(1, int(len(text) * room / width(text))))
-
     room, handle = figure.get_figwidth() - 0.1, 0.55  # inches; the handle with the space around it
-    labels = [fit(label, room - handle) for label in entries]
-    widest = max(width(line) for label in labels for line in label.splitlines() or [""])
+    labels = [fitted(label, room - handle) for label in entries]
+    widest = max(_width(line) for label in labels for line in label.splitlines() or [""])
     legend = figure.legend(
         list(entries.values()),
         labels,
-        title=fit(title, room),
+        title=fitted(title, room),
         loc="outside upper center",
         ncols=max(1, min(len(labels), int(room / (handle + widest)))),
         columnspacing=1.4,
@@ -137,6 +125,20 @@ def add_legend(figure: Figure, entries: Mapping[str, Artist], *, title: str = ""
     )
     for text in [*legend.get_texts(), legend.get_title()]:
         text.set_parse_math(False)
+
+
+def fitted(text: str, room: float) -> str:
+    """A label in 8-point type broken into lines of at most `room` inches; see `drawable`."""
+    text = drawable(text)
+    width = _width(text)
+    return text if width <= room else textwrap.fill(text, max(1, int(len(text) * room / width)))
+
+
+def _width(text: str) -> float:
+    """Width of a label, in inches."""
+    type_ = font_manager.FontProperties(family=SANS, size=TYPE_SIZE)
+    canvas = FigureCanvasAgg(Figure((1, 1), dpi=DPI))
+    return canvas.get_renderer().get_text_width_height_descent(text, type_, False)[0] / DPI
 
 
 @cache

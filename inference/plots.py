@@ -19,6 +19,7 @@ from probattn.inference.figure_style import (
     DOUBLE,
     SINGLE,
     SUPPORT_COLOUR,
+    TYPE_SIZE,
     add_legend,
     drawable,
     dress,
@@ -193,7 +194,7 @@ def margin_along_text(
     panels[-1].set_xlabel("position in the text (tokens)")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supylabel(
-        "margin" if stride == 1 else f"smallest margin of each {stride} tokens", size=8
+        "margin" if stride == 1 else f"smallest margin of each {stride} tokens", size=TYPE_SIZE
     )
     add_legend(figure, entries, title=title or "")
     return figure

@@ -28,10 +28,11 @@ from probattn.inference.runs import Run, RunError, check_same_corpus
 from probattn.models.priors import attention_prior
 from probattn.models.transformer import embed
 
-_TOKENS = 8192  # of training text, in windows spread evenly over it
+_TOKENS = 4096  # of training text, in windows spread evenly over it
 _MOST_ITERATIONS = 1000
+_MEMORY = 20
 _PATIENCE = 20  # iterations that together must improve by _TOLERANCE nats per token
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-2
 _DELTA = 1e-6  # where the barrier is relaxed, for the line search; the result is checked
 
 
@@ -107,7 +108,7 @@ def fit_attention_prior(
     keys = jax.random.split(jax.random.key(seed))
     prior = attention_prior(width, rank)
     params = tuple(prior.sample(key).astype(x.dtype) for key in keys)
-    optimizer = optax.lbfgs()
+    optimizer = optax.lbfgs(memory_size=_MEMORY)
     state = optimizer.init(params)
 
     @jax.jit

@@ -15,7 +15,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
-from numpyro.infer.initialization import init_to_sample
 from numpyro.infer.svi import SVIState
 
 from probattn.batches import random_blocks
@@ -87,7 +86,7 @@ class Trainer:
             num_sequences=sequences,
             precision=config.fit.precision,
         )
-        self.guide = AutoDelta(model, init_loc_fn=init_to_sample)
+        self.guide = AutoDelta(model)
         # The loss is -log joint / N: nats per token, whatever the size of the corpus.
         self._svi = SVI(
             numpyro.handlers.scale(model, 1 / count),
@@ -103,7 +102,7 @@ class Trainer:
         self._advance = jax.jit(self._run, donate_argnums=0).lower(*shapes).compile()
 
     def init(self) -> TrainState:
-        """State before the first step: a draw from the prior."""
+        """State before the first step: the median of a few draws from the prior."""
         # Each a buffer of its own, since all are donated.
         counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         return TrainState(self._init(), jnp.zeros(()), *counts)

@@ -1,6 +1,6 @@
 """A picture of a text, every token on a background that tells its margin."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -16,7 +16,7 @@ from probattn.inference.figure_style import (
     DOUBLE,
     MONO,
     SUPPORT_COLOUR,
-    drawable,
+    fitted,
     glyphs,
     new_figure,
     styled,
@@ -27,7 +27,7 @@ _COLUMNS, _MAX_ROWS = 88, 100
 _TYPE = 9.0  # points
 _COLUMN = 0.602 * _TYPE / 72  # inches: DejaVu Sans Mono is 0.602 em wide
 _ROW = 1.75 * _TYPE / 72
-_HEAD, _FOOT = 0.06, 0.5  # inches above the text, and below it for the colour bar and the caption
+_HEAD, _BAR, _LINE = 0.06, 0.36, 0.15  # inches: above the text, colour bar, line of its label
 
 
 @styled
@@ -78,25 +78,27 @@ def text_by_margin(
     faces = np.asarray(scale.to_rgba(np.ma.masked_where(np.isnan(drawn), drawn)))
 
     width, height = _COLUMNS * _COLUMN, layout.rows * _ROW
-    total = _HEAD + height + _FOOT
+    bar_label = fitted(f"margin ({label})", width)
+    foot = _BAR + _LINE * len(bar_label.splitlines())
+    total = _HEAD + height + foot
     figure = new_figure(DOUBLE, total)
     left = (DOUBLE - width) / 2 / DOUBLE
-    page = figure.add_axes((left, _FOOT / total, width / DOUBLE, height / total))
+    page = figure.add_axes((left, foot / total, width / DOUBLE, height / total))
     page.set(xlim=(0, _COLUMNS), ylim=(layout.rows, 0))
     page.set_axis_off()
     _draw_cells(page, layout.pieces, faces)
     _draw_characters(page, layout.pieces, faces)
     _draw_boxes(page, [piece for piece in layout.pieces if piece.token in boxed])
 
-    bar = figure.add_axes((left, 0.38 / total, 2.4 / DOUBLE, 0.09 / total))
+    bar = figure.add_axes((left, (foot - 0.14) / total, 2.4 / DOUBLE, 0.09 / total))
     ends = {(False, False): "neither", (True, False): "min", (False, True): "max"}
     beyond = bool((drawn < low).any()), bool((drawn > high).any())
     figure.colorbar(scale, cax=bar, orientation="horizontal", extend=ends.get(beyond, "both"))
     bar.tick_params(labelsize=7, length=2, width=0.6, pad=1.5)
-    bar.set_xlabel(f"margin ({drawable(label)})", labelpad=1, parse_math=False)
+    bar.set_xlabel(bar_label, loc="left", labelpad=1, parse_math=False)
     figure.text(
         1 - left,
-        0.42 / total,
+        (foot - 0.08) / total,
         _caption(layout, boxed.tolist(), bool(np.isnan(drawn).any())),
         ha="right",
         va="top",
@@ -104,8 +106,7 @@ def text_by_margin(
     return figure
 
 
-def _draw_cells(page: Axes, pieces: Iterable[Piece], faces: NDArray[np.float64]) -> None:
-    pieces = list(pieces)
+def _draw_cells(page: Axes, pieces: Sequence[Piece], faces: NDArray[np.float64]) -> None:
     cells = PolyCollection(
         [_corners(piece, 0.38) for piece in pieces],
         facecolors=[tuple(faces[piece.token]) for piece in pieces],
@@ -116,7 +117,7 @@ def _draw_cells(page: Axes, pieces: Iterable[Piece], faces: NDArray[np.float64])
     page.add_collection(cells, autolim=False)
 
 
-def _draw_boxes(page: Axes, pieces: Iterable[Piece]) -> None:
+def _draw_boxes(page: Axes, pieces: Sequence[Piece]) -> None:
     boxes = PolyCollection(
         [_corners(piece, 0.47) for piece in pieces],
         facecolors="none",
@@ -129,7 +130,7 @@ def _draw_boxes(page: Axes, pieces: Iterable[Piece]) -> None:
     page.add_collection(boxes, autolim=False)
 
 
-def _draw_characters(page: Axes, pieces: Iterable[Piece], faces: NDArray[np.float64]) -> None:
+def _draw_characters(page: Axes, pieces: Sequence[Piece], faces: NDArray[np.float64]) -> None:
     """Each by itself: advances are rounded to pixels, and a line of type drifts from its cells."""
     for piece in pieces:
         ink = "black" if _luminance(faces[piece.token]) > 0.18 else "white"

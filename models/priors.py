@@ -1,9 +1,11 @@
 """Priors on the parameters of the language model.
 
-Every weight is Normal around zero with variance 1 / fan-in, which keeps activations of order one;
-the two projections that write into the residual stream are narrower by sqrt(2 layers), so that the
-stream's variance does not depend on depth (Radford et al. 2019); the gains of the norms are
-Normal(1, 0.1). A draw from these priors is also where `fit` starts.
+Weights are Normal around zero, three times as wide as the draw that a deep network would start
+from: 1 / sqrt(fan-in), which keeps activations of order one, and narrower by sqrt(2 layers) for
+the two projections that write into the residual stream, so that its variance does not depend on
+depth (Radford et al. 2019). NumPyro's default start, the median of 15 draws from the prior, is a
+third as wide as the prior, and so is just that draw. Priors as narrow as the start itself cost
+0.09 nats per character on Tiny Shakespeare. Gains of the norms are Normal(1, 0.1).
 """
 
 import math
@@ -12,9 +14,10 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array
 
-# Standard deviation of each of the two tables whose sum enters the stack. The logits are tied to
-# the first: at width 128 they start with a standard deviation of about a half.
-EMBEDDING_SCALE = 0.05
+WIDTH = 3.0  # of the priors, in units of the start
+# Start of each of the two tables whose sum enters the stack. The logits are tied to the first: at
+# width 128 they start with a standard deviation of about a half.
+EMBEDDING_START = 0.05
 GAIN_SCALE = 0.1
 
 
@@ -40,11 +43,12 @@ def sample_transformer(
         (width, 3 width) in the order query, key, value, attention_out (width, width), mlp_norm
         (width,), mlp_in (width, 4 width), mlp_out (4 width, width).
     """
-    fan_in = 1 / math.sqrt(width)
+    fan_in = WIDTH / math.sqrt(width)
+    embedding = WIDTH * EMBEDDING_START
     into_stream = 1 / math.sqrt(2 * layers)
     single = {
-        "token_embedding": _normal((vocabulary_size, width), scale=EMBEDDING_SCALE),
-        "position_embedding": _normal((block, width), scale=EMBEDDING_SCALE),
+        "token_embedding": _normal((vocabulary_size, width), scale=embedding),
+        "position_embedding": _normal((block, width), scale=embedding),
         "final_norm": _normal((width,), location=1.0, scale=GAIN_SCALE),
     }
     per_layer = {

@@ -1,25 +1,47 @@
 """Text corpora: where training and validation text come from, and the checksum that names them."""
 
 import hashlib
-import http.client
 import importlib
-import io
 import os
 import platform
-import tempfile
-import urllib.request
-import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from probattn.download import Archive, DataError, one_line, read_archive
 from probattn.vocabulary import parse_tokenizer
 
+__all__ = [
+    "NAMED_SOURCES",
+    "WIKITEXT_2",
+    "Corpus",
+    "DataConfig",
+    "DataError",
+    "load_corpus",
+    "read_text",
+]
+
 NAMED_SOURCES = ("pydoc", "wikitext-2")
-_TIMEOUT_SECONDS = 30.0
 
-
-class DataError(ValueError):
-    """A corpus cannot be had: the message is one line that says why and what to do."""
+WIKITEXT_2 = Archive(
+    name="wikitext-2",
+    url="https://wikitext.smerity.com/wikitext-2-raw-v1.zip",  # the first author's own copy
+    size=4_721_645,
+    sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+    folder="wikitext-2-raw",
+    files=(
+        (
+            "wiki.train.raw",
+            10_940_747,
+            "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57",
+        ),
+        (
+            "wiki.valid.raw",
+            1_146_846,
+            "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
+        ),
+    ),
+)
+"""WikiText-2, raw characters: its training text, then its validation text."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +160,7 @@ def load_corpus(config: DataConfig, *, cache_dir: Path | None = None) -> Corpus:
         description = f"language reference of Python {platform.python_version()}"
     elif config.source == "wikitext-2":
         name, description = "wikitext-2", "WikiText-2, raw characters, CC BY-SA"
-        text, validation = _read_archive(WIKITEXT_2, cache_dir)
+        text, validation = (_decode(data, name) for data in read_archive(WIKITEXT_2, cache_dir))
     else:
         name, description = Path(config.source).name, f"file {config.source}"
         try:
@@ -179,37 +201,28 @@ def read_text(path: str | os.PathLike[str]) -> str:
         DataError: if there is no such file, it cannot be read, is a directory, is empty, or is not
             UTF-8 (the message gives the byte offset).
     """
-    return _decode(_read_bytes(path), path)
-
-
-def _read_bytes(path: str | os.PathLike[str]) -> bytes:
-    shown = str(path)
     try:
-        expanded = Path(path).expanduser()
-        if expanded.is_dir():
-            raise DataError(f"{shown!r}: got a directory, expected a UTF-8 text file")
-        return expanded.read_bytes()
+        data = Path(path).expanduser().read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{shown!r}: no such file, expected a UTF-8 text file") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~ without a home
-        raise DataError(f"{shown!r}: cannot be read: {_one_line(error)}") from None
-    except ValueError as error:  # a NUL inside the path
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{shown!r}: not a path: {_one_line(error)}") from None
+        raise DataError(f"{str(path)!r}: no such file, expected a UTF-8 text file") from None
+    except IsADirectoryError:
+        raise DataError(f"{str(path)!r}: got a directory, expected a UTF-8 text file") from None
+    except (OSError, RuntimeError, ValueError) as error:  # ~ without a home; a NUL in the path
+        raise DataError(f"{str(path)!r}: cannot be read: {one_line(error)}") from None
+    return _decode(data, path)
 
 
-def _decode(data: bytes, path: str | os.PathLike[str]) -> str:
+def _decode(data: bytes, origin: object) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{str(path)!r}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
+            f"{str(origin)!r}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
             "convert the file to UTF-8"
         ) from None
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if not text:
-        raise DataError(f"{str(path)!r}: got an empty file, expected a UTF-8 text file")
+        raise DataError(f"{str(origin)!r}: got an empty file, expected a UTF-8 text file")
     return text
 
 
@@ -222,154 +235,3 @@ def _python_reference() -> str:
             "file as data.source"
         ) from None
     return "\n".join(topics[key] for key in sorted(topics))
-
-
-@dataclass(frozen=True)
-class _Archive:
-    """A zip archive on the web, and the two files of it that are used.
-
-    `files` lists (name inside `folder`, bytes, SHA-256): the training text, then the validation
-    text. The checksums are pinned, so the host need not be trusted.
-    """
-
-    name: str
-    url: str
-    size: int
-    sha256: str
-    folder: str
-    files: tuple[tuple[str, int, str], ...]
-
-
-WIKITEXT_2 = _Archive(
-    name="wikitext-2",
-    url="https://wikitext.smerity.com/wikitext-2-raw-v1.zip",  # the first author's own copy
-    size=4_721_645,
-    sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
-    folder="wikitext-2-raw",
-    files=(
-        (
-            "wiki.train.raw",
-            10_940_747,
-            "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57",
-        ),
-        (
-            "wiki.valid.raw",
-            1_146_846,
-            "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
-        ),
-    ),
-)
-
-
-def _read_archive(archive: _Archive, cache_dir: Path | None) -> tuple[str, str]:
-    """Training and validation text of an archive, downloaded where that is allowed."""
-    shared = os.environ.get("PROBATTN_DATA") if cache_dir is None else None
-    root = Path(shared) if shared else cache_dir or _user_cache()
-    names = [name for name, _, _ in archive.files]
-    for folder in (root / archive.folder, root):
-        if all((folder / name).is_file() for name in names):
-            break
-    else:
-        if shared:
-            raise DataError(
-                f"{archive.name}: PROBATTN_DATA={shared!r} holds no {' and '.join(names)}; put "
-                "them there, or unset it to have them downloaded"
-            )
-        folder = root / archive.folder
-        _store(folder, _unpack(archive, _download(archive, folder)))
-    train, validation = (
-        _decode(_verified(_read_bytes(folder / name), size, digest, folder / name), folder / name)
-        for name, size, digest in archive.files
-    )
-    return train, validation
-
-
-def _user_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):  # the XDG specification has relative values ignored
-        return Path(base) / "probattn"
-    try:
-        return Path.home() / ".cache" / "probattn"
-    except RuntimeError:
-        raise DataError(
-            "no home directory to keep downloads in: set XDG_CACHE_HOME to a directory"
-        ) from None
-
-
-def _download(archive: _Archive, folder: Path) -> bytes:
-    # The host answers urllib's default User-Agent with status 403.
-    request = urllib.request.Request(archive.url, headers={"User-Agent": "probattn"})
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-            data = response.read(archive.size + 1)
-    except (OSError, http.client.HTTPException) as error:
-        raise DataError(
-            f"{archive.name}: cannot download {archive.url} ({_one_line(error)}); put "
-            f"{' and '.join(name for name, _, _ in archive.files)} in {str(folder)!r}, or set "
-            "PROBATTN_DATA to the directory that holds them, or give the path of another UTF-8 "
-            "text file as data.source"
-        ) from None
-    return _verified(data, archive.size, archive.sha256, archive.url)
-
-
-def _verified(data: bytes, size: int, digest: str, origin: object) -> bytes:
-    """The data, if it is of the pinned size and checksum."""
-    if len(data) > size:
-        raise DataError(f"{str(origin)!r}: got more than the expected {size} bytes; do not use it")
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise DataError(
-            f"{str(origin)!r}: got {len(data)} bytes with SHA-256 {found}, expected {size} bytes "
-            f"with {digest}; delete a damaged copy, or give another text's path as data.source"
-        )
-    return data
-
-
-def _unpack(archive: _Archive, data: bytes) -> dict[str, bytes]:
-    """The archive's two files, by name. No name from inside the archive becomes a path."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as unpacked:
-            for name in unpacked.namelist():
-                if "\\" in name or name.startswith("/") or ".." in PurePosixPath(name).parts:
-                    raise DataError(
-                        f"{archive.url!r}: the archive has the unsafe name {name!r}; do not use it"
-                    )
-            contents = {}
-            for name, size, digest in archive.files:
-                member = f"{archive.folder}/{name}"
-                declared = unpacked.getinfo(member).file_size
-                if declared != size:  # before reading: a small archive can unpack to terabytes
-                    raise DataError(
-                        f"{archive.url!r}: {member} has {declared} bytes, expected {size}; do not "
-                        "use it"
-                    )
-                contents[name] = _verified(unpacked.read(member), size, digest, member)
-            return contents
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise DataError(
-            f"{archive.url!r}: not the expected zip archive: {_one_line(error)}"
-        ) from None
-
-
-def _store(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write files so that a failure or an interrupt leaves each whole or absent."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in contents.items():
-            descriptor, partial = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(data)
-                os.replace(partial, folder / name)
-            except BaseException:
-                os.unlink(partial)
-                raise
-    except OSError as error:
-        raise DataError(
-            f"{str(folder)!r}: cannot keep the downloaded files there: {_one_line(error)}; set "
-            "XDG_CACHE_HOME to a directory that can be written"
-        ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
