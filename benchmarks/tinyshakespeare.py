@@ -16,7 +16,7 @@ from pathlib import Path
 from harness import environment
 from scipy.stats import t
 
-from probattn.inference import evaluate, fit, read_config
+from probattn.inference import fit, read_config
 from probattn.models import ObjectiveConfig
 
 HERE = Path(__file__).parent
@@ -49,32 +49,19 @@ for seed in range(options.seeds):
         )
         out = options.runs / f"{name}-{seed}"
         result = fit(config, out, resume=(out / "config.toml").exists(), progress=True)
-        evaluation = evaluate(result.run)
         losses[name].append(result.validation_cross_entropy)
+        rows = result.metrics
         details.append(
             {
                 "objective": name,
                 "seed": seed,
                 "validation_cross_entropy": result.validation_cross_entropy,
-                "rejected_steps": result.metrics[-1]["rejected_steps"],
-                "tokens_per_s": result.metrics[-1]["tokens_per_s"],
-                "embedding_rms": evaluation.embedding_rms,
-                "degradation_absolute": {
-                    f"{point.sigma:g}": point.degradation for point in evaluation.noise_absolute
-                },
-                "degradation_relative": {
-                    f"{point.relative:g}": point.degradation for point in evaluation.noise_relative
-                },
-                "margins": {
-                    summary.label: {
-                        "smallest": summary.quantiles[0.0],
-                        "median": summary.quantiles[0.5],
-                        "mean_log_det": summary.mean_log_det,
-                        "infeasible_fraction": summary.infeasible_fraction,
-                    }
-                    for summary in evaluation.margins
-                },
-                "post_hoc_converged": evaluation.post_hoc_converged,
+                "best_step": result.run.step,
+                "rejected_steps": rows[-1]["rejected_steps"],
+                "embedding_rms": rows[-1]["embedding_rms"],
+                "min_margin": rows[-1]["min_margin"],
+                "min_margin_kind": rows[-1]["min_margin_kind"],
+                "infeasible_fraction": rows[-1]["infeasible_fraction"],
             }
         )
         print(f"{name} seed {seed}: {result.validation_cross_entropy:.4f}", flush=True)

@@ -110,8 +110,8 @@ def evaluate(
     Args:
         run: from `load_run` or `fit`.
         text: UTF-8 file to evaluate on, by default the run's validation text.
-        noise_absolute: standard deviations of noise, in the embedding's unit.
-        noise_relative: standard deviations in units of the embedding's root mean square.
+        noise_absolute: standard deviations of noise, in the embedding's unit; 0 is always added.
+        noise_relative: standard deviations in units of the embedding's root mean square, likewise.
         seed: of the noise.
         progress: show progress bars.
 
@@ -123,6 +123,9 @@ def evaluate(
         for level in levels:
             if not (level >= 0 and math.isfinite(level)):
                 raise ValueError(f"{name}: got {level}, expected finite numbers >= 0")
+    noise_absolute, noise_relative = (
+        sorted({0.0, *levels}) for levels in (noise_absolute, noise_relative)
+    )
     tokens, name = text_tokens(run, text)
     prior = post_hoc_prior(run, progress=progress)
     scorer = Scorer(run.config.model, run.vocabulary, tokens)

@@ -15,6 +15,7 @@ import optax
 from probattn.corpora import Corpus, DataError, load_corpus
 from probattn.inference.checkpoints import named_leaves, with_leaves
 from probattn.inference.config import RunConfig, differences
+from probattn.inference.interrupts import Interrupted, deferred_interrupts
 from probattn.inference.monitor import Monitor
 from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.runs import (
@@ -84,6 +85,7 @@ def fit(
         ValueError: if the text is unusable, `out` holds something else, or the configuration is
             not the run's (the subclasses DataError, RunError and CheckpointError say which).
         FitError: if the loss is not finite any more.
+        Interrupted: on SIGINT or SIGTERM, after the state was saved.
     """
     out = Path(out)
     if resume and overwrite:
@@ -142,13 +144,14 @@ class _Loop:
             self._restore()
         rows = [row for row in run.metrics() if row["step"] <= self.step]
         run.write_metrics(rows)
+        self._shown: dict[str, str] = {}
         self._best = min((row["validation_cross_entropy"] for row in rows), default=math.inf)
 
     def go(self, bar: Bar) -> None:
         """Take all steps that are left."""
         fit = self.run.config.fit
         calls = 1
-        try:
+        with deferred_interrupts() as interrupted:
             while self.step < fit.steps:
                 stop = min(
                     self.step + calls,
@@ -156,34 +159,31 @@ class _Loop:
                     _next_multiple(self.step, fit.checkpoint_every),
                     fit.steps,
                 )
+                done = stop - self.step
                 seconds = self._advance(stop, bar)
-                per_step = seconds / max(stop - self.step, 1)
-                bar.update(stop - self.step)
-                self.step = stop
-                calls = max(1, min(2 * calls, round(_CALL_SECONDS / max(per_step, 1e-9))))
+                bar.update(done)
+                calls = max(1, min(2 * calls, round(_CALL_SECONDS * done / max(seconds, 1e-9))))
                 last = stop == fit.steps
                 if last or stop % fit.eval_every == 0:
                     self._report(bar)
-                if last or stop % fit.checkpoint_every == 0:
+                if last or stop % fit.checkpoint_every == 0 or interrupted():
                     self._save()
-        except KeyboardInterrupt:
-            self._save()
-            raise
+                if interrupted() and not last:
+                    raise Interrupted(interrupted())
 
     def _advance(self, stop: int, bar: Bar) -> float:
-        started = time.perf_counter()
+        started, steps = time.perf_counter(), stop - self.step
         self._state, progress = self._trainer.advance(self._state, self.step, stop)
+        self.step = stop
         finite = bool(progress.finite)
         seconds = time.perf_counter() - started
         self._seconds += seconds
         if not finite:
             self._fail(int(progress.step), f"the loss is {float(progress.loss)}")
         fit = self.run.config.fit
-        rate = (stop - self.step) * fit.batch * self.run.config.model.block / seconds
+        rate = steps * fit.batch * self.run.config.model.block / seconds
         bar.show(loss=f"{float(progress.loss):.3f}", tokens=f"{rate:,.0f}/s", **self._shown)
         return seconds
-
-    _shown: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
 
     def _report(self, bar: Bar) -> None:
         """Score training and validation text, note it, keep the parameters if they are best."""

@@ -275,4 +275,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+    return json.dumps(row, allow_nan=False) + "\n"

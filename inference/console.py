@@ -1,0 +1,108 @@
+"""Results as a terminal shows them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from probattn.inference.evaluate import EvaluateResult
+from probattn.inference.generate import Generated
+from probattn.inference.token_margins import TextMargins
+
+_NEAR = 0.1  # margins below it are coloured
+
+
+def print_evaluations(
+    screen: Console, results: Mapping[str, EvaluateResult], *, heads: bool = True
+) -> None:
+    """One table with a column per run.
+
+    Args:
+        screen: where to print.
+        results: by label, at least one.
+        heads: whether to show the heads of the first layer.
+    """
+    table = Table(title=next(iter(results.values())).text, title_justify="left")
+    table.add_column("")
+    for label in results:
+        table.add_column(label, justify="right")
+    columns = [_evaluation_rows(result) for result in results.values()]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        if heads or not name.startswith("layer"):
+            table.add_row(name, *(column.get(name, "-") for column in columns))
+    screen.print(table)
+    for label, result in results.items():
+        if not result.post_hoc_converged:
+            screen.print(f"{label}: the fit of the post-hoc attention prior did not come to rest")
+
+
+def print_margins(screen: Console, margins: TextMargins) -> None:
+    """One table with a row per attention stage."""
+    table = Table(title=f"margins of {_printable(margins.name)} (sigma_min)", title_justify="left")
+    table.add_column("stage")
+    for name in ("smallest", "1 % quantile", "median", "certified", "support token"):
+        table.add_column(name, justify="right")
+    inner = margins.position >= 2
+    for stage in margins.stages:
+        weakest = int(np.argmin(np.where(inner, stage.margin, np.inf)))
+        before = "".join(margins.tokens[max(weakest - 12, 0) : weakest])
+        quantiles = np.quantile(stage.margin[inner], [0, 0.01, 0.5])
+        table.add_row(
+            stage.label,
+            *(f"{value:.3f}" for value in quantiles),
+            f"{100 * np.mean(stage.certificate[inner] < 1):.1f} %",
+            Text(f"{margins.tokens[weakest]!r} after {before!r}"),
+        )
+    screen.print(table)
+
+
+def print_generated(screen: Console, result: Generated) -> None:
+    """The prompt in bold and its continuation, coloured by margin."""
+    text = Text(_printable(result.prompt), style="bold")
+    for token, margin in zip(result.tokens, result.margin, strict=True):
+        style = "red" if margin < 0 else "yellow" if margin < _NEAR else ""
+        text.append(_printable(token), style=style)
+    screen.print(text)
+    weakest = int(result.margin.argmin())
+    screen.print()
+    screen.print(
+        Text(
+            f"margins (sigma_min, post hoc): smallest {result.margin[weakest]:.3f} at generated "
+            f"token {weakest}, {result.tokens[weakest]!r}; red is below 0, yellow below {_NEAR}"
+        )
+    )
+
+
+def print_paths(screen: Console, paths: Sequence[Path]) -> None:
+    """A line per file written."""
+    for path in paths:
+        screen.print(Text(f"wrote {path}"), soft_wrap=True)
+
+
+def _evaluation_rows(result: EvaluateResult) -> dict[str, str]:
+    rows = {
+        "bits per character": f"{result.bpc:.3f}",
+        "embedding RMS": f"{result.embedding_rms:.4f}",
+    }
+    for point in result.noise_absolute:
+        if point.sigma:
+            rows[f"x clean, noise {point.sigma:g}"] = f"{point.degradation:.3f}"
+    for point in result.noise_relative:
+        if point.sigma:
+            rows[f"x clean, noise {point.relative:g} RMS"] = f"{point.degradation:.3f}"
+    for summary in result.margins:
+        rows[f"{summary.label}: smallest margin"] = f"{summary.quantiles[0.0]:.3f}"
+        rows[f"{summary.label}: median margin"] = f"{summary.quantiles[0.5]:.3f}"
+        rows[f"{summary.label}: infeasible"] = f"{100 * summary.infeasible_fraction:.2f} %"
+    return rows
+
+
+def _printable(text: str) -> str:
+    """Text without characters that would steer a terminal."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
