@@ -1,6 +1,6 @@
 """Fit a language model with `probattn.inference.fit` and draw the margins of a text.
 
-    python examples/fit_and_inspect.py [--steps 300] [--out runs/inspect]
+    python examples/fit_and_inspect.py [--steps 300] [--width 64] [--out runs/inspect]
 
 Prints bits per character and the support token, and leaves the run and its figures in --out.
 """
@@ -17,11 +17,12 @@ from probattn.models import LanguageModelConfig, ObjectiveConfig
 
 parser = argparse.ArgumentParser(description="fit a language model and inspect its margins")
 parser.add_argument("--steps", type=int, default=300)
+parser.add_argument("--width", type=int, default=64)
 parser.add_argument("--out", type=Path, default=Path("runs/inspect"))
 options = parser.parse_args()
 
 config = RunConfig(
-    model=LanguageModelConfig(layers=2, heads=2, width=64, block=64, prior_rank=8),
+    model=LanguageModelConfig(layers=2, heads=2, width=options.width, block=64, prior_rank=8),
     objective=ObjectiveConfig("margin"),
     fit=FitConfig(steps=options.steps, warmup=options.steps // 10, eval_every=100),
 )

@@ -1,6 +1,6 @@
 """Fit `language_model` by MAP with NumPyro's own SVI and AutoDelta, and nothing of probattn's.
 
-    python examples/fit_map.py [--steps 300]
+    python examples/fit_map.py [--steps 300] [--width 64]
 
 Prints the loss in nats per token and a stability margin at the end.
 """
@@ -21,7 +21,8 @@ from probattn.models import LanguageModelConfig, ObjectiveConfig, language_model
 
 parser = argparse.ArgumentParser(description="fit language_model by MAP with NumPyro alone")
 parser.add_argument("--steps", type=int, default=300)
-steps = parser.parse_args().steps
+parser.add_argument("--width", type=int, default=64)
+options = parser.parse_args()
 
 # Text: Python's own language reference, one symbol per character.
 text = "\n".join(topics[name] for name in sorted(topics))
@@ -29,7 +30,7 @@ symbols = sorted(set(text))
 index = {symbol: number for number, symbol in enumerate(symbols)}
 tokens = jnp.array([index[character] for character in text])
 
-config = LanguageModelConfig(layers=2, heads=2, width=64, block=64, prior_rank=8)
+config = LanguageModelConfig(layers=2, heads=2, width=options.width, block=64, prior_rank=8)
 batch, block = 12, config.block
 model = partial(
     language_model,
@@ -61,7 +62,7 @@ def ten_steps(state, start):
     )
 
 
-for start in range(0, steps, 10):
+for start in range(0, options.steps, 10):
     state, losses = ten_steps(state, start)
     if start % 100 == 0:
         print(f"step {start:5d}  loss {losses.mean():.3f} nats per token")

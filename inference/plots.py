@@ -226,6 +226,6 @@ def margin_distribution(margins: Mapping[str, ArrayLike]) -> Figure:
         entries[f"{label} (min {ordered[0]:.3g}{note})"] = line
     axes.set_yscale("log")
     axes.set_ylim(top=1.3)
-    dress(axes, None, "margin", "fraction of tokens at or below")
+    dress(axes, None, "margin of a token", "cumulative fraction")
     add_legend(figure, entries | mark_boundary(axes, "x"))
     return figure

@@ -6,8 +6,6 @@ density of its embeddings, with the model's prior on W_Q and W_K, fitted once an
 """
 
 import math
-import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +22,7 @@ from probattn import log_det, relaxed_barrier, residual
 from probattn.batches import windows
 from probattn.corpora import load_corpus
 from probattn.inference.progress import progress_bar
-from probattn.inference.runs import Run, RunError, check_same_corpus
+from probattn.inference.runs import Run, RunError, check_same_corpus, replacing
 from probattn.models.priors import attention_prior
 from probattn.models.transformer import embed
 
@@ -81,8 +79,8 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
         seed=run.config.fit.seed,
         progress=progress,
     )
-    with run.lock():
-        _write(path, prior)
+    with run.lock(), replacing(path) as stream:
+        np.savez(stream, **vars(prior))
     return prior
 
 
@@ -162,17 +160,6 @@ def _mean_log_density(
     squared = jnp.sum((residual(x, w_query, w_key) / scale) ** 2, axis=-1)
     gauss = -squared / 2 - x.shape[-1] * (jnp.log(scale) + math.log(2 * math.pi) / 2)
     return jnp.where(jnp.all(sign > 0), jnp.mean(gauss + log_abs), -jnp.inf)
-
-
-def _write(path: Path, prior: PostHocPrior) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            np.savez(stream, **vars(prior))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read(path: Path, run: Run) -> PostHocPrior:

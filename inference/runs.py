@@ -9,14 +9,15 @@ lock             held by the process that writes
 
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 import jax
@@ -194,7 +195,8 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         return
     if not path.is_dir():
         raise RunError(f"{path}: expected a directory for the run, got a file")
-    others = sorted(entry.name for entry in path.iterdir() if entry.name not in (*_ENTRIES, "lock"))
+    names = (re.sub(r"^\.(.+)\.[0-9a-f]{8}$", r"\1", entry.name) for entry in path.iterdir())
+    others = sorted(name for name in names if name not in (*_ENTRIES, "lock"))
     if others:
         raise RunError(
             f"{path}: holds {', '.join(others[:3])}, which is no part of a run; "
@@ -222,17 +224,24 @@ def check_same_corpus(run: Run, corpus: Corpus) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or, after any failure, as it was."""
+    """Write a text file so that it is there whole or, after any failure, as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with replacing(path) as stream:
+        stream.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write that takes its name only when it is whole."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("xb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

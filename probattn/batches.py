@@ -27,7 +27,7 @@ class Windows(NamedTuple):
         return tokens[self.starts[:, None] + np.arange(self.length)]
 
     def spread(self, most_tokens: int) -> "Windows":
-        """At most that many positions (but one window), in windows spread evenly over the text."""
+        """Windows that hold at most that many positions, and one at least, spread evenly."""
         most = min(max(most_tokens // self.length, 1), len(self.starts))
         chosen = np.linspace(0, len(self.starts) - 1, most).round().astype(int)
         return Windows(self.starts[chosen], self.length, self.reported[chosen])
@@ -48,11 +48,15 @@ def random_blocks(
         Inputs and targets, each (B, T).
 
     Raises:
-        ValueError: if the text is not longer than a block.
+        ValueError: if batch or block is below 1, or the text is not longer than a block.
     """
-    if tokens.shape[0] <= block:
+    if batch < 1 or block < 1:
+        raise ValueError(f"batch is {batch} and block {block}: expected both >= 1")
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 1 or tokens.shape[0] <= block:
         raise ValueError(
-            f"the text has {tokens.shape[0]} tokens: expected more than one block of {block}"
+            f"tokens have shape {tokens.shape}: expected (N,) with N > block = {block}; "
+            "give a longer text or a smaller block"
         )
     starts = jax.random.randint(rng_key, (batch, 1), 0, tokens.shape[0] - block)
     blocks = tokens[starts + jnp.arange(block + 1)]
@@ -74,9 +78,11 @@ def windows(length: int, *, block: int, stride: int | None = None) -> Windows:
     Raises:
         ValueError: if an argument is out of range.
     """
-    stride = block if stride is None else stride
     if length < 1:
         raise ValueError(f"the text has {length} positions: expected at least 1")
+    if block < 1:
+        raise ValueError(f"block is {block}: expected an integer >= 1")
+    stride = block if stride is None else stride
     if not 1 <= stride <= block:
         raise ValueError(f"stride is {stride}: expected 1 <= stride <= block = {block}")
     size = min(block, length)

@@ -1,0 +1,78 @@
+# Targets for working on probattn; `make` alone lists them.
+# The environment in $(VENV) is made on first use and brought up to date when pyproject.toml changes.
+
+VENV ?= .venv
+# The interpreter that makes $(VENV); empty: the first that is new enough.
+PYTHON ?=
+# Where `make demo` writes its runs and figures.
+OUT ?= demo
+# Further arguments for pytest or the benchmark runner, such as ARGS='-k margin'.
+ARGS ?=
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+# A type checker sees one package `probattn` only where models/ and inference/ lie inside it.
+TYPING = build/typing
+
+.SILENT:
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help:  ## list the targets
+	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' Makefile
+
+install: $(VENV)/.installed  ## make .venv with probattn (editable) and the test tools
+
+demo: install  ## fit, evaluate and draw the small example into OUT=demo (about 3 minutes)
+	$(BIN)/probattn demo --out "$(OUT)"
+
+test: install  ## run the tests on two processes
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+lint: install  ## ruff and mypy, changing nothing
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+	rm -rf $(TYPING) && mkdir -p $(TYPING)/probattn
+	ln -s "$(CURDIR)"/probattn/* "$(CURDIR)/models" "$(CURDIR)/inference" $(TYPING)/probattn/
+	cd $(TYPING) && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" -p probattn
+
+format: install  ## let ruff repair what it can
+	$(BIN)/ruff check --fix --quiet
+	$(BIN)/ruff format --quiet
+
+bench: $(VENV)/.installed-bench  ## run the benchmarks
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:  ## remove build products and caches; .venv and runs stay
+	rm -rf build dist probattn.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path "./$(VENV)" -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	echo "installing probattn and its test tools into $(VENV) (a few minutes the first time)"
+	$(PIP) install --editable '.[test]'
+	touch $@
+
+$(VENV)/.installed-bench: pyproject.toml | $(VENV)/.installed
+	$(PIP) install --editable '.[bench]'
+	touch $@
+
+# Tried in turn: python3.12 (of .python-version), python3, newer ones by name, and pyenv's, whose
+# commands on PATH refuse to start a version that is installed but not selected.
+$(BIN)/python:
+	wanted=$$(cat .python-version); \
+	set -- "python$$wanted" python3 python3.13 python3.14; \
+	if command -v pyenv >/dev/null; then \
+		for version in "$$wanted" 3.13 3.14; do \
+			prefix=$$(pyenv prefix "$$version" 2>/dev/null) && set -- "$$@" "$$prefix/bin/python"; \
+		done; \
+	fi; \
+	if [ -n "$(PYTHON)" ]; then set -- "$(PYTHON)"; fi; \
+	for python in "$$@"; do \
+		if "$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' \
+			>/dev/null 2>&1; then \
+			exec "$$python" -m venv "$(VENV)"; \
+		fi; \
+	done; \
+	echo "make: no Python >= $$wanted with venv among: $$*; install one or name it: make install PYTHON=/path/to/python3" >&2; \
+	exit 1

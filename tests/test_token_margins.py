@@ -1,0 +1,215 @@
+"""Margins of every token of a text: windows, support tokens, and the table of them."""
+
+import csv
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import (  # noqa: F401 (fixtures)
+    BLOCK,
+    LABELS,
+    copy_of,
+    files_of,
+    fold,
+    own_run,
+    stage_arguments,
+    tiny_run,
+    tiny_text,
+)
+
+from probattn import certificate, embedding_margin, log_det, stability_margin
+from probattn.inference import text_margins
+from probattn.inference.token_margins import write_csv
+
+VALIDATION = tiny_text()[3600:]
+TEXT = 'the "so"\n on, with\n \n\n and [/i] \'and\' token'
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory):  # noqa: F811
+    """A copy of the run whose post-hoc prior folds some positions, so that log det is -inf."""
+    copy = copy_of(tiny_run, tmp_path_factory.mktemp("margins") / "run")
+    fold(copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "given.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def margins(run, text):
+    return text_margins(run, text, stride=3)
+
+
+STARTS = [*range(0, len(TEXT) - BLOCK, 3), len(TEXT) - BLOCK]
+
+
+@pytest.fixture(scope="module")
+def direct(run):
+    """By label, every quantity at every position of every window, taken from the windows."""
+    tokens = run.vocabulary.encode(TEXT)
+    inputs = np.stack([tokens[start : start + BLOCK] for start in STARTS])
+    found = {}
+    for label, arguments in stage_arguments(run, inputs).items():
+        arguments = [jnp.asarray(argument) for argument in arguments]
+        sign, log_abs = log_det(*arguments)
+        found[label] = {
+            "margin": stability_margin(*arguments),
+            "log_det": jnp.where(sign > 0, log_abs, -jnp.inf),
+            "embedding_margin": embedding_margin(*arguments),
+            "certificate": certificate(*arguments),
+        }
+    return found
+
+
+def test_every_token_is_reported_once_from_the_first_window_that_holds_it(margins):
+    assert margins.name == "given.txt"
+    assert "".join(margins.tokens) == TEXT
+    assert len(margins.tokens) == len(TEXT)
+    assert list(margins.window_starts) == STARTS
+    for index, (window, position) in enumerate(zip(margins.window, margins.position, strict=True)):
+        first = next(n for n, start in enumerate(STARTS) if start <= index < start + BLOCK)
+        assert (window, position) == (first, index - STARTS[first])
+
+
+def test_a_token_beyond_the_first_window_has_the_promised_context(margins):
+    assert margins.position[BLOCK:].min() >= BLOCK - 3
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_values_are_those_of_the_token_in_its_window(margins, direct, label):
+    stage = next(stage for stage in margins.stages if stage.label == label)
+    for name, values in direct[label].items():
+        expected = np.asarray(values)[margins.window, margins.position]
+        np.testing.assert_allclose(getattr(stage, name), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_stages_come_in_order_and_the_folded_one_has_no_log_det_somewhere(margins):
+    assert [stage.label for stage in margins.stages] == LABELS
+    first = margins.stages[0]
+    outside = np.isneginf(first.log_det)
+    assert 0 < outside.sum() < len(TEXT)
+    assert np.all(first.margin[outside] <= 0)
+    assert np.all(first.margin[~outside] > 0)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_support_token_of_a_window_is_its_smallest_margin_from_position_2_on(
+    margins, direct, label
+):
+    stage = next(stage for stage in margins.stages if stage.label == label)
+    every = np.asarray(direct[label]["margin"])
+    expected = {
+        start + 2 + int(np.argmin(window[2:]))
+        for start, window in zip(STARTS, every, strict=True)
+        # A window reports what no earlier one held.
+        if start + 2 + np.argmin(window[2:]) >= ends_before(start)
+    }
+    assert set(np.flatnonzero(stage.support)) == expected
+    assert expected
+
+
+def ends_before(start):
+    earlier = [other + BLOCK for other in STARTS if other < start]
+    return max(earlier, default=0)
+
+
+def test_without_a_text_it_is_the_validation_text_by_half_blocks(tiny_run):  # noqa: F811
+    found = text_margins(tiny_run)
+    assert "".join(found.tokens) == VALIDATION
+    assert found.name == "validation text of corpus.txt"
+    assert list(found.window_starts) == list(range(0, 393, 4))
+    whole = text_margins(tiny_run, stride=BLOCK)
+    assert list(whole.window_starts) == list(range(0, 400, 8))
+    np.testing.assert_array_equal(whole.position, np.arange(400) % BLOCK)
+
+
+def test_a_text_shorter_than_a_block_is_one_window(run, tmp_path, direct):
+    path = tmp_path / "short.txt"
+    path.write_text(TEXT[:5], encoding="utf-8")
+    found = text_margins(run, path)
+    assert list(found.window_starts) == [0]
+    assert list(found.position) == [0, 1, 2, 3, 4]
+    for stage in found.stages:
+        # What follows a token does not change its margin.
+        expected = np.asarray(direct[stage.label]["margin"])[0, :5]
+        np.testing.assert_allclose(stage.margin, expected, rtol=1e-9)
+        assert np.flatnonzero(stage.support) == 2 + np.argmin(expected[2:])
+
+
+def test_a_long_text_takes_as_many_windows_as_it_needs(run, tmp_path):
+    path, content = tmp_path / "long.txt", tiny_text(2001, seed=2)
+    path.write_text(content, encoding="utf-8")
+    found = text_margins(run, path, stride=BLOCK)
+    assert len(found.window_starts) == 251
+    assert "".join(found.tokens) == content
+    for stage in found.stages:
+        assert stage.margin.shape == (2001,)
+        assert np.all(np.isfinite(stage.margin))
+
+
+# The table
+
+
+def read(path):
+    with path.open(encoding="utf-8", newline="") as stream:
+        header, *rows = csv.reader(stream)
+    return header, [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_table_reads_back_whatever_the_tokens_are(margins, tmp_path):
+    path = tmp_path / "new folder" / "margins.csv"
+    write_csv(margins, path)
+    header, rows = read(path)
+    assert {"\n", '"', ",", "'", " "} <= set(margins.tokens)
+    assert "".join(row["token"] for row in rows) == TEXT
+    assert len(set(header)) == len(header) == 4 + 5 * len(LABELS)
+    assert [int(row["index"]) for row in rows] == list(range(len(TEXT)))
+    assert [int(row["window"]) for row in rows] == list(margins.window)
+    assert [int(row["position"]) for row in rows] == list(margins.position)
+    for stage in margins.stages:
+        prefix = stage.label.replace(" ", "_")
+        for column, values in (
+            ("sigma_min", stage.margin),
+            ("log_det", stage.log_det),
+            ("embedding_margin", stage.embedding_margin),
+            ("certificate", stage.certificate),
+        ):
+            written = [float(row[f"{prefix}_{column}"]) for row in rows]
+            np.testing.assert_allclose(written, values, rtol=1e-6)
+        assert [row[f"{prefix}_support"] for row in rows] == [str(int(s)) for s in stage.support]
+    assert any(row["post_hoc_log_det"] == "-inf" for row in rows)
+    assert rows[0]["post_hoc_embedding_margin"] == "inf"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("stride", [0, -1, BLOCK + 1])
+def test_a_stride_out_of_range_is_refused(run, text, stride):
+    with pytest.raises(ValueError, match=rf"stride is {stride}: expected 1 <= stride <= .* = 8"):
+        text_margins(run, text, stride=stride)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("th", r"bad\.txt: has 2 tokens: expected at least 3"),
+        ("", "got an empty file"),
+        ("the €", r"bad\.txt: unknown character '€' \(U\+20AC\) at position 4 "),
+    ],
+)
+def test_a_bad_text_is_named_and_nothing_fitted(
+    own_run, tmp_path, content, message  # noqa: F811
+):
+    (own_run.path / "post_hoc_prior.npz").unlink()
+    path = tmp_path / "bad.txt"
+    path.write_text(content, encoding="utf-8")
+    before = files_of(own_run.path)
+    with pytest.raises(ValueError, match=message):
+        text_margins(own_run, path)
+    assert files_of(own_run.path) == before

@@ -1,0 +1,149 @@
+"""One fitted run, as small as a run can be, that the tests of the top floor share.
+
+With it an independent network in NumPy, and the matrices of every attention stage cut by hand.
+"""
+
+import dataclasses
+import random
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from probattn.corpora import DataConfig
+from probattn.inference import FitConfig, RunConfig, fit, load_run, post_hoc_prior
+from probattn.models import LanguageModelConfig, ObjectiveConfig
+
+BLOCK, WIDTH, HEADS, RANK = 8, 8, 2, 2
+MODEL = LanguageModelConfig(layers=1, heads=HEADS, width=WIDTH, block=BLOCK, prior_rank=RANK)
+FIT = FitConfig(
+    steps=200, batch=4, warmup=5, learning_rate=0.03, eval_every=100, checkpoint_every=100, seed=3
+)
+ESCAPE = "\x1b[2J"  # clears a terminal that it is printed to
+WORDS = ("the token", "of a", "margin", "'and'", '"so"', "on, with", "[/i]", "\n", ESCAPE)
+LABELS = ["post hoc", "trained", "layer 1 head 1", "layer 1 head 2"]
+
+
+def tiny_text(characters=4000, seed=0):
+    """Words in random order: newlines, quotes, commas, markup and an escape are among them."""
+    rng = random.Random(seed)
+    text = "".join(WORDS)
+    while len(text) < characters:
+        text += " " + rng.choice(WORDS)
+    return text[:characters]
+
+
+def tiny_config(folder, name="margin"):
+    """Configuration of a run on `tiny_text`, which is written into the folder."""
+    source = Path(folder) / "corpus.txt"
+    source.write_text(tiny_text(), encoding="utf-8")
+    return RunConfig(DataConfig(str(source)), MODEL, ObjectiveConfig(name), FIT)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run of objective margin with its post-hoc prior: read it, never write to it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    # Most of the time goes into compiling, of the same programs again and again.
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    run = fit(tiny_config(folder), folder / "run").run
+    post_hoc_prior(run)
+    return run
+
+
+@pytest.fixture
+def own_run(tiny_run, tmp_path):
+    """A copy of the run, to do anything with."""
+    return copy_of(tiny_run, tmp_path / "run")
+
+
+def copy_of(run, path):
+    return load_run(shutil.copytree(run.path, path))
+
+
+def files_of(folder):
+    """Content of every file below a folder, but the lock's."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.name != "lock"
+    }
+
+
+def store_prior(run, w_query, w_key, **changes):
+    """Give a run this post-hoc prior, in the file where it keeps it."""
+    prior = dataclasses.replace(post_hoc_prior(run), w_query=w_query, w_key=w_key, **changes)
+    np.savez(run.path / "post_hoc_prior.npz", **vars(prior))
+
+
+def fold(run):
+    """Give a run a post-hoc prior that is infeasible at some positions and not at others."""
+    matrix = 4 * np.random.default_rng(0).normal(size=(WIDTH, RANK))
+    store_prior(run, matrix, matrix)  # A is positive semidefinite: attractive
+
+
+def arrays(run):
+    return {name: np.asarray(value) for name, value in run.parameters.items()}
+
+
+def embedded(run, tokens):
+    """What enters the stack, for tokens (..., T)."""
+    parameters = arrays(run)
+    tables = parameters["token_embedding"], parameters["position_embedding"]
+    return tables[0][tokens] + tables[1][: tokens.shape[-1]]
+
+
+def stage_arguments(run, tokens):
+    """By label of a stage, the arguments of the attention formulas for tokens (windows, T)."""
+    parameters, x, prior = arrays(run), embedded(run, tokens), post_hoc_prior(run)
+    normalised = _norm(x, parameters["attention_norm"][0])
+    size = WIDTH // HEADS
+    columns = np.split(parameters["attention_in"][0], 3 * HEADS, axis=1)  # queries, keys, values
+    assert columns[0].shape == (WIDTH, size)
+    return {
+        "post hoc": (x, prior.w_query, prior.w_key),
+        "trained": (x, parameters["w_query"], parameters["w_key"]),
+        "layer 1 head 1": (normalised, columns[0], columns[HEADS]),
+        "layer 1 head 2": (normalised, columns[1], columns[HEADS + 1]),
+    }
+
+
+def next_logits(run, context):
+    """Logits of the token after a context of at most a block, by a network of its own."""
+    return all_logits(run, context)[-1]
+
+
+def all_logits(run, tokens):
+    """Logits after every token of a window (T,), by a network of its own: (T, V)."""
+    p = arrays(run)
+    x = embedded(run, np.asarray(tokens))
+    for layer in range(MODEL.layers):
+        columns = np.split(
+            _norm(x, p["attention_norm"][layer]) @ p["attention_in"][layer], 3 * HEADS, axis=1
+        )
+        heads = [_attend(*columns[head::HEADS]) for head in range(HEADS)]
+        x = x + np.concatenate(heads, axis=1) @ p["attention_out"][layer]
+        hidden = _norm(x, p["mlp_norm"][layer]) @ p["mlp_in"][layer]
+        gelu = hidden / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+        x = x + gelu @ p["mlp_out"][layer]
+    return _norm(x, p["final_norm"]) @ p["token_embedding"].T
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _attend(queries, keys, values):
+    scores = queries @ keys.T / np.sqrt(queries.shape[1])
+    scores[np.triu_indices(len(scores), 1)] = -np.inf
+    return np.exp(log_softmax(scores)) @ values
+
+
+def _norm(x, gain):
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return gain * centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
