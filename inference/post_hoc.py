@@ -26,12 +26,12 @@ from probattn.inference.runs import Run, RunError, check_same_corpus, replacing
 from probattn.models.priors import attention_prior
 from probattn.models.transformer import embed
 
-_TOKENS = 4096  # of training text, in windows spread evenly over it
-_MOST_ITERATIONS = 1000
-_MEMORY = 20
-_PATIENCE = 20  # iterations that together must improve by _TOLERANCE nats per token
-_TOLERANCE = 1e-2
-_DELTA = 1e-6  # where the barrier is relaxed, for the line search; the result is checked
+_TOKENS = 65_536  # of training text, in windows spread evenly over it
+_BATCH = 16  # windows in a step
+_STEPS = 1000
+_STEPS_PER_CALL = 50
+_LEARNING_RATE = 0.03
+_SETTLED = 0.01  # of the whole improvement: the most that the last tenth of the steps may add
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class PostHocPrior:
         scale: sigma, the standard deviation of the residual, in units of the embedding.
         log_density: mean log density in nats per token of the text it was fitted on; -inf where
             a determinant is not positive.
-        converged: whether the fit came to rest before its last iteration.
-        iterations: of L-BFGS.
+        converged: whether the last tenth of the steps added less than a hundredth of what all did,
+            or than the minibatches' noise.
+        steps: of the optimizer.
         tokens: how many it was fitted on.
     """
 
@@ -54,7 +55,7 @@ class PostHocPrior:
     scale: float
     log_density: float
     converged: bool
-    iterations: int
+    steps: int
     tokens: int
 
 
@@ -87,69 +88,74 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
 def fit_attention_prior(
     x: Float[Array, "B T d"], *, rank: int, training_tokens: int, seed: int, progress: bool = False
 ) -> PostHocPrior:
-    """Fit W_Q, W_K and sigma to embeddings by the exact log density, by L-BFGS.
+    """Fit W_Q, W_K and sigma to embeddings by the exact log density, by Adam on minibatches.
 
     Maximises the mean over tokens of log Normal(e_t; 0, sigma^2 I) + log det D_t, plus the log
-    prior of W_Q and W_K over the number of training tokens, with sigma at its maximum given W_Q
-    and W_K, the root mean square of the residual. Without the prior there is no maximum: the log
-    determinant grows like log ||A||.
+    prior of W_Q and W_K over the number of training tokens. Without the prior there is no
+    maximum: the log determinant grows like log ||A||. The learning rate decays to zero, and sigma
+    ends at its maximum given W_Q and W_K, the root mean square of the residual.
 
     Args:
         x: embeddings (B, T, d).
         rank: of W_Q and W_K.
         training_tokens: tokens of the whole text, of which x is a sample: the prior's weight.
-        seed: of the prior draw that the fit starts from.
+        seed: of the prior draw that the fit starts from, and of the minibatches.
         progress: show a progress bar.
     """
-    width = x.shape[-1]
-    objective = partial(_objective, x=x, training_tokens=training_tokens)
-    keys = jax.random.split(jax.random.key(seed))
-    prior = attention_prior(width, rank)
-    params = tuple(prior.sample(key).astype(x.dtype) for key in keys)
-    optimizer = optax.lbfgs(memory_size=_MEMORY)
-    state = optimizer.init(params)
+    start_key, data_key = jax.random.split(jax.random.key(seed))
+    prior = attention_prior(x.shape[-1], rank)
+    w_query, w_key = (prior.sample(key).astype(x.dtype) for key in jax.random.split(start_key))
+    params = w_query, w_key, jnp.log(jnp.std(x))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, _LEARNING_RATE, _STEPS // 20, _STEPS)
+    optimizer = optax.adam(schedule, b2=0.99)
+    objective = partial(_objective, training_tokens=training_tokens)
 
-    @jax.jit
-    def iterate(params: Any, state: Any) -> tuple[Any, Any, Array]:
-        value, gradient = optax.value_and_grad_from_state(objective)(params, state=state)
-        updates, state = optimizer.update(
-            gradient, state, params, value=value, grad=gradient, value_fn=objective
-        )
-        return optax.apply_updates(params, updates), state, value
+    def step(carry: tuple[Any, Any], number: Array) -> tuple[tuple[Any, Any], Array]:
+        params, state = carry
+        key = jax.random.fold_in(data_key, number)
+        chosen = jax.random.choice(key, x.shape[0], (min(_BATCH, x.shape[0]),), replace=False)
+        value, gradient = jax.value_and_grad(objective)(params, x[chosen])
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(params, updates), state), value
 
-    values: list[float] = []
-    converged = False
+    several = jax.jit(partial(jax.lax.scan, step))
+    carry, values = (params, optimizer.init(params)), np.empty(0)
     with progress_bar(
-        "post-hoc attention prior", total=_MOST_ITERATIONS, unit="it", visible=progress
+        "post-hoc attention prior", total=_STEPS, unit="step", visible=progress
     ) as bar:
-        while len(values) < _MOST_ITERATIONS and not converged:
-            params, state, value = iterate(params, state)
-            values.append(float(value))
-            bar.update(1)
-            bar.show(loss=f"{values[-1]:.4f}")
-            converged = len(values) > _PATIENCE and values[-_PATIENCE - 1] - values[-1] < _TOLERANCE
-    w_query, w_key = params
+        for first in range(0, _STEPS, _STEPS_PER_CALL):
+            numbers = jnp.arange(first, min(first + _STEPS_PER_CALL, _STEPS))
+            carry, losses = several(carry, numbers)
+            values = np.append(values, np.asarray(losses))
+            bar.update(len(numbers))
+            bar.show(loss=f"{values[-1]:.3f}")
+    tenths = np.array_split(values, 10)
+    gained = tenths[0].mean() - tenths[-1].mean()
+    last = tenths[-2].mean() - tenths[-1].mean()
+    noise = math.sqrt(sum(part.var() / part.size for part in tenths[-2:]))
+    w_query, w_key, _ = carry[0]
     scale = float(jnp.sqrt(jnp.mean(residual(x, w_query, w_key) ** 2)))
     return PostHocPrior(
         np.asarray(w_query),
         np.asarray(w_key),
         scale,
         float(_mean_log_density(x, w_query, w_key, scale)),
-        converged,
-        len(values),
+        bool(last <= max(_SETTLED * gained, 2 * noise)),
+        _STEPS,
         x.shape[0] * x.shape[1],
     )
 
 
 def _objective(
-    params: tuple[Array, Array], *, x: Float[Array, "B T d"], training_tokens: int
+    params: tuple[Array, Array, Array], x: Float[Array, "B T d"], *, training_tokens: int
 ) -> Array:
-    w_query, w_key = params
-    energy = jnp.mean(residual(x, w_query, w_key) ** 2)
-    barrier = jnp.mean(relaxed_barrier(x, w_query, w_key, delta=_DELTA))
+    w_query, w_key, log_scale = params
+    energy = jnp.mean(residual(x, w_query, w_key) ** 2) * jnp.exp(-2 * log_scale)
+    gauss = x.shape[-1] * (log_scale + energy / 2)
+    barrier = jnp.mean(relaxed_barrier(x, w_query, w_key))
     prior = attention_prior(*w_query.shape)
     log_prior = prior.log_prob(w_query) + prior.log_prob(w_key)
-    return x.shape[-1] / 2 * jnp.log(energy) + barrier - log_prior / training_tokens
+    return gauss + barrier - log_prior / training_tokens
 
 
 @jax.jit
@@ -176,7 +182,7 @@ def _read(path: Path, run: Run) -> PostHocPrior:
             float(values["scale"]),
             float(values["log_density"]),
             bool(values["converged"]),
-            int(values["iterations"]),
+            int(values["steps"]),
             int(values["tokens"]),
         )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -178,7 +178,8 @@ def test_vmap_and_eager_agree_with_jit(name):
 @per_position
 def test_float32_in_float32_out(name):
     """The answer is that of float64 to single precision, and keeps the caller's dtype."""
-    inputs = random_inputs(3, dtype=np.float32)
+    # A seed without two singular values that nearly tie, of which the vectors are ill-conditioned.
+    inputs = random_inputs(6, dtype=np.float32)
     result = PUBLIC[name](*inputs)
     assert result.dtype == np.float32
     exact = PUBLIC[name](*(array.astype(np.float64) for array in inputs))

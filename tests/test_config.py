@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -25,7 +26,7 @@ def written(folder, text):
 
 
 def refusal(path):
-    with pytest.raises(ValueError, match="") as raises:
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ")) as raises:
         read_config(path)
     message = str(raises.value)
     assert "\n" not in message

@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import (  # noqa: F401 (fixtures)
+from tiny_run import (
     BLOCK,
     LABELS,
     all_logits,
@@ -16,9 +16,9 @@ from tiny_run import (  # noqa: F401 (fixtures)
     files_of,
     fold,
     log_softmax,
-    own_run,
+    own_run_fixture,  # noqa: F401
     stage_arguments,
-    tiny_run,
+    tiny_run_fixture,  # noqa: F401
     tiny_text,
 )
 
@@ -27,10 +27,11 @@ from probattn.inference import evaluate
 from probattn.inference.scoring import Scorer
 
 VALIDATION = tiny_text()[3600:]
+NETWORK = 1e-6  # relative: JAX's attention takes its softmax in float32 whatever it is given
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny_run, tmp_path_factory):  # noqa: F811
+def evaluated(tiny_run, tmp_path_factory):
     """A copy of the run that has infeasible positions, with its evaluation."""
     run = copy_of(tiny_run, tmp_path_factory.mktemp("evaluated") / "run")
     fold(run)
@@ -54,7 +55,7 @@ def test_bpc_is_that_of_predicting_each_character_once(evaluated):
         for offset, target in enumerate(tokens[start + 1 : start + 1 + BLOCK]):
             losses.setdefault(start + 1 + offset, -predicted[offset, target])
     assert result.tokens == len(losses) == len(VALIDATION) - 1
-    assert result.cross_entropy == pytest.approx(np.mean(list(losses.values())), rel=1e-9)
+    assert result.cross_entropy == pytest.approx(np.mean(list(losses.values())), rel=NETWORK)
     assert result.bpc == pytest.approx(result.cross_entropy / math.log(2), rel=1e-12)
 
 
@@ -143,7 +144,7 @@ def test_margins_are_those_of_every_window(evaluated, label):
 
 
 def test_every_stage_is_there_and_the_folded_one_is_seen_to_be(evaluated):
-    run, result = evaluated
+    _, result = evaluated
     assert [summary.label for summary in result.margins] == LABELS
     by_label = {summary.label: summary for summary in result.margins}
     post_hoc = by_label["post hoc"]
@@ -164,14 +165,14 @@ def test_a_file_is_evaluated_as_the_same_text_of_the_corpus_is(evaluated, tmp_pa
     assert found == dataclasses.replace(result, text="held out.txt")
 
 
-def test_a_text_shorter_than_a_block_has_one_window(own_run, tmp_path):  # noqa: F811
+def test_a_text_shorter_than_a_block_has_one_window(own_run, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("the to", encoding="utf-8")
     result = evaluate(own_run, text=text, noise_absolute=(), noise_relative=())
     tokens = own_run.vocabulary.encode("the to")
     predicted = log_softmax(all_logits(own_run, tokens[:-1]))
     expected = -predicted[np.arange(5), tokens[1:]].mean()
-    assert result.cross_entropy == pytest.approx(expected, rel=1e-9)
+    assert result.cross_entropy == pytest.approx(expected, rel=NETWORK)
     assert [summary.positions for summary in result.margins] == [4] * 4
 
 
@@ -196,7 +197,7 @@ def test_summary_keeps_the_fit_and_holds_the_result(evaluated):
         assert {float(q): v for q, v in written["quantiles"].items()} == summary.quantiles
 
 
-def test_what_json_cannot_hold_becomes_null(own_run):  # noqa: F811
+def test_what_json_cannot_hold_becomes_null(own_run):
     result = evaluate(own_run, noise_absolute=(1e308,), noise_relative=())
     assert not math.isfinite(result.noise_absolute[1].bpc)
     text = (own_run.path / "summary.json").read_text()
@@ -206,6 +207,7 @@ def test_what_json_cannot_hold_becomes_null(own_run):  # noqa: F811
 
 
 BAD = {
+    "a seed too large": ({"seed": 2**70}, "seed: got 1180591620717411303424, expected"),
     "negative absolute noise": ({"noise_absolute": (0.1, -0.5)}, "noise_absolute: got -0.5, exp"),
     "infinite relative noise": ({"noise_relative": (math.inf,)}, "noise_relative: got inf, expec"),
     "noise that is no number": ({"noise_absolute": (math.nan,)}, "noise_absolute: got nan, expec"),
@@ -223,7 +225,10 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_and_leaves_the_run_as_it_was(
-    own_run, tmp_path, monkeypatch, case  # noqa: F811
+    own_run,
+    tmp_path,
+    monkeypatch,
+    case,
 ):
     monkeypatch.chdir(tmp_path)
     (own_run.path / "post_hoc_prior.npz").unlink()  # would be fitted, were the input good
@@ -241,7 +246,7 @@ def test_bad_input_is_named_and_leaves_the_run_as_it_was(
     assert files_of(own_run.path) == before
 
 
-def test_a_run_that_another_process_writes_to_is_left_alone(own_run):  # noqa: F811
+def test_a_run_that_another_process_writes_to_is_left_alone(own_run):
     before = files_of(own_run.path)
     with own_run.lock(), pytest.raises(ValueError, match="another process is writing"):
         evaluate(own_run, noise_absolute=(), noise_relative=())

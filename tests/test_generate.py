@@ -5,16 +5,16 @@ import csv
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import (  # noqa: F401 (fixtures)
+from tiny_run import (
     BLOCK,
     copy_of,
     files_of,
     fold,
     log_softmax,
     next_logits,
-    own_run,
+    own_run_fixture,  # noqa: F401
     stage_arguments,
-    tiny_run,
+    tiny_run_fixture,  # noqa: F401
 )
 
 from probattn import stability_margin
@@ -41,38 +41,38 @@ def contexts(run, prompt, generated):
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT, "t"])
-def test_temperature_0_takes_the_most_probable_token_of_the_context(tiny_run, prompt):  # noqa: F811
+def test_temperature_0_takes_the_most_probable_token_of_the_context(tiny_run, prompt):
     result = generate(tiny_run, prompt, length=3 * BLOCK + 3, temperature=0)
     assert len(result.tokens) == 3 * BLOCK + 3
     for context, token in contexts(tiny_run, prompt, result.text):
         assert token == np.argmax(next_logits(tiny_run, context))
 
 
-def test_the_seed_determines_the_text(tiny_run):  # noqa: F811
+def test_the_seed_determines_the_text(tiny_run):
     one, same, other = (generate(tiny_run, PROMPT, length=30, seed=seed) for seed in (5, 5, 6))
     assert one.text == same.text != other.text
     np.testing.assert_array_equal(one.margin, same.margin)
 
 
-def test_the_tokens_are_the_text_and_the_prompt_is_kept(tiny_run):  # noqa: F811
+def test_the_tokens_are_the_text_and_the_prompt_is_kept(tiny_run):
     result = generate(tiny_run, LONG_PROMPT, length=30)
     assert result.prompt == LONG_PROMPT
     assert "".join(result.tokens) == result.text
     assert len(result.tokens) == len(result.margin) == 30
 
 
-def test_top_1_is_temperature_0(tiny_run):  # noqa: F811
+def test_top_1_is_temperature_0(tiny_run):
     greedy = generate(tiny_run, PROMPT, length=20, temperature=0)
     assert generate(tiny_run, PROMPT, length=20, top_k=1, temperature=2.0).text == greedy.text
 
 
-def test_a_vanishing_temperature_is_temperature_0(tiny_run):  # noqa: F811
+def test_a_vanishing_temperature_is_temperature_0(tiny_run):
     greedy = generate(tiny_run, PROMPT, length=20, temperature=0)
     for temperature in (1e-4, 1e-310):
         assert generate(tiny_run, PROMPT, length=20, temperature=temperature).text == greedy.text
 
 
-def test_top_k_never_leaves_the_k_most_probable(tiny_run):  # noqa: F811
+def test_top_k_never_leaves_the_k_most_probable(tiny_run):
     result = generate(tiny_run, PROMPT, length=60, top_k=3, temperature=5.0)
     ranks = [
         int(np.sum(scores > scores[token]))
@@ -82,13 +82,13 @@ def test_top_k_never_leaves_the_k_most_probable(tiny_run):  # noqa: F811
     assert set(ranks) == {0, 1, 2}
 
 
-def test_top_k_beyond_the_vocabulary_is_all_of_it(tiny_run):  # noqa: F811
+def test_top_k_beyond_the_vocabulary_is_all_of_it(tiny_run):
     whole = generate(tiny_run, PROMPT, length=20)
     assert generate(tiny_run, PROMPT, length=20, top_k=10_000).text == whole.text
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
-def test_tokens_are_drawn_with_the_networks_probabilities(tiny_run, temperature):  # noqa: F811
+def test_tokens_are_drawn_with_the_networks_probabilities(tiny_run, temperature):
     # The log probability of a draw has expectation minus the entropy: sums over many contexts.
     result = generate(tiny_run, PROMPT, length=400, temperature=temperature, seed=1)
     excess = variance = 0.0
@@ -102,7 +102,9 @@ def test_tokens_are_drawn_with_the_networks_probabilities(tiny_run, temperature)
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT])
 def test_margins_are_those_in_the_window_of_generation(
-    tiny_run, tmp_path, prompt  # noqa: F811
+    tiny_run,
+    tmp_path,
+    prompt,
 ):
     run = copy_of(tiny_run, tmp_path / "run")
     fold(run)
@@ -117,7 +119,7 @@ def test_margins_are_those_in_the_window_of_generation(
     assert result.margin.min() < 0 < result.margin.max()
 
 
-def test_table_reads_back(tiny_run, tmp_path):  # noqa: F811
+def test_table_reads_back(tiny_run, tmp_path):
     result = generate(tiny_run, PROMPT, length=60, temperature=2.0, seed=4)
     write_csv(result, tmp_path / "generated.csv")
     with (tmp_path / "generated.csv").open(encoding="utf-8", newline="") as stream:
@@ -147,7 +149,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_and_leaves_the_run_as_it_was(own_run, case):  # noqa: F811
+def test_bad_input_is_named_and_leaves_the_run_as_it_was(own_run, case):
     (own_run.path / "post_hoc_prior.npz").unlink()  # would be fitted, were the input good
     options, message = BAD[case]
     before = files_of(own_run.path)

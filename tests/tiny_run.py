@@ -3,7 +3,7 @@
 With it an independent network in NumPy, and the matrices of every attention stage cut by hand.
 """
 
-import dataclasses
+import functools
 import random
 import shutil
 from pathlib import Path
@@ -42,10 +42,10 @@ def tiny_config(folder, name="margin"):
     return RunConfig(DataConfig(str(source)), MODEL, ObjectiveConfig(name), FIT)
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """A run of objective margin with its post-hoc prior: read it, never write to it."""
-    folder = tmp_path_factory.mktemp("tiny")
+@functools.cache
+def fit_tiny_run(folder):
+    """Cached, because a fixture that several modules import is set up for each of them."""
+    folder.mkdir()
     # Most of the time goes into compiling, of the same programs again and again.
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
@@ -55,8 +55,14 @@ def tiny_run(tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def own_run(tiny_run, tmp_path):
+@pytest.fixture(scope="session", name="tiny_run")
+def tiny_run_fixture(tmp_path_factory):
+    """A run of objective margin with its post-hoc prior: read it, never write to it."""
+    return fit_tiny_run(tmp_path_factory.getbasetemp() / "tiny")
+
+
+@pytest.fixture(name="own_run")
+def own_run_fixture(tiny_run, tmp_path):
     """A copy of the run, to do anything with."""
     return copy_of(tiny_run, tmp_path / "run")
 
@@ -74,16 +80,18 @@ def files_of(folder):
     }
 
 
-def store_prior(run, w_query, w_key, **changes):
-    """Give a run this post-hoc prior, in the file where it keeps it."""
-    prior = dataclasses.replace(post_hoc_prior(run), w_query=w_query, w_key=w_key, **changes)
-    np.savez(run.path / "post_hoc_prior.npz", **vars(prior))
+def store_prior(run, **changes):
+    """Put other arrays into the file in which a run keeps its post-hoc prior."""
+    path = run.path / "post_hoc_prior.npz"
+    with np.load(path) as stored:
+        values = dict(stored)
+    np.savez(path, **(values | changes))
 
 
 def fold(run):
     """Give a run a post-hoc prior that is infeasible at some positions and not at others."""
     matrix = 4 * np.random.default_rng(0).normal(size=(WIDTH, RANK))
-    store_prior(run, matrix, matrix)  # A is positive semidefinite: attractive
+    store_prior(run, w_query=matrix, w_key=matrix)  # A is positive semidefinite: attractive
 
 
 def arrays(run):
