@@ -70,17 +70,25 @@ def language_model(
         objective: which terms to add to the likelihood; by default the likelihood alone ("ce").
         num_sequences: sequences in the whole training set, of which the B given are a random
             minibatch; by default B. With minibatches of a text of N tokens it is N / T, so that
-            the prior counts once.
+            the prior counts once. NumPyro's utilities then want the model seeded, since the plate
+            draws indices, although none is used.
         precision: of the network's matrix products. The barrier is float32 at least.
 
     Raises:
-        ValueError: if inputs are not (B, T) with T <= config.block, or targets differ in shape.
+        ValueError: if inputs are not (B, T) with T <= config.block, targets differ in shape,
+            num_sequences is smaller than B, or the precision is unknown.
     """
     objective = ObjectiveConfig("ce") if objective is None else objective
     _check(inputs, targets, config)
     sequences = inputs.shape[0]
+    if num_sequences is None:
+        num_sequences = sequences
+    if num_sequences < sequences:
+        raise ValueError(
+            f"num_sequences is {num_sequences}: expected at least the {sequences} of the minibatch"
+        )
     parameters = _sample_parameters(vocabulary_size, config, objective)
-    with numpyro.plate("sequences", num_sequences or sequences, subsample_size=sequences):
+    with numpyro.plate("sequences", num_sequences, subsample_size=sequences):
         x = transformer.embed(parameters, inputs)
         if objective.name != "ce":
             stage = attention_stage(parameters, x, config=config, objective=objective)
@@ -152,9 +160,9 @@ def _attention_terms(
 
 
 def _check(inputs: Array, targets: Array | None, config: LanguageModelConfig) -> None:
-    if inputs.ndim != 2 or not 1 <= inputs.shape[1] <= config.block:
+    if inputs.ndim != 2 or inputs.shape[0] < 1 or not 1 <= inputs.shape[1] <= config.block:
         raise ValueError(
-            f"inputs have shape {inputs.shape}: expected (B, T) with 1 <= T <= block = "
+            f"inputs have shape {inputs.shape}: expected (B, T) with B >= 1 and 1 <= T <= block = "
             f"{config.block}"
         )
     if targets is not None and targets.shape != inputs.shape:

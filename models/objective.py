@@ -25,7 +25,8 @@ class ObjectiveConfig:
             learned, it collapses together with the embeddings.
         delta: determinant below which the barrier is relaxed.
         attention: "separate" puts barrier and residual on an attention stage of its own, with its
-            own W_Q and W_K; "first_layer" on the heads of the first attention layer.
+            own W_Q and W_K; "first_layer" on the heads of the first attention layer, averaged
+            over them.
     """
 
     name: ObjectiveName = "margin"

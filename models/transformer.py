@@ -5,8 +5,9 @@ Shapes: B sequences, T positions, d width, H heads, V symbols; the parameters ar
 stack faster, and compiling a few layers takes seconds either way.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def embed(parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B 
     Noise and margins are taken here, since a norm hides the scale of what it sees.
     """
     positions = parameters["position_embedding"][: tokens.shape[-1]]
-    return parameters["token_embedding"][tokens] + positions
+    return jnp.asarray(parameters["token_embedding"])[tokens] + positions
 
 
 def logits(
@@ -52,12 +53,19 @@ def logits(
 
     Returns:
         (B, T, V), the logits of the symbol that follows each position.
+
+    Raises:
+        ValueError: if the precision is unknown.
     """
+    if precision not in get_args(Precision):
+        raise ValueError(
+            f"precision is {precision!r}: expected one of {', '.join(get_args(Precision))}"
+        )
     stacked = [_unstack(parameters[name]) for name in LAYER_PARAMETERS]
     for layer in zip(*stacked, strict=True):
         x = _layer(dict(zip(LAYER_PARAMETERS, layer, strict=True)), x, heads, precision)
     x = _norm(x, parameters["final_norm"])
-    return _product(x, parameters["token_embedding"].T, precision).astype(x.dtype)
+    return _product(x, parameters["token_embedding"].T, precision, result=x.dtype)
 
 
 def first_layer(
@@ -86,8 +94,7 @@ def _layer(
     query, key, value = jnp.split(
         projected.reshape(sequences, length, 3 * heads, width // heads), 3, axis=2
     )
-    attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-    attended = attended.reshape(sequences, length, width)
+    attended = _attend(query, key, value).reshape(sequences, length, width)
     x = x + _product(attended, parameters["attention_out"], precision).astype(x.dtype)
     hidden = _product(_norm(x, parameters["mlp_norm"]), parameters["mlp_in"], precision)
     return x + _product(jax.nn.gelu(hidden), parameters["mlp_out"], precision).astype(x.dtype)
@@ -99,10 +106,25 @@ def _norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"]) -> Float[Array,
     return gain * centred * jax.lax.rsqrt(variance + 1e-5)
 
 
-def _product(x: Array, weights: Array, precision: Precision) -> Array:
+def _attend(
+    query: Float[Array, "B T H r"], key: Float[Array, "B T H r"], value: Float[Array, "B T H r"]
+) -> Float[Array, "B T H r"]:
+    # By hand: jax.nn.dot_product_attention takes its softmax in float32 even of float64, whose
+    # rounding NUTS would feel as noise, and is no faster here.
+    length, rank = query.shape[1], query.shape[-1]
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bthr,bshr->bhts", query, key, preferred_element_type=wide)
+    causal = jnp.tril(jnp.ones((length, length), dtype=bool))
+    weights = jax.nn.softmax(jnp.where(causal, scores / math.sqrt(rank), -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshr->bthr", weights.astype(value.dtype), value)
+
+
+def _product(
+    x: Array, weights: Array, precision: Precision, *, result: jnp.dtype | None = None
+) -> Array:
     if precision == "bfloat16":
         x, weights = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
-    return x @ weights
+    return jnp.matmul(x, weights, preferred_element_type=result)
 
 
 def _unstack(parameter: Float[Array, "layers ..."]) -> list[Array]:

@@ -103,7 +103,7 @@ SINGULAR_CASES = [
 ]
 
 # More positions than any block of rows that an implementation may work in.
-LONG_CASE = Case("long", 150, 3, 2, seed=95)
+LONG_CASE = Case("long", 100, 3, 2, seed=95)
 
 # Of the size that a user trains, for float32: unit embeddings, covariance of order one.
 LARGE = (64, 64, 32)

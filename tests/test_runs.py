@@ -107,7 +107,8 @@ def test_a_run_is_these_files(made):
     entries = {path.name for path in made.path.iterdir()}
     required = {"config.toml", "data.json", "metrics.jsonl", "summary.json", "checkpoints"}
     assert required <= entries <= required | {"lock"}
-    assert [json.loads(line) for line in (made.path / "metrics.jsonl").open("rb")] == ROWS
+    lines = (made.path / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == ROWS
 
 
 def test_a_new_run_has_no_results(tmp_path):
@@ -212,7 +213,7 @@ def test_what_an_interrupted_start_leaves_is_no_obstacle(tmp_path, left):
 def test_a_run_that_another_process_writes_to_is_left_alone(run):
     before = files_of(run.path)
     lock = str(run.path / "lock")
-    code = f"import filelock; filelock.FileLock({lock!r}).acquire(); print('held'); input()"
+    code = f"import filelock as f; a = f.FileLock({lock!r}); a.acquire(); print('held'); input()"
     command = [sys.executable, "-u", "-c", code]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -1,0 +1,349 @@
+"""Steps of a fit: the loss, NumPyro's own loop, and the step that would cross the boundary."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
+import pytest
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer.initialization import init_to_value
+from numpyro.infer.util import log_density
+from scipy.special import logsumexp
+from scipy.stats import norm
+from tiny_run import BLOCK, FIT, MODEL, RANK, WIDTH, tiny_text
+
+from probattn.inference import FitConfig, RunConfig
+from probattn.inference.checkpoints import named_leaves, with_leaves
+from probattn.inference.svi import Trainer, default_optimizer
+from probattn.models import ObjectiveConfig, language_model
+from probattn.models.language_model import parameter_shapes
+from probattn.models.transformer import embed, logits
+from probattn.vocabulary import CharacterVocabulary
+
+VOCABULARY = CharacterVocabulary.from_text(tiny_text())
+TOKENS = jnp.asarray(VOCABULARY.encode(tiny_text()))
+SEQUENCES = TOKENS.shape[0] // BLOCK
+CE = RunConfig(model=MODEL, objective=ObjectiveConfig("ce"), fit=FIT)
+FULL = RunConfig(model=MODEL, objective=ObjectiveConfig("full", 0.7, 0.3, 0.5), fit=FIT)
+STATE = "svi.optim_state.1.0."  # of the parameters in the names of the state's leaves
+RATE = "svi.optim_state.1.1.hyperparams.learning_rate"
+
+
+@pytest.fixture(scope="module")
+def ce():
+    return Trainer(CE, TOKENS, VOCABULARY.size)
+
+
+@pytest.fixture(scope="module")
+def full():
+    """Plain gradient descent whose step size is part of its state, and so of `state_at`."""
+    descent = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+    return Trainer(FULL, TOKENS, VOCABULARY.size, descent)
+
+
+def draw(config, seed=0, **scales):
+    """Parameters like those that a fit starts from, those named in `scales` multiplied."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (("norm" in name) + rng.normal(size=leaf.shape) / 4) * scales.get(name, 1)
+        for name, leaf in parameter_shapes(VOCABULARY.size, MODEL, config.objective).items()
+    }
+
+
+def state_at(trainer, parameters, **leaves):
+    """State before the first step at given parameters; all else in it is zero."""
+    state = jax.eval_shape(trainer.init)
+    empty = {
+        name: jax.random.key(0) if name == "svi.rng_key" else jnp.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in named_leaves(state).items()
+    }
+    start = {f"{STATE}{name}_auto_loc": jnp.array(value) for name, value in parameters.items()}
+    return with_leaves(state, empty | start | leaves)
+
+
+def descend(trainer, parameters, rate, stop=1):
+    state = state_at(trainer, parameters, **{RATE: jnp.asarray(rate, jnp.float64)})
+    state, progress = trainer.advance(state, 0, stop)
+    return as_numpy(trainer.parameters(state)), int(state.rejected), progress
+
+
+def as_numpy(parameters):
+    return {name: np.asarray(value) for name, value in parameters.items()}
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def assert_close(got, expected, rtol=1e-12, atol=1e-12):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=rtol, atol=atol, err_msg=name)
+
+
+# The loop
+
+
+def scaled_model(config):
+    model = partial(
+        language_model,
+        vocabulary_size=VOCABULARY.size,
+        config=MODEL,
+        objective=config.objective,
+        num_sequences=SEQUENCES,
+    )
+    return numpyro.handlers.scale(model, 1 / (SEQUENCES * BLOCK))
+
+
+def test_steps_are_those_of_numpyros_own_loop(ce):
+    start = draw(CE)
+    model = scaled_model(CE)
+    guide = AutoDelta(model, init_loc_fn=init_to_value(values=start))
+    svi = SVI(model, guide, default_optimizer(FIT), Trace_ELBO())
+    state = jax.jit(svi.init)(jax.random.key(5), *ce.minibatch(TOKENS, 0))
+    update, losses = jax.jit(svi.update), []
+    for step in range(5):
+        state, loss = update(state, *ce.minibatch(TOKENS, step))
+        losses.append(float(loss))
+
+    ours, progress = ce.advance(state_at(ce, start), 0, 5)
+    assert (int(progress.step), int(ours.loss_count), int(ours.rejected)) == (5, 5, 0)
+    assert float(progress.loss) == pytest.approx(losses[-1], rel=1e-13)
+    assert float(ours.loss_sum) == pytest.approx(sum(losses), rel=1e-13)
+    expected = guide.median(svi.get_params(state))
+    assert np.abs(expected["token_embedding"] - start["token_embedding"]).max() > 0.05
+    assert_close(ce.parameters(ours), expected)
+
+
+def test_cutting_the_calls_elsewhere_changes_no_digit(ce):
+    outcomes = []
+    for stops in ([6], [1, 2, 3, 4, 5, 6], [4, 6]):
+        state, step = state_at(ce, draw(CE)), 0
+        for stop in stops:
+            state, _ = ce.advance(state, step, stop)
+            step = stop
+        plain = state._replace(
+            svi=state.svi._replace(rng_key=jax.random.key_data(state.svi.rng_key))
+        )
+        outcomes.append(as_numpy(named_leaves(plain)))
+    assert_equal(outcomes[1], outcomes[0])
+    assert_equal(outcomes[2], outcomes[0])
+
+
+def test_minibatches_are_functions_of_seed_and_step(ce):
+    for step in (0, 1, 199):
+        inputs, targets = ce.minibatch(TOKENS, step)
+        assert inputs.shape == targets.shape == (FIT.batch, BLOCK)
+        np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
+        np.testing.assert_array_equal(inputs, ce.minibatch(TOKENS, jnp.int32(step))[0])
+    assert not np.array_equal(ce.minibatch(TOKENS, 0)[0], ce.minibatch(TOKENS, 1)[0])
+    other = dataclasses.replace(CE, fit=dataclasses.replace(FIT, seed=FIT.seed + 1))
+    trainer = Trainer(other, TOKENS, VOCABULARY.size)
+    assert not np.array_equal(trainer.minibatch(TOKENS, 0)[0], ce.minibatch(TOKENS, 0)[0])
+
+
+def test_a_loss_that_is_not_finite_ends_the_call(full):
+    _, _, progress = descend(full, draw(FULL), np.nan, stop=10)
+    assert (int(progress.step), bool(progress.finite)) == (2, False)
+    assert math.isnan(progress.loss)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_the_default_optimizer_warms_up_and_decays_to_a_tenth(warmup):
+    config = FitConfig(steps=20, warmup=warmup, learning_rate=0.2)
+    optimizer = default_optimizer(config)
+    gradient = jnp.array([3.0, -1e-2])  # constant, so that Adam moves by the learning rate
+    state, rates = optimizer.init(gradient), []
+    for _ in range(21):
+        update, state = optimizer.update(gradient, state)
+        np.testing.assert_allclose(update[0], -update[1], rtol=1e-5)
+        rates.append(-float(update[0]))
+    steps = np.arange(21)
+    falling = 0.02 + 0.18 * (1 + np.cos(np.pi * (steps - warmup) / (20 - warmup))) / 2
+    start = 0.2 / max(warmup, 1)  # not zero: the first step is to move
+    rising = start + (0.2 - start) * steps / max(warmup, 1)
+    np.testing.assert_allclose(rates, np.where(steps < warmup, rising, falling), rtol=1e-5)
+
+
+# The loss
+
+
+def determinants(parameters, inputs):
+    """det D_t = det(I - Sigma_t A) of every token, from the definition."""
+    x = np.asarray(embed(parameters, inputs))
+    coupling = parameters["w_key"] @ parameters["w_query"].T / math.sqrt(RANK)
+    results = np.ones(x.shape[:2])
+    for sequence, t in np.ndindex(*x.shape[:2]):
+        if t >= 2:
+            past, alpha = attended(x[sequence, : t + 1], parameters)
+            centred = past - alpha @ past
+            covariance = (alpha[:, None] * centred).T @ centred
+            results[sequence, t] = np.linalg.det(np.eye(WIDTH) - covariance @ coupling)
+    return results
+
+
+def attended(tokens, parameters):
+    """Past of the last token, and the weights of its attention."""
+    past, last = tokens[:-1], tokens[-1]
+    scores = past @ parameters["w_key"] @ (last @ parameters["w_query"]) / math.sqrt(RANK)
+    return past, np.exp(scores - logsumexp(scores))
+
+
+def energies(parameters, inputs):
+    """||e_t||^2 / 2 of every token."""
+    x = np.asarray(embed(parameters, inputs))
+    results = (x**2).sum(-1) / 2
+    for sequence, t in np.ndindex(*x.shape[:2]):
+        if t >= 1:
+            past, alpha = attended(x[sequence, : t + 1], parameters)
+            results[sequence, t] = ((x[sequence, t] - alpha @ past) ** 2).sum() / 2
+    return results
+
+
+def log_prior(parameters):
+    """As the module `priors` describes it: three times as wide as the start of a network."""
+    start = {
+        "token_embedding": 0.05,
+        "position_embedding": 0.05,
+        "attention_in": WIDTH**-0.5,
+        "attention_out": (2 * WIDTH) ** -0.5,
+        "mlp_in": WIDTH**-0.5,
+        "mlp_out": (2 * 4 * WIDTH) ** -0.5,
+    }
+    total = 0.0
+    for name, value in parameters.items():
+        if "norm" in name:
+            total += norm.logpdf(value, 1.0, 0.1).sum()
+        elif name in ("w_query", "w_key"):
+            total += norm.logpdf(value, 0.0, WIDTH**-0.5).sum()
+        else:
+            total += norm.logpdf(value, 0.0, 3 * start[name]).sum()
+    return total
+
+
+def objective(parameters, inputs, targets):
+    """CE + 0.7 barrier + 0.3 ||e||^2 / (2 0.5^2) - log prior / N, where all determinants are > 0.
+
+    N counts the tokens of whole blocks.
+    """
+    scores = np.asarray(logits(parameters, embed(parameters, inputs), heads=MODEL.heads))
+    picked = np.take_along_axis(scores, np.asarray(targets)[..., None], -1)[..., 0]
+    return (
+        np.mean(logsumexp(scores, axis=-1) - picked)
+        - 0.7 * np.mean(np.log(determinants(parameters, inputs)))
+        + 0.3 * np.mean(energies(parameters, inputs)) / 0.5**2
+        - log_prior(parameters) / (SEQUENCES * BLOCK)
+    )
+
+
+def test_the_loss_is_the_objective_per_token(full):
+    parameters = draw(FULL)
+    inputs, targets = full.minibatch(TOKENS, 0)
+    assert determinants(parameters, inputs).min() > FULL.objective.delta
+    _, _, progress = descend(full, parameters, 0.0)
+    assert float(progress.loss) == pytest.approx(objective(parameters, inputs, targets), rel=1e-12)
+
+
+# The boundary
+
+
+@pytest.fixture(scope="module")
+def gradient(full):
+    """Gradient of the loss of the first minibatch, from NumPyro's log density."""
+    batch = full.minibatch(TOKENS, 0)
+    model = numpyro.handlers.seed(scaled_model(FULL), 0)  # of the plate, whose indices are not used
+
+    def loss(parameters):
+        return -log_density(model, batch, {}, parameters)[0]
+
+    compiled = jax.jit(jax.grad(loss))
+    return lambda parameters: as_numpy(compiled(parameters))
+
+
+def moved(parameters, gradient, rate):
+    return {name: value - rate * gradient[name] for name, value in parameters.items()}
+
+
+def attractive(scale):
+    """Parameters with a coupling A that is positive semidefinite: the larger, the less stable."""
+    parameters = draw(FULL, w_query=0.3)
+    w_key = parameters["w_query"] * scale
+    return parameters | {"w_key": w_key, "token_embedding": 4 * parameters["token_embedding"]}
+
+
+@pytest.mark.parametrize("rate", [1.0, 100.0, 3e4])
+def test_a_step_over_the_boundary_is_halved_until_it_stays_inside(full, gradient, rate):
+    start = attractive(1.0)
+    inputs, _ = full.minibatch(TOKENS, 0)
+    slope = gradient(start)
+    assert determinants(start, inputs).min() > 0
+    # What gradient descent does without the retreat:
+    assert determinants(moved(start, slope, rate), inputs).min() < 0
+    halvings = next(
+        n for n in range(20) if determinants(moved(start, slope, rate / 2**n), inputs).min() > 0
+    )
+
+    got, rejected, _ = descend(full, start, rate)
+    assert rejected == 1
+    if halvings < 10:
+        assert_close(got, moved(start, slope, rate / 2**halvings), rtol=1e-9, atol=1e-9)
+    else:
+        assert_equal(got, start)
+    assert determinants(got, inputs).min() > 0
+
+
+def test_a_step_that_stays_inside_is_left_as_it_is(full, gradient):
+    start = attractive(1.0)
+    got, rejected, _ = descend(full, start, 1e-3)
+    assert rejected == 0
+    assert_close(got, moved(start, gradient(start), 1e-3))
+
+
+def test_a_minibatch_that_is_infeasible_already_does_not_freeze_the_fit(full, gradient):
+    start = attractive(100.0)
+    inputs, _ = full.minibatch(TOKENS, 0)
+    before = determinants(start, inputs)
+    assert before.min() < 0 < before.max()
+    rate = 1e-3 / max(np.abs(slope).max() for slope in gradient(start).values())
+    after = moved(start, gradient(start), rate)
+    assert (determinants(after, inputs) > 0)[before > 0].all()
+
+    got, rejected, _ = descend(full, start, rate)
+    assert rejected == 0
+    assert_close(got, after)
+    assert np.abs(got["w_key"] - start["w_key"]).max() > 1e-5
+
+
+def test_positions_inside_stay_inside_beside_those_outside(full, gradient):
+    start = attractive(100.0)
+    inputs, _ = full.minibatch(TOKENS, 0)
+    inside = determinants(start, inputs) > 0
+    slope = gradient(start)
+    rate = 100 / max(np.abs(value).max() for value in slope.values())
+    assert not (determinants(moved(start, slope, rate), inputs) > 0)[inside].all()
+    got, rejected, _ = descend(full, start, rate)
+    assert rejected == 1
+    assert (determinants(got, inputs) > 0)[inside].all()
+
+
+def test_every_minibatch_is_kept_inside(full):
+    """Over many steps, each of which would leave: one count a step, however often it is halved."""
+    parameters, state, rejected = attractive(1.0), None, []
+    state = state_at(full, parameters, **{RATE: jnp.asarray(0.5, jnp.float64)})
+    for step in range(20):
+        inputs, _ = full.minibatch(TOKENS, step)
+        before = determinants(as_numpy(full.parameters(state)), inputs)
+        state, progress = full.advance(state, step, step + 1)
+        assert bool(progress.finite)
+        after = determinants(as_numpy(full.parameters(state)), inputs)
+        assert (after > 0)[before > 0].all()
+        rejected.append(int(state.rejected))
+    assert set(np.diff([0, *rejected])) == {0, 1}
