@@ -1,6 +1,8 @@
 """Checkpoints by orbax: one folder for the latest state, one for the best parameters."""
 
 import gc
+import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -10,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
+
+_DIGEST = "sha256"
 
 
 class CheckpointError(ValueError):
@@ -45,14 +51,18 @@ class CheckpointFolder:
         """
         target = self._path / str(step)
         if not target.exists():
+            stored = {name: np.asarray(leaf) for name, leaf in arrays.items()}
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(target, dict(arrays))
+                checkpointer.save(target, {**stored, _DIGEST: _digest(stored)})
         for entry in self._path.iterdir():  # the one before, and what an interrupted save left
             if entry != target:
                 shutil.rmtree(entry)
 
     def load(self, like: Mapping[str, Any]) -> dict[str, Array]:
-        """Load the checkpoint's arrays, which must have the names, shapes and dtypes of `like`.
+        """Load the checkpoint's arrays into the dtypes of `like`.
+
+        Names and shapes must be those of `like`; a floating-point array may have been saved in
+        another precision.
 
         Raises:
             CheckpointError: if there is no checkpoint, it is damaged, or it holds something else.
@@ -66,9 +76,23 @@ class CheckpointFolder:
         try:
             with _without_echo(), ocp.StandardCheckpointer() as checkpointer:
                 folder = self._path / str(step)
-                stored = checkpointer.metadata(folder).item_metadata.tree
-                _check_same(stored, expected)
-                return checkpointer.restore(folder, expected)
+                description = checkpointer.metadata(folder).item_metadata
+                if description is None:
+                    raise ValueError("its description is missing")
+                kinds = {
+                    name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
+                    for name, leaf in description.tree.items()
+                }
+                _check_same(kinds, {**expected, _DIGEST: jax.ShapeDtypeStruct((32,), np.uint8)})
+                # As NumPy arrays: JAX would round float64 where that is not enabled.
+                stored = checkpointer.restore(
+                    folder, {name: np.empty(kind.shape, kind.dtype) for name, kind in kinds.items()}
+                )
+                if not np.array_equal(stored.pop(_DIGEST), _digest(stored)):
+                    raise ValueError("its checksum does not fit its arrays")
+                return {
+                    name: jnp.asarray(leaf, expected[name].dtype) for name, leaf in stored.items()
+                }
         # Orbax and tensorstore raise what they meet: KeyError, OSError, JSON errors and others.
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -93,25 +117,37 @@ def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
     )
 
 
+def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """SHA-256 over names, dtypes, shapes and contents: storage alone misses a flipped bit."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\0".encode())
+        digest.update(array.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
 def _check_same(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     if stored.keys() != expected.keys():
         difference = sorted(stored.keys() ^ expected.keys())
         raise ValueError(f"it differs in the arrays {', '.join(difference[:5])}")
     for name, leaf in expected.items():
-        got = (tuple(stored[name].shape), str(stored[name].dtype))
-        if got != (tuple(leaf.shape), str(leaf.dtype)):
-            raise ValueError(
-                f"array {name} is {got[1]} {got[0]}, expected {leaf.dtype} {leaf.shape}"
-            )
+        shape, dtype = stored[name].shape, stored[name].dtype
+        # A run fitted in one floating precision may be opened in a process that has another.
+        both_floating = all(jnp.issubdtype(kind, jnp.floating) for kind in (dtype, leaf.dtype))
+        if shape != leaf.shape or not (both_floating or dtype == leaf.dtype):
+            raise ValueError(f"array {name} is {dtype} {shape}, expected {leaf.dtype} {leaf.shape}")
 
 
 @contextmanager
 def _without_echo() -> Iterator[None]:
-    """Silence the coroutines that orbax abandons after an error, which it has raised already."""
-    hook = sys.unraisablehook
+    """Silence what orbax logs of an error beside raising it, and the coroutines it abandons."""
+    hook, level = sys.unraisablehook, logging.root.manager.disable
     sys.unraisablehook = lambda _: None
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
         gc.collect()
+        logging.disable(level)
         sys.unraisablehook = hook

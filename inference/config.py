@@ -48,15 +48,20 @@ class FitConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"fit.{name} is {value!r}: expected an integer >= 1")
+        for name in ("warmup", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"fit.{name} is {value!r}: expected an integer")
+        rate = self.learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float):
+            raise ValueError(f"fit.learning_rate is {rate!r}: expected a number")
         if not 0 <= self.warmup < self.steps:
             raise ValueError(
                 f"fit.warmup is {self.warmup} and fit.steps {self.steps}: "
                 "expected 0 <= warmup < steps"
             )
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(
-                f"fit.learning_rate is {self.learning_rate}: expected a finite number > 0"
-            )
+        if not (rate > 0 and math.isfinite(rate)):
+            raise ValueError(f"fit.learning_rate is {rate}: expected a finite number > 0")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"fit.seed is {self.seed}: expected an integer from 0 to 2^32 - 1")
         if self.precision not in typing.get_args(Precision):

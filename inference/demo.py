@@ -15,7 +15,7 @@ from probattn.models import LanguageModelConfig, ObjectiveConfig
 
 DEMO_CONFIG = RunConfig(
     data=DataConfig("pydoc"),
-    model=LanguageModelConfig(layers=2, heads=2, width=64, block=64, prior_rank=8),
+    model=LanguageModelConfig(layers=2, heads=4, width=64, block=64, prior_rank=8),
     fit=FitConfig(steps=800, warmup=80, eval_every=100, checkpoint_every=400),
 )
 _EXCERPT = 600  # characters of the validation text whose margins are drawn

@@ -22,7 +22,7 @@ NOISE_ABSOLUTE = (0.0, 0.1, 0.2, 0.5)
 NOISE_RELATIVE = (0.0, 0.25, 0.5, 1.0)
 QUANTILES = (0.0, 0.01, 0.1, 0.5)
 
-_MARGIN_TOKENS = 4096  # positions whose margins are taken, in windows spread over the text
+_MARGIN_TOKENS = 2048  # positions whose margins are taken, in windows spread over the text
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def evaluate(
     """Evaluate a run and store the result in its summary.
 
     The noise of every level is the same draw, scaled, so that levels and runs of one
-    configuration compare. Margins are those of at most 4096 positions, in windows spread evenly.
+    configuration compare. Margins are those of at most 2048 positions, in windows spread evenly.
 
     Args:
         run: from `load_run` or `fit`.

@@ -147,7 +147,13 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     path = Path(path)
     if not (path / "config.toml").is_file():
         raise RunError(f"{path}: expected a run directory, which has a config.toml")
-    config = read_config(path / "config.toml")
+    try:
+        config = read_config(path / "config.toml")
+    except ValueError as error:
+        raise RunError(f"damaged run: {error}") from None
+    # A file that was cut off at the end of a line is still TOML, of a run with other settings.
+    if (path / "config.toml").read_text(encoding="utf-8") != format_config(config):
+        raise RunError(f"{path / 'config.toml'}: damaged: it is not what the fit wrote")
     data = _read_json(path / "data.json")
     try:
         vocabulary = vocabulary_from_dict(data["vocabulary"])
@@ -191,6 +197,9 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     Raises:
         RunError: see `create_run`.
     """
+    for parent in path.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise RunError(f"{path}: expected a directory for the run, and {parent} is a file")
     if not path.exists():
         return
     if not path.is_dir():

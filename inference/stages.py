@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from probattn import certificate, embedding_margin, infeasible, log_det, stability_margin
+from probattn import certificate, infeasible, log_det
 from probattn.batches import batched_rows
 from probattn.inference.post_hoc import PostHocPrior
 from probattn.inference.runs import Run
+from probattn.margins import both_margins
 from probattn.models.transformer import Parameters, embed, first_layer
 
 _BATCH = 4  # windows in one call: the bases of 2 r directions take (windows, T, d, 2 r) numbers
@@ -94,10 +95,11 @@ def _measure(
     if normalised:
         x, _, _ = first_layer(parameters, x, heads=heads)
     sign, log_abs = log_det(x, w_query, w_key)
+    margin, distance = both_margins(x, w_query, w_key)
     return (
-        stability_margin(x, w_query, w_key),
+        margin,
         jnp.where(sign > 0, log_abs, -jnp.inf),
-        embedding_margin(x, w_query, w_key),
+        distance,
         certificate(x, w_query, w_key),
         infeasible(x, w_query, w_key),
     )

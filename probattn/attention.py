@@ -196,7 +196,7 @@ def check_arguments(
 def check_weights(
     w_query: ArrayLike, w_key: ArrayLike
 ) -> tuple[Float[Array, "*batch d r"], Float[Array, "*batch d r"]]:
-    """Projection matrices as arrays of a floating dtype, at least float32.
+    """Projection matrices as arrays of one shape and of a floating dtype, at least float32.
 
     Raises:
         ValueError: if a shape or a dtype does not fit.
@@ -213,7 +213,8 @@ def check_weights(
             f"w_query has shape {w_query.shape}: expected (..., d, r) with d >= 1 and r >= 1"
         )
     _check_leading_axes(w_query=w_query.shape[:-2], w_key=w_key.shape[:-2])
-    return w_query, w_key
+    shape = jnp.broadcast_shapes(w_query.shape, w_key.shape)
+    return jnp.broadcast_to(w_query, shape), jnp.broadcast_to(w_key, shape)
 
 
 def _floating(name: str, array: ArrayLike) -> Float[Array, "..."]:

@@ -81,7 +81,7 @@ def windows(length: int, *, block: int, stride: int | None = None) -> Windows:
     if length < 1:
         raise ValueError(f"the text has {length} positions: expected at least 1")
     if block < 1:
-        raise ValueError(f"block is {block}: expected an integer >= 1")
+        raise ValueError(f"block = {block}: expected an integer >= 1")
     stride = block if stride is None else stride
     if not 1 <= stride <= block:
         raise ValueError(f"stride is {stride}: expected 1 <= stride <= block = {block}")

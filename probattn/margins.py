@@ -138,6 +138,16 @@ def embedding_margin(
     Raises:
         ValueError: if the shapes do not fit or the arrays are not floating point.
     """
+    return both_margins(x, w_query, w_key)[1]
+
+
+def both_margins(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
+    """Margin "sigma_min" and embedding margin, from one singular value decomposition.
+
+    Arguments and errors are those of `embedding_margin`.
+    """
     x, w_query, w_key = check_arguments(x, w_query, w_key)
     margin, left, right = _smallest_singular_value(x, w_query, w_key)
     root = math.sqrt(w_query.shape[-1])
@@ -169,7 +179,7 @@ def embedding_margin(
     own = jnp.matmul(by_logit, keys, precision=_HIGHEST) / root
     own = jnp.matmul(own, jnp.swapaxes(w_query, -1, -2), precision=_HIGHEST)
     norm = jnp.sqrt(jnp.maximum(past, 0.0) + jnp.sum(own**2, axis=-1))
-    return jnp.abs(margin) / norm
+    return margin, jnp.abs(margin) / norm
 
 
 def certificate(x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike) -> Float[Array, "*batch T"]:
@@ -233,7 +243,7 @@ def _smallest_singular_value(
     x: Float[Array, "*batch T d"],
     w_query: Float[Array, "*weights d r"],
     w_key: Float[Array, "*weights d r"],
-) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T d"], Float[Array, "*batch T d"]]:
+) -> tuple[Float[Array, "*all T"], Float[Array, "*all T d"], Float[Array, "*all T d"]]:
     """Signed smallest singular value of every D_t and its singular vectors u and v.
 
     D_t is the identity on everything orthogonal to the columns of W_Q and of C_t, so where
@@ -295,9 +305,9 @@ def _signed(
 
 def _centred_under(
     weights: Float[Array, "*weights T T"],
-    directions: Float[Array, "*batch T m"],
-    vectors: Float[Array, "*batch T m"],
-) -> Float[Array, "*batch T T"]:
+    directions: Float[Array, "*directions T m"],
+    vectors: Float[Array, "*vectors T m"],
+) -> Float[Array, "*all T T"]:
     """Scalars a_t . y_s, centred over s under the attention weights of row t."""
     scalars = jnp.matmul(directions, jnp.swapaxes(vectors, -1, -2), precision=_HIGHEST)
     return scalars - jnp.sum(weights * scalars, axis=-1, keepdims=True)

@@ -11,7 +11,6 @@ import sys
 import types
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from tiny_run import (
@@ -192,31 +191,51 @@ def test_resume_takes_the_runs_own_configuration(probattn, fitted, tiny_run):
 # The commands at work
 
 
-def test_installed_command_fits_from_file_and_flags(tmp_path):
-    config = tiny_config(tmp_path)
-    short = dataclasses.replace(FIT, steps=400, eval_every=200, checkpoint_every=200)
-    file = tmp_path / "config.toml"
-    file.write_text(format_config(dataclasses.replace(config, fit=short)), encoding="utf-8")
-    command = [Path(sys.executable).parent / "probattn", "fit", "--config", file]
-    flags = ["--fit.steps", "200", "--fit.eval_every=100", "--fit.checkpoint-every", "100"]
-    flags += ["--out", tmp_path / "run"]
-    # With the precision of this process the programs are those that it has compiled.
+def installed(*arguments):
+    """Run the installed command, in the precision in which the run was fitted."""
+    command = [Path(sys.executable).parent / "probattn", *arguments]
     environment = os.environ | {"JAX_ENABLE_X64": "1"}
-    if cache := jax.config.jax_compilation_cache_dir:
-        environment["JAX_COMPILATION_CACHE_DIR"] = cache
-    options = {"env": environment, "capture_output": True, "text": True, "check": False}
-    done = subprocess.run([*command, *flags], **options)
-    assert done.returncode == 0, done.stderr
-    assert "bits per character" in done.stdout
-    assert "Traceback" not in done.stderr
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_installed_command_works(tiny_run):
+    done = installed("generate", tiny_run.path, "--prompt", "the", "--length", "30", "--seed=3")
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = generate(tiny_run, "the", length=30, seed=3)
+    assert f"smallest {expected.margin.min():.3f} at generated token" in done.stdout
+    assert done.stdout.startswith(printable("the" + expected.text)[:40])
+
+
+def test_installed_command_fails_with_its_status():
+    done = installed("generate", "nowhere", "--prompt", "the")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nowhere: expected a run directory" in error_line(done.stderr)
+
+
+def printable(text):
+    """The text with the one character replaced that would steer a terminal."""
+    return text.replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+
+
+def test_fit_from_file_and_flags(probattn, tmp_path):
+    config = tiny_config(tmp_path)
+    other = dataclasses.replace(FIT, steps=400, eval_every=200, checkpoint_every=200)
+    file = tmp_path / "config.toml"
+    file.write_text(format_config(dataclasses.replace(config, fit=other)), encoding="utf-8")
+    flags = ["--fit.steps", "200", "--fit.eval_every=100", "--fit.checkpoint-every", "100"]
+    command = ["fit", "--config", file, *flags, "--out", tmp_path / "run"]
+    status, out, _ = probattn(*command)
+    assert status == 0
     run = load_run(tmp_path / "run")
     assert run.config == config
     assert [row["step"] for row in run.metrics()] == [100, 200]
-    assert f"{run.summary()['fit']['validation_bpc']:.4f} bits per character" in done.stdout
+    assert f"{run.summary()['fit']['validation_bpc']:.4f} bits per character" in out
 
-    again = subprocess.run([*command, *flags], **options)
-    assert (again.returncode, again.stdout) == (2, "")
-    assert "holds another run; continue it with --resume" in error_line(again.stderr)
+    before = files_of(run.path)
+    status, out, err = probattn(*command)
+    assert (status, out) == (2, "")
+    assert "holds another run; continue it with --resume" in error_line(err)
+    assert files_of(run.path) == before
 
 
 def test_resuming_a_finished_run_changes_nothing_of_it(probattn, own_run):
@@ -276,8 +295,7 @@ def test_generate_prints_the_text_as_it_is(probattn, tiny_run, monkeypatch, tmp_
     assert status == 0
     expected = generate(tiny_run, "[/i] the", length=300, seed=7, temperature=0.8, top_k=9)
     assert "\n" in expected.text
-    text = ("[/i] the" + expected.text).replace("\x1b", "\N{REPLACEMENT CHARACTER}")
-    assert out.startswith(text + "\n")
+    assert out.startswith(printable("[/i] the" + expected.text) + "\n")
     assert f"smallest {expected.margin.min():.3f} at generated token" in out
     assert table.exists()
     assert f"wrote {table}" in out

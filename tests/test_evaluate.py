@@ -27,7 +27,6 @@ from probattn.inference import evaluate
 from probattn.inference.scoring import Scorer
 
 VALIDATION = tiny_text()[3600:]
-NETWORK = 1e-6  # relative: JAX's attention takes its softmax in float32 whatever it is given
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def test_bpc_is_that_of_predicting_each_character_once(evaluated):
         for offset, target in enumerate(tokens[start + 1 : start + 1 + BLOCK]):
             losses.setdefault(start + 1 + offset, -predicted[offset, target])
     assert result.tokens == len(losses) == len(VALIDATION) - 1
-    assert result.cross_entropy == pytest.approx(np.mean(list(losses.values())), rel=NETWORK)
+    assert result.cross_entropy == pytest.approx(np.mean(list(losses.values())), rel=1e-9)
     assert result.bpc == pytest.approx(result.cross_entropy / math.log(2), rel=1e-12)
 
 
@@ -172,7 +171,7 @@ def test_a_text_shorter_than_a_block_has_one_window(own_run, tmp_path):
     tokens = own_run.vocabulary.encode("the to")
     predicted = log_softmax(all_logits(own_run, tokens[:-1]))
     expected = -predicted[np.arange(5), tokens[1:]].mean()
-    assert result.cross_entropy == pytest.approx(expected, rel=NETWORK)
+    assert result.cross_entropy == pytest.approx(expected, rel=1e-9)
     assert [summary.positions for summary in result.margins] == [4] * 4
 
 

@@ -1,0 +1,254 @@
+"""Losses on a text, bits per character, noise, and the margins that a fit watches."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import BLOCK, HEADS, MODEL, RANK, WIDTH, all_logits, embedded, log_softmax
+
+from probattn.inference import RunConfig, scoring
+from probattn.inference.monitor import Monitor
+from probattn.inference.scoring import Scorer
+from probattn.models import ObjectiveConfig
+from probattn.models.language_model import parameter_shapes
+
+SIZE = 6  # of the vocabulary
+# Characters of each token, as of byte pairs: several, or none where one goes on.
+CHARACTERS = np.array([1, 2, 3, 0, 5, 1], np.int32)
+VOCABULARY = SimpleNamespace(size=SIZE, token_characters=CHARACTERS)
+LONG = 8 * scoring._BATCH + 3 * BLOCK + 5  # two calls, the second not full, and a rest of a block
+
+
+def draw(seed=0, **factors):
+    rng = np.random.default_rng(seed)
+    shapes = parameter_shapes(SIZE, MODEL, ObjectiveConfig("margin"))
+    return {
+        name: jnp.asarray(
+            ("norm" in name) + rng.normal(size=leaf.shape) / 2 * factors.get(name, 1), leaf.dtype
+        )
+        for name, leaf in shapes.items()
+    }
+
+
+PARAMETERS = draw()
+
+
+def text(length, seed=1):
+    return np.random.default_rng(seed).integers(0, SIZE, length).astype(np.int32)
+
+
+def scorer_of(tokens, **options):
+    return Scorer(MODEL, VOCABULARY, tokens, **options)
+
+
+def window_starts(length):
+    """Where the window of each predicted token begins, and so its context.
+
+    Windows do not overlap, but for the last, which is moved back to end with the text.
+    """
+    inputs = length - 1
+    size = min(BLOCK, inputs)
+    return [min(position // BLOCK * BLOCK, inputs - size) for position in range(inputs)]
+
+
+def expected_losses(tokens):
+    """Loss of every token but the first, one after the other, by a network of its own."""
+    run = SimpleNamespace(parameters=PARAMETERS)
+    return [
+        -log_softmax(all_logits(run, tokens[start : position + 1])[-1])[tokens[position + 1]]
+        for position, start in enumerate(window_starts(len(tokens)))
+    ]
+
+
+@pytest.fixture(scope="module")
+def long():
+    return scorer_of(text(LONG))
+
+
+@pytest.mark.parametrize("length", [2, BLOCK, BLOCK + 1, BLOCK + 2, LONG])
+def test_every_token_but_the_first_is_predicted_once(length):
+    tokens = text(length, seed=2)
+    score = scorer_of(tokens).score(PARAMETERS)
+    assert score.tokens == length - 1
+    assert score.cross_entropy == pytest.approx(np.mean(expected_losses(tokens)), rel=1e-12)
+
+
+def test_bits_are_per_character_that_the_predicted_tokens_stand_for(long):
+    tokens = text(LONG)
+    score = long.score(PARAMETERS)
+    assert score.characters == sum(CHARACTERS[token] for token in tokens[1:])
+    assert score.characters > 1.5 * score.tokens
+    bits = sum(expected_losses(tokens)) / math.log(2)
+    assert score.bpc == pytest.approx(bits / score.characters, rel=1e-12)
+
+
+def test_one_character_a_token_makes_bits_of_nats():
+    score = Scorer(MODEL, SimpleNamespace(token_characters=np.ones(SIZE, int)), text(50)).score(
+        PARAMETERS
+    )
+    assert score.bpc == pytest.approx(score.cross_entropy / math.log(2), rel=1e-14)
+
+
+def test_a_part_of_the_tokens_is_spread_over_the_text():
+    tokens = text(100 * BLOCK + 1)
+    part = scorer_of(tokens, most_tokens=10 * BLOCK + 3)
+    score = part.score(PARAMETERS)
+    assert score.tokens == 10 * BLOCK
+    starts = [round(99 * number / 9) * BLOCK for number in range(10)]
+    np.testing.assert_array_equal(part.inputs, [tokens[s : s + BLOCK] for s in starts])
+    losses = np.array(expected_losses(tokens)).reshape(100, BLOCK)[np.array(starts) // BLOCK]
+    assert score.cross_entropy == pytest.approx(losses.mean(), rel=1e-12)
+
+
+def test_a_part_larger_than_the_text_is_all_of_it(long):
+    part = scorer_of(text(LONG), most_tokens=10**9)
+    np.testing.assert_array_equal(part.inputs, long.inputs)
+
+
+def test_a_text_with_nothing_to_predict():
+    with pytest.raises(ValueError, match="the text has 0 positions: expected at least 1"):
+        scorer_of(text(1))
+
+
+def test_a_text_whose_predicted_tokens_begin_no_character():
+    """As of one character that a byte-pair vocabulary cuts into two tokens."""
+    nothing = int(np.flatnonzero(CHARACTERS == 0)[0])
+    with pytest.raises(ValueError, match="character"):
+        scorer_of(np.array([0, nothing])).score(PARAMETERS)
+
+
+def test_bfloat16_products_change_the_losses_little(long):
+    exact = long.score(PARAMETERS).cross_entropy
+    rounded = scorer_of(text(LONG), precision="bfloat16").score(PARAMETERS).cross_entropy
+    assert 0 < abs(rounded - exact) < 0.02 * exact
+
+
+# Noise
+
+
+def test_no_noise_is_no_change(long):
+    clean = long.losses(PARAMETERS)
+    np.testing.assert_array_equal(
+        long.losses(PARAMETERS, noise=0.0, rng_key=jax.random.key(7)), clean
+    )
+    assert long.score(PARAMETERS, noise=0.0) == long.score(PARAMETERS)
+
+
+def test_the_key_determines_the_noise(long):
+    one, same, other = (
+        long.losses(PARAMETERS, noise=0.5, rng_key=jax.random.key(key)) for key in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert np.all(one != other)
+
+
+def test_noise_is_normal_and_independent_on_every_coordinate(monkeypatch):
+    """Seen through a network that does nothing: its logits are what enters the stack."""
+    monkeypatch.setattr(scoring, "logits", lambda parameters, x, **options: x)
+    parameters = dict(draw(), token_embedding=jnp.zeros((SIZE, WIDTH)))
+    parameters["position_embedding"] = jnp.zeros((BLOCK, WIDTH))
+    scorer = scorer_of(text(LONG))
+    sigma, keys = 0.7, map(jax.random.key, range(20))
+    losses = [scorer.losses(parameters, noise=sigma, rng_key=key) for key in keys]
+    losses = np.concatenate(losses).ravel()
+    assert len(np.unique(losses)) == losses.size  # two calls, and windows, do not share it
+    drawn = sigma * np.random.default_rng(0).normal(size=(400_000, WIDTH))
+    expected = np.log(np.exp(drawn).sum(-1)) - drawn[:, 0]
+    for moment in (1, 2, 3):
+        error = 5 * (losses**moment).std() / math.sqrt(losses.size)
+        assert (losses**moment).mean() == pytest.approx((expected**moment).mean(), abs=error)
+
+
+@pytest.mark.parametrize("length", [4, LONG])
+def test_embedding_rms_is_that_of_every_input_counted_once(length):
+    tokens = text(length)
+    run = SimpleNamespace(parameters=PARAMETERS)
+    entries = [
+        embedded(run, tokens[start : position + 1])[-1]
+        for position, start in enumerate(window_starts(length))
+    ]
+    expected = np.sqrt(np.mean(np.square(entries)))
+    assert scorer_of(tokens).embedding_rms(PARAMETERS) == pytest.approx(expected, rel=1e-13)
+
+
+# What a fit watches
+
+
+def reduced_blocks(x, w_query, w_key):
+    """R_t = I - Cov(q, k) / sqrt(r) at positions 2 on, (T - 2, r, r), from the definition."""
+    queries, keys = x @ w_query, x @ w_key
+    rank = w_query.shape[1]
+    blocks = []
+    for t in range(2, len(x)):
+        alpha = np.exp(log_softmax(keys[:t] @ queries[t] / math.sqrt(rank)))
+        past = queries[:t] - alpha @ queries[:t], keys[:t] - alpha @ keys[:t]
+        blocks.append(np.eye(rank) - (alpha[:, None] * past[0]).T @ past[1] / math.sqrt(rank))
+    return np.array(blocks)
+
+
+def expected_watch(blocks):
+    sigma = np.linalg.svd(blocks, compute_uv=False)[..., -1]
+    margins = np.where(np.linalg.det(blocks) > 0, sigma, -sigma)
+    values = np.linalg.eigvals(blocks)
+    outside = np.any((np.abs(values.imag) < 1e-12) & (values.real <= 0), axis=-1)
+    return margins.min(), outside.mean()
+
+
+@pytest.mark.parametrize(("scale", "rank"), [(0.3, RANK), (20, RANK), (-2, 1)])
+def test_the_separate_stage_is_watched(scale, rank):
+    """A coupling that is weak, one that folds, and a repulsive one, whose margins all exceed 1."""
+    w_query = np.random.default_rng(3).normal(size=(WIDTH, rank)) / 4
+    parameters = draw() | {"w_query": jnp.asarray(w_query), "w_key": jnp.asarray(scale * w_query)}
+    inputs = np.concatenate([scorer_of(text(16 * BLOCK + 1)).inputs, np.zeros((5, BLOCK), int)])
+    x = embedded(SimpleNamespace(parameters=parameters), inputs[:16])
+    blocks = [reduced_blocks(window, w_query, scale * w_query) for window in x]
+    margin, outside = expected_watch(np.concatenate(blocks))
+    assert (margin > 1) == (scale < 0)
+    assert (0 < outside < 1) == (scale == 20)
+
+    model = dataclasses.replace(MODEL, prior_rank=rank)
+    config = RunConfig(model=model, objective=ObjectiveConfig("full"))
+    watched = Monitor(config, inputs)(parameters)
+    assert watched["min_margin"] == pytest.approx(margin, rel=1e-10)
+    assert watched["infeasible_fraction"] == pytest.approx(outside, rel=1e-6)
+    assert watched["min_margin_kind"] == "reduced, separate"
+
+
+@pytest.mark.parametrize(
+    "objective", [ObjectiveConfig("ce"), ObjectiveConfig("margin", attention="first_layer")]
+)
+def test_the_heads_of_the_first_layer_are_watched(objective):
+    parameters = draw(attention_in=1.5)
+    inputs = scorer_of(text(5 * BLOCK)).inputs
+    x = embedded(SimpleNamespace(parameters=parameters), inputs)
+    centred = x - x.mean(-1, keepdims=True)
+    gain = np.asarray(parameters["attention_norm"][0])
+    x = gain * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    columns = np.split(np.asarray(parameters["attention_in"][0]), 3 * HEADS, axis=1)
+    blocks = [
+        reduced_blocks(window, columns[head], columns[HEADS + head])
+        for window in x
+        for head in range(HEADS)
+    ]
+    margin, outside = expected_watch(np.concatenate(blocks))
+    assert 0 < outside < 1
+
+    watched = Monitor(RunConfig(model=MODEL, objective=objective), inputs)(parameters)
+    assert watched["min_margin"] == pytest.approx(margin, rel=1e-10)
+    assert watched["infeasible_fraction"] == pytest.approx(outside, rel=1e-6)
+    assert watched["min_margin_kind"] == "reduced, first layer"
+
+
+def test_what_is_watched_are_numbers_for_json():
+    watched = Monitor(RunConfig(model=MODEL), scorer_of(text(50)).inputs)(PARAMETERS)
+    assert {name: type(value) for name, value in watched.items()} == {
+        "min_margin": float,
+        "min_margin_kind": str,
+        "infeasible_fraction": float,
+    }
+    score = dataclasses.asdict(scorer_of(text(50)).score(PARAMETERS))
+    assert [type(value) for value in score.values()] == [float, float, int, int]
