@@ -25,7 +25,7 @@ def print_evaluations(
         results: by label, at least one.
         heads: whether to show the heads of the first layer.
     """
-    table = Table(title=next(iter(results.values())).text, title_justify="left")
+    table = Table(title=Text(next(iter(results.values())).text), title_justify="left")
     table.add_column("")
     for label in results:
         table.add_column(label, justify="right")
@@ -41,7 +41,8 @@ def print_evaluations(
 
 def print_margins(screen: Console, margins: TextMargins) -> None:
     """One table with a row per attention stage."""
-    table = Table(title=f"margins of {_printable(margins.name)} (sigma_min)", title_justify="left")
+    title = Text(f"margins of {_printable(margins.name)} (sigma_min)")
+    table = Table(title=title, title_justify="left")
     table.add_column("stage")
     for name in ("smallest", "1 % quantile", "median", "certified", "support token"):
         table.add_column(name, justify="right")
@@ -65,7 +66,7 @@ def print_generated(screen: Console, result: Generated) -> None:
     for token, margin in zip(result.tokens, result.margin, strict=True):
         style = "red" if margin < 0 else "yellow" if margin < _NEAR else ""
         text.append(_printable(token), style=style)
-    screen.print(text)
+    screen.print(text, soft_wrap=True)
     weakest = int(result.margin.argmin())
     screen.print()
     screen.print(

@@ -9,7 +9,7 @@ from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.evaluate import EvaluateResult, evaluate
 from probattn.inference.fit import fit
 from probattn.inference.report import comparison_figures, margin_figures
-from probattn.inference.runs import Run, write_text
+from probattn.inference.runs import Run, check_target, write_text
 from probattn.inference.token_margins import text_margins
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 
@@ -48,6 +48,8 @@ def demo(out: Path, *, config: RunConfig = DEMO_CONFIG, progress: bool = False) 
     Raises:
         ValueError: if `out` holds something else under the names of the runs.
     """
+    for name in ("ce", "margin"):
+        check_target(out / name, overwrite=True)
     runs, evaluations = {}, {}
     for name in ("ce", "margin"):
         chosen = RunConfig(config.data, config.model, ObjectiveConfig(name), config.fit)

@@ -123,6 +123,7 @@ def evaluate(
         for level in levels:
             if not (level >= 0 and math.isfinite(level)):
                 raise ValueError(f"{name}: got {level}, expected finite numbers >= 0")
+    check_seed(seed)
     noise_absolute, noise_relative = (
         sorted({0.0, *levels}) for levels in (noise_absolute, noise_relative)
     )
@@ -159,6 +160,16 @@ def evaluate(
     with run.lock():
         run.update_summary(evaluate=_plain(asdict(result)))
     return result
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that makes no random key.
+
+    Raises:
+        ValueError: if it is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: got {seed}, expected an integer from 0 to 2^32 - 1")
 
 
 def text_tokens(run: Run, text: str | os.PathLike[str] | None) -> tuple[np.ndarray, str]:

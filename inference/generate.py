@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from probattn.inference.evaluate import check_seed
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.progress import progress_bar
 from probattn.inference.runs import Run, write_text
@@ -71,6 +72,7 @@ def generate(
         raise ValueError(f"temperature: got {temperature}, expected a finite number >= 0")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: got {top_k}, expected an integer >= 1")
+    check_seed(seed)
     if not prompt:
         raise ValueError("prompt: got an empty text, expected at least one character")
     try:

@@ -52,4 +52,4 @@ def _measure(
     x = embed(parameters, inputs)
     stage = attention_stage(parameters, x, config=config.model, objective=objective)
     margin = stability_margin(*stage, kind="reduced")
-    return jnp.min(margin), jnp.mean(infeasible(*stage)[..., 2:])
+    return jnp.min(margin[..., 2:]), jnp.mean(infeasible(*stage)[..., 2:])

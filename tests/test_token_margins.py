@@ -8,11 +8,14 @@ import pytest
 from tiny_run import (
     BLOCK,
     LABELS,
+    RANK,
+    WIDTH,
     copy_of,
     files_of,
     fold,
     own_run_fixture,  # noqa: F401
     stage_arguments,
+    store_prior,
     tiny_run_fixture,  # noqa: F401
     tiny_text,
 )
@@ -114,6 +117,14 @@ def test_support_token_of_a_window_is_its_smallest_margin_from_position_2_on(
     }
     assert set(np.flatnonzero(stage.support)) == expected
     assert expected
+
+
+def test_where_all_margins_are_1_support_tokens_are_still_at_position_2(own_run, text):
+    store_prior(own_run, w_query=np.zeros((WIDTH, RANK)), w_key=np.zeros((WIDTH, RANK)))
+    first = text_margins(own_run, text, stride=BLOCK).stages[0]
+    assert np.all(first.margin == 1)
+    # The last window is moved back, to where its position 2 is the window's before it.
+    assert list(np.flatnonzero(first.support)) == list(range(2, len(TEXT) - BLOCK, BLOCK))
 
 
 def ends_before(start):
