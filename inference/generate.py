@@ -79,13 +79,11 @@ def generate(
         tokens = list(run.vocabulary.encode(prompt))
     except ValueError as error:
         raise ValueError(f"prompt: {error}") from None
-    step = jax.jit(
-        partial(
-            _next_token,
-            heads=run.config.model.heads,
-            greedy=temperature == 0,
-            top_k=None if top_k is None else min(top_k, run.vocabulary.size),
-        )
+    step = partial(
+        _next_token,
+        heads=run.config.model.heads,
+        greedy=temperature == 0,
+        top_k=None if top_k is None else min(top_k, run.vocabulary.size),
     )
     block, given = run.config.model.block, len(tokens)
     key = jax.random.key(seed)
@@ -144,6 +142,7 @@ def _window(tokens: list[int], block: int) -> Int[np.ndarray, "1 T"]:
     return window
 
 
+@partial(jax.jit, static_argnames=("heads", "greedy", "top_k"))
 def _next_token(
     parameters: Parameters,
     window: Int[Array, "1 T"],
@@ -162,4 +161,7 @@ def _next_token(
     if top_k is not None:
         least = jax.lax.top_k(scores, top_k)[0][-1]
         scores = jnp.where(scores >= least, scores, -jnp.inf)
-    return jax.random.categorical(rng_key, scores / temperature)
+    # Relative to the largest, so that a temperature however small overflows to -inf alone.
+    scores = scores - jnp.max(scores)
+    least_temperature = jnp.finfo(scores.dtype).tiny
+    return jax.random.categorical(rng_key, scores / jnp.maximum(temperature, least_temperature))

@@ -6,7 +6,6 @@ density of its embeddings, with the model's prior on W_Q and W_K, fitted once an
 """
 
 import math
-import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,8 +66,8 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
             stored prior is damaged.
     """
     path = run.path / "post_hoc_prior.npz"
-    if path.exists():
-        return _read(path, run)
+    if path.exists() and (stored := _read(path, run)) is not None:
+        return stored
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
     tokens = run.vocabulary.encode(corpus.train)
@@ -81,7 +80,7 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
         progress=progress,
     )
     with run.lock(), replacing(path) as stream:
-        np.savez(stream, **vars(prior))
+        np.savez(stream, of_step=run.step, **vars(prior))
     return prior
 
 
@@ -171,19 +170,28 @@ def _mean_log_density(
 def _read(path: Path, run: Run) -> PostHocPrior:
     shape = (run.config.model.width, run.config.model.prior_rank)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            values = {name: stored[name] for name in PostHocPrior.__dataclass_fields__}
+        with path.open("rb") as stream:
+            stored = np.load(stream, allow_pickle=False)
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                raise ValueError("it is no npz archive")
+            values = {n: stored[n] for n in ("of_step", *PostHocPrior.__dataclass_fields__)}
+        if int(values["of_step"]) != run.step:
+            return None
+        scale = float(values["scale"])
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"scale is {scale}")
         for name in ("w_query", "w_key"):
             if values[name].shape != shape or not np.all(np.isfinite(values[name])):
                 raise ValueError(f"{name} is no finite array of shape {shape}")
         return PostHocPrior(
             values["w_query"],
             values["w_key"],
-            float(values["scale"]),
+            scale,
             float(values["log_density"]),
             bool(values["converged"]),
             int(values["steps"]),
             int(values["tokens"]),
         )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    # NumPy and zipfile raise what they meet: KeyError, TypeError, EOFError, BadZipFile and others.
+    except Exception as error:
         raise RunError(f"{path}: damaged ({error}); delete it to have it fitted again") from None

@@ -63,7 +63,7 @@ class Scorer:
         self._targets = plan.take(tokens[1:])
         self._reported = plan.reported
         self._characters = vocabulary.token_characters[self._targets]
-        self._losses = jax.jit(partial(_losses, heads=config.heads, precision=precision))
+        self._losses = partial(_losses, heads=config.heads, precision=precision)
 
     def score(
         self, parameters: Parameters, *, noise: float = 0.0, rng_key: Array | None = None
@@ -125,6 +125,7 @@ class Scorer:
         return math.sqrt(total / (counts.sum() * tokens.shape[1]))
 
 
+@partial(jax.jit, static_argnames=("heads", "precision"))
 def _losses(
     parameters: Parameters,
     inputs: Int[Array, "B T"],

@@ -70,7 +70,7 @@ def stages(run: Run, prior: PostHocPrior) -> Iterator[Stage]:
 
 def stage_margins(run: Run, stage: Stage, inputs: Int[np.ndarray, "windows T"]) -> StageMargins:
     """Margins, log determinants and certificates of a stage over windows of tokens."""
-    measure = jax.jit(partial(_measure, normalised=stage.normalised, heads=run.config.model.heads))
+    measure = partial(_measure, normalised=stage.normalised, heads=run.config.model.heads)
     parts = [
         measure(run.parameters, inputs[rows], stage.w_query, stage.w_key)
         for rows in batched_rows(len(inputs), _BATCH)
@@ -82,6 +82,7 @@ def stage_margins(run: Run, stage: Stage, inputs: Int[np.ndarray, "windows T"]) 
     return StageMargins(stage.label, *fields)
 
 
+@partial(jax.jit, static_argnames=("normalised", "heads"))
 def _measure(
     parameters: Parameters,
     inputs: Array,

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -33,6 +34,7 @@ from tiny_run import (
 from probattn import stability_margin
 from probattn.inference import FitError, fit, load_run
 from probattn.inference.checkpoints import CheckpointError, named_leaves
+from probattn.inference.config import format_config
 from probattn.inference.interrupts import Interrupted
 from probattn.inference.runs import Run, RunError
 from probattn.inference.svi import Trainer, default_optimizer
@@ -210,8 +212,8 @@ def test_the_last_line_describes_the_last_parameters(whole):
         assert row[f"{prefix}cross_entropy"] == pytest.approx(expected, rel=1e-12)
         assert row[f"{prefix}bpc"] == pytest.approx(expected / math.log(2), rel=1e-12)
     tokens = run.vocabulary.encode(tiny_text()[: 16 * BLOCK]).reshape(16, BLOCK)
-    margins = stability_margin(
-        embedded(run, tokens), parameters["w_query"], parameters["w_key"], kind="reduced"
+    margins = jax.jit(partial(stability_margin, kind="reduced"))(
+        embedded(run, tokens), parameters["w_query"], parameters["w_key"]
     )
     assert row["min_margin"] == pytest.approx(float(margins[:, 2:].min()), rel=1e-12)
     inputs = run.vocabulary.encode(tiny_text()[:3599])
@@ -314,6 +316,52 @@ def test_a_finished_fit_has_nothing_left_to_do(whole, config, tmp_path):
     result = fit(config, copy, resume=True)
     assert_same_outcome(result.run, whole)
     assert result.metrics == whole.result.metrics
+
+
+SINGLE_PRECISION = """
+import sys
+import numpy as np
+from probattn.inference import fit, read_config
+from probattn.inference.svi import Trainer
+
+config, folder = read_config(sys.argv[1]), sys.argv[2]
+whole = fit(config, folder + "/whole")
+advance = Trainer.advance
+
+def stopping_advance(self, state, step, stop):
+    if step >= 130:
+        raise KeyboardInterrupt
+    return advance(self, state, step, stop)
+
+Trainer.advance = stopping_advance
+try:
+    fit(config, folder + "/again")
+except KeyboardInterrupt:
+    Trainer.advance = advance
+again = fit(config, folder + "/again", resume=True)
+for name, value in whole.run.parameters.items():
+    assert value.dtype == np.float32, name
+    np.testing.assert_array_equal(again.run.parameters[name], value)
+timed = [dict(row, tokens_per_s=None) for row in whole.metrics]
+assert [dict(row, tokens_per_s=None) for row in again.metrics] == timed
+assert timed[-1]["loss"] < timed[0]["loss"] - 0.1
+print("done")
+"""
+
+
+def test_a_fit_in_single_precision_which_is_the_default_outside_of_these_tests(config, tmp_path):
+    (tmp_path / "config.toml").write_text(format_config(config), "utf-8")
+    command = [sys.executable, "-W", "error", "-c", SINGLE_PRECISION, tmp_path / "config.toml"]
+    environment = {
+        **os.environ,
+        "JAX_ENABLE_X64": "0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    child = subprocess.run(
+        [*command, tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (child.returncode, child.stdout) == (0, "done\n"), child.stderr
 
 
 def test_a_custom_optimizer_is_used_and_the_best_of_its_steps_kept(whole, config, tmp_path):
@@ -574,10 +622,11 @@ def test_resuming_a_run_whose_metrics_are_damaged(config, kept, size):
 
 
 def test_resuming_from_a_damaged_checkpoint(config, kept):
-    [manifest] = (kept.path / "checkpoints" / "latest").glob("*/manifest.ocdbt")
-    manifest.write_bytes(manifest.read_bytes()[:50])
+    folder = kept.path / "checkpoints" / "latest" / "200"
+    largest = max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    largest.write_bytes(largest.read_bytes()[:-1000])
     message = assert_refused(CheckpointError, config, kept, resume=True)
-    assert message.startswith(f"{manifest.parent}: the checkpoint is damaged")
+    assert message.startswith(f"{folder}: the checkpoint is damaged")
 
 
 def test_no_file_of_a_run_holds_what_json_lacks(whole):
