@@ -12,12 +12,14 @@ from probattn.inference.report import comparison_figures, margin_figures
 from probattn.inference.runs import Run, check_target, write_text
 from probattn.inference.token_margins import text_margins
 from probattn.models import LanguageModelConfig, ObjectiveConfig
+from probattn.models.objective import ObjectiveName
 
 DEMO_CONFIG = RunConfig(
     data=DataConfig("pydoc"),
     model=LanguageModelConfig(layers=2, heads=4, width=64, block=64, prior_rank=8),
     fit=FitConfig(steps=800, warmup=80, eval_every=100, checkpoint_every=400),
 )
+_OBJECTIVES: tuple[ObjectiveName, ...] = ("ce", "margin")
 _EXCERPT = 600  # characters of the validation text whose margins are drawn
 
 
@@ -48,10 +50,11 @@ def demo(out: Path, *, config: RunConfig = DEMO_CONFIG, progress: bool = False) 
     Raises:
         ValueError: if `out` holds something else under the names of the runs.
     """
-    for name in ("ce", "margin"):
+    for name in _OBJECTIVES:
         check_target(out / name, overwrite=True)
-    runs, evaluations = {}, {}
-    for name in ("ce", "margin"):
+    runs: dict[str, Run] = {}
+    evaluations: dict[str, EvaluateResult] = {}
+    for name in _OBJECTIVES:
         chosen = RunConfig(config.data, config.model, ObjectiveConfig(name), config.fit)
         runs[name] = fit(chosen, out / name, overwrite=True, progress=progress).run
         evaluations[name] = evaluate(runs[name], progress=progress)

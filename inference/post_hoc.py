@@ -80,7 +80,7 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
         progress=progress,
     )
     with run.lock(), replacing(path) as stream:
-        np.savez(stream, of_step=run.step, **vars(prior))
+        np.savez(stream, of_step=run.step or 0, **vars(prior))
     return prior
 
 
@@ -167,7 +167,7 @@ def _mean_log_density(
     return jnp.where(jnp.all(sign > 0), jnp.mean(gauss + log_abs), -jnp.inf)
 
 
-def _read(path: Path, run: Run) -> PostHocPrior:
+def _read(path: Path, run: Run) -> PostHocPrior | None:
     shape = (run.config.model.width, run.config.model.prior_rank)
     try:
         with path.open("rb") as stream:

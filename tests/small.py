@@ -19,5 +19,5 @@ FLAGS = [
 def cheap_post_hoc(patch: pytest.MonkeyPatch) -> None:
     """A post-hoc prior from little text in few steps, and margins at few positions."""
     patch.setattr(post_hoc, "_TOKENS", 512)
-    patch.setattr(post_hoc, "_STEPS", 5)
+    patch.setattr(post_hoc, "_STEPS", 20)
     patch.setattr(evaluate, "_MARGIN_TOKENS", 256)

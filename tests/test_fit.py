@@ -37,6 +37,7 @@ from probattn.inference.checkpoints import CheckpointError, named_leaves
 from probattn.inference.config import format_config
 from probattn.inference.interrupts import Interrupted
 from probattn.inference.runs import Run, RunError
+from probattn.inference.scoring import Scorer
 from probattn.inference.svi import Trainer, default_optimizer
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 
@@ -286,6 +287,19 @@ def test_a_fit_that_was_killed_goes_on_as_if_it_had_not_been(whole, config, tmp_
     assert copy.latest.step < step
     assert copy.step is None or copy.step < step
     assert_same_outcome(fit(config, copy.path, resume=True).run, whole)
+
+
+def test_a_fit_that_goes_on_remembers_its_best(whole, config, tmp_path, monkeypatch):
+    copy = shutil.copytree(whole.copies[200], tmp_path / "run")
+    score = Scorer.score
+
+    def worse_score(self, parameters):
+        result = score(self, parameters)
+        return dataclasses.replace(result, cross_entropy=result.cross_entropy + 1)
+
+    monkeypatch.setattr(Scorer, "score", worse_score)
+    run = fit(config, copy, resume=True).run
+    assert (run.step, run.latest.step) == (160, 200)
 
 
 def test_a_fit_ends_between_two_steps_and_goes_on(whole, config, tmp_path, monkeypatch, capsys):

@@ -125,7 +125,7 @@ def test_results_are_added_by_name(run):
     assert run.summary() == {"fit": {"steps": 9}, "evaluate": {"bpc": 2.0}}
 
 
-def test_metrics_are_replaced_or_added_to(run):
+def test_metrics_are_replaced_or_added_to(run, place):
     run.write_metrics(ROWS[:1])
     run.append_metrics({"step": 5})
     assert run.metrics() == [ROWS[0], {"step": 5}]
@@ -168,7 +168,7 @@ def test_a_run_is_not_made_over_another(run):
     assert files_of(run.path) == before
 
 
-def test_overwriting_leaves_nothing_of_the_other_run(run):
+def test_overwriting_leaves_nothing_of_the_other_run(run, place):
     (run.path / "figures").mkdir()
     (run.path / "figures" / "margins.png").write_bytes(b"old")
     (run.path / "post_hoc_prior.npz").write_bytes(b"old")
@@ -190,7 +190,7 @@ def test_a_directory_with_foreign_files_is_refused(run, foreign, overwrite):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_is_no_place_for_a_run(tmp_path, overwrite):
+def test_a_file_is_no_place_for_a_run(tmp_path, overwrite, place):
     path = tmp_path / "file"
     path.write_text("mine")
     message = refusal(RunError, make_run, path, overwrite=overwrite)
@@ -198,7 +198,7 @@ def test_a_file_is_no_place_for_a_run(tmp_path, overwrite):
     assert path.read_text() == "mine"
 
 
-def test_below_a_file_is_no_place_for_a_run(tmp_path):
+def test_below_a_file_is_no_place_for_a_run(tmp_path, place):
     (tmp_path / "file").write_text("mine")
     message = refusal(RunError, make_run, tmp_path / "file" / "run")
     assert message.startswith(f"{tmp_path / 'file' / 'run'}: ")
@@ -273,7 +273,7 @@ def test_a_description_that_is_none(run, content, reason):
     assert f"{run.path / 'data.json'}: {reason}" in refusal(RunError, load_run, run.path)
 
 
-def test_a_summary_that_is_damaged_is_not_replaced(run):
+def test_a_summary_that_is_damaged_is_not_replaced(run, place):
     (run.path / "summary.json").write_text('{"fit": ')
     assert "summary.json: damaged" in refusal(RunError, run.update_summary, evaluate={})
     assert (run.path / "summary.json").read_text() == '{"fit": '
@@ -326,14 +326,15 @@ ARRAYS = {
 
 
 @pytest.fixture
-def folder(tmp_path):
-    folder = CheckpointFolder(tmp_path / "checkpoints" / "latest")
+def place(tmp_path):
+    return tmp_path / "checkpoints" / "latest"
+
+
+@pytest.fixture
+def folder(place):
+    folder = CheckpointFolder(place)
     folder.save(3, ARRAYS)
     return folder
-
-
-def path_of(folder, step):
-    return folder._path / str(step)
 
 
 def test_a_checkpoint_comes_back_to_the_last_bit(folder):
@@ -343,21 +344,21 @@ def test_a_checkpoint_comes_back_to_the_last_bit(folder):
     assert_same(folder.load(shapes), ARRAYS)
 
 
-def test_only_the_newest_checkpoint_is_kept(folder):
+def test_only_the_newest_checkpoint_is_kept(folder, place):
     newer = ARRAYS | {"count": jnp.int32(0)}
     folder.save(20, newer)
     assert folder.step == 20
-    assert [path.name for path in folder._path.iterdir()] == ["20"]
+    assert [path.name for path in place.iterdir()] == ["20"]
     assert_same(folder.load(ARRAYS), newer)
 
 
-def test_a_step_that_is_saved_already_is_left_as_it_is(folder):
-    before = files_of(folder._path)
+def test_a_step_that_is_saved_already_is_left_as_it_is(folder, place):
+    before = files_of(place)
     folder.save(3, ARRAYS)
-    assert files_of(folder._path) == before
+    assert files_of(place) == before
 
 
-def test_a_save_that_fails_keeps_the_checkpoint_before(folder):
+def test_a_save_that_fails_keeps_the_checkpoint_before(folder, place):
     gone = jnp.ones(3)
     gone.delete()
     with pytest.raises(RuntimeError, match="deleted"):
@@ -365,14 +366,14 @@ def test_a_save_that_fails_keeps_the_checkpoint_before(folder):
     assert folder.step == 3
     assert_same(folder.load(ARRAYS), ARRAYS)
     folder.save(4, ARRAYS)
-    assert [path.name for path in folder._path.iterdir()] == ["4"]
+    assert [path.name for path in place.iterdir()] == ["4"]
 
 
-def test_the_remains_of_an_interrupted_save_are_no_checkpoint(folder):
-    shutil.copytree(path_of(folder, 3), folder._path / "9.orbax-checkpoint-tmp")
+def test_the_remains_of_an_interrupted_save_are_no_checkpoint(folder, place):
+    shutil.copytree(place / "3", place / "9.orbax-checkpoint-tmp")
     assert folder.step == 3
     folder.save(5, ARRAYS)
-    assert [path.name for path in folder._path.iterdir()] == ["5"]
+    assert [path.name for path in place.iterdir()] == ["5"]
 
 
 def test_no_checkpoint(tmp_path):
@@ -392,19 +393,19 @@ def test_no_checkpoint(tmp_path):
         ({"key": None}, "it differs in the arrays key"),
     ],
 )
-def test_a_checkpoint_of_another_model(folder, like, reason):
+def test_a_checkpoint_of_another_model(folder, like, reason, place):
     expected = {name: leaf for name, leaf in (ARRAYS | like).items() if leaf is not None}
     message = refusal(CheckpointError, folder.load, expected)
-    assert message.startswith(f"{path_of(folder, 3)}: ")
+    assert message.startswith(f"{place / '3'}: ")
     assert reason in message
 
 
 @pytest.mark.parametrize("damage", ["emptied", "halved", "removed", "flipped"])
-def test_a_damaged_checkpoint_is_refused_or_harmless(folder, damage, caplog):
+def test_a_damaged_checkpoint_is_refused_or_harmless(folder, damage, caplog, place):
     """Orbax keeps some files that it does not need: then the arrays must be the very same."""
     outcomes = {}
-    for name, whole in files_of(path_of(folder, 3)).items():
-        path = path_of(folder, 3) / name
+    for name, whole in files_of(place / "3").items():
+        path = place / "3" / name
         middle = len(whole) // 2
         if damage == "removed":
             path.unlink()
@@ -417,13 +418,13 @@ def test_a_damaged_checkpoint_is_refused_or_harmless(folder, damage, caplog):
             outcomes[name] = "harmless"
         except CheckpointError as error:
             message = str(error)
-            assert message.startswith(f"{path_of(folder, 3)}: the checkpoint is damaged")
+            assert message.startswith(f"{place / '3'}: the checkpoint is damaged")
             assert message.endswith("or start again with --overwrite")
             assert "\n" not in message
             assert "NoneType" not in message  # what a user can do nothing with
             outcomes[name] = "refused"
         path.write_bytes(whole)
-    sizes = {name: len(whole) for name, whole in files_of(path_of(folder, 3)).items()}
+    sizes = {name: len(whole) for name, whole in files_of(place / "3").items()}
     names = {max(sizes, key=sizes.get)}  # the values
     for needed in ("manifest.ocdbt", "_METADATA"):
         names.add(min((name for name in outcomes if name.endswith(needed)), key=len))
