@@ -1,13 +1,9 @@
 """Checkpoints by orbax: one folder for the latest state, one for the best parameters."""
 
-import gc
 import hashlib
-import logging
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-_DIGEST = "sha256"
+_ARRAYS = "arrays"
+_CHECKSUMS = "SHA256SUMS"
 
 
 class CheckpointError(ValueError):
@@ -51,9 +48,13 @@ class CheckpointFolder:
         """
         target = self._path / str(step)
         if not target.exists():
+            partial = self._path / f"{step}.saving"
+            shutil.rmtree(partial, ignore_errors=True)
             stored = {name: np.asarray(leaf) for name, leaf in arrays.items()}
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(target, {**stored, _DIGEST: _digest(stored)})
+                checkpointer.save(partial / _ARRAYS, stored)
+            _write_synced(partial / _CHECKSUMS, _checksums(partial / _ARRAYS))
+            partial.rename(target)
         for entry in self._path.iterdir():  # the one before, and what an interrupted save left
             if entry != target:
                 shutil.rmtree(entry)
@@ -73,33 +74,30 @@ class CheckpointFolder:
         expected = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in like.items()
         }
+        folder = self._path / str(step)
         try:
-            with _without_echo(), ocp.StandardCheckpointer() as checkpointer:
-                folder = self._path / str(step)
-                description = checkpointer.metadata(folder).item_metadata
-                if description is None:
-                    raise ValueError("its description is missing")
+            # Before tensorstore opens them: a file cut short can end the process there.
+            _check_files(folder)
+            with ocp.StandardCheckpointer() as checkpointer:
+                description = checkpointer.metadata(folder / _ARRAYS).item_metadata
                 kinds = {
                     name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
                     for name, leaf in description.tree.items()
                 }
-                _check_same(kinds, {**expected, _DIGEST: jax.ShapeDtypeStruct((32,), np.uint8)})
+                _check_same(kinds, expected)
                 # As NumPy arrays: JAX would round float64 where that is not enabled.
                 stored = checkpointer.restore(
-                    folder, {name: np.empty(kind.shape, kind.dtype) for name, kind in kinds.items()}
+                    folder / _ARRAYS,
+                    {name: np.empty(kind.shape, kind.dtype) for name, kind in kinds.items()},
                 )
-                if not np.array_equal(stored.pop(_DIGEST), _digest(stored)):
-                    raise ValueError("its checksum does not fit its arrays")
-                return {
-                    name: jnp.asarray(leaf, expected[name].dtype) for name, leaf in stored.items()
-                }
         # Orbax and tensorstore raise what they meet: KeyError, OSError, JSON errors and others.
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"{self._path / str(step)}: the checkpoint is damaged or of another model "
+                f"{folder}: the checkpoint is damaged or of another model "
                 f"({reason[:200]}); restore it from a copy, or start again with --overwrite"
             ) from None
+        return {name: jnp.asarray(leaf, expected[name].dtype) for name, leaf in stored.items()}
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -117,14 +115,32 @@ def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
     )
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """SHA-256 over names, dtypes, shapes and contents: storage alone misses a flipped bit."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}\0".encode())
-        digest.update(array.tobytes())
-    return np.frombuffer(digest.digest(), np.uint8)
+def _checksums(folder: Path) -> str:
+    """SHA-256 of every file, as `sha256sum --check` reads it beside the folder."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise ValueError(f"{path.relative_to(folder)} is a link, expected a file")
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder.parent)}\n")
+    return "".join(lines)
+
+
+def _check_files(folder: Path) -> None:
+    stored = set((folder / _CHECKSUMS).read_text(encoding="utf-8").splitlines())
+    changed = stored ^ set(_checksums(folder / _ARRAYS).splitlines())
+    if changed:
+        names = sorted({line.partition("  ")[2] for line in changed})
+        raise ValueError(f"files that do not fit their checksums: {', '.join(names)}")
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _check_same(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -137,17 +153,3 @@ def _check_same(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         both_floating = all(jnp.issubdtype(kind, jnp.floating) for kind in (dtype, leaf.dtype))
         if shape != leaf.shape or not (both_floating or dtype == leaf.dtype):
             raise ValueError(f"array {name} is {dtype} {shape}, expected {leaf.dtype} {leaf.shape}")
-
-
-@contextmanager
-def _without_echo() -> Iterator[None]:
-    """Silence what orbax logs of an error beside raising it, and the coroutines it abandons."""
-    hook, level = sys.unraisablehook, logging.root.manager.disable
-    sys.unraisablehook = lambda _: None
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        gc.collect()
-        logging.disable(level)
-        sys.unraisablehook = hook

@@ -142,7 +142,7 @@ class _Loop:
         self._reported_step = self.step = run.latest.step or 0
         if self.step:
             self._restore()
-        rows = [row for row in run.metrics() if row["step"] <= self.step]
+        rows = self._reported()
         run.write_metrics(rows)
         self._shown: dict[str, str] = {}
         self._best = min((row["validation_cross_entropy"] for row in rows), default=math.inf)
@@ -187,7 +187,7 @@ class _Loop:
 
     def _report(self, bar: Bar) -> None:
         """Score training and validation text, note it, keep the parameters if they are best."""
-        parameters = self._trainer.parameters(self._state)
+        parameters = self._finite_parameters()
         row: dict[str, Any] = {"step": self.step}
         for prefix, scorer in self._scorers.items():
             score = scorer.score(parameters)
@@ -222,12 +222,29 @@ class _Loop:
             self.run.best.save(self.step, parameters)
 
     def _save(self) -> None:
-        if not all(
-            bool(jnp.all(jnp.isfinite(leaf)))
-            for leaf in self._trainer.parameters(self._state).values()
-        ):
-            self._fail(self.step, "the parameters are not finite")
+        self._finite_parameters()
         self.run.latest.save(self.step, named_leaves(_with_key_data(self._state)))
+
+    def _finite_parameters(self) -> dict[str, jax.Array]:
+        parameters = self._trainer.parameters(self._state)
+        if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in parameters.values()):
+            self._fail(self.step, "the parameters are not finite")
+        return parameters
+
+    def _reported(self) -> list[dict[str, Any]]:
+        """The reports up to the checkpoint; those after it are made again."""
+        fit, path = self.run.config.fit, self.run.path / "metrics.jsonl"
+        rows = [row for row in self.run.metrics() if row["step"] <= self.step]
+        steps = [row["step"] for row in rows]
+        expected = list(range(fit.eval_every, self.step + 1, fit.eval_every))
+        if self.step == fit.steps and fit.steps % fit.eval_every:
+            expected.append(fit.steps)
+        if steps != expected:
+            raise RunError(
+                f"{path}: has reports of steps {steps}: expected {expected}, up to the checkpoint "
+                "to resume from; restore it from a copy, or start again with --overwrite"
+            )
+        return rows
 
     def _restore(self) -> None:
         plain = _with_key_data(self._state)
@@ -280,16 +297,21 @@ def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
 
 
 def _encode(corpus: Corpus, vocabulary: Any, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of both texts, each of more than one block."""
-    encoded = vocabulary.encode(corpus.train), vocabulary.encode(corpus.validation)
-    for part, tokens in zip(("training", "validation"), encoded, strict=True):
-        if len(tokens) <= config.model.block:
+    """Tokens of both texts, each of more than one block, and of one for each of a minibatch."""
+    train, validation = vocabulary.encode(corpus.train), vocabulary.encode(corpus.validation)
+    block, batch = config.model.block, config.fit.batch
+    for part, tokens in (("training", train), ("validation", validation)):
+        if len(tokens) <= block:
             raise DataError(
                 f"corpus {corpus.name!r}: the {part} text has {len(tokens)} tokens: expected more "
-                f"than one block of {config.model.block}; give a longer text or a smaller "
-                "model.block"
+                f"than one block of {block}; give a longer text or a smaller model.block"
             )
-    return encoded
+    if len(train) < batch * block:
+        raise DataError(
+            f"corpus {corpus.name!r}: the training text has {len(train)} tokens: expected at least "
+            f"a minibatch of {batch} blocks of {block}; give a longer text or a smaller fit.batch"
+        )
+    return train, validation
 
 
 def _with_key_data(state: TrainState) -> TrainState:

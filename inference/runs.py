@@ -94,16 +94,23 @@ class Run:
         return CheckpointFolder(self.path / "checkpoints" / "latest")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, one per report."""
+        """Lines of metrics.jsonl, one per report.
+
+        A last line without its end, which is what a kill leaves, is none: resuming repeats it.
+        """
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise RunError(f"{path}, line {number}: expected JSON: {error}") from None
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise RunError(f"{path}, line {number}: expected an object with an integer step")
+            rows.append(row)
         return rows
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:

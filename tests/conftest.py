@@ -19,8 +19,14 @@ hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("PROBATTN_HYPOTHESIS", "ci"))
 
 
-def pytest_configure():
+def pytest_configure(config):
     install_import_hook(SHAPE_CHECKED, "beartype.beartype")
+    # Most of the suite's time goes into compiling, of the same programs again and again. Child
+    # processes read the environment.
+    compiled = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="module")

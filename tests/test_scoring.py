@@ -55,6 +55,13 @@ def window_starts(length):
     return [min(position // BLOCK * BLOCK, inputs - size) for position in range(inputs)]
 
 
+def window_rows(length):
+    """Where the losses of the predicted tokens stand among those of all windows."""
+    starts = window_starts(length)
+    rows = [sorted(set(starts)).index(start) for start in starts]
+    return tuple(rows), tuple(position - start for position, start in enumerate(starts))
+
+
 def expected_losses(tokens):
     """Loss of every token but the first, one after the other, by a network of its own."""
     run = SimpleNamespace(parameters=PARAMETERS)
@@ -146,18 +153,26 @@ def test_the_key_determines_the_noise(long):
     assert np.all(one != other)
 
 
-def test_noise_is_normal_and_independent_on_every_coordinate(monkeypatch):
-    """Seen through a network that does nothing: its logits are what enters the stack."""
-    monkeypatch.setattr(scoring, "logits", lambda parameters, x, **options: x)
-    parameters = dict(draw(), token_embedding=jnp.zeros((SIZE, WIDTH)))
-    parameters["position_embedding"] = jnp.zeros((BLOCK, WIDTH))
-    scorer = scorer_of(text(LONG))
-    sigma, keys = 0.7, map(jax.random.key, range(20))
-    losses = [scorer.losses(parameters, noise=sigma, rng_key=key) for key in keys]
-    losses = np.concatenate(losses).ravel()
+def test_noise_is_normal_and_independent_on_every_coordinate(long):
+    """Seen through a network whose layers add nothing to what enters the stack."""
+    parameters = draw(attention_out=0, mlp_out=0)
+    sigma, keys = 0.7, map(jax.random.key, range(40))
+    losses = [long.losses(parameters, noise=sigma, rng_key=key) for key in keys]
+    losses = np.stack(losses)[:, *window_rows(LONG)]
     assert len(np.unique(losses)) == losses.size  # two calls, and windows, do not share it
-    drawn = sigma * np.random.default_rng(0).normal(size=(400_000, WIDTH))
-    expected = np.log(np.exp(drawn).sum(-1)) - drawn[:, 0]
+
+    tokens, run = text(LONG), SimpleNamespace(parameters=parameters)
+    x = np.array(
+        [
+            embedded(run, tokens[start : position + 1])[-1]
+            for position, start in enumerate(window_starts(LONG))
+        ]
+    )
+    x = x + sigma * np.random.default_rng(0).normal(size=(1000, *x.shape))
+    centred = x - x.mean(-1, keepdims=True)
+    x = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    scores = x * np.asarray(parameters["final_norm"]) @ np.asarray(parameters["token_embedding"]).T
+    expected = -np.take_along_axis(log_softmax(scores), tokens[None, 1:, None], -1)
     for moment in (1, 2, 3):
         error = 5 * (losses**moment).std() / math.sqrt(losses.size)
         assert (losses**moment).mean() == pytest.approx((expected**moment).mean(), abs=error)

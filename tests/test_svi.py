@@ -344,6 +344,23 @@ def test_a_minibatch_that_is_infeasible_already_does_not_freeze_the_fit(full, gr
     assert_close(got, moved(start, step))
 
 
+def test_positions_inside_stay_inside_beside_those_outside(full):
+    start = attractive(30.0)
+    inputs, _ = full.minibatch(TOKENS, 0)
+    inside = determinants(start, inputs) > 0
+    assert not inside.all()
+
+    def breaks(size):
+        return not (determinants(moved(start, push, size), inputs) > 0)[inside].all()
+
+    push = {"w_key": start["w_key"]}
+    halvings = next(n for n in range(10) if not breaks(2.0**-n))
+    assert halvings > 0
+    got, rejected, _ = descend(full, start, push=push)
+    assert rejected == 1
+    assert_close(got, moved(start, push, 2.0**-halvings))
+
+
 def test_every_minibatch_of_a_fit_is_kept_inside(full):
     state = state_at(full, attractive(10.0), **{f"{OPTIMIZER}rate": jnp.asarray(0.3)})
     rejected = [0]

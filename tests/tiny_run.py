@@ -8,7 +8,6 @@ import random
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -46,10 +45,6 @@ def tiny_config(folder, name="margin"):
 def fit_tiny_run(folder):
     """Cached, because a fixture that several modules import is set up for each of them."""
     folder.mkdir()
-    # Most of the time goes into compiling, of the same programs again and again.
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     run = fit(tiny_config(folder), folder / "run").run
     post_hoc_prior(run)
     return run

@@ -1,0 +1,23 @@
+"""What makes the commands, the examples and the README cheap enough to run in the tests."""
+
+import importlib
+
+import pytest
+
+from probattn.inference import post_hoc
+
+# The package's attribute of that name is the function.
+evaluate = importlib.import_module("probattn.inference.evaluate")
+
+FLAGS = [
+    *("--model.layers", "1", "--model.heads", "2", "--model.width", "8", "--model.block", "16"),
+    *("--model.prior-rank", "2", "--fit.steps", "8", "--fit.warmup", "2", "--fit.batch", "4"),
+    *("--fit.eval-every", "4"),
+]
+
+
+def cheap_post_hoc(patch: pytest.MonkeyPatch) -> None:
+    """A post-hoc prior from little text in few steps, and margins at few positions."""
+    patch.setattr(post_hoc, "_TOKENS", 512)
+    patch.setattr(post_hoc, "_STEPS", 20)
+    patch.setattr(evaluate, "_MARGIN_TOKENS", 256)

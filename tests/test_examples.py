@@ -1,0 +1,53 @@
+"""The examples run as they stand, at a tiny size."""
+
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from small import FLAGS, cheap_post_hoc
+
+from probattn.inference import read_config
+from probattn.inference.cli import main
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    return runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def test_fit_map_lowers_the_loss(monkeypatch, capsys):
+    names = run(monkeypatch, "fit_map.py", "--steps", "30", "--width", "8")
+    first = float(capsys.readouterr().out.split("loss ")[1].split()[0])
+    assert float(names["losses"].mean()) < first
+    assert names["margin"].shape == (12, 64)
+
+
+def test_fit_and_inspect_ends_in_a_margin_figure(monkeypatch, tmp_path, capsys):
+    cheap_post_hoc(monkeypatch)
+    out = tmp_path / "runs" / "inspect"
+    run(monkeypatch, "fit_and_inspect.py", "--steps", "20", "--width", "8", "--out", str(out))
+    printed = capsys.readouterr().out
+    assert "support token" in printed
+    written = {path.name for path in (out / "figures").iterdir()}
+    assert {"margins.csv", "margin_text.png", "margin_sequence.png"} <= written
+
+
+def test_tinyshakespeare_is_the_setting_that_the_readme_reports():
+    config = read_config(EXAMPLES / "tinyshakespeare.toml")
+    model, fit = config.model, config.fit
+    assert (model.layers, model.heads, model.width, model.block) == (4, 4, 128, 64)
+    assert (fit.batch, fit.steps, config.data.validation_fraction) == (12, 2000, 0.1)
+
+
+@pytest.mark.parametrize("objective", ["ce", "full"])
+def test_tinyshakespeare_fits_another_text(monkeypatch, tmp_path, objective):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(EXAMPLES / "tinyshakespeare.toml", tmp_path)
+    Path("input.txt").write_text("First Citizen: speak, speak.\n" * 100, encoding="utf-8")
+    flags = ["--config", "tinyshakespeare.toml", "--objective", objective, "--out", "run"]
+    assert main(["fit", *flags, *FLAGS]) == 0
+    assert read_config("run/config.toml").objective.name == objective
