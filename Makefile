@@ -10,7 +10,8 @@ OUT ?= demo
 ARGS ?=
 
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+# setuptools warns of folders of an editable installation, at length.
+PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
 # A type checker sees one package `probattn` only where models/ and inference/ lie inside it.
 TYPING = build/typing
 

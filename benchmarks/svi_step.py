@@ -66,10 +66,8 @@ def _hand_written(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:
     params = {name: site["value"] for name, site in sites.items()}
     priors = {}
     for name, site in sites.items():
-        normal = site["fn"]
-        while hasattr(normal, "base_dist"):
-            normal = normal.base_dist
-        priors[name] = float(normal.loc.flat[0]), float(normal.scale.flat[0])
+        mean, variance = site["fn"].mean, site["fn"].variance
+        priors[name] = float(mean.ravel()[0]), math.sqrt(variance.ravel()[0])
     weight, _ = objective.weights
     optimizer = default_optimizer(fit)
 

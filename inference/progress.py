@@ -1,5 +1,6 @@
 """Progress bars: the one place that draws on the terminal while work goes on."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -31,7 +32,7 @@ class _TqdmBar:
         self._bar.set_postfix(values, refresh=False)
 
     def line(self, text: str) -> None:
-        self._bar.write(text, file=self._bar.fp)
+        tqdm.write(text, file=sys.stderr)
 
 
 class _Silent:
@@ -53,5 +54,12 @@ def progress_bar(
     if not visible:
         yield _Silent()
         return
-    with tqdm(total=total, initial=initial, desc=description, unit=unit, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        dynamic_ncols=True,
+        disable=None,  # where there is no terminal
+    ) as bar:
         yield _TqdmBar(bar)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpyro
 import optax
 from jaxtyping import Array, Bool, Float, Int
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import SVI, Trace_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoDelta
 from numpyro.infer.svi import SVIState
 
@@ -21,7 +21,8 @@ from probattn.batches import random_blocks
 from probattn.inference.config import FitConfig, RunConfig
 from probattn.log_det import log_det
 from probattn.models import language_model
-from probattn.models.language_model import attention_stage
+from probattn.models.language_model import attention_stage, sample_parameters
+from probattn.models.priors import starting_point
 from probattn.models.transformer import Parameters, embed
 
 _HALVINGS = 10  # after which a step is not taken at all
@@ -86,7 +87,13 @@ class Trainer:
             num_sequences=sequences,
             precision=config.fit.precision,
         )
-        self.guide = AutoDelta(model)
+        parameters = partial(sample_parameters, vocabulary_size, config.model, config.objective)
+        start_key, init_key = jax.random.split(init_key)
+        start = jax.jit(partial(starting_point, parameters=parameters))(start_key)
+        # Of the parameters alone: tracing the guide need not compile the network.
+        self.guide = AutoDelta(
+            lambda *minibatch: parameters(), init_loc_fn=init_to_value(values=start)
+        )
         # The loss is -log joint / N: nats per token, whatever the size of the corpus.
         self._svi = SVI(
             numpyro.handlers.scale(model, 1 / count),
@@ -102,7 +109,7 @@ class Trainer:
         self._advance = jax.jit(self._run, donate_argnums=0).lower(*shapes).compile()
 
     def init(self) -> TrainState:
-        """State before the first step: the median of a few draws from the prior."""
+        """State before the first step, which is a function of the seed."""
         # Each a buffer of its own, since all are donated.
         counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         return TrainState(self._init(), jnp.zeros(()), *counts)

@@ -87,7 +87,7 @@ def language_model(
         raise ValueError(
             f"num_sequences is {num_sequences}: expected at least the {sequences} of the minibatch"
         )
-    parameters = _sample_parameters(vocabulary_size, config, objective)
+    parameters = sample_parameters(vocabulary_size, config, objective)
     with numpyro.plate("sequences", num_sequences, subsample_size=sequences):
         x = transformer.embed(parameters, inputs)
         if objective.name != "ce":
@@ -101,6 +101,21 @@ def language_model(
         numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=targets)
 
 
+def sample_parameters(
+    vocabulary_size: int, config: LanguageModelConfig, objective: ObjectiveConfig
+) -> dict[str, Array]:
+    """The part of `language_model` that samples its parameters: all that a guide has to match."""
+    parameters = priors.sample_transformer(
+        vocabulary_size=vocabulary_size,
+        layers=config.layers,
+        width=config.width,
+        block=config.block,
+    )
+    if objective.trains_attention_prior:
+        parameters |= priors.sample_attention_stage(config.width, config.prior_rank)
+    return parameters
+
+
 def parameter_shapes(
     vocabulary_size: int, config: LanguageModelConfig, objective: ObjectiveConfig
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -108,7 +123,7 @@ def parameter_shapes(
 
     def draw() -> dict[str, Array]:
         with numpyro.handlers.seed(rng_seed=0):
-            return _sample_parameters(vocabulary_size, config, objective)
+            return sample_parameters(vocabulary_size, config, objective)
 
     return jax.eval_shape(draw)
 
@@ -129,20 +144,6 @@ def attention_stage(
         return x, parameters["w_query"], parameters["w_key"]
     normalised, w_query, w_key = transformer.first_layer(parameters, x, heads=config.heads)
     return normalised[:, None], w_query, w_key
-
-
-def _sample_parameters(
-    vocabulary_size: int, config: LanguageModelConfig, objective: ObjectiveConfig
-) -> dict[str, Array]:
-    parameters = priors.sample_transformer(
-        vocabulary_size=vocabulary_size,
-        layers=config.layers,
-        width=config.width,
-        block=config.block,
-    )
-    if objective.trains_attention_prior:
-        parameters |= priors.sample_attention_stage(config.width, config.prior_rank)
-    return parameters
 
 
 def _attention_terms(
