@@ -51,5 +51,5 @@ def _measure(
 ) -> tuple[jax.Array, jax.Array]:
     x = embed(parameters, inputs)
     stage = attention_stage(parameters, x, config=config.model, objective=objective)
-    margin = stability_margin(*stage, kind="reduced")
-    return jnp.min(margin[..., 2:]), jnp.mean(infeasible(*stage)[..., 2:])
+    margin = stability_margin(**stage, kind="reduced")
+    return jnp.min(margin[..., 2:]), jnp.mean(infeasible(**stage)[..., 2:])

@@ -75,6 +75,7 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
     prior = fit_attention_prior(
         embed(run.parameters, jnp.asarray(plan.take(tokens))),
         rank=run.config.model.prior_rank,
+        bound=run.config.model.bound,
         training_tokens=len(tokens),
         seed=run.config.fit.seed,
         progress=progress,
@@ -85,7 +86,13 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
 
 
 def fit_attention_prior(
-    x: Float[Array, "B T d"], *, rank: int, training_tokens: int, seed: int, progress: bool = False
+    x: Float[Array, "B T d"],
+    *,
+    rank: int,
+    training_tokens: int,
+    bound: float | None = None,
+    seed: int,
+    progress: bool = False,
 ) -> PostHocPrior:
     """Fit W_Q, W_K and sigma to embeddings by the exact log density, by Adam on minibatches.
 
@@ -98,6 +105,7 @@ def fit_attention_prior(
         x: embeddings (B, T, d).
         rank: of W_Q and W_K.
         training_tokens: tokens of the whole text, of which x is a sample: the prior's weight.
+        bound: c of a bounded context, or None.
         seed: of the prior draw that the fit starts from, and of the minibatches.
         progress: show a progress bar.
     """
@@ -107,7 +115,7 @@ def fit_attention_prior(
     params = w_query, w_key, jnp.log(jnp.std(x))
     schedule = optax.warmup_cosine_decay_schedule(0.0, _LEARNING_RATE, _STEPS // 20, _STEPS)
     optimizer = optax.adam(schedule, b2=0.99)
-    objective = partial(_objective, training_tokens=training_tokens)
+    objective = partial(_objective, bound=bound, training_tokens=training_tokens)
 
     def step(carry: tuple[Any, Any], number: Array) -> tuple[tuple[Any, Any], Array]:
         params, state = carry
@@ -133,12 +141,12 @@ def fit_attention_prior(
     last = tenths[-2].mean() - tenths[-1].mean()
     noise = math.sqrt(sum(part.var() / part.size for part in tenths[-2:]))
     w_query, w_key, _ = carry[0]
-    scale = float(jnp.sqrt(jnp.mean(residual(x, w_query, w_key) ** 2)))
+    scale = float(jnp.sqrt(jnp.mean(residual(x, w_query, w_key, bound=bound) ** 2)))
     return PostHocPrior(
         np.asarray(w_query),
         np.asarray(w_key),
         scale,
-        float(_mean_log_density(x, w_query, w_key, scale)),
+        float(_mean_log_density(x, w_query, w_key, scale, bound)),
         bool(last <= max(_SETTLED * gained, 2 * noise)),
         _STEPS,
         x.shape[0] * x.shape[1],
@@ -146,12 +154,16 @@ def fit_attention_prior(
 
 
 def _objective(
-    params: tuple[Array, Array, Array], x: Float[Array, "B T d"], *, training_tokens: int
+    params: tuple[Array, Array, Array],
+    x: Float[Array, "B T d"],
+    *,
+    bound: float | None,
+    training_tokens: int,
 ) -> Array:
     w_query, w_key, log_scale = params
-    energy = jnp.mean(residual(x, w_query, w_key) ** 2) * jnp.exp(-2 * log_scale)
+    energy = jnp.mean(residual(x, w_query, w_key, bound=bound) ** 2) * jnp.exp(-2 * log_scale)
     gauss = x.shape[-1] * (log_scale + energy / 2)
-    barrier = jnp.mean(relaxed_barrier(x, w_query, w_key))
+    barrier = jnp.mean(relaxed_barrier(x, w_query, w_key, bound=bound))
     prior = attention_prior(*w_query.shape)
     log_prior = prior.log_prob(w_query) + prior.log_prob(w_key)
     return gauss + barrier - log_prior / training_tokens
@@ -159,10 +171,11 @@ def _objective(
 
 @jax.jit
 def _mean_log_density(
-    x: Float[Array, "B T d"], w_query: Array, w_key: Array, scale: float
+    x: Float[Array, "B T d"], w_query: Array, w_key: Array, scale: float, bound: float | None
 ) -> Array:
-    sign, log_abs = log_det(x, w_query, w_key)
-    squared = jnp.sum((residual(x, w_query, w_key) / scale) ** 2, axis=-1)
+    sign, log_abs = log_det(x, w_query, w_key, bound=bound)
+    error = residual(x, w_query, w_key, bound=bound)
+    squared = jnp.sum((error / scale) ** 2, axis=-1)
     gauss = -squared / 2 - x.shape[-1] * (jnp.log(scale) + math.log(2 * math.pi) / 2)
     return jnp.where(jnp.all(sign > 0), jnp.mean(gauss + log_abs), -jnp.inf)
 

@@ -28,12 +28,14 @@ class Stage:
         w_query: W_Q (d, r).
         w_key: W_K (d, r).
         normalised: whether it sees the first layer's normalised input instead of the embeddings.
+        bound: c of its bounded context, or None.
     """
 
     label: str
     w_query: Float[Array, "d r"]
     w_key: Float[Array, "d r"]
     normalised: bool = False
+    bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,11 @@ class StageMargins:
 
 def stages(run: Run, prior: PostHocPrior) -> Iterator[Stage]:
     """Stages of a run: post hoc, trained where there is one, and the first layer's heads."""
-    yield Stage("post hoc", jnp.asarray(prior.w_query), jnp.asarray(prior.w_key))
+    bound = run.config.model.bound
+    yield Stage("post hoc", jnp.asarray(prior.w_query), jnp.asarray(prior.w_key), bound=bound)
     if run.config.objective.trains_attention_prior:
-        yield Stage("trained", run.parameters["w_query"], run.parameters["w_key"])
+        w_query, w_key = run.parameters["w_query"], run.parameters["w_key"]
+        yield Stage("trained", w_query, w_key, bound=bound)
     embedded = jnp.zeros((1, 1, run.config.model.width))
     _, queries, keys = first_layer(run.parameters, embedded, heads=run.config.model.heads)
     for head, (w_query, w_key) in enumerate(zip(queries, keys, strict=True), start=1):
@@ -70,7 +74,12 @@ def stages(run: Run, prior: PostHocPrior) -> Iterator[Stage]:
 
 def stage_margins(run: Run, stage: Stage, inputs: Int[np.ndarray, "windows T"]) -> StageMargins:
     """Margins, log determinants and certificates of a stage over windows of tokens."""
-    measure = partial(_measure, normalised=stage.normalised, heads=run.config.model.heads)
+    measure = partial(
+        _measure,
+        normalised=stage.normalised,
+        heads=run.config.model.heads,
+        bound=stage.bound,
+    )
     parts = [
         measure(run.parameters, inputs[rows], stage.w_query, stage.w_key)
         for rows in batched_rows(len(inputs), _BATCH)
@@ -82,7 +91,7 @@ def stage_margins(run: Run, stage: Stage, inputs: Int[np.ndarray, "windows T"]) 
     return StageMargins(stage.label, *fields)
 
 
-@partial(jax.jit, static_argnames=("normalised", "heads"))
+@partial(jax.jit, static_argnames=("normalised", "heads", "bound"))
 def _measure(
     parameters: Parameters,
     inputs: Array,
@@ -91,16 +100,17 @@ def _measure(
     *,
     normalised: bool,
     heads: int,
+    bound: float | None,
 ) -> tuple[Array, ...]:
     x = embed(parameters, inputs)
     if normalised:
         x, _, _ = first_layer(parameters, x, heads=heads)
-    sign, log_abs = log_det(x, w_query, w_key)
-    margin, distance = both_margins(x, w_query, w_key)
+    sign, log_abs = log_det(x, w_query, w_key, bound=bound)
+    margin, distance = both_margins(x, w_query, w_key, bound=bound)
     return (
         margin,
         jnp.where(sign > 0, log_abs, -jnp.inf),
         distance,
-        certificate(x, w_query, w_key),
-        infeasible(x, w_query, w_key),
+        certificate(x, w_query, w_key, bound=bound),
+        infeasible(x, w_query, w_key, bound=bound),
     )

@@ -226,4 +226,4 @@ def _inside(parameters: Parameters, *, inputs: Array, config: RunConfig) -> Arra
     """Where the determinants that carry the barrier are positive."""
     x = embed(parameters, inputs)
     stage = attention_stage(parameters, x, config=config.model, objective=config.objective)
-    return log_det(*stage)[0] > 0
+    return log_det(**stage)[0] > 0

@@ -1,7 +1,8 @@
 """A GPT language model whose token embeddings pass through the attention barrier."""
 
-import dataclasses
+import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ class LanguageModelConfig:
         width: embedding dimensions d.
         block: positions T that the model sees at once, at least 3: the first two have no margin.
         prior_rank: rank r of the separate attention stage that carries the barrier.
+        bound: c of that stage's bounded context, see `attention`; None, the paper's, is unbounded.
     """
 
     layers: int = 4
@@ -31,19 +33,33 @@ class LanguageModelConfig:
     width: int = 128
     block: int = 64
     prior_rank: int = 16
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes of which no network can be made."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 3 if field.name == "block" else 1
+        for name in ("layers", "heads", "width", "block", "prior_rank"):
+            value = getattr(self, name)
+            least = 3 if name == "block" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"model.{field.name} is {value!r}: expected an integer >= {least}")
+                raise ValueError(f"model.{name} is {value!r}: expected an integer >= {least}")
+        if self.bound is not None and not (self.bound > 0 and math.isfinite(self.bound)):
+            raise ValueError(
+                f"model.bound is {self.bound}: expected a finite number > 0, or none at all"
+            )
         if self.width % self.heads:
             raise ValueError(
                 f"model.heads is {self.heads} and model.width {self.width}: "
                 "expected heads to divide width"
             )
+
+
+class AttentionStage(TypedDict):
+    """Arguments of the attention formulas, for one stage: see `attention_stage`."""
+
+    x: Float[Array, "... T d"]
+    w_query: Float[Array, "*heads d r"]
+    w_key: Float[Array, "*heads d r"]
+    bound: float | None
 
 
 def language_model(
@@ -92,7 +108,7 @@ def language_model(
         x = transformer.embed(parameters, inputs)
         if objective.name != "ce":
             stage = attention_stage(parameters, x, config=config, objective=objective)
-            barrier, energy = _attention_terms(*stage, objective)
+            barrier, energy = _attention_terms(stage, objective)
             barrier_weight, residual_weight = objective.weights
             numpyro.factor("attention_barrier", -barrier_weight * barrier)
             if residual_weight:
@@ -134,27 +150,29 @@ def attention_stage(
     *,
     config: LanguageModelConfig,
     objective: ObjectiveConfig,
-) -> tuple[Float[Array, "... T d"], Float[Array, "*heads d r"], Float[Array, "*heads d r"]]:
-    """Arguments (x, w_query, w_key) at which the objective evaluates the attention formulas.
+) -> AttentionStage:
+    """Arguments at which the objective evaluates the attention formulas, by their names.
 
     For the separate stage x is (B, T, d) and the matrices are (d, r); for the first layer x is
     its normalised input (B, 1, T, d) and the matrices are (heads, d, d / heads).
     """
     if objective.attention == "separate":
-        return x, parameters["w_query"], parameters["w_key"]
+        return {
+            "x": x,
+            "w_query": parameters["w_query"],
+            "w_key": parameters["w_key"],
+            "bound": config.bound,
+        }
     normalised, w_query, w_key = transformer.first_layer(parameters, x, heads=config.heads)
-    return normalised[:, None], w_query, w_key
+    return {"x": normalised[:, None], "w_query": w_query, "w_key": w_key, "bound": None}
 
 
 def _attention_terms(
-    x: Float[Array, "... T d"],
-    w_query: Float[Array, "*heads d r"],
-    w_key: Float[Array, "*heads d r"],
-    objective: ObjectiveConfig,
+    stage: AttentionStage, objective: ObjectiveConfig
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Barrier and ||e_t||^2 / (2 sigma^2), summed over positions and averaged over heads."""
-    barrier = relaxed_barrier(x, w_query, w_key, delta=objective.delta).sum(-1)
-    scaled = residual(x, w_query, w_key) / objective.residual_scale
+    barrier = relaxed_barrier(**stage, delta=objective.delta).sum(-1)
+    scaled = residual(**stage) / objective.residual_scale
     energy = jnp.sum(scaled**2, axis=(-2, -1)) / 2  # dead code, and compiled away, if not used
     heads = tuple(range(1, barrier.ndim))
     return barrier.mean(heads), energy.mean(heads)

@@ -1,22 +1,21 @@
 """Causal self-attention as a probabilistic program: exact log-determinants, margins, inference."""
 
 from probattn.attention import attention_weights, conditional_mean, coupling, residual
+from probattn.distributions import AttentionResidual, CausalAttention
 from probattn.log_det import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
-from probattn.margins import (
-    certificate,
-    embedding_margin,
-    infeasible,
-    stability_margin,
-    support_tokens,
-)
+from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
+from probattn.proper import certificate, is_proper
 
 __all__ = [
+    "AttentionResidual",
+    "CausalAttention",
     "attention_weights",
     "certificate",
     "conditional_mean",
     "coupling",
     "embedding_margin",
     "infeasible",
+    "is_proper",
     "jacobian_blocks",
     "log_det",
     "reduced_blocks",

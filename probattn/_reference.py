@@ -6,6 +6,8 @@ Jacobian is differentiated, never assembled; the determinant is d × d, never re
 values come from the full block. Tests and benchmarks compare the fast code with it. It is not
 exported, it does not validate, and it is meant for float64.
 
+With a bound c every function takes the context as phi(x_s), computed from its definition.
+
 The symbols are those of Agarwal et al. (2026), arXiv:2602.22271, with positions counted from 0:
 e_t = x_t − mu_t is the residual and D_t = ∂e_t/∂x_t the diagonal block of its Jacobian.
 """
@@ -46,7 +48,12 @@ def attention_weights(queries, keys):
     return jnp.stack(rows)
 
 
-def residual_of(token, past, w_query, w_key):
+def bounded(x, bound):
+    """phi(x) = x / sqrt(1 + |x|²/c²) of one vector, or x where the bound is None."""
+    return x if bound is None else x / jnp.sqrt(1 + jnp.dot(x, x) / bound**2)
+
+
+def residual_of(token, past, w_query, w_key, bound=None):
     """Residual of one token given its past: e_t = x_t − sum_{s<t} alpha_ts x_s.
 
     Args:
@@ -54,59 +61,63 @@ def residual_of(token, past, w_query, w_key):
         past: list of the x_s, s < t.
         w_query: shape (d, r).
         w_key: shape (d, r).
+        bound: c, or None.
 
     Returns:
         Shape (d,).
     """
     if not past:
         return token
+    past = [bounded(earlier, bound) for earlier in past]
     alpha = weights_of(token @ w_query, [earlier @ w_key for earlier in past])
     return token - sum(weight * earlier for weight, earlier in zip(alpha, past, strict=True))
 
 
-def residual(x, w_query, w_key):
+def residual(x, w_query, w_key, bound=None):
     """Residuals e_t of every position, shape (T, d)."""
     tokens = list(x)
     return jnp.stack(
-        [residual_of(tokens[t], tokens[:t], w_query, w_key) for t in range(len(tokens))]
+        [residual_of(tokens[t], tokens[:t], w_query, w_key, bound) for t in range(len(tokens))]
     )
 
 
-def full_jacobian(x, w_query, w_key):
+def full_jacobian(x, w_query, w_key, bound=None):
     """Jacobian of the whole map x -> e by forward differentiation, shape (T * d, T * d)."""
-    return jax.jacfwd(residual)(x, w_query, w_key).reshape(x.size, x.size)
+    return jax.jacfwd(residual)(x, w_query, w_key, bound).reshape(x.size, x.size)
 
 
-def log_det_total(x, w_query, w_key):
+def log_det_total(x, w_query, w_key, bound=None):
     """Sign and log|det| of the whole Jacobian, two scalars."""
-    return jnp.linalg.slogdet(full_jacobian(x, w_query, w_key))
+    return jnp.linalg.slogdet(full_jacobian(x, w_query, w_key, bound))
 
 
-def jacobian_block(x, w_query, w_key, t):
+def jacobian_block(x, w_query, w_key, t, bound=None):
     """Block D_t = ∂e_t/∂x_t by forward differentiation, shape (d, d)."""
     tokens = list(x)
-    return jax.jacfwd(residual_of)(tokens[t], tokens[:t], w_query, w_key)
+    return jax.jacfwd(residual_of)(tokens[t], tokens[:t], w_query, w_key, bound)
 
 
-def jacobian_blocks(x, w_query, w_key):
+def jacobian_blocks(x, w_query, w_key, bound=None):
     """Every D_t, cut from the diagonal of the whole Jacobian, shape (T, d, d)."""
     length, width = x.shape
-    jacobian = full_jacobian(x, w_query, w_key).reshape(length, width, length, width)
+    jacobian = full_jacobian(x, w_query, w_key, bound).reshape(length, width, length, width)
     return jnp.stack([jacobian[t, :, t, :] for t in range(length)])
 
 
-def log_det_at(x, w_query, w_key, t):
+def log_det_at(x, w_query, w_key, t, bound=None):
     """Sign and log|det D_t| of one position, two scalars."""
-    return jnp.linalg.slogdet(jacobian_block(x, w_query, w_key, t))
+    return jnp.linalg.slogdet(jacobian_block(x, w_query, w_key, t, bound))
 
 
-def log_det(x, w_query, w_key):
+def log_det(x, w_query, w_key, bound=None):
     """Sign and log|det D_t| of every position, each of shape (T,)."""
-    sign, log_abs = zip(*(log_det_at(x, w_query, w_key, t) for t in range(x.shape[0])), strict=True)
+    sign, log_abs = zip(
+        *(log_det_at(x, w_query, w_key, t, bound) for t in range(x.shape[0])), strict=True
+    )
     return jnp.stack(sign), jnp.stack(log_abs)
 
 
-def reduced_block(x, w_query, w_key, t):
+def reduced_block(x, w_query, w_key, t, bound=None):
     """Block R_t = I − Cov_{alpha_t}(q_s, k_s)/sqrt(r), the covariance summed term by term.
 
     Returns:
@@ -116,8 +127,10 @@ def reduced_block(x, w_query, w_key, t):
     identity = jnp.eye(rank, dtype=x.dtype)
     if t == 0:
         return identity
-    queries, keys = list(x @ w_query), list(x @ w_key)
-    query, queries, keys = queries[t], queries[:t], keys[:t]
+    context = [bounded(earlier, bound) for earlier in x[:t]]
+    query = x[t] @ w_query
+    queries = [earlier @ w_query for earlier in context]
+    keys = [earlier @ w_key for earlier in context]
     alpha = weights_of(query, keys)
     mean_query = sum(weight * query for weight, query in zip(alpha, queries, strict=True))
     mean_key = sum(weight * key for weight, key in zip(alpha, keys, strict=True))
@@ -128,9 +141,9 @@ def reduced_block(x, w_query, w_key, t):
     return identity - covariance / math.sqrt(rank)
 
 
-def reduced_blocks(x, w_query, w_key):
+def reduced_blocks(x, w_query, w_key, bound=None):
     """Every R_t, shape (T, r, r)."""
-    return jnp.stack([reduced_block(x, w_query, w_key, t) for t in range(x.shape[0])])
+    return jnp.stack([reduced_block(x, w_query, w_key, t, bound) for t in range(x.shape[0])])
 
 
 def relaxed_logarithm(z, delta):
@@ -155,9 +168,9 @@ def determinant(matrix):
     return sum((-1) ** j * matrix[0, j] * determinant(minor) for j, minor in enumerate(minors))
 
 
-def relaxed_barrier(x, w_query, w_key, delta=1e-3):
+def relaxed_barrier(x, w_query, w_key, delta=1e-3, bound=None):
     """Relaxed log-barrier of every det D_t, shape (T,); needs every det D_t >= −10 delta."""
-    blocks = [jacobian_block(x, w_query, w_key, t) for t in range(x.shape[0])]
+    blocks = [jacobian_block(x, w_query, w_key, t, bound) for t in range(x.shape[0])]
     return jnp.stack([relaxed_logarithm(determinant(block), delta) for block in blocks])
 
 
@@ -167,7 +180,7 @@ def signed_sigma_min(matrix):
     return jnp.where(jnp.linalg.det(matrix) > 0, sigma_min, -sigma_min)
 
 
-def stability_margin(x, w_query, w_key, kind="sigma_min"):
+def stability_margin(x, w_query, w_key, kind="sigma_min", bound=None):
     """Margin of every position from dense blocks.
 
     Args:
@@ -176,6 +189,7 @@ def stability_margin(x, w_query, w_key, kind="sigma_min"):
         w_key: shape (d, r).
         kind: "sigma_min" and "det" and "log_det" of D_t, or "reduced": the signed smallest
             singular value of R_t.
+        bound: c, or None.
 
     Returns:
         Shape (T,).
@@ -183,9 +197,9 @@ def stability_margin(x, w_query, w_key, kind="sigma_min"):
     margins = []
     for t in range(x.shape[0]):
         if kind == "reduced":
-            margins.append(signed_sigma_min(reduced_block(x, w_query, w_key, t)))
+            margins.append(signed_sigma_min(reduced_block(x, w_query, w_key, t, bound)))
             continue
-        block = jacobian_block(x, w_query, w_key, t)
+        block = jacobian_block(x, w_query, w_key, t, bound)
         if kind == "sigma_min":
             margins.append(signed_sigma_min(block))
         elif kind == "det":
@@ -196,7 +210,7 @@ def stability_margin(x, w_query, w_key, kind="sigma_min"):
     return jnp.stack(margins)
 
 
-def embedding_margin(x, w_query, w_key):
+def embedding_margin(x, w_query, w_key, bound=None):
     """First-order distance of every position to the boundary, by differentiating its margin.
 
     Valid where the smallest singular value of D_t is simple.
@@ -208,7 +222,7 @@ def embedding_margin(x, w_query, w_key):
     for t in range(x.shape[0]):
 
         def margin_at(x, t=t):
-            return signed_sigma_min(jacobian_block(x, w_query, w_key, t))
+            return signed_sigma_min(jacobian_block(x, w_query, w_key, t, bound))
 
         margin, gradient = jax.value_and_grad(margin_at)(x)
         slope = jnp.sqrt(jnp.sum(gradient**2))
@@ -232,14 +246,15 @@ def balanced(w_query, w_key):
     return right[:kept].T * root, left[:, :kept] * root
 
 
-def certificate(x, w_query, w_key):
+def certificate(x, w_query, w_key, bound=None):
     """Grüss bound rho_t on the balanced reduced covariance, over all pairs of past tokens.
 
     Returns:
         Shape (T,), NumPy; zero at positions 0 and 1.
     """
     w_query, w_key = balanced(w_query, w_key)
-    queries, keys = np.asarray(x) @ w_query, np.asarray(x) @ w_key
+    context = np.stack([bounded(token, bound) for token in x])
+    queries, keys = context @ w_query, context @ w_key
     rho = np.zeros(len(queries))
     for t in range(len(queries)):
         query_diameter = key_diameter = 0.0

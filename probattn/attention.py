@@ -5,10 +5,16 @@ x_t is row t of `x` (T, d); W_Q and W_K are `w_query` and `w_key` (d, r); the lo
 l_ts = q_t . k_s / sqrt(r) for s < t; alpha_t is row t of the attention weights (T, T); mu_t is
 `conditional_mean` and e_t = x_t - mu_t is `residual`. Positions are 0-based, and position 0, which
 has no past, has mean zero.
+
+With a `bound` c, values and keys are those of phi(x) = x / sqrt(1 + |x|^2 / c^2), which lies
+within distance c of the origin, and only the query q_t is that of x_t itself: mu_t = sum over
+s < t of alpha_ts phi(x_s) and k_s = phi(x_s) W_K. A context so bounded has a bounded covariance,
+which is what makes the process proper (see `proper`). Not in the paper, whose process is that of
+bound = None.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +34,7 @@ class Geometry(NamedTuple):
     first token, and not the mean, because it keeps the past free of the future's rounding errors.
 
     Attributes:
-        values: (..., T, d), x_s - x_0.
+        values: (..., T, d), x_s - x_0, or phi(x_s) - phi(x_0) where there is a bound.
         queries: (..., T, r), the query projection of `values`.
         keys: (..., T, r), the key projection of `values`.
         weights: (..., T, T), the attention weights of the sequence itself.
@@ -66,8 +72,29 @@ def attention_weights(queries: ArrayLike, keys: ArrayLike) -> Float[Array, "*bat
     return _causal_softmax(queries, keys)
 
 
+def bounded(x: ArrayLike, bound: ArrayLike | None) -> Float[Array, "*batch d"]:
+    """What values and keys see of x: phi(x) = x / sqrt(1 + |x|^2 / c^2), or x itself.
+
+    Args:
+        x: vectors (..., d).
+        bound: c > 0, in the unit of x; None leaves x as it is.
+
+    Returns:
+        (..., d), of norm below c.
+
+    Raises:
+        ValueError: if the bound is no positive finite number.
+    """
+    x = _floating("x", x)
+    check_bound(bound)
+    if bound is None:
+        return x
+    scaled = x / jnp.asarray(bound, x.dtype)
+    return x * lax.rsqrt(1 + jnp.sum(scaled**2, axis=-1, keepdims=True))
+
+
 def conditional_mean(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T d"]:
     """Attention-weighted mean of the past, mu_t = sum over s < t of alpha_ts x_s, and mu_0 = 0.
 
@@ -75,33 +102,40 @@ def conditional_mean(
         x: token embeddings (..., T, d).
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
         (..., T, d).
 
     Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
+            not positive.
     """
-    x, w_query, w_key = check_arguments(x, w_query, w_key)
-    return jnp.matmul(geometry(x, w_query, w_key).weights, x, precision=_HIGHEST)
+    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
+    weights = geometry(x, w_query, w_key, bound).weights
+    return jnp.matmul(weights, bounded(x, bound), precision=_HIGHEST)
 
 
-def residual(x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike) -> Float[Array, "*batch T d"]:
+def residual(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+) -> Float[Array, "*batch T d"]:
     """Residual e_t = x_t - mu_t of the attention process, e_t ~ Normal(0, sigma^2 I).
 
     Args:
         x: token embeddings (..., T, d).
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
         (..., T, d).
 
     Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
+            not positive.
     """
     x = _floating("x", x)
-    return x - conditional_mean(x, w_query, w_key)
+    return x - conditional_mean(x, w_query, w_key, bound=bound)
 
 
 def coupling(w_query: ArrayLike, w_key: ArrayLike) -> Float[Array, "*batch d d"]:
@@ -126,17 +160,18 @@ def geometry(
     x: Float[Array, "*batch T d"],
     w_query: Float[Array, "*weights d r"],
     w_key: Float[Array, "*weights d r"],
+    bound: ArrayLike | None,
 ) -> Geometry:
     """Projections and attention weights that log-determinants and margins start from.
 
     The arguments are those of `residual`, already checked by `check_arguments`.
     """
-    first = x[..., :1, :]
-    values = x - first
+    context = bounded(x, bound)
+    values = context - context[..., :1, :]
     queries = jnp.matmul(values, w_query, precision=_HIGHEST)
     keys = jnp.matmul(values, w_key, precision=_HIGHEST)
-    offset = jnp.matmul(first, w_query, precision=_HIGHEST)
-    return Geometry(values, queries, keys, _causal_softmax(queries + offset, keys))
+    own = jnp.matmul(x, w_query, precision=_HIGHEST)
+    return Geometry(values, queries, keys, _causal_softmax(own, keys))
 
 
 def attention_covariance(
@@ -172,13 +207,14 @@ def attention_covariance(
 
 
 def check_arguments(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, bound: ArrayLike | None
 ) -> tuple[Float[Array, "*batch T d"], Float[Array, "*weights d r"], Float[Array, "*weights d r"]]:
     """Arguments of the public functions as arrays of one floating dtype, at least float32.
 
     Raises:
-        ValueError: if a shape or a dtype does not fit.
+        ValueError: if a shape, a dtype or the bound does not fit.
     """
+    check_bound(bound)
     x = _floating("x", x)
     w_query, w_key = check_weights(w_query, w_key)
     d = w_query.shape[-2]
@@ -215,6 +251,22 @@ def check_weights(
     _check_leading_axes(w_query=w_query.shape[:-2], w_key=w_key.shape[:-2])
     shape = jnp.broadcast_shapes(w_query.shape, w_key.shape)
     return jnp.broadcast_to(w_query, shape), jnp.broadcast_to(w_key, shape)
+
+
+def check_bound(bound: ArrayLike | None) -> None:
+    """Refuse a bound that is no positive finite number; a traced one is taken at its word.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if bound is None:
+        return
+    if jnp.ndim(bound) != 0:
+        raise ValueError(f"bound has shape {jnp.shape(bound)}: expected one number > 0, or None")
+    if isinstance(bound, jax.core.Tracer):
+        return
+    if not 0 < float(cast(float, bound)) < math.inf:
+        raise ValueError(f"bound is {bound}: expected a finite number > 0, or None")
 
 
 def _floating(name: str, array: ArrayLike) -> Float[Array, "..."]:

@@ -22,7 +22,7 @@ _QUADRATIC_DEPTH = 10.0
 
 
 def reduced_blocks(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T r r"]:
     """Reduced blocks R_t = I_r - Cov_{alpha_t}(q_s, k_s) / sqrt(r), with det R_t = det D_t.
 
@@ -30,22 +30,24 @@ def reduced_blocks(
         x: token embeddings (..., T, d).
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
         (..., T, r, r); the identity at positions 0 and 1, whose past has no spread.
 
     Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
+            not positive.
     """
-    x, w_query, w_key = check_arguments(x, w_query, w_key)
-    _, queries, keys, weights = geometry(x, w_query, w_key)
+    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
+    _, queries, keys, weights = geometry(x, w_query, w_key, bound)
     rank = w_query.shape[-1]
     covariance = attention_covariance(weights, queries, keys)
     return jnp.eye(rank, dtype=covariance.dtype) - covariance / math.sqrt(rank)
 
 
 def jacobian_blocks(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T d d"]:
     """Diagonal Jacobian blocks D_t = I_d - Cov_{alpha_t}(x_s, k_s) W_Q^T / sqrt(r), dense.
 
@@ -55,15 +57,17 @@ def jacobian_blocks(
         x: token embeddings (..., T, d).
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
         (..., T, d, d), the derivative of e_t with respect to x_t (paper, Theorem 1).
 
     Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
+            not positive.
     """
-    x, w_query, w_key = check_arguments(x, w_query, w_key)
-    values, _, keys, weights = geometry(x, w_query, w_key)
+    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
+    values, _, keys, weights = geometry(x, w_query, w_key, bound)
     covariance = attention_covariance(weights, values, keys)
     transposed = jnp.swapaxes(w_query, -1, -2)[..., None, :, :] / math.sqrt(w_query.shape[-1])
     product = jnp.matmul(covariance, transposed, precision=lax.Precision.HIGHEST)
@@ -71,7 +75,7 @@ def jacobian_blocks(
 
 
 def log_det(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
     """Sign and log absolute value of det D_t at every position, exact, from the reduced blocks.
 
@@ -83,6 +87,7 @@ def log_det(
         x: token embeddings (..., T, d).
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
         The sign (+1, -1, or 0 where singular) and log|det D_t| in nats (-inf where singular),
@@ -90,13 +95,19 @@ def log_det(
         positions, and stands only where every sign is +1.
 
     Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
+            not positive.
     """
-    return slogdet(reduced_blocks(x, w_query, w_key))
+    return slogdet(reduced_blocks(x, w_query, w_key, bound=bound))
 
 
 def relaxed_barrier(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, delta: float = 1e-3
+    x: ArrayLike,
+    w_query: ArrayLike,
+    w_key: ArrayLike,
+    delta: float = 1e-3,
+    *,
+    bound: ArrayLike | None = None,
 ) -> Float[Array, "*batch T"]:
     """Relaxed log-barrier on z_t = det D_t: the training penalty of every position, in nats.
 
@@ -111,17 +122,18 @@ def relaxed_barrier(
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
         delta: determinant below which the barrier is relaxed, > 0.
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
         (..., T); zero at positions 0 and 1, negative where det D_t > 1.
 
     Raises:
-        ValueError: if delta is not positive, the shapes do not fit or the arrays are not floating
-            point.
+        ValueError: if delta or the bound is not positive, the shapes do not fit or the arrays are
+            not floating point.
     """
     if not (delta > 0 and math.isfinite(delta)):
         raise ValueError(f"delta is {delta}: expected a finite number > 0")
-    return _barrier(reduced_blocks(x, w_query, w_key), float(delta))
+    return _barrier(reduced_blocks(x, w_query, w_key, bound=bound), float(delta))
 
 
 @jax.custom_jvp

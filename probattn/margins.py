@@ -1,4 +1,4 @@
-"""Margins to instability, support tokens, and the certificate of invertibility.
+"""Margins to instability, and support tokens.
 
 Position t is stable while its Jacobian block D_t = I_d - C_t W_Q^T / sqrt(r), with
 C_t = Cov_{alpha_t}(x_s, k_s), keeps a positive determinant. Its margin says how far it is from
@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.attention import attention_covariance, check_arguments, check_weights, geometry
+from probattn.attention import attention_covariance, bounded, check_arguments, geometry
 from probattn.log_det import log_det, reduced_blocks, slogdet
 
 MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]
@@ -22,7 +22,12 @@ _HIGHEST = lax.Precision.HIGHEST
 
 
 def stability_margin(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, kind: MarginKind = "sigma_min"
+    x: ArrayLike,
+    w_query: ArrayLike,
+    w_key: ArrayLike,
+    kind: MarginKind = "sigma_min",
+    *,
+    bound: ArrayLike | None = None,
 ) -> Float[Array, "*batch T"]:
     """Margin of every position to the boundary where attention stops being invertible.
 
@@ -44,30 +49,33 @@ def stability_margin(
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
         kind: which margin; name it beside any figure.
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
         (..., T), without unit except for "log_det" (nats). Always 1 (or 0 nats) at positions 0
         and 1, whose past has no spread.
 
     Raises:
-        ValueError: if the kind is unknown, the shapes do not fit or the arrays are not floating
-            point.
+        ValueError: if the kind is unknown, the shapes do not fit, the arrays are not floating point
+            or the bound is not positive.
     """
     if kind not in get_args(MarginKind):
         raise ValueError(
             f"kind is {kind!r}: expected one of {', '.join(map(repr, get_args(MarginKind)))}"
         )
     if kind == "sigma_min":
-        return _smallest_singular_value(*check_arguments(x, w_query, w_key))[0]
+        return _smallest_singular_value(*check_arguments(x, w_query, w_key, bound), bound)[0]
     if kind == "reduced":
-        return _reduced_margin(reduced_blocks(x, w_query, w_key))
-    sign, log_abs = log_det(x, w_query, w_key)
+        return _reduced_margin(reduced_blocks(x, w_query, w_key, bound=bound))
+    sign, log_abs = log_det(x, w_query, w_key, bound=bound)
     if kind == "det":
         return sign * jnp.exp(log_abs)
     return jnp.where(sign > 0, log_abs, jnp.full_like(log_abs, -jnp.inf))
 
 
-def infeasible(x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike) -> Bool[Array, "*batch T"]:
+def infeasible(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+) -> Bool[Array, "*batch T"]:
     """Whether each position lies beyond the boundary: R_t has a real eigenvalue <= 0.
 
     Wider than a non-positive determinant, which an even number of negative eigenvalues hides.
@@ -76,14 +84,16 @@ def infeasible(x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike) -> Bool[Array
         x: token embeddings (..., T, d).
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
         (..., T); False at positions 0 and 1.
 
     Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
+            not positive.
     """
-    eigenvalues = jnp.linalg.eigvals(reduced_blocks(x, w_query, w_key))
+    eigenvalues = jnp.linalg.eigvals(reduced_blocks(x, w_query, w_key, bound=bound))
     return jnp.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
 
 
@@ -115,7 +125,7 @@ def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
 
 
 def embedding_margin(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T"]:
     """First-order distance, in embedding space, from every position to the boundary.
 
@@ -131,28 +141,30 @@ def embedding_margin(
         x: token embeddings (..., T, d).
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
         (..., T), +inf where the derivative vanishes (positions 0 and 1 among them).
 
     Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
+            not positive.
     """
-    return both_margins(x, w_query, w_key)[1]
+    return both_margins(x, w_query, w_key, bound=bound)[1]
 
 
 def both_margins(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
     """Margin "sigma_min" and embedding margin, from one singular value decomposition.
 
     Arguments and errors are those of `embedding_margin`.
     """
-    x, w_query, w_key = check_arguments(x, w_query, w_key)
-    margin, left, right = _smallest_singular_value(x, w_query, w_key)
+    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
+    margin, left, right = _smallest_singular_value(x, w_query, w_key, bound)
     root = math.sqrt(w_query.shape[-1])
-    values, queries, keys, weights = geometry(x, w_query, w_key)
-    queries = queries + jnp.matmul(x[..., :1, :], w_query, precision=_HIGHEST)
+    values, _, keys, weights = geometry(x, w_query, w_key, bound)
+    queries = jnp.matmul(x, w_query, precision=_HIGHEST)
 
     slope = jnp.matmul(right, w_query, precision=_HIGHEST) / root
     f = _centred_under(weights, left, values)
@@ -173,76 +185,22 @@ def both_margins(
     gram = jnp.matmul(vectors, jnp.swapaxes(vectors, -1, -2), precision=_HIGHEST)
     coefficients = jnp.stack([weights * g, weights * f, by_logit], axis=-1)
     past = jnp.einsum(
-        "...tsi,...tij,...tsj->...t", coefficients, gram, coefficients, precision=_HIGHEST
+        "...tsi,...tij,...tsj->...ts", coefficients, gram, coefficients, precision=_HIGHEST
     )
+    if bound is not None:
+        past = _through_bound(past, coefficients, vectors, bounded(x, bound), bound)
     # d m_t / d x_t, through the query only.
     own = jnp.matmul(by_logit, keys, precision=_HIGHEST) / root
     own = jnp.matmul(own, jnp.swapaxes(w_query, -1, -2), precision=_HIGHEST)
-    norm = jnp.sqrt(jnp.maximum(past, 0.0) + jnp.sum(own**2, axis=-1))
+    norm = jnp.sqrt(jnp.maximum(past, 0.0).sum(-1) + jnp.sum(own**2, axis=-1))
     return margin, jnp.abs(margin) / norm
-
-
-def certificate(x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike) -> Float[Array, "*batch T"]:
-    """Certificate rho_t of the context x_0 .. x_{t-1}: below 1 it proves position t invertible.
-
-    rho_t = diam{q_s : s < t} diam{k_s : s < t} / (4 sqrt(r)), after W_Q and W_K are balanced by
-    the singular value decomposition of A. For unit vectors u, v Gruess' inequality bounds the
-    covariance of u.q_s and v.k_s by a quarter of the product of their ranges, so the balanced
-    reduced covariance has norm <= rho_t whatever the attention weights are, hence for every x_t.
-    If rho_t < 1, then x_t -> e_t is a global diffeomorphism (Hadamard) and the smallest singular
-    value of the balanced R_t, though not that of D_t, is at least 1 - rho_t. (Not in the paper.)
-
-    Args:
-        x: token embeddings (..., T, d).
-        w_query: W_Q, (..., d, r).
-        w_key: W_K, (..., d, r).
-
-    Returns:
-        (..., T), without unit; 0 at positions 0 and 1.
-
-    Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
-    """
-    x, w_query, w_key = check_arguments(x, w_query, w_key)
-    query_side, key_side = balanced(w_query, w_key)
-    values = x - x[..., :1, :]
-    spread_q = _past_diameter(jnp.matmul(values, query_side, precision=_HIGHEST))
-    spread_k = _past_diameter(jnp.matmul(values, key_side, precision=_HIGHEST))
-    return spread_q * spread_k / 4
-
-
-def balanced(
-    w_query: ArrayLike, w_key: ArrayLike
-) -> tuple[Float[Array, "*batch d m"], Float[Array, "*batch d m"]]:
-    """Balanced factors of the coupling: A = K Q^T with Q^T Q = K^T K diagonal, m = min(d, r).
-
-    Args:
-        w_query: W_Q, (..., d, r).
-        w_key: W_K, (..., d, r).
-
-    Returns:
-        Q and K, each (..., d, m), from the singular value decomposition of A; the factor
-        1 / sqrt(r) of the logits is inside them.
-
-    Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
-    """
-    w_query, w_key = check_weights(w_query, w_key)
-    basis_q, core_q = jnp.linalg.qr(w_query)
-    basis_k, core_k = jnp.linalg.qr(w_key)
-    core = jnp.matmul(core_k, jnp.swapaxes(core_q, -1, -2), precision=_HIGHEST)
-    left, sizes, right = jnp.linalg.svd(core / math.sqrt(w_query.shape[-1]), full_matrices=False)
-    root = jnp.sqrt(sizes)[..., None, :]
-    return (
-        jnp.matmul(basis_q, jnp.swapaxes(right, -1, -2) * root, precision=_HIGHEST),
-        jnp.matmul(basis_k, left * root, precision=_HIGHEST),
-    )
 
 
 def _smallest_singular_value(
     x: Float[Array, "*batch T d"],
     w_query: Float[Array, "*weights d r"],
     w_key: Float[Array, "*weights d r"],
+    bound: ArrayLike | None,
 ) -> tuple[Float[Array, "*all T"], Float[Array, "*all T d"], Float[Array, "*all T d"]]:
     """Signed smallest singular value of every D_t and its singular vectors u and v.
 
@@ -251,7 +209,7 @@ def _smallest_singular_value(
     directions that hold these columns.
     """
     d, rank = w_query.shape[-2:]
-    values, queries, keys, weights = geometry(x, w_query, w_key)
+    values, queries, keys, weights = geometry(x, w_query, w_key, bound)
     w_scaled = w_query[..., None, :, :] / math.sqrt(rank)
     covariance = attention_covariance(weights, values, keys)
     reduced = attention_covariance(weights, queries, keys) / math.sqrt(rank)
@@ -313,17 +271,20 @@ def _centred_under(
     return scalars - jnp.sum(weights * scalars, axis=-1, keepdims=True)
 
 
-def _past_diameter(points: Float[Array, "*batch T m"]) -> Float[Array, "*batch T"]:
-    """Largest distance between two of the points before each position; 0 at positions 0 and 1."""
-    rows = jnp.moveaxis(points, -2, 0)
+def _through_bound(
+    squared: Float[Array, "*batch T T"],
+    coefficients: Float[Array, "*batch T T i"],
+    vectors: Float[Array, "*batch T i d"],
+    context: Float[Array, "*context T d"],
+    bound: ArrayLike,
+) -> Float[Array, "*batch T T"]:
+    """Squared norms |J_s g_ts|^2 of the derivatives g_ts = sum_i c_tsi v_ti, from |g_ts|^2.
 
-    def farthest_before(position: Array) -> Array:
-        distances = jnp.linalg.norm(points - rows[position][..., None, :], axis=-1)
-        earlier = jnp.arange(points.shape[-2]) <= position
-        return jnp.max(jnp.where(earlier, distances, jnp.zeros_like(distances)), axis=-1)
-
-    # One row of distances at a time: all of them at once would take T^2 m numbers.
-    farthest = lax.map(farthest_before, jnp.arange(points.shape[-2]))
-    diameter = lax.cummax(farthest, axis=0)
-    shifted = jnp.concatenate([jnp.zeros_like(diameter[:1]), diameter[:-1]], axis=0)
-    return jnp.moveaxis(shifted, 0, -1)
+    The Jacobian of phi at x_s is J_s = f_s (I - y_s y_s^T / c^2), with y_s = phi(x_s) and f_s^2 =
+    1 - |y_s|^2 / c^2.
+    """
+    along = jnp.einsum("...tid,...sd->...tsi", vectors, context, precision=_HIGHEST)
+    along = jnp.sum(coefficients * along, axis=-1)
+    inverse = 1 / jnp.asarray(bound, squared.dtype) ** 2
+    filled = inverse * jnp.sum(context**2, axis=-1)[..., None, :]
+    return (1 - filled) * (squared - inverse * (2 - filled) * along**2)

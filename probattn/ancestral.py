@@ -1,0 +1,245 @@
+"""The inverse of the residual map: the sequence whose residuals are given, token after token.
+
+Token t solves x_t = mu_t(x_t) + e_t, with its past solved already: ancestral sampling, where the
+residuals are noise. Newton's method uses the exact Jacobian block D_t through its reduced form,
+and a step that does not bring x_t - mu_t(x_t) closer to e_t is halved. Where x_t -> e_t is a
+diffeomorphism (see `proper`) the only point at which no step helps is the solution.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from probattn.attention import attention_covariance, bounded, check_arguments, geometry, residual
+
+_HIGHEST = lax.Precision.HIGHEST
+_MOST_TRIALS = 200
+_DECREASE = 1e-4  # of the residual's error that a whole step must bring, relative (Armijo)
+
+
+class AncestralSolution(NamedTuple):
+    """What `solve_residual` finds.
+
+    Attributes:
+        x: the sequence, (..., T, d); NaN from the first position on that has not converged.
+        converged: whether each position solves its equation to rounding, (..., T).
+        trials: steps that each position tried, (..., T).
+    """
+
+    x: Float[Array, "*batch T d"]
+    converged: Bool[Array, "*batch T"]
+    trials: Int[Array, "*batch T"]
+
+    @property
+    def unconverged(self) -> Int[Array, ""]:
+        """How many positions have not converged, in all sequences together."""
+        return jnp.sum(~self.converged)
+
+
+def solve_residual(
+    e: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+) -> AncestralSolution:
+    """Solve residual(x) = e for x, one position after the other.
+
+    Exact to rounding where the process is proper. Where the map folds there may be several
+    solutions, of which this finds one, or, for a single token, iterations that settle nowhere:
+    `converged` tells. The derivative of x is that of the implicit function, in forward and
+    reverse mode and to any order: no iteration is differentiated.
+
+    Args:
+        e: residuals (..., T, d).
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
+
+    Raises:
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
+            not positive.
+    """
+    e, w_query, w_key = check_arguments(e, w_query, w_key, bound)
+    dtype = jnp.result_type(e, w_query, w_key)
+    e, w_query, w_key = (array.astype(dtype) for array in (e, w_query, w_key))
+
+    def sequence(e: Array, w_query: Array, w_key: Array) -> AncestralSolution:
+        known = lax.stop_gradient((e, w_query, w_key, bound))
+        x, converged, trials = _solve_sequence(*known)
+        return AncestralSolution(_implicit(x, e, w_query, w_key, bound), converged, trials)
+
+    signature = "(t,d),(d,r),(d,r)->(t,d),(t),(t)"
+    return AncestralSolution(*jnp.vectorize(sequence, signature=signature)(e, w_query, w_key))
+
+
+class _Iterate(NamedTuple):
+    """State of Newton's method for one token.
+
+    Attributes:
+        x: the token (d,).
+        step: Newton's step from it (d,).
+        error: norm of x - mu(x) - e.
+        goal: error that counts as solved.
+        rounding: error below which there is nothing left to gain.
+        fraction: of the step that is tried next.
+        trials: how many were tried.
+    """
+
+    x: Array
+    step: Array
+    error: Array
+    goal: Array
+    rounding: Array
+    fraction: Array
+    trials: Array
+
+    @property
+    def unfinished(self) -> Array:
+        solved = (self.error <= self.rounding) | (
+            (self.error <= self.goal) & (self.fraction < 1)  # rounding spoils the last steps
+        )
+        return ~solved & (self.trials < _MOST_TRIALS) & jnp.isfinite(self.error)
+
+
+def _solve_sequence(
+    e: Float[Array, "T d"],
+    w_query: Float[Array, "d r"],
+    w_key: Float[Array, "d r"],
+    bound: ArrayLike | None,
+) -> tuple[Float[Array, "T d"], Bool[Array, " T"], Int[Array, " T"]]:
+    length, rank = e.shape[0], w_query.shape[1]
+
+    def position(carry: tuple[Array, Array, Array], t: Array) -> tuple[tuple, tuple]:
+        values, keys, failed = carry
+        past = jnp.arange(length) < t
+
+        def iterate(x: Array) -> _Iterate:
+            return _iterate(x, e[t], values, keys, past, w_query)
+
+        def trial(state: _Iterate) -> _Iterate:
+            new = iterate(state.x + state.fraction * state.step)
+            better = new.error <= (1 - _DECREASE * state.fraction) * state.error
+            kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, state)
+            fraction = jnp.where(better, 1.0, state.fraction / 2).astype(e.dtype)
+            return kept._replace(fraction=fraction, trials=state.trials + 1)
+
+        _, mean, _ = _attend(e[t], values, keys, past, w_query)
+        last = lax.while_loop(lambda state: state.unfinished, trial, iterate(e[t] + mean))
+        converged = (last.error <= last.goal) & ~failed
+        x = jnp.where(converged, last.x, jnp.nan)
+        value = bounded(x, bound)
+        carry = (
+            values.at[t].set(value),
+            keys.at[t].set(jnp.matmul(value, w_key, precision=_HIGHEST)),
+            ~converged,
+        )
+        return carry, (x, converged, last.trials)
+
+    start = jnp.zeros_like(e), jnp.zeros((length, rank), e.dtype), jnp.bool_(False)
+    _, (x, converged, trials) = lax.scan(position, start, jnp.arange(length))
+    return x, converged, trials
+
+
+def _iterate(
+    x: Array, e: Array, values: Array, keys: Array, past: Array, w_query: Array
+) -> _Iterate:
+    """Newton's step at x and how far x is from solving its equation."""
+    weights, mean, query = _attend(x, values, keys, past, w_query)
+    difference = x - mean - e
+    rank = keys.shape[1]
+    weighted = weights[:, None] * keys
+    covariance = jnp.matmul(weighted.T, values - mean, precision=_HIGHEST) / math.sqrt(rank)
+    # D = I - W_Q C for row vectors, with C = Cov(k, v) / sqrt(r); by Woodbury's identity
+    # D^-1 = I + W_Q (I - C W_Q)^-1 C.
+    reduced = jnp.eye(rank, dtype=x.dtype) - jnp.matmul(covariance, w_query, precision=_HIGHEST)
+    projected = jnp.matmul(difference, w_query, precision=_HIGHEST)
+    inner = jnp.linalg.solve(reduced.T, projected)
+    step = -(difference + jnp.matmul(inner, covariance, precision=_HIGHEST))
+
+    eps = jnp.finfo(x.dtype).eps
+    size = jnp.linalg.norm(e) + jnp.max(jnp.linalg.norm(values, axis=-1))
+    # A relative error of eps in the query moves the mean by up to this.
+    unavoidable = jnp.linalg.norm(query) * jnp.linalg.norm(covariance)
+    return _Iterate(
+        x=x,
+        step=step,
+        error=jnp.linalg.norm(difference),
+        goal=eps**0.75 * size + 8 * eps * unavoidable,
+        rounding=4 * eps * size,
+        fraction=jnp.ones((), x.dtype),
+        trials=jnp.int32(0),
+    )
+
+
+def _attend(
+    x: Array, values: Array, keys: Array, past: Array, w_query: Array
+) -> tuple[Array, Array, Array]:
+    """Attention weights of one query over the past, their mean, and the query."""
+    query = jnp.matmul(x, w_query, precision=_HIGHEST)
+    logits = jnp.matmul(keys, query, precision=_HIGHEST) / math.sqrt(keys.shape[1])
+    weights = jax.nn.softmax(logits, where=past)
+    weights = jnp.where(past, weights, 0.0)
+    return weights, jnp.matmul(weights, values, precision=_HIGHEST), query
+
+
+@jax.custom_jvp
+def _implicit(
+    x: Float[Array, "T d"],
+    e: Float[Array, "T d"],
+    w_query: Float[Array, "d r"],
+    w_key: Float[Array, "d r"],
+    bound: ArrayLike | None,
+) -> Float[Array, "T d"]:
+    """The solution x itself, with the derivative that residual(x) = e implies for it."""
+    return x
+
+
+@_implicit.defjvp
+def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    solution, e, *parameters = primals
+    _, e_tangent, *parameter_tangents = tangents
+    x = _implicit(solution, e, *parameters)  # so that this rule can be differentiated in turn
+
+    def at_fixed_x(w_query: Array, w_key: Array, bound: ArrayLike | None) -> Array:
+        return residual(x, w_query, w_key, bound=bound)
+
+    _, moved = jax.jvp(at_fixed_x, tuple(parameters), tuple(parameter_tangents))
+    return x, _solve_jacobian(x, e_tangent - moved, *parameters)
+
+
+def _solve_jacobian(
+    x: Float[Array, "T d"],
+    right: Float[Array, "T d"],
+    w_query: Float[Array, "d r"],
+    w_key: Float[Array, "d r"],
+    bound: ArrayLike | None,
+) -> Float[Array, "T d"]:
+    """Solve (d residual / d x) y = right, block lower triangular, by forward substitution."""
+    length, rank = x.shape[0], w_query.shape[1]
+    centred, _, keys, weights = geometry(x, w_query, w_key, bound)
+    queries = jnp.matmul(x, w_query, precision=_HIGHEST) / math.sqrt(rank)
+    means = jnp.matmul(weights, centred, precision=_HIGHEST)
+    covariance = attention_covariance(weights, keys, centred) / math.sqrt(rank)
+    reduced = jnp.eye(rank, dtype=x.dtype) - jnp.matmul(covariance, w_query, precision=_HIGHEST)
+    # (T, r, d): what turns f W_Q into the correction of f by Woodbury's identity.
+    correction = jnp.linalg.solve(reduced, covariance)
+
+    def position(carry: tuple[Array, Array], t: Array) -> tuple[tuple, Array]:
+        value_changes, key_changes = carry
+        weight_changes = weights[t] * jnp.matmul(key_changes, queries[t], precision=_HIGHEST)
+        mean_change = jnp.matmul(weights[t], value_changes, precision=_HIGHEST) + jnp.matmul(
+            weight_changes, centred - means[t], precision=_HIGHEST
+        )
+        known = right[t] + mean_change
+        projected = jnp.matmul(known, w_query, precision=_HIGHEST)
+        change = known + jnp.matmul(projected, correction[t], precision=_HIGHEST)
+        _, value_change = jax.jvp(lambda token: bounded(token, bound), (x[t],), (change,))
+        key_change = jnp.matmul(value_change, w_key, precision=_HIGHEST)
+        carry = value_changes.at[t].set(value_change), key_changes.at[t].set(key_change)
+        return carry, change
+
+    start = jnp.zeros_like(x), jnp.zeros((length, rank), x.dtype)
+    _, changes = lax.scan(position, start, jnp.arange(length))
+    return changes

@@ -1,0 +1,185 @@
+"""The attention process for NumPyro: its residual map as a Transform, its density a Distribution.
+
+A sequence x of T tokens in R^d has residuals e = residual(x), independent Normal(0, sigma^2), so
+
+    log p(x) = sum_t [ log Normal(e_t; 0, sigma^2 I) + log det D_t ],
+
+where every det D_t is positive, and -inf elsewhere (paper, Corollary 3.1). It is a normalised
+density where the process is proper (`is_proper`, `certificate`); where the map folds it counts
+some regions more than once, and its total mass exceeds one (`conditional_mass`).
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
+from numpyro.distributions.util import validate_sample
+
+from probattn.ancestral import AncestralSolution, solve_residual
+from probattn.attention import check_bound, check_weights, residual
+from probattn.log_det import log_det
+
+
+class AttentionResidual(Transform):
+    """The map of a sequence to its residuals, x -> e with e_t = x_t - mu_t, as a Transform.
+
+    Domain and codomain are real matrices (T, d) of any length T; leading axes of the weights and
+    of the argument broadcast. The inverse is ancestral: see `ancestral.solve_residual`.
+
+    Args:
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
+
+    Raises:
+        ValueError: if the shapes do not fit, the arrays are not floating point or not finite, or
+            the bound is not positive.
+    """
+
+    domain = constraints.real_matrix
+    codomain = constraints.real_matrix
+
+    def __init__(
+        self, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+    ) -> None:
+        check_bound(bound)
+        self.w_query, self.w_key = check_weights(w_query, w_key)
+        for name, weights in (("w_query", w_query), ("w_key", w_key)):
+            if not _holds(np.isfinite, weights):
+                raise ValueError(f"{name} has entries that are not finite: expected finite numbers")
+        self.bound = bound
+
+    def __call__(self, x: ArrayLike) -> Float[Array, "*batch T d"]:
+        """Residuals of a sequence."""
+        return residual(x, self.w_query, self.w_key, bound=self.bound)
+
+    def _inverse(self, y: ArrayLike) -> Float[Array, "*batch T d"]:
+        return self.solve(y).x
+
+    def solve(self, e: ArrayLike) -> AncestralSolution:
+        """The sequence of given residuals, and which positions converged."""
+        return solve_residual(e, self.w_query, self.w_key, bound=self.bound)
+
+    def log_abs_det_jacobian(
+        self, x: ArrayLike, y: ArrayLike, intermediates: Any = None
+    ) -> Float[Array, "*batch"]:
+        """log|det de/dx|, summed over positions, in nats; whether or not the map folds there."""
+        _, log_abs = log_det(x, self.w_query, self.w_key, bound=self.bound)
+        return log_abs.sum(-1)
+
+    def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the residuals of an x of this shape."""
+        _check_event(shape, self.w_query.shape[-2])
+        return (*jnp.broadcast_shapes(shape[:-2], self.w_query.shape[:-2]), *shape[-2:])
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the x of residuals of this shape."""
+        return self.forward_shape(shape)
+
+    def tree_flatten(self) -> tuple[tuple, tuple]:
+        """Children and names, as NumPyro's transforms give them."""
+        return (self.w_query, self.w_key, self.bound), (("w_query", "w_key", "bound"), {})
+
+    def eq(self, other: object, static: bool = False) -> ArrayLike:
+        """Whether both map alike: the same weights and bound."""
+        if not isinstance(other, AttentionResidual):
+            return False
+        mine, theirs = self.tree_flatten()[0], other.tree_flatten()[0]
+        if (self.bound is None) != (other.bound is None):
+            return False
+        pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None]
+        same = np.array_equal if static else jnp.array_equal
+        return all(jnp.shape(a) == jnp.shape(b) for a, b in pairs) and (
+            all(same(a, b) for a, b in pairs)
+            if static
+            else jnp.all(jnp.array([same(a, b) for a, b in pairs]))
+        )
+
+
+class CausalAttention(dist.TransformedDistribution):
+    """The attention process over sequences of a given length, as a NumPyro distribution.
+
+    The event is a sequence (length, d); leading axes of the weights and of the scale are the
+    batch. Being a TransformedDistribution of normal residuals, it has the non-centred form of
+    NumPyro's TransformReparam: the residuals are sampled and the sequence solved for.
+
+    Args:
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+        scale: sigma > 0, standard deviation of the residuals, a number or an array (...).
+        length: tokens T of a sequence, >= 1.
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
+        validate_args: see NumPyro; checks what cannot be checked before it is traced.
+
+    Raises:
+        ValueError: if the shapes do not fit, the arrays are not floating point or not finite,
+            scale or bound is not positive, or length is smaller than 1.
+    """
+
+    arg_constraints: ClassVar = {
+        "w_query": constraints.real_matrix,
+        "w_key": constraints.real_matrix,
+        "scale": constraints.positive,
+    }
+    pytree_data_fields = ("w_query", "w_key", "scale", "bound")
+    support = constraints.real_matrix
+    reparametrized_params: ClassVar = ["w_query", "w_key", "scale"]
+
+    def __init__(
+        self,
+        w_query: ArrayLike,
+        w_key: ArrayLike,
+        scale: ArrayLike,
+        length: int,
+        *,
+        bound: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
+            raise ValueError(f"length is {length!r}: expected an integer >= 1")
+        transform = AttentionResidual(w_query, w_key, bound=bound)
+        self.w_query, self.w_key, self.bound = transform.w_query, transform.w_key, bound
+        self.scale = jnp.asarray(scale, self.w_query.dtype)
+        if not _holds(lambda values: (values > 0) & np.isfinite(values), scale):
+            raise ValueError(f"scale is {scale}: expected finite numbers > 0")
+        try:
+            batch = jnp.broadcast_shapes(self.w_query.shape[:-2], self.scale.shape)
+        except ValueError:
+            raise ValueError(
+                f"scale has shape {self.scale.shape} and w_query {self.w_query.shape}: "
+                "expected a scale that broadcasts with the leading axes of w_query"
+            ) from None
+        shape = (*batch, int(length), self.w_query.shape[-2])
+        noise = dist.Normal(jnp.zeros((), self.w_query.dtype), self.scale[..., None, None])
+        super().__init__(
+            noise.expand(shape).to_event(2), transform.inv, validate_args=validate_args
+        )
+
+    @validate_sample
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Float[Array, "*batch"]:
+        """Log density in nats of sequences (..., length, d); -inf where a det D_t is not positive.
+
+        The determinants are those of the exact formula, at any distance from the boundary.
+        """
+        del intermediates  # the residuals are cheaper to compute than to keep
+        noise = self.base_dist.log_prob(self.transforms[0].inv(value))
+        sign, log_abs = log_det(value, self.w_query, self.w_key, bound=self.bound)
+        positive = jnp.all(sign > 0, axis=-1)
+        return jnp.where(positive, noise + log_abs.sum(-1), -jnp.inf)
+
+
+def _holds(condition: Callable[[np.ndarray], np.ndarray], values: ArrayLike) -> bool:
+    """Whether a condition holds everywhere; what is traced is left to NumPyro's validation."""
+    return isinstance(values, jax.core.Tracer) or bool(np.all(condition(np.asarray(values))))
+
+
+def _check_event(shape: tuple[int, ...], width: int) -> None:
+    if len(shape) < 2 or shape[-1] != width:
+        raise ValueError(f"got a shape {shape}: expected (..., T, d) with d = {width}")

@@ -1,0 +1,142 @@
+"""Where the process is proper: each conditional a density of total mass exactly one.
+
+The density of x_t given its past is that of e_t times det D_t. It integrates to one where
+x_t -> e_t is a diffeomorphism of R^d onto itself, and to more where the map folds
+(`conditional_mass`). By Hadamard's theorem a smooth map of R^d is a diffeomorphism if its Jacobian
+is nowhere singular and |e_t| grows without limit as |x_t| does; mu_t stays within the convex hull
+of the past, so the second always holds, and det D_t > 0 for every x_t is all that is left to prove.
+(Not in the paper.)
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from probattn.attention import bounded, check_arguments, check_bound, check_weights, coupling
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+def is_proper(
+    w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+) -> Bool[Array, "*batch"]:
+    """Whether the process is proper for every context: a repulsive coupling or a bounded context.
+
+    With A the coupling, Sigma_t the attention-weighted covariance of the context and D_t = I -
+    Sigma_t A:
+
+    1. Repulsive: A + A^T negative semidefinite. The eigenvalues of Sigma A are those of S A S with
+       S = Sigma^(1/2). For one of them, lambda with unit eigenvector v, Re lambda = v* S (A + A^T)
+       S v / 2 <= 0. So the eigenvalues of D_t have real part >= 1, and det D_t >= 1, whatever the
+       context. In the scalar case this is the paper's a < 0.
+    2. Bounded: c^2 ||A||_2 < 1. The context lies within distance c of the origin, so its variance
+       in any direction is at most c^2 and ||Sigma A||_2 <= c^2 ||A||_2 < 1.
+
+    Neither is necessary: False means that this test proves nothing. The certificate speaks of one
+    context and may hold where neither does.
+
+    Args:
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
+
+    Returns:
+        (...), truth values. Rounding is forgiven: A + A^T may have eigenvalues up to
+        (d + r) eps ||A||_2, as W_Q = -W_K has in floating point.
+
+    Raises:
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
+            not positive.
+    """
+    check_bound(bound)
+    w_query, w_key = check_weights(w_query, w_key)
+    matrix = coupling(w_query, w_key)
+    rounding = sum(w_query.shape[-2:]) * jnp.finfo(matrix.dtype).eps
+    size = jnp.linalg.norm(matrix, ord=2, axis=(-2, -1))
+    symmetric = (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
+    proper = jnp.linalg.eigvalsh(symmetric)[..., -1] <= rounding * size
+    if bound is not None:
+        proper |= jnp.asarray(bound, matrix.dtype) ** 2 * size < 1
+    return proper
+
+
+def certificate(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+) -> Float[Array, "*batch T"]:
+    """Certificate rho_t of the context x_0 .. x_{t-1}: below 1 it proves position t invertible.
+
+    rho_t = diam{q_s : s < t} diam{k_s : s < t} / (4 sqrt(r)), after W_Q and W_K are balanced by
+    the singular value decomposition of A, and with phi(x_s) W_Q for q_s where there is a bound.
+    For unit vectors u, v Gruess' inequality bounds the covariance of u.q_s and v.k_s by a quarter
+    of the product of their ranges, so the balanced reduced covariance has norm <= rho_t whatever
+    the attention weights are, hence for every x_t.
+    If rho_t < 1, then x_t -> e_t is a global diffeomorphism (Hadamard) and the smallest singular
+    value of the balanced R_t, though not that of D_t, is at least 1 - rho_t. (Not in the paper.)
+
+    Args:
+        x: token embeddings (..., T, d).
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
+
+    Returns:
+        (..., T), without unit; 0 at positions 0 and 1.
+
+    Raises:
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
+            not positive.
+    """
+    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
+    query_side, key_side = balanced(w_query, w_key)
+    context = bounded(x, bound)
+    values = context - context[..., :1, :]
+    spread_q = _past_diameter(jnp.matmul(values, query_side, precision=_HIGHEST))
+    spread_k = _past_diameter(jnp.matmul(values, key_side, precision=_HIGHEST))
+    return spread_q * spread_k / 4
+
+
+def balanced(
+    w_query: ArrayLike, w_key: ArrayLike
+) -> tuple[Float[Array, "*batch d m"], Float[Array, "*batch d m"]]:
+    """Balanced factors of the coupling: A = K Q^T with Q^T Q = K^T K diagonal, m = min(d, r).
+
+    Args:
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+
+    Returns:
+        Q and K, each (..., d, m), from the singular value decomposition of A; the factor
+        1 / sqrt(r) of the logits is inside them.
+
+    Raises:
+        ValueError: if the shapes do not fit or the arrays are not floating point.
+    """
+    w_query, w_key = check_weights(w_query, w_key)
+    basis_q, core_q = jnp.linalg.qr(w_query)
+    basis_k, core_k = jnp.linalg.qr(w_key)
+    core = jnp.matmul(core_k, jnp.swapaxes(core_q, -1, -2), precision=_HIGHEST)
+    left, sizes, right = jnp.linalg.svd(core / math.sqrt(w_query.shape[-1]), full_matrices=False)
+    root = jnp.sqrt(sizes)[..., None, :]
+    return (
+        jnp.matmul(basis_q, jnp.swapaxes(right, -1, -2) * root, precision=_HIGHEST),
+        jnp.matmul(basis_k, left * root, precision=_HIGHEST),
+    )
+
+
+def _past_diameter(points: Float[Array, "*batch T m"]) -> Float[Array, "*batch T"]:
+    """Largest distance between two of the points before each position; 0 at positions 0 and 1."""
+    rows = jnp.moveaxis(points, -2, 0)
+
+    def farthest_before(position: Array) -> Array:
+        distances = jnp.linalg.norm(points - rows[position][..., None, :], axis=-1)
+        earlier = jnp.arange(points.shape[-2]) <= position
+        return jnp.max(jnp.where(earlier, distances, jnp.zeros_like(distances)), axis=-1)
+
+    # One row of distances at a time: all of them at once would take T^2 m numbers.
+    farthest = lax.map(farthest_before, jnp.arange(points.shape[-2]))
+    diameter = lax.cummax(farthest, axis=0)
+    shifted = jnp.concatenate([jnp.zeros_like(diameter[:1]), diameter[:-1]], axis=0)
+    return jnp.moveaxis(shifted, 0, -1)
