@@ -117,7 +117,7 @@ def fit_attention_prior(
     optimizer = optax.adam(schedule, b2=0.99)
     objective = partial(_objective, bound=bound, training_tokens=training_tokens)
 
-    def step(carry: tuple[Any, Any], number: Array) -> tuple[tuple[Any, Any], Array]:
+    def step(x: Array, carry: tuple[Any, Any], number: Array) -> tuple[tuple[Any, Any], Array]:
         params, state = carry
         key = jax.random.fold_in(data_key, number)
         chosen = jax.random.choice(key, x.shape[0], (min(_BATCH, x.shape[0]),), replace=False)
@@ -125,14 +125,17 @@ def fit_attention_prior(
         updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(params, updates), state), value
 
-    several = jax.jit(partial(jax.lax.scan, step))
+    @jax.jit
+    def several(x: Array, carry: tuple[Any, Any], numbers: Array) -> tuple[Any, Array]:
+        return jax.lax.scan(partial(step, x), carry, numbers)
+
     carry, values = (params, optimizer.init(params)), np.empty(0)
     with progress_bar(
         "post-hoc attention prior", total=_STEPS, unit="step", visible=progress
     ) as bar:
         for first in range(0, _STEPS, _STEPS_PER_CALL):
             numbers = jnp.arange(first, min(first + _STEPS_PER_CALL, _STEPS))
-            carry, losses = several(carry, numbers)
+            carry, losses = several(x, carry, numbers)
             values = np.append(values, np.asarray(losses))
             bar.update(len(numbers))
             bar.show(loss=f"{values[-1]:.3f}")

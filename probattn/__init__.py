@@ -1,6 +1,7 @@
 """Causal self-attention as a probabilistic program: exact log-determinants, margins, inference."""
 
 from probattn.attention import attention_weights, conditional_mean, coupling, residual
+from probattn.conditional_mass import conditional_mass
 from probattn.distributions import AttentionResidual, CausalAttention
 from probattn.log_det import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
 from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
@@ -11,6 +12,7 @@ __all__ = [
     "CausalAttention",
     "attention_weights",
     "certificate",
+    "conditional_mass",
     "conditional_mean",
     "coupling",
     "embedding_margin",

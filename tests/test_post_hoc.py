@@ -194,7 +194,13 @@ def test_first_call_fits_the_training_text_and_later_calls_read(unfitted_run, mo
     [(x, options)] = asked
     train = unfitted_run.vocabulary.encode(text_of(unfitted_run))[:3600]
     np.testing.assert_allclose(x, embedded(unfitted_run, train.reshape(-1, 8)), rtol=1e-12)
-    assert options == {"rank": RANK, "training_tokens": 3600, "seed": 3, "progress": False}
+    assert options == {
+        "rank": RANK,
+        "bound": None,
+        "training_tokens": 3600,
+        "seed": 3,
+        "progress": False,
+    }
 
     monkeypatch.setattr(post_hoc, "fit_attention_prior", refuse)
     before = files_of(unfitted_run.path)
