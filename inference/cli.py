@@ -21,6 +21,7 @@ from probattn.inference.evaluate import NOISE_ABSOLUTE, NOISE_RELATIVE, evaluate
 from probattn.inference.fit import fit
 from probattn.inference.generate import generate, write_csv
 from probattn.inference.interrupts import Interrupted
+from probattn.inference.paper import paper_report
 from probattn.inference.report import comparison_figures, margin_figures
 from probattn.inference.runs import load_run
 from probattn.inference.token_margins import text_margins
@@ -165,6 +166,20 @@ class Demo:
         console.print_paths(screen, result.figures)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """The paper's figures and numbers, computed, and where the conditional density is proper."""
+
+    out: Path
+    """directory for the figures, a CSV of what each shows, and the comparison paper.csv"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        comparisons, paths = paper_report(self.out, progress=True)
+        console.print_comparisons(screen, comparisons)
+        console.print_paths(screen, paths)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -195,6 +210,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Margins, tyro.conf.subcommand("margins")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Figures, tyro.conf.subcommand("figures")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
     )
     # tyro frames its messages and spreads them over lines; a script wants one.

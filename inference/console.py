@@ -10,6 +10,7 @@ from rich.text import Text
 
 from probattn.inference.evaluate import EvaluateResult
 from probattn.inference.generate import Generated
+from probattn.inference.paper_data import Comparison
 from probattn.inference.token_margins import TextMargins
 
 _NEAR = 0.1  # margins below it are coloured
@@ -57,6 +58,16 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
             f"{100 * np.mean(stage.certificate[inner] < 1):.1f} %",
             Text(f"{margins.tokens[weakest]!r} after {before!r}"),
         )
+    screen.print(table)
+
+
+def print_comparisons(screen: Console, comparisons: Sequence[Comparison]) -> None:
+    """The paper's numbers beside ours, one row for each."""
+    table = Table()
+    for name in ("figure", "quantity", "paper", "formula", "reproduced"):
+        table.add_column(name, justify="left" if name in ("figure", "quantity") else "right")
+    for each in comparisons:
+        table.add_row(each.figure, each.quantity, each.paper, each.formula or "-", each.reproduced)
     screen.print(table)
 
 

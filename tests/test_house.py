@@ -18,12 +18,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"probattn": "probattn", "probattn.models": "models", "probattn.inference": "inference"}
 UP = {"probattn": ("models", "inference"), "probattn.models": ("inference",)}
-MATHEMATICS = {"probattn.attention", "probattn.log_det", "probattn.margins"}
+MATHEMATICS = {
+    f"probattn.{name}" for name in ("attention", "log_det", "margins", "proper", "ancestral")
+}
 MATHEMATICS_MAY_IMPORT = {"functools", "jax", "jaxtyping", "math", "typing"}
 AT_HOME_IN = {  # package (its sub-distributions included): the only modules that may import it
     "arviz": ("probattn.inference.to_arviz",),
     "matplotlib": tuple(
-        f"probattn.inference.{name}" for name in ("figure_style", "text_figure", "plots", "report")
+        f"probattn.inference.{name}"
+        for name in ("figure_style", "text_figure", "plots", "report", "paper_figures", "paper")
     ),
     "tyro": ("probattn.inference.cli",),
     "rich": ("probattn.inference.cli", "probattn.inference.console"),
