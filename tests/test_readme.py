@@ -37,7 +37,7 @@ def test_commands_run(folder, monkeypatch, capsys):
         for line in block.splitlines()
         if line.startswith("probattn ")
     ]
-    assert {command[0] for command in commands} == {"fit", "evaluate", "margins", "generate"}
+    assert {command[0] for command in commands} == {"fit", "evaluate", "margins", "generate", "figures"}
     for command in commands:
         assert main(command + FLAGS if command[0] == "fit" else command) == 0, command
     assert "bits per character" in capsys.readouterr().out
@@ -46,6 +46,8 @@ def test_commands_run(folder, monkeypatch, capsys):
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["weakest"].shape == (3,)
+    assert namespace["sequences"].shape == (100, 16, 8)
+    assert namespace["mass"] == pytest.approx(1.98, abs=0.005)
     assert namespace["result"].losses.shape == (20,)
     assert namespace["smallest"].sizes == {"stage": 4}
 
