@@ -66,7 +66,7 @@ def marginal_ratio(
         rule="gk21",
         rtol=tolerance,
         atol=tolerance,
-        max_subdivisions=20_000,
+        max_subdivisions=5_000,
     )
     if found.status != "converged":
         raise RuntimeError(

@@ -51,3 +51,21 @@ def test_tinyshakespeare_fits_another_text(monkeypatch, tmp_path, objective):
     flags = ["--config", "tinyshakespeare.toml", "--objective", objective, "--out", "run"]
     assert main(["fit", *flags, *FLAGS]) == 0
     assert read_config("run/config.toml").objective.name == objective
+
+
+def test_every_theorem_runs_and_says_what_it_measured(capsys):
+    rows = runpy.run_path(str(EXAMPLES / "theorems.py"))["table"]()
+    results = {row.result for row in rows}
+    assert results == {
+        *("Proposition 1", "Theorem 1", "Lemma B.1", "Corollary 3.1", "Theorem 2"),
+        *("Proposition 2", "Theorem 3", "Proposition 3", "Corollary 6.1"),
+    }
+    for row in rows:
+        if row.expected == "0":
+            assert row.measured < 1e-13, row
+        elif row.expected == "1":
+            assert abs(row.measured - 1) < max(4 * row.error, 1e-7), row
+        elif row.expected == "not 1":
+            assert abs(row.measured - 1) > 0.1, row
+        elif row.expected != "finite":
+            assert row.measured == pytest.approx(float(row.expected.split()[0]), abs=1e-4), row
