@@ -1,5 +1,6 @@
 """The joint density of the language model against an independent formula, and NumPyro on it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -31,6 +32,7 @@ from test_transformer import (
 )
 
 from probattn import _reference as reference
+from probattn import jacobian_blocks, residual
 from probattn.models import LanguageModelConfig, ObjectiveConfig, language_model
 from probattn.models.language_model import parameter_shapes
 
@@ -418,3 +420,34 @@ def test_fewer_sequences_than_the_minibatch_are_refused(count):
 def test_a_batch_of_no_sequences_is_refused():
     with pytest.raises(ValueError, match=rf"inputs have shape \(0, {BLOCK}\): expected"):
         abstract_trace(model_of("margin"), INPUTS[:0])
+
+
+# A bounded context
+
+
+@pytest.mark.parametrize("attention", ["separate", "first_layer"])
+def test_the_bound_is_that_of_the_separate_stage_and_of_no_other(attention):
+    config = dataclasses.replace(CONFIG, bound=0.5)
+    objective = ObjectiveConfig("full", attention=attention)
+    name = "full" if attention == "separate" else "full_first_layer"
+    parameters, x = parameters_of(name), numpy_embed(parameters_of(name), np.asarray(INPUTS))
+    model = functools.partial(
+        language_model, vocabulary_size=VOCABULARY, config=config, objective=objective
+    )
+    got = log_likelihood(model, jax.tree.map(lambda leaf: leaf[None], parameters), INPUTS, TARGETS)
+    for b in range(BATCH):
+        stages = attention_stages(name, parameters, x[b])
+        bound = 0.5 if attention == "separate" else None
+        blocks = [jacobian_blocks(*map(jnp.asarray, stage), bound=bound) for stage in stages]
+        dets = np.linalg.det(np.stack(blocks))
+        barrier = np.sum(reference.relaxed_logarithm(dets, objective.delta), axis=-1)
+        residuals = [residual(*map(jnp.asarray, stage), bound=bound) for stage in stages]
+        energy = [np.sum(np.square(e)) / 2 for e in residuals]
+        np.testing.assert_allclose(got["attention_barrier"][0, b], -np.mean(barrier), rtol=1e-9)
+        np.testing.assert_allclose(got["attention_residual"][0, b], -np.mean(energy), rtol=1e-9)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, np.inf, np.nan])
+def test_a_bound_that_is_none_is_refused(bound):
+    with pytest.raises(ValueError, match=r"model.bound is .*: expected a finite number > 0"):
+        dataclasses.replace(CONFIG, bound=bound)

@@ -1,6 +1,7 @@
 """Margins of every token of a text: windows, support tokens, and the table of them."""
 
 import csv
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,8 @@ from tiny_run import (
 )
 
 from probattn import certificate, embedding_margin, log_det, stability_margin
-from probattn.inference import text_margins
+from probattn.inference import post_hoc_prior, text_margins
+from probattn.inference.stages import stage_margins, stages
 from probattn.inference.token_margins import write_csv
 
 VALIDATION = tiny_text()[3600:]
@@ -230,3 +232,23 @@ def test_a_bad_text_is_named_and_nothing_fitted(
     with pytest.raises(ValueError, match=message):
         text_margins(own_run, path)
     assert files_of(own_run.path) == before
+
+
+def test_margins_of_a_bounded_context(own_run):
+    """Post hoc and trained stages take the run's bound; the heads of the first layer have none."""
+    model = dataclasses.replace(own_run.config.model, bound=0.5)
+    run = dataclasses.replace(own_run, config=dataclasses.replace(own_run.config, model=model))
+    inputs = run.vocabulary.encode(TEXT)[None, :BLOCK]
+    prior = post_hoc_prior(own_run)
+    arguments = stage_arguments(own_run, inputs)
+    for stage in stages(run, prior):
+        bound = None if stage.label.startswith("layer") else 0.5
+        got = stage_margins(run, stage, inputs)
+        x, w_query, w_key = map(jnp.asarray, arguments[stage.label])
+        for name, function in (
+            ("margin", stability_margin),
+            ("embedding_margin", embedding_margin),
+            ("certificate", certificate),
+        ):
+            expected = function(x, w_query, w_key, bound=bound)
+            np.testing.assert_allclose(getattr(got, name), expected, rtol=1e-9, err_msg=name)
