@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from probattn.inference import post_hoc
+from probattn.inference import paper_data, post_hoc
 
 # The package's attribute of that name is the function.
 evaluate = importlib.import_module("probattn.inference.evaluate")
@@ -14,6 +14,13 @@ FLAGS = [
     *("--model.prior-rank", "2", "--fit.steps", "8", "--fit.warmup", "2", "--fit.batch", "4"),
     *("--fit.eval-every", "4"),
 ]
+
+
+def cheap_figures(patch: pytest.MonkeyPatch) -> None:
+    """The paper's figures from few sequences and on a coarse grid."""
+    mass_map = paper_data.mass_map
+    patch.setattr(paper_data, "SEQUENCES", 50)
+    patch.setattr(paper_data, "mass_map", lambda bound: mass_map(bound, size=5))
 
 
 def cheap_post_hoc(patch: pytest.MonkeyPatch) -> None:

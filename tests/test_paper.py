@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from small import cheap_figures
 from scipy.integrate import trapezoid
 
 from probattn import _reference as reference
@@ -89,9 +90,7 @@ def test_the_region_of_proper_conditionals_is_that_of_the_certificate():
 
 
 def test_report_writes_figures_with_what_they_show(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SEQUENCES", 50)
-    whole = data.mass_map
-    monkeypatch.setattr(data, "mass_map", lambda bound: whole(bound, size=5))
+    cheap_figures(monkeypatch)
     comparisons, paths = paper_report(tmp_path / "deep" / "figures", seeds=2)
     names = ["figure_1_1", "figure_3_2", "figure_3_3", "proper_region"]
     expected = [f"{name}.{kind}" for name in names for kind in ("png", "csv")] + ["paper.csv"]
@@ -112,9 +111,7 @@ def test_report_writes_figures_with_what_they_show(tmp_path, monkeypatch):
 
 
 def test_command_prints_the_comparison(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "SEQUENCES", 50)
-    whole = data.mass_map
-    monkeypatch.setattr(data, "mass_map", lambda bound: whole(bound, size=5))
+    cheap_figures(monkeypatch)
     assert main(["figures", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "reproduced" in printed

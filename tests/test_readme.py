@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from small import FLAGS, cheap_post_hoc
+from small import FLAGS, cheap_figures, cheap_post_hoc
 
 from probattn.inference.cli import main
 
@@ -31,13 +31,20 @@ def folder(tmp_path_factory):
 def test_commands_run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     cheap_post_hoc(monkeypatch)
+    cheap_figures(monkeypatch)
     commands = [
         shlex.split(line)[1:]
         for block in blocks("bash")
         for line in block.splitlines()
         if line.startswith("probattn ")
     ]
-    assert {command[0] for command in commands} == {"fit", "evaluate", "margins", "generate", "figures"}
+    assert {command[0] for command in commands} == {
+        "fit",
+        "evaluate",
+        "margins",
+        "generate",
+        "figures",
+    }
     for command in commands:
         assert main(command + FLAGS if command[0] == "fit" else command) == 0, command
     assert "bits per character" in capsys.readouterr().out
