@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from harness import CONTROL, environment
+from sampling import report, sampling
 from svi_step import svi_step
 
 parser = argparse.ArgumentParser(description="benchmarks of probattn")
@@ -21,6 +22,8 @@ for objective, table in results["svi_step"].items():
             f"svi step, {objective:6s} {label:20s} {1e3 * figures['seconds'] / 20:7.2f} ms  "
             f"x {figures['ratio']:.3f} ({figures['ratio_low']:.3f} to {figures['ratio_high']:.3f})"
         )
+results["sampling"] = sampling(options.rounds)
+report(results["sampling"])
 options.out.mkdir(parents=True, exist_ok=True)
 path = options.out / "cpu.json"
 path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -89,8 +89,13 @@ def bounded(x: ArrayLike, bound: ArrayLike | None) -> Float[Array, "*batch d"]:
     check_bound(bound)
     if bound is None:
         return x
-    scaled = x / jnp.asarray(bound, x.dtype)
-    return x * lax.rsqrt(1 + jnp.sum(scaled**2, axis=-1, keepdims=True))
+    bound = jnp.asarray(bound, x.dtype)
+    # Both sides of the fraction by a common factor, which the derivative need not know of: the
+    # square of a token far away would overflow.
+    size = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True) / bound, 1)
+    small = x / lax.stop_gradient(size)
+    squared = jnp.sum((small / bound) ** 2, axis=-1, keepdims=True)
+    return small * lax.rsqrt(lax.stop_gradient(size) ** -2 + squared)
 
 
 def conditional_mean(

@@ -169,6 +169,12 @@ class CausalAttention(dist.TransformedDistribution):
         The determinants are those of the exact formula, at any distance from the boundary.
         """
         del intermediates  # the residuals are cheaper to compute than to keep
+        if jnp.shape(value)[-2:] != self.event_shape:
+            length, width = self.event_shape
+            raise ValueError(
+                f"value has shape {jnp.shape(value)}: expected (..., T, d) with d = {width} and "
+                f"T = {length}"
+            )
         noise = self.base_dist.log_prob(self.transforms[0].inv(value))
         sign, log_abs = log_det(value, self.w_query, self.w_key, bound=self.bound)
         positive = jnp.all(sign > 0, axis=-1)

@@ -131,12 +131,14 @@ def _past_diameter(points: Float[Array, "*batch T m"]) -> Float[Array, "*batch T
     rows = jnp.moveaxis(points, -2, 0)
 
     def farthest_before(position: Array) -> Array:
-        distances = jnp.linalg.norm(points - rows[position][..., None, :], axis=-1)
+        squared = jnp.sum((points - rows[position][..., None, :]) ** 2, axis=-1)
         earlier = jnp.arange(points.shape[-2]) <= position
-        return jnp.max(jnp.where(earlier, distances, jnp.zeros_like(distances)), axis=-1)
+        return jnp.max(jnp.where(earlier, squared, jnp.zeros_like(squared)), axis=-1)
 
     # One row of distances at a time: all of them at once would take T^2 m numbers.
     farthest = lax.map(farthest_before, jnp.arange(points.shape[-2]))
     diameter = lax.cummax(farthest, axis=0)
     shifted = jnp.concatenate([jnp.zeros_like(diameter[:1]), diameter[:-1]], axis=0)
-    return jnp.moveaxis(shifted, 0, -1)
+    spread = shifted > 0  # the root has no derivative at zero
+    root = jnp.where(spread, jnp.sqrt(jnp.where(spread, shifted, 1.0)), 0.0)
+    return jnp.moveaxis(root.astype(points.dtype), 0, -1)

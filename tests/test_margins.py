@@ -1,4 +1,4 @@
-"""Margins, support tokens and the certificate against dense singular values and closed forms."""
+"""Margins and support tokens against dense singular values and closed forms."""
 
 import functools
 import inspect
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BY_NAME, CASES, SINGULAR_CASES, SINGULAR_POSITION, THIN, WIDE, Case, make
+from cases import BY_NAME, CASES, SINGULAR_CASES, SINGULAR_POSITION, THIN, Case, make
 
 import probattn as pa
 from probattn import _reference as reference
@@ -22,10 +22,8 @@ KINDS = ["sigma_min", "reduced", "det", "log_det"]
 EPS32 = np.finfo(np.float32).eps
 stability_margin = jax.jit(pa.stability_margin, static_argnames="kind")
 embedding_margin = jax.jit(pa.embedding_margin)
-certificate = jax.jit(pa.certificate)
 infeasible = jax.jit(margins.infeasible)
 log_det = jax.jit(pa.log_det)
-reduced_blocks = jax.jit(pa.reduced_blocks)
 # One (T, …) array for each input.
 margin_derivative = jax.jit(jax.jacrev(pa.stability_margin, argnums=(0, 1, 2)))
 
@@ -280,84 +278,3 @@ def test_support_tokens_refuse_what_does_not_exist(length, k, message):
 def test_support_tokens_refuse_a_number():
     with pytest.raises(ValueError, match=r"\(\).*expected|expected.*\(\)"):
         pa.support_tokens(np.ones(()))
-
-
-# ---- certificate ------------------------------------------------------------------------------
-
-
-@all_cases
-def test_certificate_matches_explicit_loops(case):
-    inputs = make(case)
-    true = reference.certificate(*inputs)
-    # Squared distances of tokens that share a large offset lose its square.
-    scale = np.abs(inputs[0]).max() ** 2 * np.abs(inputs[1]).max() * np.abs(inputs[2]).max()
-    np.testing.assert_allclose(certificate(*inputs), true, rtol=1e-10, atol=1e-10 * scale)
-    np.testing.assert_array_equal(certificate(*inputs)[:2], 0)
-
-
-def reduced_norm(x, w_query, w_key):
-    """Norm of the balanced reduced covariance at every position."""
-    blocks = pa.reduced_blocks(x, w_query, w_key)
-    return jnp.linalg.norm(jnp.eye(blocks.shape[-1]) - blocks, ord=2, axis=(-2, -1))
-
-
-norms_of_last_token = jax.jit(
-    jax.vmap(
-        jax.value_and_grad(lambda token, past, *w: reduced_norm(past.at[-1].set(token), *w)[-1]),
-        in_axes=(0, None, None, None),
-    )
-)
-
-
-def worst_token(x, w_query, w_key, steps=60):
-    """Largest reduced norm over the last token, its past held: normalised gradient ascent."""
-    rng = np.random.default_rng(0)
-    token = rng.standard_normal((32, x.shape[1])) * np.logspace(-2, 2, 32)[:, None]
-    found = 0.0
-    for step in range(steps):
-        norm, gradient = norms_of_last_token(token, x, w_query, w_key)
-        found = max(found, float(norm.max()))
-        length = np.linalg.norm(gradient, axis=1, keepdims=True)
-        size = 0.3 * 0.95**step * (1 + np.linalg.norm(token, axis=1, keepdims=True))
-        token = token + size * gradient / np.where(length > 0, length, 1)
-    return found
-
-
-@pytest.mark.parametrize(
-    "name", ["scalar", "rank_one_attractive", "thin_attractive", "square", "wide", "thin_offset"]
-)
-def test_gruess_bound_holds_against_an_adversary(name):
-    """For the worst x_t that ascent finds; and the bound is not idle there."""
-    x, w_query, w_key = make(BY_NAME[name])
-    rho = float(certificate(x, w_query, w_key)[-1])
-    worst = worst_token(jnp.asarray(x), *map(jnp.asarray, reference.balanced(w_query, w_key)))
-    assert worst <= rho * (1 + 1e-9)
-    assert worst >= 0.3 * rho
-
-
-def test_gruess_bound_is_attained_by_two_tokens():
-    x, w_query, w_key = make(BY_NAME["length_3_tied_logits"])
-    rho = certificate(x, w_query, w_key)
-    np.testing.assert_allclose(rho, [0, 0, 4.8])
-    np.testing.assert_allclose(reduced_norm(x, w_query, w_key)[-1], 4.8)
-
-
-@hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0.1, 3), st.sampled_from([THIN, WIDE]))
-def test_certificate_bounds_the_balanced_block(seed, scale, shape):
-    x, w_query, w_key = make(Case("", *shape, scale=scale, seed=seed))
-    rho = np.asarray(certificate(x, w_query, w_key))
-    blocks = reduced_blocks(x, *reference.balanced(w_query, w_key))
-    sigma_min = np.linalg.svd(blocks, compute_uv=False)[..., -1]
-    assert np.all(sigma_min >= 1 - rho - 1e-12)
-    proven = rho < 1
-    assert np.all(np.asarray(log_det(x, w_query, w_key)[0])[proven] == 1)
-
-
-@hypothesis.given(st.integers(0, 2**32 - 1))
-def test_certificate_depends_on_the_coupling_only(seed):
-    x, w_query, w_key = make(Case("", *THIN, seed=seed))
-    gauge = np.random.default_rng(seed).standard_normal((2, 2)) + 3 * np.eye(2)
-    regauged = certificate(x, w_query @ gauge, w_key @ np.linalg.inv(gauge).T)
-    np.testing.assert_allclose(regauged, certificate(x, w_query, w_key), rtol=1e-9)
-    shifted = certificate(x + 3.0, w_query, w_key)
-    np.testing.assert_allclose(shifted, certificate(x, w_query, w_key), rtol=1e-9)

@@ -6,8 +6,8 @@ import math
 import jax
 import numpy as np
 import pytest
-from small import cheap_figures
 from scipy.integrate import trapezoid
+from small import cheap_figures
 
 from probattn import _reference as reference
 from probattn.inference import paper_data as data
