@@ -290,12 +290,11 @@ def test_generate_prints_the_text_as_it_is(probattn, tiny_run, monkeypatch, tmp_
     options = ["--length", "300", "--seed", "7", "--temperature", "0.8", "--top-k", "9"]
     table = tmp_path / "new" / "generated.csv"
     status, out, err = probattn(
-        "generate", tiny_run.path, "--prompt", "[/i] the", *options, "--out", table
+        "generate", tiny_run.path, "--prompt", "[/i]\nthe", *options, "--out", table
     )
     assert status == 0
-    expected = generate(tiny_run, "[/i] the", length=300, seed=7, temperature=0.8, top_k=9)
-    assert "\n" in expected.text
-    assert out.startswith(printable("[/i] the" + expected.text) + "\n")
+    expected = generate(tiny_run, "[/i]\nthe", length=300, seed=7, temperature=0.8, top_k=9)
+    assert out.startswith(printable("[/i]\nthe" + expected.text) + "\n")
     assert f"smallest {expected.margin.min():.3f} at generated token" in out
     assert table.exists()
     assert f"wrote {table}" in out
@@ -359,7 +358,7 @@ def test_demo_leaves_alone_what_is_not_its_own(probattn, monkeypatch, tmp_path):
 
 ERRORS = {
     "no command": ([], ["fit", "evaluate", "margins", "generate", "demo"]),
-    "unknown command": (["fti"], ["fti", "fit, evaluate, margins, generate, demo"]),
+    "unknown command": (["fti"], ["fti", "fit, evaluate, margins, generate, figures, demo"]),
     "no run directory": (["fit"], ["--out", "run directory"]),
     "no run": (["evaluate"], ["PATH", "run directory"]),
     "no prompt": (["generate", "RUN"], ["--prompt"]),

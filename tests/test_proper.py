@@ -268,6 +268,15 @@ def test_certificate_matches_explicit_loops(case, bound):
     np.testing.assert_array_equal(got[:2], 0)
 
 
+@pytest.mark.parametrize("bound", [None, 0.7])
+def test_certificate_proves_nothing_of_a_past_that_is_not_finite(bound):
+    x, w_query, w_key = make(BY_NAME["thin"])
+    x[2, 0] = np.nan
+    proven = certificate(x, w_query, w_key, bound=bound) < np.inf
+    np.testing.assert_array_equal(proven, np.arange(len(x)) <= 2)
+    assert not np.any(certificate(x, w_query * np.nan, w_key, bound=bound)[2:] < 1)
+
+
 def test_gruess_bound_is_attained_by_two_tokens():
     x, w_query, w_key = make(BY_NAME["length_3_tied_logits"])
     np.testing.assert_allclose(certificate(x, w_query, w_key), [0, 0, 4.8])
