@@ -46,8 +46,9 @@ def solve_residual(
 ) -> AncestralSolution:
     """Solve residual(x) = e for x, one position after the other.
 
-    Exact to rounding where the process is proper. Where the map folds there may be several
-    solutions, of which this finds one, or, for a single token, iterations that settle nowhere:
+    Exact to rounding where the process is proper, unless attention is so sharp (logits in the
+    thousands) that the steps which are allowed do not reach the solution. Where the map folds there
+    may be several solutions, of which this finds one, or none that the iteration settles on.
     `converged` tells. The derivative of x is that of the implicit function, in forward and
     reverse mode and to any order: no iteration is differentiated.
 
@@ -80,7 +81,7 @@ class _Iterate(NamedTuple):
     Attributes:
         x: the token (d,).
         step: Newton's step from it (d,).
-        error: norm of x - mu(x) - e.
+        error: largest entry of x - mu(x) - e.
         goal: error that counts as solved.
         rounding: error below which there is nothing left to gain.
         fraction: of the step that is tried next.
@@ -159,13 +160,14 @@ def _iterate(
     step = -(difference + jnp.matmul(inner, covariance, precision=_HIGHEST))
 
     eps = jnp.finfo(x.dtype).eps
-    size = jnp.linalg.norm(e) + jnp.max(jnp.linalg.norm(values, axis=-1))
+    # Largest entries, and not Euclidean norms, whose squares overflow and underflow.
+    size = jnp.max(jnp.abs(e)) + jnp.max(jnp.abs(values))
     # A relative error of eps in the query moves the mean by up to this.
-    unavoidable = jnp.linalg.norm(query) * jnp.linalg.norm(covariance)
+    unavoidable = jnp.sum(jnp.abs(query)) * jnp.max(jnp.abs(covariance))
     return _Iterate(
         x=x,
         step=step,
-        error=jnp.linalg.norm(difference),
+        error=jnp.max(jnp.abs(difference)),
         goal=eps**0.75 * size + 8 * eps * unavoidable,
         rounding=4 * eps * size,
         fraction=jnp.ones((), x.dtype),

@@ -16,6 +16,7 @@ from scipy.special import ndtr
 
 from probattn.attention import check_arguments
 
+_NEGLIGIBLE = 1e-16  # of the mass, in one interval
 _TAILS = 9.0  # standard deviations beyond the past within which the mass is looked for
 
 
@@ -95,8 +96,11 @@ def _mass_on_the_line(context: Float[np.ndarray, " t"], a: float, scale: float) 
         with np.errstate(divide="ignore"):
             size = np.log(np.maximum(a * variance, 0.0))  # the determinant is 1 - exp(size)
         rising, falling = size + steepness * half < 0, size - steepness * half > 0
-        decided = rising | falling | (half < finest)
-        # Of the undecided ones that are as narrow as rounding the rise is counted, if it is one.
+        # Undecided, the determinant is within 2 steepness half of zero: where that times the width
+        # is negligible the rise is counted, if it is one. (Where the variance only touches 1 / a,
+        # intervals down to rounding would be too many.)
+        negligible = (4 * steepness * half**2 < _NEGLIGIBLE * scale) | (half < finest)
+        decided = rising | falling | negligible
         counted = decided & ~falling
         rise = _distribution(right[counted], context, a, scale)
         rise -= _distribution(left[counted], context, a, scale)

@@ -44,8 +44,9 @@ def is_proper(
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
-        (...), truth values. Rounding is forgiven: A + A^T may have eigenvalues up to
-        (d + r) eps ||A||_2, as W_Q = -W_K has in floating point.
+        (...), truth values. Rounding is forgiven: (A + A^T) / 2 may have eigenvalues up to
+        (d + r) eps ||A||_2, as W_Q = -W_K has in floating point. Where they are not mere rounding,
+        a context with |x|^2 beyond about 1 / ((d + r) eps ||A||_2) can still fold.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
@@ -139,6 +140,6 @@ def _past_diameter(points: Float[Array, "*batch T m"]) -> Float[Array, "*batch T
     farthest = lax.map(farthest_before, jnp.arange(points.shape[-2]))
     diameter = lax.cummax(farthest, axis=0)
     shifted = jnp.concatenate([jnp.zeros_like(diameter[:1]), diameter[:-1]], axis=0)
-    spread = shifted > 0  # the root has no derivative at zero
+    spread = shifted != 0  # the root has no derivative at zero; NaN stays NaN
     root = jnp.where(spread, jnp.sqrt(jnp.where(spread, shifted, 1.0)), 0.0)
     return jnp.moveaxis(root.astype(points.dtype), 0, -1)
