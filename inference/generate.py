@@ -1,7 +1,5 @@
 """Generate text from a run, with the margin of every generated token."""
 
-import csv
-import io
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +13,9 @@ from jaxtyping import Array, Float, Int
 from probattn.inference.evaluate import check_seed
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.progress import progress_bar
-from probattn.inference.runs import Run, write_text
+from probattn.inference.runs import Run
 from probattn.inference.stages import stage_margins, stages
+from probattn.inference.tables import write_table
 from probattn.models.transformer import Parameters, embed, logits
 
 
@@ -110,12 +109,8 @@ def generate(
 
 def write_csv(generated: Generated, path: Path) -> None:
     """Write a table with a row per generated token: index, token, margin."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["index", "token", "post_hoc_sigma_min"])
-    for index, (token, margin) in enumerate(zip(generated.tokens, generated.margin, strict=True)):
-        writer.writerow([index, token, f"{margin:.7g}"])
-    write_text(path, stream.getvalue())
+    rows = zip(range(len(generated.tokens)), generated.tokens, generated.margin, strict=True)
+    write_table(path, ["index", "token", "post_hoc_sigma_min"], rows)
 
 
 def _margins(

@@ -1,7 +1,5 @@
 """The paper's figures and numbers as files: pictures, what is drawn in them, and a comparison."""
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +8,7 @@ import numpy as np
 
 from probattn.inference import paper_data as data
 from probattn.inference.progress import progress_bar
-from probattn.inference.runs import write_text
+from probattn.inference.tables import write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +36,7 @@ def paper_report(
 
     def save(name: str, figure: "Figure", columns: Sequence[str], rows: Iterable[Sequence]) -> None:
         written.append(save_figure(figure, folder / f"{name}.png"))
-        written.append(_write_csv(folder / f"{name}.csv", columns, rows))
+        written.append(write_table(folder / f"{name}.csv", columns, rows))
 
     with progress_bar("figures", total=4, unit="figure", visible=progress) as bar:
         path = data.trajectory()
@@ -70,7 +68,7 @@ def paper_report(
         save(
             "figure_3_3",
             draw.coupling_regimes(first),
-            ("coupling", "largest_variance", "factor", "log_density"),
+            ("coupling", "last_variance", "factor", "log_density"),
             (
                 (one.coupling, *row)
                 for one in first
@@ -94,15 +92,5 @@ def paper_report(
     rows = data.comparisons(clouds)
     columns = ("figure", "quantity", "paper", "formula", "reproduced")
     table = ([getattr(row, name) for name in columns] for row in rows)
-    written.append(_write_csv(folder / "paper.csv", columns, table))
+    written.append(write_table(folder / "paper.csv", columns, table))
     return rows, written
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> Path:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([f"{v:.7g}" if isinstance(v, float | np.floating) else v for v in row])
-    write_text(path, stream.getvalue())
-    return path

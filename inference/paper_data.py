@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from probattn import CausalAttention, attention_weights, conditional_mass, log_det
+from probattn import CausalAttention, attention_weights, certificate, conditional_mass, log_det
 from probattn.corpora import DataConfig, load_corpus
 
 PAST = (0.0, 2.0)  # x_1 and x_2 of figure 3.2
@@ -177,8 +177,10 @@ def mass_map(bound: float | None, size: int = 41) -> MassMap:
     mass, rho = np.empty((size, size)), np.empty((size, size))
     for row, spread in enumerate(spreads):
         past = np.array([[-spread / 2], [spread / 2]])
-        seen = spread if bound is None else spread / math.sqrt(1 + (spread / 2 / bound) ** 2)
-        rho[row] = couplings * seen**2 / 4
+        # The certificate looks at the past alone: any third token will do.
+        context = jnp.array([*past, [0.0]])
+        weights = jnp.asarray(couplings)[:, None, None], jnp.asarray(one)
+        rho[row] = certificate(context, *weights, bound=bound)[:, 2]
         for column, coupling in enumerate(couplings):
             mass[row, column] = conditional_mass(past, coupling * one, one, 1.0, bound=bound)
     return MassMap(bound, couplings, spreads, mass, rho)

@@ -101,27 +101,24 @@ def conditional_densities(
     for axes, curves in zip(panels, (densities, factors, family), strict=True):
         for coupling, values in curves.items():
             style = look(order.index(coupling)) | {"marker": ""}
-            (entries[f"a = {coupling:+g}".replace("-", _MINUS)],) = axes.plot(grid, values, **style)
+            (entries[_label(coupling)],) = axes.plot(grid, values, **style)
     panels[1].axhline(0, **_BOUNDARY)
-    ordered = {f"a = {a:+g}".replace("-", _MINUS) for a in order}
     dress(panels[0], 0, _X3, _DENSITY)
     dress(panels[1], 1, _X3, f"factor 1 {_MINUS} a Var")
     dress(panels[2], 2, _X3, _DENSITY)
-    by_coupling = sorted(ordered, key=lambda name: float(name[4:].replace(_MINUS, "-")))
-    add_legend(figure, {name: entries[name] for name in by_coupling})
+    add_legend(figure, {_label(coupling): entries[_label(coupling)] for coupling in order})
     return figure
 
 
 @styled
 def coupling_regimes(clouds: Sequence[Cloud]) -> Figure:
-    """Figure 3.3: factor and log density of random sequences over their largest variance."""
+    """Figure 3.3: factor and log density of random sequences over their last variance."""
     figure = new_figure(DOUBLE, 4.2, layout="constrained")
     panels = figure.subplots(2, 2)
     entries: dict[str, Artist] = {}
     for row, cloud in enumerate(clouds):
         valid = np.isfinite(cloud.log_density)
-        title = f"a = {cloud.coupling:+g}: {cloud.valid} of {len(valid)} valid"
-        title = title.replace("-", _MINUS)
+        title = f"{_label(cloud.coupling)}: {cloud.valid} of {len(valid)} valid"
         left, right = panels[row]
         style = {"linestyle": "", "marker": ".", "markersize": 2, "rasterized": True}
         (entries["sequence"],) = left.plot(
@@ -184,3 +181,7 @@ def proper_region(maps: Sequence[MassMap]) -> Figure:
     bar.ax.tick_params(labelsize=7)
     add_legend(figure, entries)
     return figure
+
+
+def _label(coupling: float) -> str:
+    return f"a = {coupling:+g}".replace("-", _MINUS) if coupling else "a = 0"

@@ -1,7 +1,5 @@
 """Margins, certificates and support tokens of every token of a text."""
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +13,9 @@ from probattn.batches import windows
 from probattn.inference.evaluate import text_tokens
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.progress import progress_bar
-from probattn.inference.runs import Run, write_text
+from probattn.inference.runs import Run
 from probattn.inference.stages import stage_margins, stages
+from probattn.inference.tables import write_table
 
 
 @dataclass(frozen=True)
@@ -127,18 +126,21 @@ def text_margins(
 def write_csv(margins: TextMargins, path: Path) -> None:
     """Write a table with a row per token and, per stage, its five columns."""
     columns = ("margin", "log_det", "embedding_margin", "certificate", "support")
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     names = [
         f"{stage.label.replace(' ', '_')}_{'sigma_min' if column == 'margin' else column}"
         for stage in margins.stages
         for column in columns
     ]
-    writer.writerow(["index", "token", "window", "position", *names])
-    for index, token in enumerate(margins.tokens):
-        row: list[object] = [index, token, margins.window[index], margins.position[index]]
-        for stage in margins.stages:
-            row += [f"{getattr(stage, column)[index]:.7g}" for column in columns[:-1]]
-            row.append(int(stage.support[index]))
-        writer.writerow(row)
-    write_text(path, stream.getvalue())
+    values = [getattr(stage, column) for stage in margins.stages for column in columns]
+    write_table(
+        path,
+        ["index", "token", "window", "position", *names],
+        zip(
+            range(len(margins.tokens)),
+            margins.tokens,
+            margins.window,
+            margins.position,
+            *values,
+            strict=True,
+        ),
+    )

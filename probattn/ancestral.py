@@ -128,7 +128,7 @@ def _solve_sequence(
 
         _, mean, _ = _attend(e[t], values, keys, past, w_query)
         last = lax.while_loop(lambda state: state.unfinished, trial, iterate(e[t] + mean))
-        converged = (last.error <= last.goal) & ~failed
+        converged = (last.error <= last.goal) & jnp.isfinite(last.goal) & ~failed
         x = jnp.where(converged, last.x, jnp.nan)
         value = bounded(x, bound)
         carry = (
@@ -182,7 +182,6 @@ def _attend(
     query = jnp.matmul(x, w_query, precision=_HIGHEST)
     logits = jnp.matmul(keys, query, precision=_HIGHEST) / math.sqrt(keys.shape[1])
     weights = jax.nn.softmax(logits, where=past)
-    weights = jnp.where(past, weights, 0.0)
     return weights, jnp.matmul(weights, values, precision=_HIGHEST), query
 
 

@@ -11,10 +11,10 @@ import math
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
-from scipy.integrate import cubature
 from scipy.special import ndtr
 
 from probattn.attention import check_arguments
+from probattn.quadrature import integrate
 
 _NEGLIGIBLE = 1e-16  # of the mass, in one interval
 _TAILS = 9.0  # standard deviations beyond the past within which the mass is looked for
@@ -142,13 +142,8 @@ def _mass_in_the_plane(
         return np.maximum(determinant, 0.0) * np.exp(-squared / 2) / (2 * math.pi * scale**2)
 
     low, high = context.min(0) - _TAILS * scale, context.max(0) + _TAILS * scale
-    found = cubature(density, low, high, rule="genz-malik", rtol=0, atol=tolerance)
-    if found.status != "converged":
-        raise RuntimeError(
-            f"the integral did not reach the tolerance {tolerance:g}: its error is estimated at "
-            f"{float(found.error):g}; ask for a larger tolerance"
-        )
-    return float(found.estimate)
+    mass, _ = integrate(density, low, high, tolerance=tolerance, relative=False)
+    return mass
 
 
 def _softmax(logits: Float[np.ndarray, "n t"]) -> Float[np.ndarray, "n t"]:

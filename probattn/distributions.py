@@ -91,16 +91,14 @@ class AttentionResidual(Transform):
         """Whether both map alike: the same weights and bound."""
         if not isinstance(other, AttentionResidual):
             return False
-        mine, theirs = self.tree_flatten()[0], other.tree_flatten()[0]
         if (self.bound is None) != (other.bound is None):
             return False
-        pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None]
-        same = np.array_equal if static else jnp.array_equal
-        return all(jnp.shape(a) == jnp.shape(b) for a, b in pairs) and (
-            all(same(a, b) for a, b in pairs)
-            if static
-            else jnp.all(jnp.array([same(a, b) for a, b in pairs]))
-        )
+        pairs = [(self.w_query, other.w_query), (self.w_key, other.w_key)]
+        if self.bound is not None:
+            pairs.append((jnp.asarray(self.bound), jnp.asarray(other.bound)))
+        if static:
+            return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+        return jnp.all(jnp.array([jnp.array_equal(mine, theirs) for mine, theirs in pairs]))
 
 
 class CausalAttention(dist.TransformedDistribution):

@@ -16,10 +16,10 @@ import numpyro
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
-from scipy.integrate import cubature
 
 from probattn.attention import check_arguments
 from probattn.distributions import CausalAttention
+from probattn.quadrature import integrate
 
 LogProb = Callable[[Array], Array]
 
@@ -59,21 +59,11 @@ def marginal_ratio(
         raise ValueError(f"the limits are {low} and {high}: expected low < high")
     own = _log_prob_of(log_prob, x)
     longer = jax.jit(lambda last: jnp.exp(log_prob(_appended(x, last)) - own))
-    found = cubature(
-        lambda last: np.asarray(longer(jnp.asarray(last, x.dtype))),
-        [low],
-        [high],
-        rule="gk21",
-        rtol=tolerance,
-        atol=tolerance,
-        max_subdivisions=5_000,
-    )
-    if found.status != "converged":
-        raise RuntimeError(
-            f"the integral did not reach the tolerance {tolerance:g}: its error is estimated at "
-            f"{float(found.error):g}; ask for a larger tolerance"
-        )
-    return Ratio(float(found.estimate), float(found.error))
+
+    def conditional(last: np.ndarray) -> np.ndarray:
+        return np.asarray(longer(jnp.asarray(last, x.dtype)))
+
+    return Ratio(*integrate(conditional, low, high, tolerance=tolerance))
 
 
 def marginal_ratio_monte_carlo(
