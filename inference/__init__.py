@@ -1,11 +1,17 @@
-"""Everything that runs: fit, evaluate, generate, and the run directories they share."""
+"""Everything that runs: fit, sample, evaluate, generate, and the run directories they share."""
 
 from probattn.inference.config import FitConfig, RunConfig, read_config
 from probattn.inference.evaluate import EvaluateResult, evaluate
 from probattn.inference.fit import FitError, FitResult, fit
 from probattn.inference.generate import Generated, generate
+from probattn.inference.guides import guide_draws
+from probattn.inference.laplace import LaplaceError
+from probattn.inference.nuts import sample
 from probattn.inference.post_hoc import PostHocPrior, post_hoc_prior
-from probattn.inference.runs import Run, load_run
+from probattn.inference.posterior import load_posterior, sample_run
+from probattn.inference.posterior_result import PosteriorResult
+from probattn.inference.runs import PosteriorRun, Run, load_run
+from probattn.inference.sample_config import SampleConfig, SampleRunConfig
 from probattn.inference.to_arviz import to_datatree
 from probattn.inference.token_margins import TextMargins, text_margins
 
@@ -15,16 +21,25 @@ __all__ = [
     "FitError",
     "FitResult",
     "Generated",
+    "LaplaceError",
     "PostHocPrior",
+    "PosteriorResult",
+    "PosteriorRun",
     "Run",
     "RunConfig",
+    "SampleConfig",
+    "SampleRunConfig",
     "TextMargins",
     "evaluate",
     "fit",
     "generate",
+    "guide_draws",
+    "load_posterior",
     "load_run",
     "post_hoc_prior",
     "read_config",
+    "sample",
+    "sample_run",
     "text_margins",
     "to_datatree",
 ]

@@ -41,29 +41,35 @@ class CheckpointFolder:
         names = [entry.name for entry in self._path.iterdir()] if self._path.is_dir() else []
         return max((int(name) for name in names if name.isdecimal()), default=None)
 
-    def save(self, step: int, arrays: Mapping[str, Array]) -> None:
+    def save(self, step: int, arrays: Mapping[str, Array], **others: Mapping[str, Array]) -> None:
         """Save named arrays, then drop the checkpoint before.
 
         A step that is there already is left as it is: a resumed fit comes by it again.
+
+        Args:
+            step: the checkpoint's number.
+            arrays: what `load` gives by default.
+            others: further parts, each of named arrays: all are saved, or none.
         """
         target = self._path / str(step)
         if not target.exists():
             partial = self._path / f"{step}.saving"
             shutil.rmtree(partial, ignore_errors=True)
-            stored = {name: np.asarray(leaf) for name, leaf in arrays.items()}
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(partial / _ARRAYS, stored)
-            _write_synced(partial / _CHECKSUMS, _checksums(partial / _ARRAYS))
+            for part, named in {_ARRAYS: arrays, **others}.items():
+                stored = {name: np.asarray(leaf) for name, leaf in named.items()}
+                with ocp.StandardCheckpointer() as checkpointer:
+                    checkpointer.save(partial / part, stored)
+                _write_synced(_checksum_file(partial / part), _checksums(partial / part))
             partial.rename(target)
         for entry in self._path.iterdir():  # the one before, and what an interrupted save left
             if entry != target:
                 shutil.rmtree(entry)
 
-    def load(self, like: Mapping[str, Any]) -> dict[str, Array]:
-        """Load the checkpoint's arrays into the dtypes of `like`.
+    def load(self, like: Mapping[str, Any], *, part: str = _ARRAYS) -> dict[str, Array]:
+        """Load the checkpoint's arrays, or those of another part, into the dtypes of `like`.
 
         Names and shapes must be those of `like`; a floating-point array may have been saved in
-        another precision.
+        another precision. The other parts are not read.
 
         Raises:
             CheckpointError: if there is no checkpoint, it is damaged, or it holds something else.
@@ -77,9 +83,9 @@ class CheckpointFolder:
         folder = self._path / str(step)
         try:
             # Before tensorstore opens them: a file cut short can end the process there.
-            _check_files(folder)
+            _check_files(folder / part)
             with ocp.StandardCheckpointer() as checkpointer:
-                description = checkpointer.metadata(folder / _ARRAYS).item_metadata
+                description = checkpointer.metadata(folder / part).item_metadata
                 kinds = {
                     name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
                     for name, leaf in description.tree.items()
@@ -87,7 +93,7 @@ class CheckpointFolder:
                 _check_same(kinds, expected)
                 # As NumPy arrays: JAX would round float64 where that is not enabled.
                 stored = checkpointer.restore(
-                    folder / _ARRAYS,
+                    folder / part,
                     {name: np.empty(kind.shape, kind.dtype) for name, kind in kinds.items()},
                 )
         # Orbax and tensorstore raise what they meet: KeyError, OSError, JSON errors and others.
@@ -128,9 +134,14 @@ def _checksums(folder: Path) -> str:
     return "".join(lines)
 
 
+def _checksum_file(folder: Path) -> Path:
+    """Where the checksums of a part stand: beside it."""
+    return folder.with_name(_CHECKSUMS if folder.name == _ARRAYS else f"{_CHECKSUMS}.{folder.name}")
+
+
 def _check_files(folder: Path) -> None:
-    stored = set((folder / _CHECKSUMS).read_text(encoding="utf-8").splitlines())
-    changed = stored ^ set(_checksums(folder / _ARRAYS).splitlines())
+    stored = set(_checksum_file(folder).read_text(encoding="utf-8").splitlines())
+    changed = stored ^ set(_checksums(folder).splitlines())
     if changed:
         names = sorted({line.partition("  ")[2] for line in changed})
         raise ValueError(f"files that do not fit their checksums: {', '.join(names)}")

@@ -6,178 +6,23 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from probattn.corpora import DataConfig
-from probattn.inference import console
-from probattn.inference.config import FitConfig, RunConfig, read_config
-from probattn.inference.demo import demo
-from probattn.inference.evaluate import NOISE_ABSOLUTE, NOISE_RELATIVE, evaluate
-from probattn.inference.fit import fit
-from probattn.inference.generate import generate, write_csv
+from probattn.inference.commands import Demo, Evaluate, Figures, Fit, Generate, Margins, Sample
+from probattn.inference.config import RunConfig, read_config, read_tables
 from probattn.inference.interrupts import Interrupted
-from probattn.inference.paper import paper_report
-from probattn.inference.report import comparison_figures, margin_figures
-from probattn.inference.runs import load_run
-from probattn.inference.token_margins import text_margins
-from probattn.models import LanguageModelConfig, ObjectiveConfig
+from probattn.inference.sample_config import SampleRunConfig
 
-_SHORT = {"--data": "--data.source", "--objective": "--objective.name"}
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Fit a language model by MAP.
-
-    --data and --objective are short for --data.source and --objective.name.
-    """
-
-    out: Path
-    """run directory, new or empty unless --resume or --overwrite is given"""
-    config: Path | None = None
-    """TOML file with the tables data, model, objective and fit; flags win over it"""
-    resume: bool = False
-    """continue the run in --out from its latest checkpoint, with its own configuration"""
-    overwrite: bool = False
-    """replace the run in --out"""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    fit: FitConfig = field(default_factory=FitConfig)
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        config = RunConfig(self.data, self.model, self.objective, self.fit)
-        result = fit(config, self.out, resume=self.resume, overwrite=self.overwrite, progress=True)
-        screen.print(
-            f"{self.out}: validation {result.validation_bpc:.4f} bits per character "
-            f"({result.validation_cross_entropy:.4f} nats per token), "
-            f"parameters of step {result.run.step}",
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Bits per character, robustness to embedding noise, and margins of a run; with figures."""
-
-    run: tyro.conf.Positional[Path]
-    """run directory"""
-    text: Path | None = None
-    """UTF-8 file to evaluate on, by default the run's validation text"""
-    noise_absolute: tuple[float, ...] = NOISE_ABSOLUTE
-    """standard deviations of noise on the embeddings, in their own unit"""
-    noise_relative: tuple[float, ...] = NOISE_RELATIVE
-    """standard deviations in units of the embeddings' root mean square"""
-    seed: int = 0
-    """of the noise"""
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        run = load_run(self.run)
-        result = evaluate(
-            run,
-            text=self.text,
-            noise_absolute=self.noise_absolute,
-            noise_relative=self.noise_relative,
-            seed=self.seed,
-            progress=True,
-        )
-        label = self.run.resolve().name
-        console.print_evaluations(screen, {label: result})
-        figures = comparison_figures({label: run}, {label: result}, self.run / "figures")
-        console.print_paths(screen, figures)
-
-
-@dataclass(frozen=True)
-class Margins:
-    """Margin, certificate and support tokens of every token of a text: a table and figures."""
-
-    run: tyro.conf.Positional[Path]
-    """run directory"""
-    out: Path
-    """directory for margins.csv and the figures"""
-    text: Path | None = None
-    """UTF-8 file of any length, by default the run's validation text"""
-    stride: int | None = None
-    """distance between windows, 1 to block, by default half a block"""
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        margins = text_margins(load_run(self.run), self.text, stride=self.stride, progress=True)
-        paths = margin_figures(margins, self.out)
-        console.print_margins(screen, margins)
-        console.print_paths(screen, paths)
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Continue a prompt, coloured by the margin of each generated token."""
-
-    run: tyro.conf.Positional[Path]
-    """run directory"""
-    prompt: str
-    """text to continue"""
-    length: int = 200
-    """tokens to generate"""
-    temperature: float = 1.0
-    """the logits are divided by it; 0 takes the most probable token"""
-    top_k: int | None = None
-    """sample from the k most probable tokens only"""
-    seed: int = 0
-    """of the sampling"""
-    out: Path | None = None
-    """CSV file for the margin of every generated token"""
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        result = generate(
-            load_run(self.run),
-            self.prompt,
-            length=self.length,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            seed=self.seed,
-            progress=sys.stderr.isatty(),
-        )
-        console.print_generated(screen, result)
-        if self.out is not None:
-            write_csv(result, self.out)
-            console.print_paths(screen, [self.out])
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Fit objectives ce and margin on Python's language reference and compare them."""
-
-    out: Path = Path("demo")
-    """directory for the two runs and the figures"""
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        result = demo(self.out, progress=True)
-        console.print_evaluations(screen, result.evaluations, heads=False)
-        console.print_paths(screen, result.figures)
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The paper's figures and numbers, computed, and where the conditional density is proper."""
-
-    out: Path
-    """directory for the figures, a CSV of what each shows, and the comparison paper.csv"""
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        comparisons, paths = paper_report(self.out, progress=True)
-        console.print_comparisons(screen, comparisons)
-        console.print_paths(screen, paths)
+_SHORT = {
+    "--data": "--data.source",
+    "--objective": "--objective.name",
+    "--guide": "--fit.guide",
+    "--model": "--kind",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: list[str]) -> Any:
     commands: Any = (
         Annotated[Fit, tyro.conf.subcommand("fit", default=_fit_defaults(arguments))]
+        | Annotated[Sample, tyro.conf.subcommand("sample", default=_sample_defaults(arguments))]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Margins, tyro.conf.subcommand("margins")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -232,15 +78,37 @@ def _parse(arguments: list[str]) -> Any:
 
 def _fit_defaults(arguments: list[str]) -> Fit:
     """Defaults of `fit`: those of the configuration file or of the run to resume."""
-    given = _value_of(arguments, "--config")
-    out = _value_of(arguments, "--out")
-    config = RunConfig()
+    path = _configuration(arguments, "fit")
+    config = RunConfig() if path is None else read_config(path)
+    return Fit(out=tyro.MISSING, **_tables(config))
+
+
+def _sample_defaults(arguments: list[str]) -> Sample:
+    """Defaults of `sample`, likewise."""
+    path = _configuration(arguments, "sample")
+    if path is None:
+        return Sample(out=tyro.MISSING)
+    config = read_tables(path, SampleRunConfig)
+    kind: Literal["latent", "language"] = "language" if config.latent is None else "latent"
+    return Sample(out=tyro.MISSING, kind=kind, **_tables(config))
+
+
+def _configuration(arguments: list[str], command: str) -> Path | None:
+    """The file that holds the defaults of a command, if this command is asked for."""
+    if arguments[:1] != [command]:
+        return None
+    given, out = _value_of(arguments, "--config"), _value_of(arguments, "--out")
     if given is not None:
-        config = read_config(given)
-    elif out is not None and "--resume" in arguments and (Path(out) / "config.toml").exists():
-        config = read_config(Path(out) / "config.toml")
+        return Path(given)
+    if out is not None and "--resume" in arguments:
+        stored = Path(out) / "config.toml"
+        return stored if stored.exists() else None
+    return None
+
+
+def _tables(config: RunConfig | SampleRunConfig) -> dict[str, Any]:
     parts = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
-    return Fit(out=tyro.MISSING, **parts)
+    return {name: value for name, value in parts.items() if value is not None}
 
 
 def _value_of(arguments: list[str], flag: str) -> str | None:

@@ -16,6 +16,8 @@ from probattn.corpora import DataConfig
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.models.transformer import Precision
 
+GuideName = Literal["map", "laplace", "mean_field", "low_rank"]
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -31,6 +33,9 @@ class FitConfig:
         eval_every: steps between reports on training and validation text.
         checkpoint_every: steps between checkpoints to resume from.
         precision: of the network's matrix products; the determinant is float32 in any case.
+        guide: family that approximates the posterior: map is a point; laplace a Gaussian at that
+            point, of the curvature there; mean_field independent Gaussians; low_rank a Gaussian
+            whose covariance is diagonal plus low-rank.
     """
 
     steps: int = 2000
@@ -41,6 +46,7 @@ class FitConfig:
     eval_every: int = 250
     checkpoint_every: int = 500
     precision: Precision = "float32"
+    guide: GuideName = "map"
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no fit."""
@@ -64,11 +70,12 @@ class FitConfig:
             raise ValueError(f"fit.learning_rate is {rate}: expected a finite number > 0")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"fit.seed is {self.seed}: expected an integer from 0 to 2^32 - 1")
-        if self.precision not in typing.get_args(Precision):
-            raise ValueError(
-                f"fit.precision is {self.precision!r}: "
-                f"expected one of {', '.join(typing.get_args(Precision))}"
-            )
+        for name, choices in (("precision", Precision), ("guide", GuideName)):
+            if getattr(self, name) not in typing.get_args(choices):
+                raise ValueError(
+                    f"fit.{name} is {getattr(self, name)!r}: "
+                    f"expected one of {', '.join(typing.get_args(choices))}"
+                )
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,15 @@ def read_config(path: str | os.PathLike[str]) -> RunConfig:
     """Read a TOML file whose tables are the fields of `RunConfig`; what it leaves out is default.
 
     Raises:
+        ValueError: see `read_tables`.
+    """
+    return read_tables(path, RunConfig)
+
+
+def read_tables[C](path: str | os.PathLike[str], kind: type[C]) -> C:
+    """Read a TOML file whose tables are the fields of a dataclass of dataclasses.
+
+    Raises:
         ValueError: if the file cannot be read, is no TOML, or names an unknown or ill-typed field.
     """
     path = Path(path)
@@ -102,33 +118,42 @@ def read_config(path: str | os.PathLike[str]) -> RunConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a TOML file: {error}") from None
     try:
-        return _from_tables(tables)
+        return _from_tables(tables, kind)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def format_config(config: RunConfig) -> str:
-    """Write a configuration as TOML, without the fields that are None."""
+def format_config(config: Any) -> str:
+    """Write a configuration as TOML, without tables and fields that are None."""
     tables = {
         table: {name: value for name, value in fields.items() if value is not None}
         for table, fields in dataclasses.asdict(config).items()
+        if fields is not None
     }
     return tomli_w.dumps(tables)
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """Fields in which two configurations differ, as "table.field: old -> new"."""
-    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    before, after = _fields(old), _fields(new)
     return [
-        f"{table}.{name}: {before[table][name]} -> {after[table][name]}"
-        for table in before
-        for name in before[table]
-        if before[table][name] != after[table][name]
+        f"{name}: {before.get(name)} -> {after.get(name)}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
     ]
 
 
-def _from_tables(tables: dict[str, Any]) -> RunConfig:
-    kinds = typing.get_type_hints(RunConfig)
+def _fields(config: Any) -> dict[str, Any]:
+    return {
+        f"{table}.{name}": value
+        for table, fields in dataclasses.asdict(config).items()
+        if fields is not None
+        for name, value in fields.items()
+    }
+
+
+def _from_tables[C](tables: dict[str, Any], kind: type[C]) -> C:
+    kinds = {name: _given(hint) for name, hint in typing.get_type_hints(kind).items()}
     _check_names(tables, kinds, "tables")
     parts = {}
     for table, values in tables.items():
@@ -141,7 +166,7 @@ def _from_tables(tables: dict[str, Any]) -> RunConfig:
             for name, value in values.items()
         }
         parts[table] = kinds[table](**converted)
-    return RunConfig(**parts)
+    return kind(**parts)
 
 
 def _check_names(given: dict[str, Any], known: dict[str, Any], what: str) -> None:
@@ -151,8 +176,7 @@ def _check_names(given: dict[str, Any], known: dict[str, Any], what: str) -> Non
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
     """Value as the declared type: only int to float is converted, and nothing guessed."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        (kind,) = [option for option in typing.get_args(kind) if option is not type(None)]
+    kind = _given(kind)
     if typing.get_origin(kind) is Literal:
         kind = str
     if kind is float and type(value) is int:
@@ -160,3 +184,10 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{name} is {value!r}: expected {kind.__name__}")
     return value
+
+
+def _given(kind: Any) -> Any:
+    """The type of what may be None where it is not."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        (kind,) = [option for option in typing.get_args(kind) if option is not type(None)]
+    return kind

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +12,7 @@ from rich.text import Text
 from probattn.inference.evaluate import EvaluateResult
 from probattn.inference.generate import Generated
 from probattn.inference.paper_data import Comparison
+from probattn.inference.to_arviz import divergence_margin, summarise, values_of
 from probattn.inference.token_margins import TextMargins
 
 _NEAR = 0.1  # margins below it are coloured
@@ -59,6 +61,29 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
             Text(f"{margins.tokens[weakest]!r} after {before!r}"),
         )
     screen.print(table)
+
+
+def print_posterior(screen: Console, tree: xr.DataTree) -> None:
+    """Identified quantities of a posterior with their diagnostics, and what diverged."""
+    table = Table()
+    table.add_column("quantity")
+    for name in ("mean", "sd", "r_hat", "ess bulk", "ess tail"):
+        table.add_column(name, justify="right")
+    for row in summarise(tree):
+        point = ("-" if np.isnan(value) else f"{value:.4f}" for value in (row.mean, row.sd))
+        ess = (f"{value:.0f}" for value in (row.ess_bulk, row.ess_tail))
+        table.add_row(row.name, *point, f"{row.r_hat:.3f}", *ess)
+    screen.print(table)
+    diverging = values_of(tree, "sample_stats", "diverging")
+    if diverging is not None:
+        line = f"{int(diverging.sum())} of {diverging.size} draws diverged"
+        smallest = divergence_margin(tree)
+        if smallest is not None:
+            line += f", the smallest margin among them {smallest:.4f}"
+        screen.print(line)
+    certified = values_of(tree, "support_tokens", "certified_probability")
+    if certified is not None:
+        screen.print(f"certified at positions >= 2: {100 * certified[..., 2:].mean():.1f} %")
 
 
 def print_comparisons(screen: Console, comparisons: Sequence[Comparison]) -> None:

@@ -1,4 +1,4 @@
-"""Fit a language model by MAP: the loop around the steps, and what it leaves in a run directory."""
+"""Fit a language model by SVI: the loop around the steps, and what it leaves in a run directory."""
 
 import math
 import os
@@ -15,16 +15,17 @@ import optax
 from probattn.corpora import Corpus, DataError, load_corpus
 from probattn.inference.checkpoints import named_leaves, with_leaves
 from probattn.inference.config import RunConfig, differences
+from probattn.inference.guides import OWN_PARAMS, check_guide
 from probattn.inference.interrupts import Interrupted, deferred_interrupts
 from probattn.inference.monitor import Monitor
 from probattn.inference.progress import Bar, progress_bar
+from probattn.inference.run_files import RunError
 from probattn.inference.runs import (
     Run,
-    RunError,
     check_same_corpus,
     check_target,
     create_run,
-    load_run,
+    load_fit,
 )
 from probattn.inference.scoring import Scorer
 from probattn.inference.svi import Trainer, TrainState
@@ -64,7 +65,7 @@ def fit(
     optimizer: optax.GradientTransformation | None = None,
     progress: bool = False,
 ) -> FitResult:
-    """Fit a language model by MAP with NumPyro's SVI and an AutoDelta guide.
+    """Fit a language model with NumPyro's SVI: by MAP, or with another guide, `config.fit.guide`.
 
     Minibatches and initial parameters are functions of the seed, so a run that was interrupted and
     resumed ends as one that was not. The parameters of the best validation are kept.
@@ -82,8 +83,9 @@ def fit(
         The finished run.
 
     Raises:
-        ValueError: if the text is unusable, `out` holds something else, or the configuration is
-            not the run's (the subclasses DataError, RunError and CheckpointError say which).
+        ValueError: if the text is unusable, `out` holds something else, the configuration is not
+            the run's (the subclasses DataError, RunError and CheckpointError say which), or the
+            model is too large for the guide laplace.
         FitError: if the loss is not finite any more.
         Interrupted: on SIGINT or SIGTERM, after the state was saved.
     """
@@ -99,6 +101,7 @@ def fit(
     else:
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
         train, validation = _encode(corpus, vocabulary, config)
+        check_guide(config, vocabulary.size)
         run = create_run(out, config, corpus, vocabulary, overwrite=overwrite)
     with run.lock():
         loop = _Loop(run, train, validation, optimizer)
@@ -219,17 +222,20 @@ class _Loop:
         )
         if row["validation_cross_entropy"] < self._best:
             self._best = row["validation_cross_entropy"]
-            self.run.best.save(self.step, parameters)
+            others = {}
+            if fit.guide in OWN_PARAMS:
+                others["guide"] = self._trainer.guide_params(self._state)
+            self.run.best.save(self.step, parameters, **others)
 
     def _save(self) -> None:
         self._finite_parameters()
         self.run.latest.save(self.step, named_leaves(_with_key_data(self._state)))
 
     def _finite_parameters(self) -> dict[str, jax.Array]:
-        parameters = self._trainer.parameters(self._state)
-        if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in parameters.values()):
+        params = self._trainer.guide_params(self._state)
+        if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in params.values()):
             self._fail(self.step, "the parameters are not finite")
-        return parameters
+        return self._trainer.parameters(self._state)
 
     def _reported(self) -> list[dict[str, Any]]:
         """The reports up to the checkpoint; those after it are made again."""
@@ -270,7 +276,7 @@ def _conclude(run: Run, validation: np.ndarray) -> FitResult:
     rows = run.metrics()
     run.update_summary(
         fit={
-            "inference": "map",
+            "inference": run.config.fit.guide,
             "steps": run.config.fit.steps,
             "best_step": run.step,
             "validation_cross_entropy": score.cross_entropy,
@@ -286,7 +292,7 @@ def _conclude(run: Run, validation: np.ndarray) -> FitResult:
 def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
     if not (out / "config.toml").exists():
         raise RunError(f"{out}: holds no run to resume; start one without --resume")
-    run = load_run(out)
+    run = load_fit(out)
     if changed := differences(run.config, config):
         raise RunError(
             f"{out}: cannot resume with a changed configuration: {'; '.join(changed)}; "

@@ -21,7 +21,8 @@ from probattn import log_det, relaxed_barrier, residual
 from probattn.batches import windows
 from probattn.corpora import load_corpus
 from probattn.inference.progress import progress_bar
-from probattn.inference.runs import Run, RunError, check_same_corpus, replacing
+from probattn.inference.run_files import RunError, replacing
+from probattn.inference.runs import Run, check_same_corpus
 from probattn.models.priors import attention_prior
 from probattn.models.transformer import embed
 

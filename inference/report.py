@@ -1,4 +1,4 @@
-"""Files that show results: the figures of runs and of a text's margins, and their tables."""
+"""Files that show results: figures of runs, of a text's margins and of posteriors; tables."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probattn.inference.evaluate import EvaluateResult, NoisePoint
-from probattn.inference.runs import Run
+from probattn.inference.run_files import replacing_path
+from probattn.inference.runs import PosteriorRun, Run
+from probattn.inference.to_arviz import to_datatree, values_of
 from probattn.inference.token_margins import TextMargins, write_csv
 
 if TYPE_CHECKING:
+    import xarray as xr
     from matplotlib.figure import Figure
 
 
@@ -70,6 +73,30 @@ def margin_figures(margins: TextMargins, folder: Path) -> list[Path]:
             },
         ),
     ]
+
+
+def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
+    """Write posterior.nc, with log likelihoods, and the figures of a sampled posterior.
+
+    Returns:
+        The posterior, and the files.
+    """
+    from probattn.inference import posterior_plots
+
+    tree = to_datatree(run, log_likelihood=True)
+    path = run.path / "posterior.nc"
+    with run.lock(), replacing_path(path) as temporary:
+        tree.to_netcdf(temporary)
+    figures = {}
+    smallest = values_of(tree, "posterior", "smallest_margin")
+    if smallest is not None:
+        figures["smallest_margin"] = posterior_plots.smallest_margin(smallest)
+    probability = values_of(tree, "support_tokens", "support_probability")
+    tokens = values_of(tree, "observed_data", "tokens")
+    if probability is not None and probability.ndim == 2 and tokens is not None:  # no heads
+        symbols = [[run.vocabulary.decode([token]) for token in row] for row in tokens]
+        figures["support_probability"] = posterior_plots.support_map(probability, symbols)
+    return tree, [path, *_save(run.path / "figures", figures)]
 
 
 def _save(folder: Path, figures: Mapping[str, "Figure"]) -> list[Path]:

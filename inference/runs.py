@@ -1,31 +1,35 @@
-"""Run directories: everything that a fit leaves behind, and how to open it again.
+"""Run directories: everything that a fit or a sampler leaves behind, and how to open it again.
 
 config.toml      the configuration        checkpoints/latest  state to resume from
-data.json        corpus and vocabulary    checkpoints/best    parameters of the best validation
+data.json        corpus and vocabulary    checkpoints/best    parameters of the best validation,
+                                          and of a guide with its own, those with them
 metrics.jsonl    one line per report      post_hoc_prior.npz  attention prior, see post_hoc.py
 summary.json     results                  figures/            pictures and their tables
+segments/        draws as they come       posterior.nc        draws for ArviZ
+start.npz        what chains start from, if not draws of the prior
 lock             held by the process that writes
 """
 
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import filelock
 import jax
 from jaxtyping import Array
 
 from probattn.corpora import Corpus
 from probattn.inference.checkpoints import CheckpointError, CheckpointFolder
-from probattn.inference.config import RunConfig, format_config, read_config
+from probattn.inference.config import RunConfig, format_config, read_tables
+from probattn.inference.run_files import RunError, locked, read_json, write_text
+from probattn.inference.sample_config import SampleRunConfig
+from probattn.inference.segments import SegmentFolder
 from probattn.models.language_model import parameter_shapes
 from probattn.vocabulary import Vocabulary, vocabulary_from_dict
 
@@ -36,29 +40,67 @@ _ENTRIES = (
     "summary.json",
     "checkpoints",
     "post_hoc_prior.npz",
+    "start.npz",
+    "segments",
+    "posterior.nc",
     "figures",
 )
 
 
-class RunError(ValueError):
-    """A run directory cannot be used: the message is one line that says why and what to do."""
-
-
 @dataclass(frozen=True)
-class Run:
-    """A fitted run, as `load_run` opens it.
+class RunDirectory:
+    """What runs of every kind have.
 
     Attributes:
         path: its directory.
-        config: the configuration it was fitted with.
+        config: the configuration it was made with.
         data: name, description, checksum and sizes of its corpus.
         vocabulary: symbols of its tokens.
     """
 
     path: Path
-    config: RunConfig
+    config: RunConfig | SampleRunConfig
     data: Mapping[str, Any]
     vocabulary: Vocabulary
+
+    def summary(self) -> dict[str, Any]:
+        """Results so far, by the command that made them."""
+        path = self.path / "summary.json"
+        return read_json(path) if path.exists() else {}
+
+    def update_summary(self, **results: Any) -> None:
+        """Set results in summary.json."""
+        summary = self.summary() | results
+        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run's lock while writing to it.
+
+        Raises:
+            RunError: if another process holds it.
+        """
+        with locked(self.path):
+            yield
+
+
+@dataclass(frozen=True)
+class PosteriorRun(RunDirectory):
+    """A sampled posterior, as `load_run` opens it; `posterior.load_posterior` reads its draws."""
+
+    config: SampleRunConfig
+
+    @property
+    def segments(self) -> SegmentFolder:
+        """Draws, and the state to resume from."""
+        return SegmentFolder(self.path / "segments")
+
+
+@dataclass(frozen=True)
+class Run(RunDirectory):
+    """A fitted run, as `load_run` opens it."""
+
+    config: RunConfig
 
     @property
     def step(self) -> int | None:
@@ -67,7 +109,7 @@ class Run:
 
     @cached_property
     def parameters(self) -> dict[str, Array]:
-        """Parameters of the best validation, by site name: a point estimate (MAP).
+        """Parameters of the best validation, by site name: a point estimate (of MAP, the mode).
 
         Raises:
             CheckpointError: if there are none yet or they are damaged.
@@ -124,29 +166,9 @@ class Run:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def summary(self) -> dict[str, Any]:
-        """Results so far, by the command that made them."""
-        path = self.path / "summary.json"
-        return _read_json(path) if path.exists() else {}
 
-    def update_summary(self, **results: Any) -> None:
-        """Set results in summary.json."""
-        summary = self.summary() | results
-        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run's lock while writing to it.
-
-        Raises:
-            RunError: if another process holds it.
-        """
-        with _locked(self.path):
-            yield
-
-
-def load_run(path: str | os.PathLike[str]) -> Run:
-    """Open a run directory for reading; parameters are loaded when they are first asked for.
+def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
+    """Open a run directory for reading; parameters and draws are loaded when they are asked for.
 
     Raises:
         RunError: if the directory is no run, or its description is damaged.
@@ -155,19 +177,39 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     if not (path / "config.toml").is_file():
         raise RunError(f"{path}: expected a run directory, which has a config.toml")
     try:
-        config = read_config(path / "config.toml")
+        text = (path / "config.toml").read_text(encoding="utf-8")
+        sampled = "\n[sample]\n" in text
+        config: RunConfig | SampleRunConfig = (
+            read_tables(path / "config.toml", SampleRunConfig)
+            if sampled
+            else read_tables(path / "config.toml", RunConfig)
+        )
     except ValueError as error:
         raise RunError(f"damaged run: {error}") from None
     # A file that was cut off at the end of a line is still TOML, of a run with other settings.
-    if (path / "config.toml").read_text(encoding="utf-8") != format_config(config):
-        raise RunError(f"{path / 'config.toml'}: damaged: it is not what the fit wrote")
-    data = _read_json(path / "data.json")
+    if text != format_config(config):
+        raise RunError(f"{path / 'config.toml'}: damaged: it is not what was written there")
+    data = read_json(path / "data.json")
     try:
         vocabulary = vocabulary_from_dict(data["vocabulary"])
         described = {name: data[name] for name in _DATA_FIELDS}
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path / 'data.json'}: damaged: {error}") from None
+    if isinstance(config, SampleRunConfig):
+        return PosteriorRun(path, config, described, vocabulary)
     return Run(path, config, described, vocabulary)
+
+
+def load_fit(path: str | os.PathLike[str]) -> Run:
+    """Open the run directory of a fit.
+
+    Raises:
+        RunError: if the directory is no run of a fit, or its description is damaged.
+    """
+    run = load_run(path)
+    if not isinstance(run, Run):
+        raise RunError(f"{path}: is a sampled posterior: expected a run of `probattn fit`")
+    return run
 
 
 def create_run(
@@ -178,24 +220,47 @@ def create_run(
     *,
     overwrite: bool = False,
 ) -> Run:
-    """Make a run directory.
+    """Make the run directory of a fit.
 
     Raises:
         RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
     """
     path = Path(path)
+    run = Run(path, config, _describe(corpus), vocabulary)
+    _create(run, overwrite=overwrite)
+    return run
+
+
+def create_posterior_run(
+    path: str | os.PathLike[str],
+    config: SampleRunConfig,
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+    *,
+    overwrite: bool = False,
+) -> PosteriorRun:
+    """Make the run directory of a sampled posterior.
+
+    Raises:
+        RunError: see `create_run`.
+    """
+    run = PosteriorRun(Path(path), config, _describe(corpus), vocabulary)
+    _create(run, overwrite=overwrite)
+    return run
+
+
+def _create(run: RunDirectory, *, overwrite: bool) -> None:
+    path = run.path
     check_target(path, overwrite=overwrite)
     path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with locked(path):
         for name in _ENTRIES:
             entry = path / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-        run = Run(path, config, _describe(corpus), vocabulary)
-        description = {**run.data, "vocabulary": vocabulary.to_dict()}
+        description = {**run.data, "vocabulary": run.vocabulary.to_dict()}
         write_text(path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
         # Last: a directory with a config.toml is a run, and must be a whole one.
-        write_text(path / "config.toml", format_config(config))
-    return run
+        write_text(path / "config.toml", format_config(run.config))
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -225,7 +290,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_same_corpus(run: Run, corpus: Corpus) -> None:
+def check_same_corpus(run: RunDirectory, corpus: Corpus) -> None:
     """Refuse a corpus that is not the one the run was fitted on.
 
     Raises:
@@ -239,28 +304,6 @@ def check_same_corpus(run: Run, corpus: Corpus) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or, after any failure, as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as stream:
-        stream.write(text.encode())
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write that takes its name only when it is whole."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 _DATA_FIELDS = ("name", "description", "sha256", "train_characters", "validation_characters")
 
 
@@ -272,31 +315,6 @@ def _describe(corpus: Corpus) -> dict[str, Any]:
         "train_characters": len(corpus.train),
         "validation_characters": len(corpus.validation),
     }
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = filelock.FileLock(path / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise RunError(f"{path}: another process is writing to this run") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path}: is missing from the run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise RunError(f"{path}: damaged: expected an object, got {type(content).__name__}")
-    return content
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

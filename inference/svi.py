@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpyro
 import optax
 from jaxtyping import Array, Bool, Float, Int
-from numpyro.infer import SVI, Trace_ELBO, init_to_value
-from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.svi import SVIState
 
 from probattn.batches import random_blocks
 from probattn.inference.config import FitConfig, RunConfig
+from probattn.inference.guides import make_guide
 from probattn.log_det import log_det
 from probattn.models import language_model
 from probattn.models.language_model import attention_stage, sample_parameters
@@ -90,11 +90,9 @@ class Trainer:
         parameters = partial(sample_parameters, vocabulary_size, config.model, config.objective)
         start_key, init_key = jax.random.split(init_key)
         start = jax.jit(partial(starting_point, parameters=parameters))(start_key)
-        # Of the parameters alone: tracing the guide need not compile the network.
-        self.guide = AutoDelta(
-            lambda *minibatch: parameters(), init_loc_fn=init_to_value(values=start)
-        )
-        # The loss is -log joint / N: nats per token, whatever the size of the corpus.
+        self.guide = make_guide(config.fit.guide, parameters, start)
+        # The loss is -ELBO / N, of a point -log joint / N: nats per token, whatever the size of
+        # the corpus.
         self._svi = SVI(
             numpyro.handlers.scale(model, 1 / count),
             numpyro.handlers.scale(self.guide, 1 / count),
@@ -122,8 +120,12 @@ class Trainer:
         return self._advance(state, self._tokens, jnp.int32(step), jnp.int32(stop))
 
     def parameters(self, state: TrainState) -> dict[str, Array]:
-        """Parameters by site name."""
+        """Parameters by site name: one point, the median of the guide."""
         return self._sites(self._svi.get_params(state.svi))
+
+    def guide_params(self, state: TrainState) -> dict[str, Array]:
+        """The guide's own parameters, by the names that NumPyro gives them."""
+        return self._svi.get_params(state.svi)
 
     def minibatch(
         self, tokens: Int[Array, " N"], step: int | Int[Array, ""]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probattn.inference.runs import write_text
+from probattn.inference.run_files import write_text
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> Path:

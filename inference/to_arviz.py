@@ -1,6 +1,9 @@
-"""Export to ArviZ: a run as an xarray DataTree with named dimensions."""
+"""Export to ArviZ: a run or a posterior as an xarray DataTree with named dimensions."""
 
 import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -11,28 +14,51 @@ from probattn.batches import windows
 from probattn.inference.config import format_config
 from probattn.inference.evaluate import text_tokens
 from probattn.inference.post_hoc import post_hoc_prior
-from probattn.inference.runs import Run
+from probattn.inference.posterior import load_posterior
+from probattn.inference.posterior_groups import DIMS, located, posterior_groups
+from probattn.inference.posterior_result import PosteriorResult
+from probattn.inference.runs import PosteriorRun, Run, RunDirectory
 from probattn.inference.stages import stage_margins, stages
 
-_DIMS = {
-    "token_embedding": ("vocab", "embed"),
-    "position_embedding": ("position", "embed"),
-    "final_norm": ("embed",),
-    "attention_norm": ("layer", "embed"),
-    "attention_in": ("layer", "embed", "query_key_value"),
-    "attention_out": ("layer", "value", "embed"),
-    "mlp_norm": ("layer", "embed"),
-    "mlp_in": ("layer", "embed", "hidden"),
-    "mlp_out": ("layer", "hidden", "embed"),
-    "w_query": ("embed", "rank"),
-    "w_key": ("embed", "rank"),
-}
+# Group, site, and whether each entry is of interest rather than the worst of them.
+_IDENTIFIED = (
+    ("posterior", "coupling_trace", True),
+    ("posterior", "coupling_norm", True),
+    ("posterior", "coupling_eigenvalues", True),
+    ("posterior", "scale", True),
+    ("posterior", "smallest_margin", True),
+    ("posterior", "sequence_margin", False),
+    ("posterior", "margin", False),
+    ("log_likelihood", "tokens", False),
+)
 
 
-def to_datatree(run: Run, *, sequences: int = 64) -> xr.DataTree:
-    """Export a MAP run as a DataTree.
+def to_datatree(
+    source: Run | PosteriorRun | PosteriorResult,
+    *,
+    sequences: int = 64,
+    log_likelihood: bool = False,
+    posterior_predictive: bool = False,
+    prior: int = 0,
+    seed: int = 0,
+    dims: Mapping[str, Sequence[str]] | None = None,
+) -> xr.DataTree:
+    """Export a run, or any sampled posterior, as a DataTree that ArviZ takes as it is.
 
-    Groups:
+    Groups of a posterior:
+        posterior: draws and deterministic sites, (chain, draw, ...), and of models with margins
+            smallest_margin, of all positions >= 2, and sequence_margin, of each sequence.
+        sample_stats: diverging, acceptance_rate, n_steps, tree_depth, energy, lp, step_size; for
+            a guide, whose draws are one chain, there is none.
+        support_tokens: support_probability (sequence, position), the posterior probability that a
+            position is its sequence's support token; certified_probability, that its certificate
+            is below 1.
+        log_likelihood: one per sequence, on request, for `az.loo` and `az.compare`.
+        posterior_predictive: draws of the observed sites given each draw, on request.
+        prior: draws of the prior, on request.
+        observed_data: what was observed. Factors are none, and are left out.
+
+    Groups of a MAP run:
         point_estimate: the parameters. Not called posterior, and without chain and draw, so that
             no diagnostic of draws (r_hat, ess, loo) can be computed of a point.
         margins: margin (kind "sigma_min"), log_det, embedding_margin, certificate and infeasible,
@@ -44,14 +70,53 @@ def to_datatree(run: Run, *, sequences: int = 64) -> xr.DataTree:
     tree can be saved with `to_netcdf` and `to_zarr`.
 
     Args:
-        run: from `load_run` or `fit`.
-        sequences: at most so many windows, spread evenly over the validation text.
+        source: a run from `load_run`, `fit` or `sample_run`, or the result of `sample`.
+        sequences: of a MAP run, at most so many windows, spread evenly over the validation text.
+        log_likelihood: add the log likelihoods.
+        posterior_predictive: add draws of the observed sites.
+        prior: number of draws of the prior to add.
+        seed: of the predictive and prior draws.
+        dims: names of dimensions by site, after chain and draw, for sites of models of your own.
 
     Raises:
-        ValueError: if sequences < 1, or the run or its corpus is not there any more.
+        ValueError: if an argument is out of range, draws are asked of a MAP run, or the run or its
+            corpus is not there any more.
     """
     if sequences < 1:
         raise ValueError(f"sequences: got {sequences}, expected an integer >= 1")
+    if prior < 0:
+        raise ValueError(f"prior: got {prior}, expected an integer >= 0")
+    attributes: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
+    if isinstance(source, RunDirectory):
+        attributes = _run_attributes(source)
+        if isinstance(source, PosteriorRun):
+            labels["vocab"] = _symbols(source)
+    if isinstance(source, Run):
+        if log_likelihood or posterior_predictive or prior:
+            raise ValueError(
+                f"{source.path}: is a MAP run, a point without draws: make draws with `probattn "
+                f"sample --from {source.path}`, or fit with another --guide"
+            )
+        groups = _map_groups(source, sequences)
+    else:
+        result = load_posterior(source) if isinstance(source, PosteriorRun) else source
+        attributes = _posterior_attributes(result) | attributes
+        groups = posterior_groups(
+            result,
+            log_likelihood=log_likelihood,
+            posterior_predictive=posterior_predictive,
+            prior=prior,
+            seed=seed,
+            dims=dims or {},
+            labels=labels,
+        )
+    tree = xr.DataTree.from_dict({name: located(group) for name, group in groups.items()})
+    tree.attrs = attributes | _versions()
+    return tree
+
+
+def _map_groups(run: Run, sequences: int) -> dict[str, xr.Dataset]:
     tokens, _ = text_tokens(run, None)
     block = run.config.model.block
     plan = windows(len(tokens), block=block).spread(sequences * block)
@@ -67,9 +132,9 @@ def to_datatree(run: Run, *, sequences: int = 64) -> xr.DataTree:
         if field.name != "label"
     }
     positions = {"sequence": plan.starts, "position": np.arange(block)}
-    groups = {
+    return {
         "point_estimate": xr.Dataset(
-            {name: (_DIMS[name], np.asarray(value)) for name, value in run.parameters.items()},
+            {name: (DIMS[name], np.asarray(value)) for name, value in run.parameters.items()},
             attrs={"point_estimate": "MAP: one point, no draws"},
         ),
         "margins": xr.Dataset(
@@ -82,34 +147,124 @@ def to_datatree(run: Run, *, sequences: int = 64) -> xr.DataTree:
         ),
         "constant_data": xr.Dataset(
             {
-                "post_hoc_w_query": (_DIMS["w_query"], prior.w_query),
-                "post_hoc_w_key": (_DIMS["w_key"], prior.w_key),
+                "post_hoc_w_query": (DIMS["w_query"], prior.w_query),
+                "post_hoc_w_key": (DIMS["w_key"], prior.w_key),
                 "post_hoc_scale": ((), prior.scale),
             }
         ),
     }
-    tree = xr.DataTree.from_dict({name: _located(group) for name, group in groups.items()})
-    tree.attrs = _attributes(run)
-    return tree
 
 
-def _located(group: xr.Dataset) -> xr.Dataset:
-    """The group with integer coordinates on every dimension that has none."""
-    missing = {
-        name: np.arange(size) for name, size in group.sizes.items() if name not in group.coords
-    }
-    return group.assign_coords(missing)
-
-
-def _attributes(run: Run) -> dict[str, Any]:
-    packages = ("probattn", "numpyro", "jax", "arviz")
-    return {
-        "inference_library": "numpyro",
-        "inference_method": "MAP (SVI with AutoDelta): a point estimate",
+def _run_attributes(run: RunDirectory) -> dict[str, Any]:
+    attributes = {
         "configuration": format_config(run.config),
-        "seed": run.config.fit.seed,
-        "step": run.step,
         "corpus": run.data["description"],
         "corpus_sha256": run.data["sha256"],
-        **{f"{name}_version": version(name) for name in packages},
     }
+    if isinstance(run, Run):
+        method = "MAP (SVI with AutoDelta): a point estimate"
+        attributes |= {"inference_method": method, "seed": run.config.fit.seed, "step": run.step}
+    return attributes
+
+
+def _posterior_attributes(result: PosteriorResult) -> dict[str, Any]:
+    attributes: dict[str, Any] = {
+        "inference_method": result.method,
+        "sampling_time": result.seconds,  # seconds; ArviZ's name
+    }
+    if result.config is not None:
+        attributes |= {
+            "configuration": json.dumps(dataclasses.asdict(result.config)),
+            "seed": result.config.seed,
+            "tuning_steps": result.config.warmup,
+        }
+    return attributes
+
+
+def _versions() -> dict[str, str]:
+    packages = ("probattn", "numpyro", "jax", "arviz")
+    return {"inference_library": "numpyro"} | {f"{n}_version": version(n) for n in packages}
+
+
+def _symbols(run: RunDirectory) -> list[str]:
+    return [run.vocabulary.decode([token]) for token in range(run.vocabulary.size)]
+
+
+@dataclass(frozen=True)
+class QuantitySummary:
+    """One identified quantity of a posterior, or the worst of many entries.
+
+    Attributes:
+        name: of the quantity; with how many entries there are, where it is the worst of them.
+        mean: posterior mean; NaN for the worst of many.
+        sd: posterior standard deviation, likewise.
+        r_hat: rank-normalised split R-hat; the largest.
+        ess_bulk: effective sample size of the bulk; the smallest.
+        ess_tail: effective sample size of the tails; the smallest.
+    """
+
+    name: str
+    mean: float
+    sd: float
+    r_hat: float
+    ess_bulk: float
+    ess_tail: float
+
+
+def summarise(tree: xr.DataTree) -> list[QuantitySummary]:
+    """Summary and diagnostics of what is identified: nothing that a rotation would change.
+
+    Of margins and log likelihoods, which are many, the worst diagnostics are given. Entries that
+    are the same in all draws, such as the margins of positions 0 and 1, have none and are left out.
+
+    Args:
+        tree: from `to_datatree`, of a posterior.
+
+    Raises:
+        ValueError: if the tree holds no draws.
+    """
+    import arviz as az  # takes a second
+
+    if "posterior" not in tree.children:
+        raise ValueError("the tree has no posterior: expected draws, such as those of `sample`")
+    rows = []
+    for group, name, each in _IDENTIFIED:
+        found = values_of(tree, group, name)
+        if found is None:
+            continue
+        draws = found.reshape(*found.shape[:2], -1)
+        draws = draws[..., np.ptp(draws, axis=(0, 1)) > 0]
+        if not draws.shape[2]:
+            continue
+        one = xr.Dataset({"value": (("chain", "draw", "entry"), draws)})
+        r_hat, bulk, tail = (
+            each_of["value"].values
+            for each_of in (az.rhat(one), az.ess(one, method="bulk"), az.ess(one, method="tail"))
+        )
+        if not each:
+            label = f"{name}, worst of {r_hat.size}"
+            worst = (r_hat.max(), bulk.min(), tail.min())
+            rows.append(QuantitySummary(label, np.nan, np.nan, *map(float, worst)))
+            continue
+        mean, sd = draws.mean((0, 1)), draws.std((0, 1))
+        for entry in range(r_hat.size):
+            label = name if r_hat.size == 1 else f"{name}[{entry}]"
+            values = (column[entry] for column in (mean, sd, r_hat, bulk, tail))
+            rows.append(QuantitySummary(label, *map(float, values)))
+    return rows
+
+
+def divergence_margin(tree: xr.DataTree) -> float | None:
+    """The smallest margin of a draw whose trajectory diverged; None if there is none."""
+    diverging = values_of(tree, "sample_stats", "diverging")
+    margins = values_of(tree, "posterior", "smallest_margin")
+    if diverging is None or margins is None or not diverging.any():
+        return None
+    return float(margins[diverging].min())
+
+
+def values_of(tree: xr.DataTree, group: str, name: str) -> np.ndarray | None:
+    """Values of a variable of a tree, None where there is none."""
+    if group not in tree.children or name not in tree.children[group].data_vars:
+        return None
+    return np.asarray(tree.children[group].to_dataset()[name])

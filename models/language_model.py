@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from probattn import relaxed_barrier, residual
 from probattn.models import priors, transformer
+from probattn.models.attention_sites import record_margins
 from probattn.models.objective import ObjectiveConfig
 
 
@@ -71,6 +72,7 @@ def language_model(
     objective: ObjectiveConfig | None = None,
     num_sequences: int | None = None,
     precision: transformer.Precision = "float32",
+    margins: bool = False,
 ) -> None:
     """NumPyro model of token sequences: priors, attention factor, transformer, tokens.
 
@@ -89,6 +91,8 @@ def language_model(
             the prior counts once. NumPyro's utilities then want the model seeded, since the plate
             draws indices, although none is used.
         precision: of the network's matrix products. The barrier is float32 at least.
+        margins: record the deterministic sites of `attention_sites.record_margins` for the
+            objective's attention stage, (B, T), or (B, heads, T) of the first layer.
 
     Raises:
         ValueError: if inputs are not (B, T) with T <= config.block, targets differ in shape,
@@ -113,6 +117,8 @@ def language_model(
             numpyro.factor("attention_barrier", -barrier_weight * barrier)
             if residual_weight:
                 numpyro.factor("attention_residual", -residual_weight * energy)
+            if margins:
+                record_margins(**stage)
         logits = transformer.logits(parameters, x, heads=config.heads, precision=precision)
         numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=targets)
 

@@ -56,7 +56,8 @@ class DataConfig:
             its own validation text and the other sources hold out their end.
         validation_fraction: fraction of the characters, between 0 and 1, held out at the end of the
             text where there is no separate validation text.
-        tokenizer: "character", or "bpe:SIZE" for byte-level byte pairs with SIZE tokens, such as
+        tokenizer: "character", "frequent:SIZE" for the most frequent characters and one symbol for
+            all others, or "bpe:SIZE" for byte-level byte pairs with SIZE tokens, such as
             "bpe:512".
 
     Raises:

@@ -15,9 +15,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+
+# Before any submodule: once ArviZ is imported `numpyro` is a lazy module, and `import
+# numpyro.distributions` would load that package twice, the second time without its submodules.
+from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample

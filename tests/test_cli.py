@@ -34,7 +34,7 @@ from probattn.inference.generate import Generated
 from probattn.inference.interrupts import Interrupted
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 
-cli = importlib.import_module("probattn.inference.cli")
+commands = importlib.import_module("probattn.inference.commands")
 
 FIGURES = {"margin_text.png", "margin_sequence.png", "margin_distribution.png"}
 
@@ -69,7 +69,7 @@ def fitted(monkeypatch):
             validation_bpc=2.5, validation_cross_entropy=1.75, run=types.SimpleNamespace(step=8)
         )
 
-    monkeypatch.setattr(cli, "fit", note)
+    monkeypatch.setattr(commands, "fit", note)
     return calls
 
 
@@ -314,7 +314,7 @@ def test_a_table_that_cannot_be_written_loses_no_text(probattn, tiny_run, tmp_pa
 def test_nothing_generated_steers_the_terminal(probattn, tiny_run, monkeypatch):
     steering = (ESCAPE, "\x9b2J", "\x07", "\r", "\N{RIGHT-TO-LEFT OVERRIDE}", "\b")
     made = Generated("a" + ESCAPE, "".join(steering), steering, np.full(len(steering), 0.05))
-    monkeypatch.setattr(cli, "generate", lambda *arguments, **options: made)
+    monkeypatch.setattr(commands, "generate", lambda *arguments, **options: made)
     status, out, _ = probattn("generate", tiny_run.path, "--prompt", "a" + ESCAPE)
     assert status == 0
     for text in steering:
@@ -324,7 +324,7 @@ def test_nothing_generated_steers_the_terminal(probattn, tiny_run, monkeypatch):
 
 def test_demo_fits_compares_and_draws(probattn, monkeypatch, tmp_path):
     config = tiny_config(tmp_path)
-    monkeypatch.setattr(cli, "demo", functools.partial(cli.demo, config=config))
+    monkeypatch.setattr(commands, "demo", functools.partial(commands.demo, config=config))
     status, out, _ = probattn("demo", "--out", "shown")
     assert status == 0
     for name in ("ce", "margin"):
@@ -341,7 +341,9 @@ def test_demo_fits_compares_and_draws(probattn, monkeypatch, tmp_path):
 
 
 def test_demo_leaves_alone_what_is_not_its_own(probattn, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "demo", functools.partial(cli.demo, config=tiny_config(tmp_path)))
+    monkeypatch.setattr(
+        commands, "demo", functools.partial(commands.demo, config=tiny_config(tmp_path))
+    )
     for name in ("ce", "margin"):
         notes = tmp_path / name / "shown" / name / "notes.txt"
         notes.parent.mkdir(parents=True)
@@ -358,7 +360,10 @@ def test_demo_leaves_alone_what_is_not_its_own(probattn, monkeypatch, tmp_path):
 
 ERRORS = {
     "no command": ([], ["fit", "evaluate", "margins", "generate", "demo"]),
-    "unknown command": (["fti"], ["fti", "fit, evaluate, margins, generate, figures, demo"]),
+    "unknown command": (
+        ["fti"],
+        ["fti", "fit, sample, evaluate, margins, generate, figures, demo"],
+    ),
     "no run directory": (["fit"], ["--out", "run directory"]),
     "no run": (["evaluate"], ["PATH", "run directory"]),
     "no prompt": (["generate", "RUN"], ["--prompt"]),
@@ -499,7 +504,7 @@ def test_status_tells_bad_input_from_a_failed_fit(probattn, monkeypatch, error, 
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(cli, "fit", fail)
+    monkeypatch.setattr(commands, "fit", fail)
     found, out, err = probattn("fit", "--out", "run")
     assert (found, out) == (status, "")
     assert error_line(err) == line
@@ -509,7 +514,7 @@ def test_an_interrupt_is_status_130(probattn, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "fit", interrupt)
+    monkeypatch.setattr(commands, "fit", interrupt)
     assert probattn("fit", "--out", "run") == (130, "", "probattn: interrupted\n")
 
 
@@ -518,7 +523,7 @@ def test_a_signal_that_ended_a_fit_is_told_by_name(probattn, monkeypatch, sent, 
     def interrupt(*arguments, **options):
         raise Interrupted(sent)
 
-    monkeypatch.setattr(cli, "fit", interrupt)
+    monkeypatch.setattr(commands, "fit", interrupt)
     found, out, err = probattn("fit", "--out", "run")
     assert (found, out) == (status, "")
     [line] = err.splitlines()

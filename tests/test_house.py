@@ -26,10 +26,18 @@ AT_HOME_IN = {  # package (its sub-distributions included): the only modules tha
     "arviz": ("probattn.inference.to_arviz",),
     "matplotlib": tuple(
         f"probattn.inference.{name}"
-        for name in ("figure_style", "text_figure", "plots", "report", "paper_figures", "paper")
+        for name in (
+            "figure_style",
+            "text_figure",
+            "plots",
+            "posterior_plots",
+            "report",
+            "paper_figures",
+            "paper",
+        )
     ),
-    "tyro": ("probattn.inference.cli",),
-    "rich": ("probattn.inference.cli", "probattn.inference.console"),
+    "tyro": ("probattn.inference.cli", "probattn.inference.commands"),
+    "rich": tuple(f"probattn.inference.{name}" for name in ("cli", "commands", "console")),
     "tqdm": ("probattn.inference.progress",),
 }
 OPTIONAL = {"tokenizers"}

@@ -24,7 +24,8 @@ from probattn.inference.checkpoints import (
     named_leaves,
     with_leaves,
 )
-from probattn.inference.runs import RunError, check_same_corpus, create_run, write_text
+from probattn.inference.run_files import RunError, write_text
+from probattn.inference.runs import check_same_corpus, create_run
 from probattn.models import ObjectiveConfig
 from probattn.vocabulary import BytePairVocabulary, CharacterVocabulary
 

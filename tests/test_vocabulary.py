@@ -119,15 +119,64 @@ def test_building_needs_text(text):
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "size"), [("character", None), ("bpe:257", 257), ("bpe:0512", 512)]
+    ("tokenizer", "parts"),
+    [
+        ("character", ("character", 0)),
+        ("frequent:2", ("frequent", 2)),
+        ("bpe:257", ("bpe", 257)),
+        ("bpe:0512", ("bpe", 512)),
+    ],
 )
-def test_parse_tokenizer(tokenizer, size):
-    assert parse_tokenizer(tokenizer) == size
+def test_parse_tokenizer(tokenizer, parts):
+    assert parse_tokenizer(tokenizer) == parts
 
 
 def test_build_refuses_an_unknown_tokenizer():
     with pytest.raises(ValueError, match=r"tokenizer: got 'words', expected .*'bpe:512'"):
         build_vocabulary("words", TEXT)
+
+
+@pytest.mark.parametrize("tokenizer", ["frequent:1", "frequent:", "bpe:256", "frequent:1000000"])
+def test_sizes_that_no_vocabulary_has(tokenizer):
+    with pytest.raises(ValueError, match=f"tokenizer: got '{tokenizer}', expected .*'frequent:16'"):
+        parse_tokenizer(tokenizer)
+
+
+# Frequent characters
+
+
+def test_frequent_characters_are_kept_and_all_others_are_one_symbol():
+    frequent = build_vocabulary("frequent:4", "aaaa bbb cc dd e")
+    # The blank is there four times, as often as a; c and d tie, and the smaller code point wins.
+    assert frequent.symbols == (" ", "a", "b")
+    assert frequent.size == 4
+    assert frequent.encode("ab cz").tolist() == [1, 2, 0, 3, 3]
+    assert frequent.encode("").shape == (0,)
+    assert frequent.decode([1, 2, 0, 3]) == "ab \ufffd"
+    assert frequent.characters([1, 3]) == 2
+    assert frequent.token_characters.tolist() == [1] * 4
+    assert vocabulary_from_dict(json.loads(json.dumps(frequent.to_dict()))) == frequent
+
+
+@given(TEXTS.filter(lambda text: len(set(text) - {"\ufffd"}) >= 3))
+def test_frequent_vocabulary_agrees_with_counting(text):
+    frequent = build_vocabulary("frequent:3", text)
+    counts = Counter(text.replace("\ufffd", ""))
+    left_out = set(counts) - set(frequent.symbols)
+    assert min(counts[kept] for kept in frequent.symbols) >= max(counts[c] for c in left_out)
+    shown = "".join(c if c in frequent.symbols else "\ufffd" for c in text)
+    assert frequent.decode(frequent.encode(text)) == shown
+
+
+def test_a_text_of_too_few_characters():
+    with pytest.raises(ValueError, match="'frequent:4' for a text of 2 distinct characters"):
+        build_vocabulary("frequent:4", "abab\ufffd")
+
+
+@pytest.mark.parametrize("symbols", [(), ("b", "a"), ("\ufffd",), ("ab",)])
+def test_frequent_symbols_that_cannot_be(symbols):
+    with pytest.raises(ValueError, match="symbols: "):
+        vocabulary_from_dict({"kind": "frequent", "symbols": list(symbols)})
 
 
 # Characters

@@ -1,0 +1,239 @@
+"""Simulation-based calibration of the two models of embeddings (Talts et al. 2018).
+
+Parameters and data are drawn from the model, the posterior given the data is sampled, and the rank
+of the true value among the draws is noted: where density and sampler agree with the simulation,
+ranks are uniform. In the regimes without guarantee, data come from the root that continuation from
+A = 0 reaches, and the ranks show what a density that is none does.
+
+    python benchmarks/calibration.py [--replications 400]
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from harness import environment
+from jax import lax
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer import NUTS, init_to_sample
+from scipy.stats import chisquare
+from tqdm import tqdm
+
+from probattn import log_det
+from probattn.models import LatentEmbeddingsConfig, latent_embeddings, observed_embeddings
+from probattn.models.coupling import attention_weights_of
+
+SEQUENCES, LENGTH, WIDTH, SYMBOLS = 4, 6, 2, 5
+WARMUP, RANKS, THIN = 400, 99, 10  # 99 draws, every tenth of 990, have 100 possible ranks
+BINS = 10
+LEVEL = 0.05  # of all tests together
+CONTINUATION = 50  # steps from A = 0
+
+QUANTITIES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "trace": lambda site: site["coupling_trace"],
+    "norm": lambda site: site["coupling_norm"],
+    "smallest_eigenvalue": lambda site: site["coupling_eigenvalues"][0],
+    "largest_eigenvalue": lambda site: site["coupling_eigenvalues"][-1],
+    "smallest_margin": lambda site: site["margin"][:, 2:].min(),
+}
+
+
+class Setting(NamedTuple):
+    """A model, what it observes, and the quantities whose ranks are taken."""
+
+    model: Callable
+    data: str
+    quantities: Mapping[str, Callable[[Mapping[str, Any]], Any]]
+    simulate: Callable
+
+
+def settings(coupling: str) -> dict[str, Setting]:
+    """Both models with this coupling."""
+    config = LatentEmbeddingsConfig(
+        width=WIDTH, coupling=coupling, bound=1.0, sequences=SEQUENCES, length=LENGTH
+    )
+    latent = partial(latent_embeddings, vocabulary_size=SYMBOLS, config=config)
+    observed = partial(observed_embeddings, config=config)
+    draw = continued if coupling == "free" else ancestral
+    with_scale = {**QUANTITIES, "scale": lambda site: site["scale"]}
+    return {
+        f"latent {coupling}": Setting(latent, "tokens", QUANTITIES, draw),
+        f"observed {coupling}": Setting(observed, "embeddings", with_scale, draw),
+    }
+
+
+def ancestral(model: Callable, rng_key: jax.Array) -> dict[str, Any]:
+    """All sites of a draw from the model."""
+    return _values(seed(model, rng_key))
+
+
+def continued(model: Callable, rng_key: jax.Array) -> dict[str, Any]:
+    """The same where residuals have several roots: that which continuation from A = 0 reaches."""
+    prior_key, noise_key, data_key = jax.random.split(rng_key, 3)
+    prior = _values(seed(model, prior_key))
+    names = ("free_coupling", "emission", "emission_bias", "scale")
+    parameters = {name: prior[name] for name in names if name in prior}
+    e = jax.random.normal(noise_key, (SEQUENCES, LENGTH, WIDTH)) * prior.get("scale", 1.0)
+    x = jax.vmap(partial(_continuation, coupling=prior["coupling"]))(e)
+    sites = _values(seed(substitute(model, {**parameters, "embeddings": x}), data_key))
+    sign, _ = log_det(x, *attention_weights_of(prior["coupling"]))
+    lost = jnp.any(sign <= 0) | ~jnp.all(jnp.isfinite(x))
+    return {**sites, "lost": lost}
+
+
+def calibrate(
+    setting: Setting,
+    *,
+    replications: int,
+    seed: int = 0,
+    warmup: int = WARMUP,
+    description: str = "",
+) -> dict[str, Any]:
+    """Ranks of the true values, and a chi-square test of their uniformity."""
+
+    def replicate(rng_key: jax.Array) -> tuple[dict, jax.Array, jax.Array]:
+        truth_key, chain_key = jax.random.split(rng_key)
+        truth = setting.simulate(setting.model, truth_key)
+        data = (truth[setting.data],)
+        kernel = NUTS(setting.model, init_strategy=init_to_sample)
+        state = kernel.init(chain_key, warmup, model_args=data)
+        constrain = kernel.get_constrain_fn(data, {}, return_deterministic=True)
+        state = lax.fori_loop(0, warmup, lambda _, state: kernel.sample(state, data, {}), state)
+
+        def one(_: Any, carry: tuple) -> tuple:
+            state, diverging = carry
+            state = kernel.sample(state, data, {})
+            return state, diverging + state.diverging
+
+        def keep(state: Any, _: None) -> tuple:
+            state, diverging = lax.fori_loop(0, THIN, one, (state, jnp.int32(0)))
+            sites = constrain(state.z)
+            return state, ({name: of(sites) for name, of in setting.quantities.items()}, diverging)
+
+        _, (draws, diverging) = lax.scan(keep, state, None, length=RANKS)
+        ranks = {name: jnp.sum(draws[name] < of(truth)) for name, of in setting.quantities.items()}
+        return ranks, diverging.sum(), truth.get("lost", jnp.bool_(False))
+
+    keys = jax.random.split(jax.random.key(seed), replications)
+    compiled = jax.jit(replicate).lower(keys[0]).compile()
+
+    def run(key: jax.Array) -> tuple:
+        with jax.enable_x64(True):
+            return jax.tree.map(np.asarray, compiled(key))
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = list(tqdm(pool.map(run, keys), total=replications, desc=description, disable=None))
+    kept = [(ranks, diverging) for ranks, diverging, lost in found if not lost]
+    return {
+        "replications": len(kept),
+        "without_root": len(found) - len(kept),
+        "diverging_draws": int(sum(diverging for _, diverging in kept)),
+        "draws": len(kept) * RANKS * THIN,
+        "quantities": {
+            name: _uniformity([int(ranks[name]) for ranks, _ in kept])
+            for name in setting.quantities
+        },
+    }
+
+
+def _uniformity(ranks: list[int]) -> dict[str, Any]:
+    counts = np.bincount(np.array(ranks) * BINS // (RANKS + 1), minlength=BINS)
+    test = chisquare(counts)
+    return {
+        "counts": counts.tolist(),
+        "chi_square": round(float(test.statistic), 3),
+        "p_value": float(test.pvalue),
+    }
+
+
+def _values(model: Callable) -> dict[str, Any]:
+    sites = trace(model).get_trace(None)
+    return {name: site["value"] for name, site in sites.items() if "value" in site}
+
+
+def _continuation(e: jax.Array, coupling: jax.Array) -> jax.Array:
+    """Root of x_t - mu_t(x_t) = e_t for every t, followed from A = 0 by Newton's method."""
+
+    def token(values: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
+        past = jnp.arange(LENGTH) < t
+
+        def error(x: jax.Array, strength: jax.Array) -> jax.Array:
+            weights = jax.nn.softmax(strength * (values @ coupling @ x), where=past)
+            return x - weights @ values - e[t]
+
+        def stage(number: jax.Array, x: jax.Array) -> jax.Array:
+            at = partial(error, strength=number / CONTINUATION)
+            return lax.fori_loop(
+                0, 5, lambda _, x: x - jnp.linalg.solve(jax.jacfwd(at)(x), at(x)), x
+            )
+
+        # At A = 0 attention is uniform, and the equation solved by one step.
+        x = lax.fori_loop(0, CONTINUATION + 1, stage, e[t])
+        solved = jnp.max(jnp.abs(error(x, jnp.ones(())))) < 1e-8
+        return values.at[t].set(jnp.where(solved, x, jnp.nan)), None
+
+    return lax.scan(token, jnp.zeros_like(e), jnp.arange(LENGTH))[0]
+
+
+def main() -> None:
+    """Run all settings and write the result."""
+    parser = argparse.ArgumentParser(description="simulation-based calibration")
+    parser.add_argument("--replications", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "calibration.json"
+    )
+    options = parser.parse_args()
+    results: dict[str, Any] = {
+        "environment": environment(),
+        "size": {
+            "sequences": SEQUENCES,
+            "length": LENGTH,
+            "width": WIDTH,
+            "symbols": SYMBOLS,
+            "bound": 1.0,
+            "warmup": WARMUP,
+            "draws": RANKS * THIN,
+            "thinned_to": RANKS,
+            "bins": BINS,
+            "seed": options.seed,
+        },
+    }
+    found = {}
+    for coupling in ("bounded", "repulsive", "free"):
+        for name, setting in settings(coupling).items():
+            found[name] = calibrate(
+                setting,
+                replications=options.replications,
+                seed=options.seed,
+                description=name,
+            )
+            print(name, found[name]["diverging_draws"], "diverging draws")
+    tests = [name for name in found if not name.endswith("free")]
+    count = sum(len(found[name]["quantities"]) for name in tests)
+    smallest = min(row["p_value"] for name in tests for row in found[name]["quantities"].values())
+    results |= {
+        "settings": found,
+        "tests": count,
+        "level_of_each": LEVEL / count,
+        "smallest_p_value": smallest,
+        "uniform": smallest >= LEVEL / count,
+    }
+    options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for name, result in found.items():
+        for quantity, row in result["quantities"].items():
+            print(f"{name:20s} {quantity:20s} p = {row['p_value']:.4f}  {row['counts']}")
+    print(f"smallest p-value {smallest:.4f}, level {LEVEL / count:.5f}; wrote {options.out}")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    main()

@@ -1,0 +1,228 @@
+"""The commands of `probattn`: what each takes, calls and prints."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from probattn.corpora import DataConfig
+from probattn.inference import console
+from probattn.inference.config import FitConfig, RunConfig
+from probattn.inference.demo import demo
+from probattn.inference.evaluate import NOISE_ABSOLUTE, NOISE_RELATIVE, evaluate
+from probattn.inference.fit import fit
+from probattn.inference.generate import generate, write_csv
+from probattn.inference.paper import paper_report
+from probattn.inference.posterior import from_fit, sample_run
+from probattn.inference.report import comparison_figures, margin_figures, posterior_report
+from probattn.inference.runs import load_fit
+from probattn.inference.sample_config import SampleConfig, SampleRunConfig
+from probattn.inference.token_margins import text_margins
+from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fit a language model by MAP, or with another variational guide.
+
+    --data, --objective and --guide are short for --data.source, --objective.name and --fit.guide.
+    """
+
+    out: Path
+    """run directory, new or empty unless --resume or --overwrite is given"""
+    config: Path | None = None
+    """TOML file with the tables data, model, objective and fit; flags win over it"""
+    resume: bool = False
+    """continue the run in --out from its latest checkpoint, with its own configuration"""
+    overwrite: bool = False
+    """replace the run in --out"""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        config = RunConfig(self.data, self.model, self.objective, self.fit)
+        result = fit(config, self.out, resume=self.resume, overwrite=self.overwrite, progress=True)
+        screen.print(
+            f"{self.out}: validation {result.validation_bpc:.4f} bits per character "
+            f"({result.validation_cross_entropy:.4f} nats per token), "
+            f"parameters of step {result.run.step}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample a posterior by NUTS: of latent embeddings, or of a small language model.
+
+    --data and --model are short for --data.source and --kind.
+    """
+
+    out: Path
+    """run directory, new or empty unless --resume or --overwrite is given"""
+    kind: Literal["latent", "language"] = "latent"
+    """which model; of a language model, --model.* and --objective.* tell the size"""
+    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """run of a fit whose model is sampled, on its text, from its parameters on"""
+    config: Path | None = None
+    """TOML file with the tables data, latent or model and objective, and sample; flags win"""
+    resume: bool = False
+    """go on with the run in --out, with its own configuration"""
+    overwrite: bool = False
+    """replace the run in --out"""
+    data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer="frequent:16"))
+    latent: LatentEmbeddingsConfig = field(default_factory=LatentEmbeddingsConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig("full"))
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        parameters = None
+        if self.start is not None:
+            if self.config is not None:
+                raise ValueError(
+                    "--config with --from: the run that --from names brings data, model and "
+                    "objective; leave one of the two out"
+                )
+            config, parameters = from_fit(load_fit(self.start), self.sample)
+        elif self.kind == "latent":
+            config = SampleRunConfig(self.data, self.sample, latent=self.latent)
+        else:
+            config = SampleRunConfig(
+                self.data, self.sample, model=self.model, objective=self.objective
+            )
+        run, _ = sample_run(
+            config,
+            self.out,
+            start=parameters,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            progress=True,
+        )
+        tree, paths = posterior_report(run)
+        console.print_posterior(screen, tree)
+        console.print_paths(screen, paths)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Bits per character, robustness to embedding noise, and margins of a run; with figures."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    text: Path | None = None
+    """UTF-8 file to evaluate on, by default the run's validation text"""
+    noise_absolute: tuple[float, ...] = NOISE_ABSOLUTE
+    """standard deviations of noise on the embeddings, in their own unit"""
+    noise_relative: tuple[float, ...] = NOISE_RELATIVE
+    """standard deviations in units of the embeddings' root mean square"""
+    seed: int = 0
+    """of the noise"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        run = load_fit(self.run)
+        result = evaluate(
+            run,
+            text=self.text,
+            noise_absolute=self.noise_absolute,
+            noise_relative=self.noise_relative,
+            seed=self.seed,
+            progress=True,
+        )
+        label = self.run.resolve().name
+        console.print_evaluations(screen, {label: result})
+        figures = comparison_figures({label: run}, {label: result}, self.run / "figures")
+        console.print_paths(screen, figures)
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Margin, certificate and support tokens of every token of a text: a table and figures."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    out: Path
+    """directory for margins.csv and the figures"""
+    text: Path | None = None
+    """UTF-8 file of any length, by default the run's validation text"""
+    stride: int | None = None
+    """distance between windows, 1 to block, by default half a block"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        margins = text_margins(load_fit(self.run), self.text, stride=self.stride, progress=True)
+        paths = margin_figures(margins, self.out)
+        console.print_margins(screen, margins)
+        console.print_paths(screen, paths)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt, coloured by the margin of each generated token."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    prompt: str
+    """text to continue"""
+    length: int = 200
+    """tokens to generate"""
+    temperature: float = 1.0
+    """the logits are divided by it; 0 takes the most probable token"""
+    top_k: int | None = None
+    """sample from the k most probable tokens only"""
+    seed: int = 0
+    """of the sampling"""
+    out: Path | None = None
+    """CSV file for the margin of every generated token"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        result = generate(
+            load_fit(self.run),
+            self.prompt,
+            length=self.length,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+            progress=sys.stderr.isatty(),
+        )
+        console.print_generated(screen, result)
+        if self.out is not None:
+            write_csv(result, self.out)
+            console.print_paths(screen, [self.out])
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Fit objectives ce and margin on Python's language reference and compare them."""
+
+    out: Path = Path("demo")
+    """directory for the two runs and the figures"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        result = demo(self.out, progress=True)
+        console.print_evaluations(screen, result.evaluations, heads=False)
+        console.print_paths(screen, result.figures)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The paper's figures and numbers, computed, and where the conditional density is proper."""
+
+    out: Path
+    """directory for the figures, a CSV of what each shows, and the comparison paper.csv"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        comparisons, paths = paper_report(self.out, progress=True)
+        console.print_comparisons(screen, comparisons)
+        console.print_paths(screen, paths)

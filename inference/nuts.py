@@ -1,0 +1,273 @@
+"""Full posteriors by NumPyro's NUTS, in segments that are saved as they come.
+
+The kernel is NumPyro's. Chains start from draws of the prior, or from given values; each runs on a
+thread of its own, or all in one vectorised call. A chain is a function of the seed alone: where it
+is cut into segments changes no digit, so an interrupted run that is resumed ends as one that was
+not.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from numpyro.infer.hmc import HMCState
+
+from probattn.inference.chains import MOST_ITERATIONS, Chains
+from probattn.inference.checkpoints import named_leaves, with_leaves
+from probattn.inference.interrupts import Interrupted, deferred_interrupts
+from probattn.inference.posterior_result import PosteriorResult
+from probattn.inference.progress import Bar, progress_bar
+from probattn.inference.sample_config import SampleConfig
+from probattn.inference.segments import Segment, SegmentError, SegmentFolder
+
+_CALL_SECONDS = 0.5  # of iterations between two updates of the progress bar
+_SAVE_SECONDS = 30.0  # between two segments
+
+
+def sample(
+    model: Callable,
+    *,
+    model_args: tuple = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    config: SampleConfig | None = None,
+    start: Mapping[str, Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> PosteriorResult:
+    """Sample the posterior of any NumPyro model by NUTS.
+
+    Args:
+        model: a NumPyro model whose latent variables are all continuous.
+        model_args: its arguments.
+        model_kwargs: its keyword arguments.
+        config: chains, iterations, seed; the defaults if not given.
+        start: values of sample sites that every chain starts from, such as a MAP; the sites that
+            it does not name start from a draw of the prior.
+        out: folder for the segments, new or empty unless `resume` is set; without one, nothing is
+            saved.
+        resume: go on from the segments in `out`. Model, arguments and configuration must be those
+            of the run; draws may be raised.
+        progress: show a progress bar.
+
+    Returns:
+        The draws of all chains.
+
+    Raises:
+        ValueError: if `start` names a site that the model lacks, `out` holds segments already, or
+            they are damaged or of another model (SegmentError).
+        SampleError: if a chain finds no start of positive density.
+        Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
+    """
+    config = SampleConfig() if config is None else config
+    folder = None if out is None else SegmentFolder(out)
+    if resume and folder is None:
+        raise ValueError("resume without out: name the folder that holds the segments")
+    if folder is not None and not resume and folder.ranges():
+        raise ValueError(
+            f"{folder.path}: holds segments already; go on with resume, or name another folder"
+        )
+    with jax.enable_x64(config.precision == "float64"):
+        arguments = jax.tree.map(
+            partial(_in_precision, dtype=jnp.dtype(config.precision)),
+            (tuple(model_args), dict(model_kwargs or {})),
+        )
+        chains = Chains(model, arguments, config, dict(start or {}))
+        sampler = _Sampler(chains, config, folder)
+        with progress_bar(
+            "sample",
+            total=config.warmup + config.draws,
+            initial=sampler.iteration,
+            unit="iteration",
+            visible=progress,
+        ) as bar:
+            sampler.go(bar)
+    return PosteriorResult(
+        method="nuts",
+        draws=sampler.kept.draws,
+        model=model,
+        model_args=arguments[0],
+        model_kwargs=arguments[1],
+        statistics=sampler.kept.statistics,
+        seconds=sampler.seconds,
+        config=config,
+    )
+
+
+def load_draws(
+    folder: SegmentFolder, config: SampleConfig
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float, int]:
+    """Draws, statistics, seconds and iterations of saved segments.
+
+    Raises:
+        SegmentError: if a segment is damaged, missing or of another configuration.
+    """
+    kept, seconds, done = _Kept(config), math.nan, 0
+    for segment in folder.load():
+        seconds, done = kept.add_segment(folder.path, segment), segment.stop
+    return kept.draws, kept.statistics, seconds, done
+
+
+class _Kept:
+    """Draws and statistics after the warm-up, in arrays made once."""
+
+    def __init__(self, config: SampleConfig) -> None:
+        self._config = config
+        self.draws: dict[str, np.ndarray] = {}
+        self.statistics: dict[str, np.ndarray] = {}
+
+    def add(self, iteration: int, draws: Mapping, statistics: Mapping) -> None:
+        """Add what comes from this iteration on, unless it is warm-up."""
+        first = iteration - self._config.warmup
+        if first < 0:
+            return
+        for kept, new in ((self.draws, draws), (self.statistics, statistics)):
+            for name, values in new.items():
+                if name not in kept:
+                    shape = (len(values), self._config.draws, *values.shape[2:])
+                    kept[name] = np.empty(shape, values.dtype)
+                kept[name][:, first : first + values.shape[1]] = values
+
+    def add_segment(self, path: Path, segment: Segment) -> float:
+        """Add a saved segment; the seconds that sampling took up to its end."""
+        warmup, total = self._config.warmup, self._config.warmup + self._config.draws
+        if segment.first < warmup < segment.stop or segment.stop > total:
+            raise SegmentError(
+                f"{path}: has a segment of iterations {segment.first} to {segment.stop}, and the "
+                f"configuration {warmup} of warm-up and {total} in all: expected the "
+                "configuration that the segments were made with"
+            )
+        statistics = dict(segment.statistics)
+        seconds = statistics.pop("seconds")
+        self.add(segment.first, segment.draws, statistics)
+        return float(seconds[0, -1])
+
+
+class _Sampler:
+    """Chains, what they have drawn so far, and where that is saved."""
+
+    def __init__(self, chains: Chains, config: SampleConfig, folder: SegmentFolder | None) -> None:
+        self._chains, self._config, self._folder = chains, config, folder
+        self.kept = _Kept(config)
+        self.iteration = 0
+        self.seconds = 0.0
+        self._pending: list[tuple[dict, dict]] = []
+        self._saved = 0
+        if folder is not None:
+            self._restore(folder)
+
+    def go(self, bar: Bar) -> None:
+        """Iterate to the end, saving as it goes."""
+        total = self._config.warmup + self._config.draws
+        count, unsaved = 1, 0.0
+        with deferred_interrupts() as interrupted:
+            while self.iteration < total:
+                # A call is warm-up or not, so that a segment is too.
+                warm = self.iteration < self._config.warmup
+                stop = self._config.warmup if warm else total
+                count = min(count, stop - self.iteration)
+                started = time.perf_counter()
+                draws, statistics = self._chains.advance(count)
+                elapsed = time.perf_counter() - started
+                self.seconds += elapsed
+                unsaved += elapsed
+                self._record(count, draws, statistics)
+                bar.update(count)
+                self._show(bar, statistics)
+                ends = self.iteration in (self._config.warmup, total)
+                if ends or unsaved >= _SAVE_SECONDS or interrupted():
+                    self._save()
+                    unsaved = 0.0
+                if interrupted() and self.iteration < total:
+                    raise Interrupted(interrupted())
+                faster = round(_CALL_SECONDS * count / max(elapsed, 1e-9))
+                count = max(1, min(2 * count, faster, MOST_ITERATIONS))
+
+    def _record(self, count: int, draws: dict, statistics: dict) -> None:
+        self.kept.add(self.iteration, draws, statistics)
+        if self.iteration < self._config.warmup:
+            draws = {name: values[:, :0] for name, values in draws.items()}
+        if self._folder is not None:
+            self._pending.append((draws, statistics))
+        self.iteration += count
+
+    def _save(self) -> None:
+        if self._folder is None or not self._pending:
+            return
+        draws, statistics = jax.tree.map(lambda *parts: np.concatenate(parts, 1), *self._pending)
+        statistics["seconds"] = np.full(
+            (self._config.chains, self.iteration - self._saved), self.seconds
+        )
+        state = named_leaves(_plain(self._chains.state))
+        self._folder.save(
+            Segment(
+                self._saved,
+                self.iteration,
+                draws,
+                statistics,
+                {name: np.asarray(leaf) for name, leaf in state.items()},
+            )
+        )
+        self._saved, self._pending = self.iteration, []
+
+    def _restore(self, folder: SegmentFolder) -> None:
+        expected = named_leaves(_plain(self._chains.state))
+        for segment in folder.load():
+            _check_state(folder.path, segment, expected)
+            self.seconds = self.kept.add_segment(folder.path, segment)
+            self._saved = self.iteration = segment.stop
+            self._chains.state = _restored(self._chains.state, segment.state)
+
+    def _show(self, bar: Bar, statistics: dict[str, np.ndarray]) -> None:
+        kept = self.kept.statistics.get("diverging")
+        drawn = max(self.iteration - self._config.warmup, 0)
+        bar.show(
+            phase="warm-up" if not drawn else "draws",
+            steps=f"{statistics['n_steps'][:, -1].mean():.0f}",
+            diverging="0" if kept is None else f"{int(kept[:, :drawn].sum())}",
+        )
+
+
+def _in_precision(leaf: Any, *, dtype: jnp.dtype) -> Any:
+    """Arrays of floating-point numbers in the precision of the run; all else as it is."""
+    if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.asarray(leaf, dtype)
+    return leaf
+
+
+def _is_key(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(state: HMCState) -> HMCState:
+    """The state with its random keys as numbers, which can be saved."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
+
+
+def _restored(state: HMCState, leaves: Mapping[str, np.ndarray]) -> HMCState:
+    """The state with leaves that were saved; it says which of them are random keys."""
+    plain = with_leaves(_plain(state), {name: jnp.asarray(leaf) for name, leaf in leaves.items()})
+    return jax.tree.map(
+        lambda old, new: jax.random.wrap_key_data(new) if _is_key(old) else new, state, plain
+    )
+
+
+def _check_state(path: Path, segment: Segment, expected: Mapping[str, Any]) -> None:
+    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in expected.items()}
+    found = {name: (leaf.shape, leaf.dtype) for name, leaf in segment.state.items()}
+    if shapes != found:
+        names = sorted(
+            name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)
+        )
+        raise SegmentError(
+            f"{path}: the segments are of another model, precision or number of chains: they "
+            f"differ in {', '.join(names[:4])}; give the run's own, or name another folder"
+        )

@@ -1,0 +1,188 @@
+"""Sampled posteriors as run directories: the model, its text and its draws."""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from probattn.batches import windows
+from probattn.corpora import Corpus, DataError, load_corpus
+from probattn.inference.config import differences
+from probattn.inference.nuts import load_draws, sample
+from probattn.inference.posterior_result import PosteriorResult
+from probattn.inference.run_files import RunError, replacing
+from probattn.inference.runs import (
+    PosteriorRun,
+    Run,
+    check_same_corpus,
+    check_target,
+    create_posterior_run,
+    load_run,
+)
+from probattn.inference.sample_config import SampleConfig, SampleRunConfig
+from probattn.models import language_model, latent_embeddings
+from probattn.vocabulary import Vocabulary, build_vocabulary
+
+
+def sample_run(
+    config: SampleRunConfig,
+    out: str | os.PathLike[str],
+    *,
+    start: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> tuple[PosteriorRun, PosteriorResult]:
+    """Sample the posterior of a model given a text, into a run directory.
+
+    Args:
+        config: data, model and sampler.
+        out: run directory, see `runs`; new or empty unless `resume` or `overwrite` is set.
+        start: see `sample`; it is kept in the run, and not given again to resume.
+        resume: go on with the run in `out`.
+        overwrite: replace the run in `out`.
+        progress: show a progress bar.
+
+    Returns:
+        The run, and its draws.
+
+    Raises:
+        ValueError: if the text is unusable, `out` holds something else, the configuration is not
+            the run's, or its segments are damaged (RunError, DataError and SegmentError say
+            which).
+        SampleError: if a chain finds no start of positive density.
+        Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
+    """
+    out = Path(out)
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other: expected at most one of them")
+    if not resume:
+        check_target(out, overwrite=overwrite)
+    corpus = load_corpus(config.data)
+    if resume:
+        run = _reopen(out, config, corpus)
+        start = _read_start(run)
+        arguments = _tokens(config, corpus, run.vocabulary)
+    else:
+        vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
+        arguments = _tokens(config, corpus, vocabulary)
+        run = create_posterior_run(out, config, corpus, vocabulary, overwrite=overwrite)
+    with run.lock():
+        if start is not None and not resume:
+            with replacing(run.path / "start.npz") as stream:
+                np.savez(stream, allow_pickle=False, **start)
+        result = sample(
+            posterior_model(config, run.vocabulary),
+            model_args=arguments,
+            config=config.sample,
+            start=start,
+            out=run.segments.path,
+            resume=True,
+            progress=progress,
+        )
+    return run, result
+
+
+def from_fit(run: Run, config: SampleConfig) -> tuple[SampleRunConfig, dict[str, Any]]:
+    """The posterior of a fitted run's own model, and its parameters to start from."""
+    return (
+        SampleRunConfig(
+            data=run.config.data,
+            sample=config,
+            model=run.config.model,
+            objective=run.config.objective,
+        ),
+        dict(run.parameters),
+    )
+
+
+def load_posterior(run: PosteriorRun) -> PosteriorResult:
+    """The draws of a run that is finished, without compiling or sampling anything.
+
+    Raises:
+        RunError: if it is not finished.
+        SegmentError: if its segments are damaged.
+        ValueError: if its text is not there any more.
+    """
+    draws, statistics, seconds, done = load_draws(run.segments, run.config.sample)
+    total = run.config.sample.warmup + run.config.sample.draws
+    if done < total:
+        raise RunError(
+            f"{run.path}: has {done} of {total} iterations; finish it with sample --resume"
+        )
+    corpus = load_corpus(run.config.data)
+    check_same_corpus(run, corpus)
+    return PosteriorResult(
+        method="nuts",
+        draws=draws,
+        model=posterior_model(run.config, run.vocabulary),
+        model_args=_tokens(run.config, corpus, run.vocabulary),
+        statistics=statistics,
+        seconds=seconds,
+        config=run.config.sample,
+    )
+
+
+def posterior_model(config: SampleRunConfig, vocabulary: Vocabulary) -> Callable:
+    """The NumPyro model of a configuration, as a function of its tokens."""
+    if config.latent is not None:
+        return partial(latent_embeddings, vocabulary_size=vocabulary.size, config=config.latent)
+    assert config.model is not None  # SampleRunConfig has one or the other
+    return partial(
+        language_model,
+        vocabulary_size=vocabulary.size,
+        config=config.model,
+        objective=config.objective,
+        margins=True,
+    )
+
+
+def _tokens(
+    config: SampleRunConfig, corpus: Corpus, vocabulary: Vocabulary
+) -> tuple[np.ndarray, ...]:
+    """Arguments of the model: sequences from the training text, spread evenly over it."""
+    tokens = vocabulary.encode(corpus.train)
+    if config.latent is not None:
+        count, length, shifts = config.latent.sequences, config.latent.length, 1
+    else:
+        assert config.model is not None
+        count, length, shifts = config.sample.sequences, config.model.block, 2
+    usable = (len(tokens) - shifts + 1) // length * length
+    if usable < count * length:
+        raise DataError(
+            f"corpus {corpus.name!r}: the training text has {len(tokens)} tokens: expected at "
+            f"least {count} sequences of {length}; give a longer text, or fewer or shorter "
+            "sequences"
+        )
+    plan = windows(usable, block=length).spread(count * length)
+    return tuple(plan.take(tokens[shift:]) for shift in range(shifts))
+
+
+def _read_start(run: PosteriorRun) -> dict[str, np.ndarray] | None:
+    path = run.path / "start.npz"
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            return dict(stored)
+    # NumPy and zipfile raise what they meet: EOFError, BadZipFile and others.
+    except Exception as error:
+        raise RunError(f"{path}: damaged ({error}); start again with --overwrite") from None
+
+
+def _reopen(out: Path, config: SampleRunConfig, corpus: Corpus) -> PosteriorRun:
+    if not (out / "config.toml").exists():
+        raise RunError(f"{out}: holds no run to resume; start one without --resume")
+    run = load_run(out)
+    if not isinstance(run, PosteriorRun):
+        raise RunError(f"{out}: is a fitted run: resume it with fit, or name another directory")
+    if changed := differences(run.config, config):
+        raise RunError(
+            f"{out}: cannot resume with a changed configuration: {'; '.join(changed)}; "
+            "give the run's own values, or start a new run"
+        )
+    check_same_corpus(run, corpus)
+    return run

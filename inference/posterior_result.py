@@ -1,0 +1,143 @@
+"""Draws of a posterior, the model that they are of, and what the model says of each draw."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array
+from numpyro.handlers import seed, substitute, trace
+
+from probattn.inference.sample_config import SampleConfig
+
+_BATCH = 16  # draws in one call: margins take (draws, N, T, d, 2 r) numbers
+
+
+@dataclass(frozen=True)
+class PosteriorResult:
+    """Draws of a posterior, and the model that they are of.
+
+    Attributes:
+        method: how they were made: "nuts", or the name of a guide.
+        draws: values by sample site, (chains, draws, ...).
+        model: the NumPyro model.
+        model_args: its arguments.
+        model_kwargs: its keyword arguments.
+        statistics: what NUTS says of each draw, (chains, draws): diverging, acceptance_rate,
+            n_steps, energy, lp (log density in nats, up to a constant) and step_size. Empty for a
+            guide.
+        seconds: that sampling took, in all sessions together, without compiling; NaN if unknown.
+        config: how NUTS was run; None for a guide.
+    """
+
+    method: str
+    draws: Mapping[str, np.ndarray]
+    model: Callable = field(repr=False)
+    model_args: tuple = field(default=(), repr=False)
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    seconds: float = math.nan
+    config: SampleConfig | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Chains, and draws of each."""
+        chains, draws = next(iter(self.draws.values())).shape[:2]
+        return chains, draws
+
+    @property
+    def precision(self) -> str:
+        """Of the draws: "float32" or "float64"."""
+        return str(next(iter(self.draws.values())).dtype)
+
+    @property
+    def divergences(self) -> int:
+        """How many draws end a trajectory that diverged."""
+        return int(np.sum(self.statistics.get("diverging", 0)))
+
+
+class SiteValues(NamedTuple):
+    """What the model says of draws, by site name, each with the draws as the leading axis.
+
+    Attributes:
+        deterministic: values of deterministic sites.
+        log_likelihood: of observed sites, in nats, in the shape of their batch.
+        predictive: draws in place of what was observed, given the rest.
+    """
+
+    deterministic: dict[str, Any]
+    log_likelihood: dict[str, Any]
+    predictive: dict[str, Any]
+
+
+def site_values(
+    result: PosteriorResult,
+    *,
+    log_likelihood: bool = False,
+    predictive: bool = False,
+    rng_key: Array | None = None,
+) -> Iterator[tuple[slice, SiteValues]]:
+    """Run the model on all draws, some at a time, so that memory stays bounded.
+
+    Factor sites are no likelihood and are left out.
+
+    Args:
+        result: the draws and their model.
+        log_likelihood: compute log likelihoods of observed sites.
+        predictive: draw from observed sites.
+        rng_key: of these draws.
+
+    Yields:
+        Rows of the draws, chain after chain, and their values.
+    """
+    rng_key = jax.random.key(0) if rng_key is None else rng_key
+    chains, draws = result.shape
+    rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in result.draws.items()}
+
+    def of_one(draw: dict[str, Array], rng_key: Array) -> SiteValues:
+        model_key, rng_key = jax.random.split(rng_key)
+        model = seed(substitute(result.model, draw), model_key)
+        sites = trace(model).get_trace(*result.model_args, **result.model_kwargs)
+        observed = observed_sites(sites)
+        keys = dict(zip(observed, jax.random.split(rng_key, len(observed) + 1), strict=False))
+        return SiteValues(
+            {n: site["value"] for n, site in sites.items() if site["type"] == "deterministic"},
+            {n: site["fn"].log_prob(site["value"]) for n, site in observed.items()}
+            if log_likelihood
+            else {},
+            {n: site["fn"].sample(keys[n]) for n, site in observed.items()} if predictive else {},
+        )
+
+    with jax.enable_x64(result.precision == "float64"):
+        of_batch = jax.jit(jax.vmap(of_one))
+        total = chains * draws
+        keys = jax.random.split(rng_key, total)
+        for start in range(0, total, _BATCH):
+            stop = min(start + _BATCH, total)
+            # The last batch is filled up, so that one shape is compiled.
+            picked = np.minimum(np.arange(start, start + _BATCH), total - 1)
+            values = of_batch({name: row[picked] for name, row in rows.items()}, keys[picked])
+            yield (
+                slice(start, stop),
+                jax.tree.map(lambda leaf: np.asarray(leaf)[: stop - start], values),  # noqa: B023
+            )
+
+
+def observed_sites(sites: Mapping[str, dict]) -> dict[str, dict]:
+    """Sites of a trace that were observed, without factors: NumPyro observes those too."""
+    return {
+        name: site
+        for name, site in sites.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not isinstance(_innermost(site["fn"]), dist.Unit)
+    }
+
+
+def _innermost(distribution: dist.Distribution) -> dist.Distribution:
+    while isinstance(distribution, dist.ExpandedDistribution | dist.Independent):
+        distribution = distribution.base_dist
+    return distribution

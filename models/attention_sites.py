@@ -1,0 +1,27 @@
+"""Deterministic sites that tell the margins of an attention stage, in any NumPyro model."""
+
+import jax.numpy as jnp
+import numpyro
+from jax.typing import ArrayLike
+
+from probattn import certificate, log_det, stability_margin
+
+
+def record_margins(
+    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, bound: ArrayLike | None
+) -> None:
+    """Record "log_det", "margin" and "certificate", each (..., T), as deterministic sites.
+
+    log_det is in nats, and -inf where the determinant is not positive; the margin is of kind
+    "sigma_min". No density depends on them: under `jax.jit` they cost nothing but where asked for.
+
+    Args:
+        x: embeddings (..., T, d).
+        w_query: W_Q (..., d, r).
+        w_key: W_K (..., d, r).
+        bound: c of a bounded context, or None.
+    """
+    sign, log_abs = log_det(x, w_query, w_key, bound=bound)
+    numpyro.deterministic("log_det", jnp.where(sign > 0, log_abs, -jnp.inf))
+    numpyro.deterministic("margin", stability_margin(x, w_query, w_key, bound=bound))
+    numpyro.deterministic("certificate", certificate(x, w_query, w_key, bound=bound))

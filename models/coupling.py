@@ -1,0 +1,95 @@
+"""Priors of the coupling A of an attention process: proper by construction, or free.
+
+Each is invariant under rotations of the embedding space, A -> R^T A R: where the embeddings are
+identified only up to one, the prior must not choose among them.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+
+Coupling = Literal["repulsive", "bounded", "free"]
+
+
+def sample_coupling(
+    kind: Coupling, width: int, bound: float | None, *, unit: float = 1.0
+) -> Float[Array, "d d"]:
+    """Sample the coupling A.
+
+    "bounded": A = B (I + B^T B)^(-1/2) / c^2. The singular values of B, s, become s / sqrt(1 +
+    s^2) / c^2: every A with c^2 ||A||_2 < 1 is reached, and no other. "repulsive": A = K - L L^T
+    with K antisymmetric and L L^T a Wishart matrix, so that A + A^T is negative semidefinite.
+    "free": the entries of A are Normal, as the paper leaves them. The first two are proper for
+    every context (see `probattn.is_proper`), the third for none of unlimited spread.
+
+    Sample sites: "direction" (d, d), B; "repulsion" (d, d), L, and "rotation" (d (d - 1) / 2,),
+    the lower triangle of K; "free_coupling" (d, d). Deterministic sites: "coupling" (d, d), A;
+    and what no rotation of the embeddings changes, "coupling_trace", "coupling_norm" (Frobenius)
+    and "coupling_eigenvalues" (d,), those of A + A^T in increasing order.
+
+    Args:
+        kind: which prior.
+        width: d.
+        bound: c, for "bounded", in the given unit.
+        unit: of the embeddings; A is what it would be in units of one, divided by unit^2.
+
+    Raises:
+        ValueError: if the coupling is "bounded" and the bound is None.
+    """
+    normal = dist.Normal(0.0, 1.0)
+    if kind == "repulsive":
+        # A scale of 1 / d keeps the norm of A of order one at any width.
+        repulsion = dist.WishartCholesky(width + 1.0, scale_tril=jnp.eye(width) / math.sqrt(width))
+        factor = numpyro.sample("repulsion", repulsion)
+        matrix = -factor @ factor.T
+        if width > 1:
+            lower = jnp.tril_indices(width, -1)
+            turn = numpyro.sample("rotation", normal.expand((len(lower[0]),)).to_event(1))
+            matrix = matrix.at[lower].add(turn).at[lower[::-1]].add(-turn)
+    elif kind == "bounded":
+        if bound is None:
+            raise ValueError("bound is None: expected a number > 0 for the coupling 'bounded'")
+        direction = numpyro.sample("direction", normal.expand((width, width)).to_event(2))
+        gram = jnp.eye(width) + direction.T @ direction
+        matrix = jnp.linalg.solve(matrix_sqrt(gram), direction.T).T / bound**2
+    else:
+        scale = 1 / math.sqrt(width)
+        free = dist.Normal(0.0, scale).expand((width, width)).to_event(2)
+        matrix = numpyro.sample("free_coupling", free)
+    matrix = matrix / unit**2
+    numpyro.deterministic("coupling_trace", jnp.trace(matrix))
+    numpyro.deterministic("coupling_norm", jnp.linalg.norm(matrix))
+    numpyro.deterministic("coupling_eigenvalues", jnp.linalg.eigvalsh(matrix + matrix.T))
+    return numpyro.deterministic("coupling", matrix)
+
+
+def attention_weights_of(
+    coupling: Float[Array, "d d"],
+) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
+    """W_Q and W_K (d, d), of full rank r = d, that have this coupling: W_K W_Q^T / sqrt(d) = A."""
+    width = coupling.shape[0]
+    return jnp.eye(width, dtype=coupling.dtype), math.sqrt(width) * coupling
+
+
+@jax.custom_jvp
+def matrix_sqrt(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Square root of a symmetric positive definite matrix, differentiable at equal eigenvalues.
+
+    The derivative solves S dS + dS S = dM; that of an eigendecomposition is singular there.
+    """
+    values, vectors = jnp.linalg.eigh(matrix)
+    return (vectors * jnp.sqrt(values)) @ vectors.T
+
+
+@matrix_sqrt.defjvp
+def _matrix_sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    root = matrix_sqrt(*primals)
+    (tangent,) = tangents
+    identity = jnp.eye(len(root), dtype=root.dtype)
+    operator = jnp.kron(root, identity) + jnp.kron(identity, root)
+    return root, jnp.linalg.solve(operator, tangent.ravel()).reshape(root.shape)

@@ -1,0 +1,112 @@
+"""Priors of the coupling: where they put it, that no direction is preferred, and derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer import Predictive
+
+from probattn import coupling, is_proper
+from probattn.models.coupling import attention_weights_of, matrix_sqrt, sample_coupling
+
+KINDS = ("bounded", "repulsive", "free")
+
+
+def draws(kind, width, count=400, bound=0.7, **options):
+    model = Predictive(lambda: sample_coupling(kind, width, bound, **options), num_samples=count)
+    return {name: np.asarray(value) for name, value in model(jax.random.key(0)).items()}
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_bounded_has_the_singular_values_that_it_says(width):
+    sites = draws("bounded", width, count=50)
+    before = np.linalg.svd(sites["direction"], compute_uv=False)
+    after = np.linalg.svd(sites["coupling"], compute_uv=False)
+    np.testing.assert_allclose(after, before / np.sqrt(1 + before**2) / 0.7**2, rtol=1e-10)
+    # The same directions: A = B f(B^T B).
+    product = np.swapaxes(sites["direction"], -1, -2) @ sites["coupling"]
+    np.testing.assert_allclose(product, np.swapaxes(product, -1, -2), atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_regimes_are_proper_and_free_is_not(width):
+    for kind, bound in (("bounded", 0.7), ("repulsive", None)):
+        for matrix in draws(kind, width, count=20)["coupling"]:
+            assert is_proper(*attention_weights_of(jnp.asarray(matrix)), bound=bound)
+    free = draws("free", width, count=20)["coupling"]
+    assert not all(is_proper(*attention_weights_of(jnp.asarray(matrix))) for matrix in free)
+
+
+def test_repulsive_is_an_antisymmetric_matrix_less_a_wishart():
+    sites = draws("repulsive", 3, count=30)
+    symmetric = sites["repulsion"] @ np.swapaxes(sites["repulsion"], -1, -2)
+    matrix, transposed = sites["coupling"], np.swapaxes(sites["coupling"], -1, -2)
+    np.testing.assert_allclose((matrix + transposed) / 2, -symmetric, atol=1e-12)
+    lower = ((matrix - transposed) / 2)[:, *np.tril_indices(3, -1)]
+    np.testing.assert_allclose(lower, sites["rotation"], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deterministic_sites(kind):
+    sites = draws(kind, 3, count=10)
+    matrix = sites["coupling"]
+    np.testing.assert_allclose(sites["coupling_trace"], np.trace(matrix, axis1=1, axis2=2))
+    np.testing.assert_allclose(sites["coupling_norm"], np.sqrt((matrix**2).sum((1, 2))))
+    expected = np.linalg.eigvals(matrix + np.swapaxes(matrix, -1, -2)).real
+    np.testing.assert_allclose(sites["coupling_eigenvalues"], np.sort(expected), atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prior_prefers_no_direction(kind):
+    matrix = draws(kind, 3, count=4000)["coupling"]
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+    turned = turn.T @ matrix @ turn
+    for statistic in (np.abs, np.square, lambda a: a[:, :, ::-1] * a):
+        one, other = statistic(matrix), statistic(turned)
+        error = np.sqrt((one.var(0) + other.var(0)) / len(one))
+        assert np.all(np.abs(one.mean(0) - other.mean(0)) < 5 * error + 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unit_scales_the_coupling(kind):
+    one, other = draws(kind, 2, count=5), draws(kind, 2, count=5, unit=0.1)
+    np.testing.assert_allclose(other["coupling"], 100 * one["coupling"], rtol=1e-12)
+
+
+def test_weights_have_the_coupling():
+    matrix = jax.random.normal(jax.random.key(0), (4, 4))
+    np.testing.assert_allclose(coupling(*attention_weights_of(matrix)), matrix, rtol=1e-12)
+
+
+def test_square_root_and_its_derivative_at_equal_eigenvalues():
+    factor = jax.random.normal(jax.random.key(0), (3, 3))
+    for matrix in (factor @ factor.T + jnp.eye(3), jnp.eye(3), 4 * jnp.eye(3)):
+        root = matrix_sqrt(matrix)
+        np.testing.assert_allclose(root @ root, matrix, atol=1e-12)
+        np.testing.assert_allclose(root, root.T, atol=1e-14)
+        step = jax.random.normal(jax.random.key(1), (3, 3))
+        step = 1e-6 * (step + step.T)
+        _, slope = jax.jvp(matrix_sqrt, (matrix,), (step,))
+        difference = (matrix_sqrt(matrix + step) - matrix_sqrt(matrix - step)) / 2
+        np.testing.assert_allclose(slope, difference, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_where_the_factor_vanishes(kind):
+    """B = 0, K = 0 and A = 0, where all directions are alike and a map must still be smooth."""
+    name = {"bounded": "direction", "repulsive": "rotation", "free": "free_coupling"}[kind]
+
+    def entry(value):
+        model = seed(lambda: sample_coupling(kind, 2, 1.0), 0)
+        sites = trace(substitute(model, {name: value})).get_trace()
+        return jnp.sum(sites["coupling"]["value"] * jnp.arange(4.0).reshape(2, 2))
+
+    zero = jnp.zeros((1,) if kind == "repulsive" else (2, 2))
+    assert np.all(np.isfinite(jax.grad(entry)(zero)))
+    assert np.any(jax.grad(entry)(zero) != 0)
+
+
+def test_bounded_needs_a_bound():
+    with pytest.raises(ValueError, match="bound is None: expected a number > 0"):
+        draws("bounded", 2, bound=None)
