@@ -1,5 +1,6 @@
 """Everything that runs: fit, sample, evaluate, generate, and the run directories they share."""
 
+from probattn.inference.compare import ComparedRun, compare
 from probattn.inference.config import FitConfig, RunConfig, read_config
 from probattn.inference.evaluate import EvaluateResult, evaluate
 from probattn.inference.fit import FitError, FitResult, fit
@@ -16,6 +17,7 @@ from probattn.inference.to_arviz import to_datatree
 from probattn.inference.token_margins import TextMargins, text_margins
 
 __all__ = [
+    "ComparedRun",
     "EvaluateResult",
     "FitConfig",
     "FitError",
@@ -30,6 +32,7 @@ __all__ = [
     "SampleConfig",
     "SampleRunConfig",
     "TextMargins",
+    "compare",
     "evaluate",
     "fit",
     "generate",

@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from probattn.inference.commands import Demo, Evaluate, Figures, Fit, Generate, Margins, Sample
+from probattn.inference.commands import (
+    Compare,
+    Demo,
+    Evaluate,
+    Figures,
+    Fit,
+    Generate,
+    Margins,
+    Sample,
+)
 from probattn.inference.config import RunConfig, read_config, read_tables
 from probattn.inference.interrupts import Interrupted
 from probattn.inference.sample_config import SampleRunConfig
@@ -55,6 +64,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Sample, tyro.conf.subcommand("sample", default=_sample_defaults(arguments))]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Margins, tyro.conf.subcommand("margins")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Figures, tyro.conf.subcommand("figures")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]

@@ -10,15 +10,21 @@ from rich.console import Console
 
 from probattn.corpora import DataConfig
 from probattn.inference import console
+from probattn.inference.compare import compare
 from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.demo import demo
 from probattn.inference.evaluate import NOISE_ABSOLUTE, NOISE_RELATIVE, evaluate
 from probattn.inference.fit import fit
 from probattn.inference.generate import generate, write_csv
 from probattn.inference.paper import paper_report
-from probattn.inference.posterior import from_fit, sample_run
-from probattn.inference.report import comparison_figures, margin_figures, posterior_report
-from probattn.inference.runs import load_fit
+from probattn.inference.posterior import config_of_fit, sample_run
+from probattn.inference.report import (
+    compared_report,
+    comparison_figures,
+    margin_figures,
+    posterior_report,
+)
+from probattn.inference.runs import load_fit, load_run
 from probattn.inference.sample_config import SampleConfig, SampleRunConfig
 from probattn.inference.token_margins import text_margins
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
@@ -91,7 +97,8 @@ class Sample:
                     "--config with --from: the run that --from names brings data, model and "
                     "objective; leave one of the two out"
                 )
-            config, parameters = from_fit(load_fit(self.start), self.sample)
+            fitted = load_fit(self.start)
+            config, parameters = config_of_fit(fitted, self.sample), fitted.parameters
         elif self.kind == "latent":
             config = SampleRunConfig(self.data, self.sample, latent=self.latent)
         else:
@@ -162,6 +169,30 @@ class Margins:
         paths = margin_figures(margins, self.out)
         console.print_margins(screen, margins)
         console.print_paths(screen, paths)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Runs on the same text side by side: a table, and point estimates within the posterior."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run directories, of fits and of sampled posteriors"""
+    out: Path
+    """directory for comparison.csv and the figures"""
+    seed: int = 0
+    """of the noise and of the draws of guides"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        names = [path.resolve().name for path in self.runs]
+        distinct = len(set(names)) == len(names)
+        labels = names if distinct else [str(path) for path in self.runs]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"runs: got {', '.join(labels)}, expected each run once")
+        runs = {label: load_run(path) for label, path in zip(labels, self.runs, strict=True)}
+        compared = compare(runs, seed=self.seed, progress=True)
+        console.print_compared(screen, compared)
+        console.print_paths(screen, compared_report(compared, self.out))
 
 
 @dataclass(frozen=True)

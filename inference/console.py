@@ -9,12 +9,31 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from probattn.inference.compare import ComparedRun
 from probattn.inference.evaluate import EvaluateResult
 from probattn.inference.generate import Generated
 from probattn.inference.paper_data import Comparison
+from probattn.inference.report import compared_row
 from probattn.inference.to_arviz import divergence_margin, summarise, values_of
 from probattn.inference.token_margins import TextMargins
 
+# Columns of a comparison that a terminal has room for.
+_COMPARED = {
+    "inference": "inference",
+    "barrier_weight": "lambda_m",
+    "log_predictive_density": "held-out nats",
+    "bpc": "bits per character",
+    "calibration_error": "calibration error",
+    "degradation_absolute_0.5": "x clean, noise 0.5",
+    "degradation_relative_1": "x clean, noise 1 RMS",
+    "margin_stage": "margins of",
+    "smallest_margin": "smallest margin",
+    "margin_quantile_0.01": "1 % quantile",
+    "elpd_loo": "elpd_loo",
+    "pareto_k": "largest Pareto k",
+    "divergences": "divergences",
+    "seconds": "seconds",
+}
 _NEAR = 0.1  # margins below it are coloured
 
 
@@ -84,6 +103,28 @@ def print_posterior(screen: Console, tree: xr.DataTree) -> None:
     certified = values_of(tree, "support_tokens", "certified_probability")
     if certified is not None:
         screen.print(f"certified at positions >= 2: {100 * certified[..., 2:].mean():.1f} %")
+
+
+def print_compared(screen: Console, compared: Sequence[ComparedRun]) -> None:
+    """One table with a column per run."""
+    rows = [compared_row(run) for run in compared]
+    table = Table()
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        table.add_column(Text(str(row["run"])), justify="right", overflow="fold")
+    for name, shown in _COMPARED.items():
+        values = [row[name] for row in rows]
+        if any(value is not None for value in values):
+            table.add_row(shown, *(_cell(value) for value in values))
+    screen.print(table)
+    if any(run.pareto_k is not None and run.pareto_k > 0.7 for run in compared):
+        screen.print("a Pareto k above 0.7: the estimate elpd_loo of that run cannot be trusted")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_comparisons(screen: Console, comparisons: Sequence[Comparison]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from probattn.batches import windows
 from probattn.corpora import Corpus, DataError, load_corpus
 from probattn.inference.config import differences
+from probattn.inference.guides import guide_draws
 from probattn.inference.nuts import load_draws, sample
 from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.run_files import RunError, replacing
@@ -86,16 +87,13 @@ def sample_run(
     return run, result
 
 
-def from_fit(run: Run, config: SampleConfig) -> tuple[SampleRunConfig, dict[str, Any]]:
-    """The posterior of a fitted run's own model, and its parameters to start from."""
-    return (
-        SampleRunConfig(
-            data=run.config.data,
-            sample=config,
-            model=run.config.model,
-            objective=run.config.objective,
-        ),
-        dict(run.parameters),
+def config_of_fit(run: Run, config: SampleConfig) -> SampleRunConfig:
+    """The posterior of a fitted run's own model, given sequences of its own text."""
+    return SampleRunConfig(
+        data=run.config.data,
+        sample=config,
+        model=run.config.model,
+        objective=run.config.objective,
     )
 
 
@@ -113,17 +111,64 @@ def load_posterior(run: PosteriorRun) -> PosteriorResult:
         raise RunError(
             f"{run.path}: has {done} of {total} iterations; finish it with sample --resume"
         )
-    corpus = load_corpus(run.config.data)
-    check_same_corpus(run, corpus)
     return PosteriorResult(
         method="nuts",
         draws=draws,
         model=posterior_model(run.config, run.vocabulary),
-        model_args=_tokens(run.config, corpus, run.vocabulary),
+        model_args=posterior_data(run),
         statistics=statistics,
         seconds=seconds,
         config=run.config.sample,
     )
+
+
+def guide_posterior(
+    run: Run, *, draws: int = 1000, seed: int = 0, sequences: int = 64, progress: bool = False
+) -> PosteriorResult:
+    """Draws of the guide of a fitted run, as one chain, given sequences of its training text.
+
+    Args:
+        run: of a guide other than map.
+        draws: how many.
+        seed: of the draws.
+        sequences: of model.block tokens, spread evenly over the training text: margins and log
+            likelihoods are taken of these.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if the run is a MAP run, which has no draws; see `guide_draws`.
+    """
+    found = guide_draws(run, draws=draws, seed=seed, progress=progress)
+    config = config_of_fit(run, SampleConfig(sequences=sequences))
+    return PosteriorResult(
+        method=run.config.fit.guide,
+        draws=found,
+        model=posterior_model(config, run.vocabulary),
+        model_args=training_sequences(run, sequences),
+    )
+
+
+def training_sequences(run: Run, count: int) -> tuple[np.ndarray, ...]:
+    """Inputs and targets (count, model.block) from the training text of a fitted run.
+
+    Raises:
+        ValueError: if its text is not there any more, or too short.
+    """
+    corpus = load_corpus(run.config.data)
+    check_same_corpus(run, corpus)
+    config = config_of_fit(run, SampleConfig(sequences=count))
+    return _tokens(config, corpus, run.vocabulary)
+
+
+def posterior_data(run: PosteriorRun) -> tuple[np.ndarray, ...]:
+    """Tokens that a run's posterior is given, as its model takes them.
+
+    Raises:
+        ValueError: if its text is not there any more.
+    """
+    corpus = load_corpus(run.config.data)
+    check_same_corpus(run, corpus)
+    return _tokens(run.config, corpus, run.vocabulary)
 
 
 def posterior_model(config: SampleRunConfig, vocabulary: Vocabulary) -> Callable:

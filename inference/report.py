@@ -1,14 +1,16 @@
 """Files that show results: figures of runs, of a text's margins and of posteriors; tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probattn.inference.compare import QUANTILES, ComparedRun
 from probattn.inference.evaluate import EvaluateResult, NoisePoint
 from probattn.inference.run_files import replacing_path
 from probattn.inference.runs import PosteriorRun, Run
+from probattn.inference.tables import write_table
 from probattn.inference.to_arviz import to_datatree, values_of
 from probattn.inference.token_margins import TextMargins, write_csv
 
@@ -73,6 +75,85 @@ def margin_figures(margins: TextMargins, folder: Path) -> list[Path]:
             },
         ),
     ]
+
+
+def compared_report(compared: Sequence[ComparedRun], folder: Path) -> list[Path]:
+    """Table of a comparison, and its figures.
+
+    The figures are those that the runs allow: reliability.png, of language models, and, where there
+    is a sampled posterior, smallest_margin.png with all point estimates in it.
+    """
+    from probattn.inference import posterior_plots
+
+    columns = list(compared_row(compared[0]))
+    rows = [list(compared_row(run).values()) for run in compared]
+    table = write_table(folder / "comparison.csv", columns, rows)
+    figures: dict[str, Figure] = {}
+    curves = {
+        run.label: (run.predictions.reliability.confidence, run.predictions.reliability.accuracy)
+        for run in compared
+        if run.predictions is not None
+    }
+    if curves:
+        figures["reliability"] = posterior_plots.reliability_diagram(curves)
+    sampled = [run for run in compared if run.inference == "nuts"]
+    if sampled and sampled[0].smallest_margin_draws is not None:
+        marks = {
+            run.label: run
+            for run in compared
+            if run is not sampled[0] and run.smallest_margin is not None
+        }
+        weights = {
+            run.barrier_weight: run.smallest_margin
+            for run in marks.values()
+            if run.objective == "margin" and run.inference == "map" and run.barrier_weight
+        }
+        others = {
+            label: run.smallest_margin
+            for label, run in marks.items()
+            if run.smallest_margin not in weights.values()
+        }
+        draws = sampled[0].smallest_margin_draws
+        figures["smallest_margin"] = (
+            posterior_plots.barrier_weights(draws, weights, others)
+            if len(weights) > 1
+            else posterior_plots.smallest_margin(
+                draws, {label: run.smallest_margin for label, run in marks.items()}
+            )
+        )
+    return [table, *_save(folder, figures)]
+
+
+def compared_row(run: ComparedRun) -> dict[str, Any]:
+    """Columns of a comparison: what does not apply to a run is empty."""
+    row: dict[str, Any] = {
+        "run": run.label,
+        "model": run.model,
+        "objective": run.objective,
+        "barrier_weight": run.barrier_weight,
+        "inference": run.inference,
+    }
+    found = run.predictions
+    row |= {
+        "parameter_sets": found and found.members,
+        "log_predictive_density": found and found.log_predictive_density,
+        "bpc": found and found.bpc,
+        "calibration_error": found and found.reliability.error,
+        "degradation_absolute_0.5": found and found.noise_absolute,
+        "degradation_relative_1": found and found.noise_relative,
+        "margin_stage": run.margin_stage,
+        "smallest_margin": run.smallest_margin,
+    }
+    row |= {
+        f"margin_quantile_{level:g}": (run.margin_quantiles or {}).get(level) for level in QUANTILES
+    }
+    return row | {
+        "elpd_loo": run.elpd_loo,
+        "elpd_loo_se": run.elpd_loo_se,
+        "pareto_k": run.pareto_k,
+        "divergences": run.divergences,
+        "seconds": run.seconds,
+    }
 
 
 def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:

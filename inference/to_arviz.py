@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from probattn.batches import windows
 from probattn.inference.config import format_config
 from probattn.inference.evaluate import text_tokens
 from probattn.inference.post_hoc import post_hoc_prior
-from probattn.inference.posterior import load_posterior
+from probattn.inference.posterior import guide_posterior, load_posterior
 from probattn.inference.posterior_groups import DIMS, located, posterior_groups
 from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.runs import PosteriorRun, Run, RunDirectory
@@ -37,6 +38,7 @@ def to_datatree(
     source: Run | PosteriorRun | PosteriorResult,
     *,
     sequences: int = 64,
+    draws: int = 1000,
     log_likelihood: bool = False,
     posterior_predictive: bool = False,
     prior: int = 0,
@@ -71,11 +73,13 @@ def to_datatree(
 
     Args:
         source: a run from `load_run`, `fit` or `sample_run`, or the result of `sample`.
-        sequences: of a MAP run, at most so many windows, spread evenly over the validation text.
+        sequences: of a fitted run, windows spread evenly over the text: of a MAP run at most so
+            many of the validation text, of another guide so many of the training text.
+        draws: of a guide other than map.
         log_likelihood: add the log likelihoods.
         posterior_predictive: add draws of the observed sites.
         prior: number of draws of the prior to add.
-        seed: of the predictive and prior draws.
+        seed: of the predictive and prior draws, and of a guide's.
         dims: names of dimensions by site, after chain and draw, for sites of models of your own.
 
     Raises:
@@ -90,9 +94,8 @@ def to_datatree(
     labels: dict[str, Any] = {}
     if isinstance(source, RunDirectory):
         attributes = _run_attributes(source)
-        if isinstance(source, PosteriorRun):
-            labels["vocab"] = _symbols(source)
-    if isinstance(source, Run):
+        labels["vocab"] = _symbols(source)
+    if isinstance(source, Run) and source.config.fit.guide == "map":
         if log_likelihood or posterior_predictive or prior:
             raise ValueError(
                 f"{source.path}: is a MAP run, a point without draws: make draws with `probattn "
@@ -100,7 +103,12 @@ def to_datatree(
             )
         groups = _map_groups(source, sequences)
     else:
-        result = load_posterior(source) if isinstance(source, PosteriorRun) else source
+        if isinstance(source, Run):
+            result = guide_posterior(source, draws=draws, seed=seed, sequences=sequences)
+        elif isinstance(source, PosteriorRun):
+            result = load_posterior(source)
+        else:
+            result = source
         attributes = _posterior_attributes(result) | attributes
         groups = posterior_groups(
             result,
@@ -162,8 +170,9 @@ def _run_attributes(run: RunDirectory) -> dict[str, Any]:
         "corpus_sha256": run.data["sha256"],
     }
     if isinstance(run, Run):
-        method = "MAP (SVI with AutoDelta): a point estimate"
-        attributes |= {"inference_method": method, "seed": run.config.fit.seed, "step": run.step}
+        attributes |= {"seed": run.config.fit.seed, "step": run.step}
+        if run.config.fit.guide == "map":
+            attributes["inference_method"] = "MAP (SVI with AutoDelta): a point estimate"
     return attributes
 
 
@@ -252,6 +261,23 @@ def summarise(tree: xr.DataTree) -> list[QuantitySummary]:
             values = (column[entry] for column in (mean, sd, r_hat, bulk, tail))
             rows.append(QuantitySummary(label, *map(float, values)))
     return rows
+
+
+def leave_one_out(tree: xr.DataTree) -> tuple[float, float, float]:
+    """Expected log predictive density by PSIS leave-one-out, its standard error, the largest k.
+
+    A Pareto k above 0.7 means that the estimate cannot be trusted (Vehtari et al. 2024); of a model
+    with latent variables of every sequence, all of them often are.
+
+    Args:
+        tree: with log likelihoods of one site.
+    """
+    import arviz as az
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a large Pareto k, which is returned
+        found = az.loo(tree, pointwise=True)
+    return float(found.elpd), float(found.se), float(np.max(found.pareto_k))
 
 
 def divergence_margin(tree: xr.DataTree) -> float | None:

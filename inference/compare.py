@@ -1,0 +1,227 @@
+"""Runs side by side: what they predict, how sure they are, how close to instability they came.
+
+A run is an ensemble of parameters: one set of a MAP run, draws of a guide or of NUTS. The
+probability of a token is its mean over the ensemble, so that all runs are scored alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from probattn.corpora import load_corpus
+from probattn.inference.post_hoc import post_hoc_prior
+from probattn.inference.posterior import guide_posterior, load_posterior, training_sequences
+from probattn.inference.posterior_result import PosteriorResult
+from probattn.inference.predictive import Predictions, predictions
+from probattn.inference.progress import progress_bar
+from probattn.inference.run_files import RunError
+from probattn.inference.runs import PosteriorRun, Run, check_same_corpus
+from probattn.inference.stages import stage_margins, stages
+from probattn.inference.to_arviz import leave_one_out, to_datatree, values_of
+from probattn.models import LanguageModelConfig, ObjectiveConfig
+from probattn.vocabulary import Vocabulary
+
+QUANTILES = (0.01, 0.1, 0.5)
+
+_SEQUENCES = 64  # whose margins are taken where no posterior says which
+_DRAWS = 400  # of a guide
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run in a comparison; what does not apply to it is None.
+
+    Attributes:
+        label: of the run.
+        model: "language" or "latent".
+        objective: of a language model, such as "margin".
+        barrier_weight: lambda_m.
+        inference: "map", the name of a guide, or "nuts".
+        predictions: of held-out text, by a language model.
+        smallest_margin: over the compared sequences; the median over draws.
+        margin_quantiles: of all positions >= 2, by level; of all draws together.
+        margin_stage: of which attention stage: "trained", or "post hoc" of a run that has none.
+        smallest_margin_draws: of every draw, (chain, draw).
+        elpd_loo: expected log predictive density by leave-one-out, nats; where there are draws.
+        elpd_loo_se: its standard error.
+        pareto_k: the largest Pareto k; above 0.7 the estimate cannot be trusted.
+        divergences: of NUTS.
+        seconds: that fitting or sampling took.
+    """
+
+    label: str
+    model: str
+    objective: str | None = None
+    barrier_weight: float | None = None
+    inference: str = "map"
+    predictions: Predictions | None = None
+    smallest_margin: float | None = None
+    margin_quantiles: Mapping[float, float] | None = None
+    margin_stage: str | None = None
+    smallest_margin_draws: np.ndarray | None = None
+    elpd_loo: float | None = None
+    elpd_loo_se: float | None = None
+    pareto_k: float | None = None
+    divergences: int | None = None
+    seconds: float | None = None
+
+
+def compare(
+    runs: Mapping[str, Run | PosteriorRun], *, seed: int = 0, progress: bool = False
+) -> list[ComparedRun]:
+    """Compare runs on the same text: predictions, calibration, robustness, margins, time.
+
+    Predictions are of at most 8192 held-out tokens. Margins are taken over sequences of the
+    training text, those that the sampled posteriors among the runs are given, so that a MAP can
+    be marked in them; if there is none, 64 sequences.
+
+    Args:
+        runs: by label, at least one, from `load_run`.
+        seed: of the noise, and of the draws of guides.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if there is no run, their data differ (RunError names what), or a text is not
+            there any more.
+    """
+    if not runs:
+        raise ValueError("runs: got none, expected at least one")
+    _check_same_data(runs)
+    corpus = load_corpus(next(iter(runs.values())).config.data)
+    for run in runs.values():
+        check_same_corpus(run, corpus)
+    compared = []
+    with progress_bar("compare", total=len(runs), unit="run", visible=progress) as bar:
+        sampled = [run for run in runs.values() if isinstance(run, PosteriorRun)]
+        sequences = _sizes(sampled[0])[0] if sampled else None
+        for label, run in runs.items():
+            bar.show(run=label)
+            held_out = run.vocabulary.encode(corpus.validation)
+            if isinstance(run, PosteriorRun):
+                compared.append(_sampled(label, run, held_out, seed))
+            else:
+                compared.append(_fitted(label, run, held_out, sequences, seed))
+            bar.update(1)
+    return compared
+
+
+def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> ComparedRun:
+    result = load_posterior(run)
+    found = _of_draws(result) | {"divergences": result.divergences, "seconds": result.seconds}
+    model, objective = run.config.model, run.config.objective
+    if model is None or objective is None:
+        return ComparedRun(label, "latent", **found)
+    found |= _objective(objective)
+    found["predictions"] = _predictions(run.vocabulary, model, result, held_out, seed)
+    return ComparedRun(label, "language", **found)
+
+
+def _fitted(
+    label: str, run: Run, held_out: np.ndarray, sequences: int | None, seed: int
+) -> ComparedRun:
+    model, objective = run.config.model, run.config.objective
+    found = {"seconds": _fit_seconds(run), **_objective(objective)}
+    count = _SEQUENCES if sequences is None else sequences
+    if run.config.fit.guide != "map":
+        result = guide_posterior(run, draws=_DRAWS, seed=seed, sequences=count)
+        found |= _of_draws(result)
+        found["predictions"] = _predictions(run.vocabulary, model, result, held_out, seed)
+        return ComparedRun(label, "language", **found)
+    # Of a run that trains no attention prior there is the one fitted afterwards.
+    stage = list(stages(run, post_hoc_prior(run)))[int(objective.trains_attention_prior)]
+    inputs, _ = training_sequences(run, count)
+    found |= _margins(stage_margins(run, stage, inputs).margin[None, None])
+    members = {name: np.asarray(value)[None] for name, value in run.parameters.items()}
+    found["predictions"] = predictions(run.vocabulary, model, members, held_out, seed=seed)
+    return ComparedRun(label, "language", margin_stage=stage.label, **found)
+
+
+def _of_draws(result: PosteriorResult) -> dict[str, Any]:
+    tree = to_datatree(result, log_likelihood=True)
+    elpd, error, pareto_k = leave_one_out(tree)
+    margin = values_of(tree, "posterior", "margin")
+    found = {
+        "inference": result.method,
+        "elpd_loo": elpd,
+        "elpd_loo_se": error,
+        "pareto_k": pareto_k,
+    }
+    return found if margin is None else found | _margins(margin) | {"margin_stage": "trained"}
+
+
+def _predictions(
+    vocabulary: Vocabulary,
+    model: LanguageModelConfig,
+    result: PosteriorResult,
+    held_out: np.ndarray,
+    seed: int,
+) -> Predictions:
+    members = {name: value.reshape(-1, *value.shape[2:]) for name, value in result.draws.items()}
+    return predictions(vocabulary, model, members, held_out, seed=seed)
+
+
+def _objective(objective: ObjectiveConfig) -> dict[str, Any]:
+    weight = None if objective.name == "ce" else objective.weights[0]
+    return {"objective": objective.name, "barrier_weight": weight}
+
+
+def _margins(margin: Float[np.ndarray, "chain draw *stage T"]) -> dict[str, Any]:
+    """Smallest margin of every draw, its median, and quantiles of all at positions >= 2."""
+    inner = margin[..., 2:]
+    smallest = inner.min(tuple(range(2, inner.ndim)))
+    return {
+        "smallest_margin": float(np.median(smallest)),
+        "smallest_margin_draws": smallest,
+        "margin_quantiles": {level: float(np.quantile(inner, level)) for level in QUANTILES},
+    }
+
+
+def _check_same_data(runs: Mapping[str, Run | PosteriorRun]) -> None:
+    """Refuse runs of different texts, symbols or, where sequences are compared, of other ones."""
+    (first, reference), *others = runs.items()
+    for label, run in others:
+        for what, one, other in (
+            ("corpus", reference.data["sha256"], run.data["sha256"]),
+            ("vocabulary", reference.vocabulary, run.vocabulary),
+        ):
+            if one != other:
+                raise RunError(
+                    f"{first} and {label} differ in the {what}: expected runs on the same data"
+                )
+    sizes = {label: _sizes(run) for label, run in runs.items() if isinstance(run, PosteriorRun)}
+    if not sizes:
+        return
+    first, size = next(iter(sizes.items()))
+    for label, other in sizes.items():
+        if other != size:
+            raise RunError(
+                f"{first} has {size[0]} sequences of {size[1]} tokens and {label} {other[0]} of "
+                f"{other[1]}: expected posteriors given the same sequences"
+            )
+    for label, run in runs.items():
+        if isinstance(run, Run) and run.config.model.block != size[1]:
+            raise RunError(
+                f"{label} sees {run.config.model.block} tokens (model.block), and the sequences "
+                f"of {first} have {size[1]}: expected the same"
+            )
+
+
+def _sizes(run: PosteriorRun) -> tuple[int, int]:
+    if run.config.latent is not None:
+        return run.config.latent.sequences, run.config.latent.length
+    assert run.config.model is not None  # one or the other
+    return run.config.sample.sequences, run.config.model.block
+
+
+def _fit_seconds(run: Run) -> float:
+    """Seconds of steps, from the rate in every report."""
+    fit, done, seconds = run.config.fit, 0, 0.0
+    for row in run.metrics():
+        if row["tokens_per_s"]:
+            tokens = (row["step"] - done) * fit.batch * run.config.model.block
+            seconds += tokens / row["tokens_per_s"]
+        done = row["step"]
+    return seconds
