@@ -141,7 +141,7 @@ def _fitted(
 
 def _of_draws(result: PosteriorResult) -> dict[str, Any]:
     tree = to_datatree(result, log_likelihood=True)
-    elpd, error, pareto_k = leave_one_out(tree)
+    elpd, error, pareto_k = leave_one_out(tree) or (None, None, None)
     margin = values_of(tree, "posterior", "margin")
     found = {
         "inference": result.method,

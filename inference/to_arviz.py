@@ -263,10 +263,11 @@ def summarise(tree: xr.DataTree) -> list[QuantitySummary]:
     return rows
 
 
-def leave_one_out(tree: xr.DataTree) -> tuple[float, float, float]:
+def leave_one_out(tree: xr.DataTree) -> tuple[float, float, float] | None:
     """Expected log predictive density by PSIS leave-one-out, its standard error, the largest k.
 
-    A Pareto k above 0.7 means that the estimate cannot be trusted (Vehtari et al. 2024); of a model
+    None where there is no likelihood, or no tail to smooth: fewer than 25 draws, or draws that hardly
+    moved. A Pareto k above 0.7 means that the estimate cannot be trusted (Vehtari et al. 2024); of a model
     with latent variables of every sequence, all of them often are.
 
     Args:
@@ -274,9 +275,14 @@ def leave_one_out(tree: xr.DataTree) -> tuple[float, float, float]:
     """
     import arviz as az
 
+    if "log_likelihood" not in tree.children:
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a large Pareto k, which is returned
-        found = az.loo(tree, pointwise=True)
+        try:
+            found = az.loo(tree, pointwise=True)
+        except ValueError:
+            return None
     return float(found.elpd), float(found.se), float(np.max(found.pareto_k))
 
 
