@@ -5,7 +5,7 @@ of the true value among the draws is noted: where density and sampler agree with
 ranks are uniform. In the regimes without guarantee, data come from the root that continuation from
 A = 0 reaches, and the ranks show what a density that is none does.
 
-    python benchmarks/calibration.py [--replications 400]
+    python benchmarks/calibration.py [--replications 240] [--only "latent bounded"]
 """
 
 import argparse
@@ -22,12 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 from harness import environment
 from jax import lax
+from matplotlib.figure import Figure
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import NUTS, init_to_sample
-from scipy.stats import chisquare
+from scipy.stats import binom, chisquare
 from tqdm import tqdm
 
 from probattn import log_det
+from probattn.inference.figure_style import (
+    DOUBLE,
+    add_legend,
+    dress,
+    look,
+    new_figure,
+    save_figure,
+    styled,
+)
 from probattn.models import LatentEmbeddingsConfig, latent_embeddings, observed_embeddings
 from probattn.models.coupling import attention_weights_of
 
@@ -183,10 +193,34 @@ def _continuation(e: jax.Array, coupling: jax.Array) -> jax.Array:
     return lax.scan(token, jnp.zeros_like(e), jnp.arange(LENGTH))[0]
 
 
+@styled
+def rank_histograms(found: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Ranks of the true value over those expected, with the range of 99 % of uniform ones."""
+    columns = max(1, len(found) // 2)
+    figure = new_figure(DOUBLE, 0.6 + 1.7 * -(-len(found) // columns), layout="constrained")
+    panels = figure.subplots(-(-len(found) // columns), columns, squeeze=False, sharey=True)
+    entries: dict[str, Any] = {}
+    # A column for each coupling, and a row for each model.
+    names = sorted(found, key=lambda name: name.split()[0] != "latent")
+    for number, (axes, name) in enumerate(zip(panels.flat, names, strict=True)):
+        replications = found[name]["replications"]
+        low, high = binom(replications, 1 / BINS).ppf([0.005, 0.995]) * BINS / replications
+        axes.axhspan(low, high, color="0.9", linewidth=0)
+        for index, (quantity, row) in enumerate(found[name]["quantities"].items()):
+            heights = np.array(row["counts"]) * BINS / replications
+            style = look(index) | {"marker": ""}
+            (line,) = axes.plot(np.arange(BINS) + 0.5, heights, **style)
+            entries[quantity.replace("_", " ")] = line
+        dress(axes, number, "rank, tenths", "over expected", title=name)
+    add_legend(figure, entries)
+    return figure
+
+
 def main() -> None:
     """Run all settings and write the result."""
     parser = argparse.ArgumentParser(description="simulation-based calibration")
-    parser.add_argument("--replications", type=int, default=400)
+    parser.add_argument("--replications", type=int, default=240)
+    parser.add_argument("--only", help="one setting, such as 'latent bounded'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "calibration.json"
@@ -208,15 +242,19 @@ def main() -> None:
         },
     }
     found = {}
-    for coupling in ("bounded", "repulsive", "free"):
-        for name, setting in settings(coupling).items():
-            found[name] = calibrate(
-                setting,
-                replications=options.replications,
-                seed=options.seed,
-                description=name,
-            )
-            print(name, found[name]["diverging_draws"], "diverging draws")
+    chosen = {
+        name: setting
+        for coupling in ("bounded", "repulsive", "free")
+        for name, setting in settings(coupling).items()
+        if options.only in (None, name)
+    }
+    if not chosen:
+        parser.error(f"--only: got {options.only!r}, expected such as 'latent bounded'")
+    for name, setting in chosen.items():
+        found[name] = calibrate(
+            setting, replications=options.replications, seed=options.seed, description=name
+        )
+        print(name, found[name]["diverging_draws"], "diverging draws")
     tests = [name for name in found if not name.endswith("free")]
     count = sum(len(found[name]["quantities"]) for name in tests)
     smallest = min(row["p_value"] for name in tests for row in found[name]["quantities"].values())
@@ -228,6 +266,7 @@ def main() -> None:
         "uniform": smallest >= LEVEL / count,
     }
     options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    save_figure(rank_histograms(found), options.out.with_suffix(".png"))
     for name, result in found.items():
         for quantity, row in result["quantities"].items():
             print(f"{name:20s} {quantity:20s} p = {row['p_value']:.4f}  {row['counts']}")

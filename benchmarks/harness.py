@@ -3,7 +3,8 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -25,25 +26,35 @@ def compare(
     runs = {**alternatives, CONTROL: alternatives[first]}
     for run in alternatives.values():
         jax.block_until_ready(run())  # compiled and warm
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+
+    def timed(run: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - started
+
+    seconds = alternate({name: partial(timed, run) for name, run in runs.items()}, rounds=rounds)
+    return {
+        name: {"seconds": statistics.median(own), **ratio(own, seconds[first])}
+        for name, own in seconds.items()
+    }
+
+
+def alternate[T](runs: Mapping[str, Callable[[], T]], *, rounds: int) -> dict[str, list[T]]:
+    """What each run returns, called once a round, in an order that turns."""
+    results: dict[str, list[T]] = {name: [] for name in runs}
     names = list(runs)
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            started = time.perf_counter()
-            jax.block_until_ready(runs[name]())
-            seconds[name].append(time.perf_counter() - started)
-    results = {}
-    for name in runs:
-        ratios = [a / b for a, b in zip(seconds[name], seconds[first], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        results[name] = {
-            "seconds": statistics.median(seconds[name]),
-            "ratio": middle,
-            "ratio_low": low,
-            "ratio_high": high,
-        }
+            results[name].append(runs[name]())
     return results
+
+
+def ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios of values to those of the same rounds."""
+    ratios = [a / b for a, b in zip(values, reference, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"ratio": middle, "ratio_low": low, "ratio_high": high}
 
 
 def environment() -> dict[str, Any]:

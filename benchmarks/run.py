@@ -1,30 +1,39 @@
-"""Run the benchmarks and write their figures: python benchmarks/run.py [--rounds 15]."""
+"""Run the benchmarks and write their figures.
+
+    python benchmarks/run.py [--rounds 15] [--only nuts export_memory]
+
+With --only, the other figures of an existing file stay; "updated" then says where, and in how many
+rounds, those that were run were measured.
+"""
 
 import argparse
 import json
 from pathlib import Path
 
-from harness import CONTROL, environment
-from sampling import report, sampling
-from svi_step import svi_step
+import export_memory
+import nuts
+import sampling
+import svi_step
+from harness import environment
+
+# Each has a function of its name, and a report of what that returns.
+BENCHMARKS = {module.__name__: module for module in (svi_step, sampling, nuts, export_memory)}
 
 parser = argparse.ArgumentParser(description="benchmarks of probattn")
 parser.add_argument("--rounds", type=int, default=15)
+parser.add_argument("--only", nargs="+", action="extend", choices=BENCHMARKS)
 parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
 options = parser.parse_args()
 
-results = {"environment": environment(), "rounds": options.rounds, "svi_step": {}}
-results["svi_step"] = svi_step(options.rounds)
-for objective, table in results["svi_step"].items():
-    for name, figures in table.items():
-        label = "hand-written again" if name == CONTROL else name
-        print(
-            f"svi step, {objective:6s} {label:20s} {1e3 * figures['seconds'] / 20:7.2f} ms  "
-            f"x {figures['ratio']:.3f} ({figures['ratio_low']:.3f} to {figures['ratio_high']:.3f})"
-        )
-results["sampling"] = sampling(options.rounds)
-report(results["sampling"])
-options.out.mkdir(parents=True, exist_ok=True)
 path = options.out / "cpu.json"
-path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+measured = {"environment": environment(), "rounds": options.rounds}
+update = options.only and path.exists()
+results = json.loads(path.read_text(encoding="utf-8")) if update else dict(measured)
+options.out.mkdir(parents=True, exist_ok=True)
+for name in options.only or BENCHMARKS:
+    results[name] = getattr(BENCHMARKS[name], name)(options.rounds)
+    if update:
+        results.setdefault("updated", {})[name] = measured
+    BENCHMARKS[name].report(results[name])
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 print("wrote", path)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import optax
-from harness import compare
+from harness import CONTROL, compare
 
 from probattn import log_det, relaxed_barrier
 from probattn.batches import random_blocks
@@ -36,6 +36,18 @@ def svi_step(rounds: int) -> dict[str, Any]:
             rounds=rounds,
         )
     return results
+
+
+def report(results: dict[str, Any]) -> None:
+    """Print a table of what `svi_step` returns."""
+    for objective, table in results.items():
+        for name, figures in table.items():
+            label = "hand-written again" if name == CONTROL else name
+            print(
+                f"svi step, {objective:6s} {label:20s} {1e3 * figures['seconds'] / STEPS:7.2f} ms  "
+                f"x {figures['ratio']:.3f} "
+                f"({figures['ratio_low']:.3f} to {figures['ratio_high']:.3f})"
+            )
 
 
 def _trainer(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:

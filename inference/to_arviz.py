@@ -266,9 +266,9 @@ def summarise(tree: xr.DataTree) -> list[QuantitySummary]:
 def leave_one_out(tree: xr.DataTree) -> tuple[float, float, float] | None:
     """Expected log predictive density by PSIS leave-one-out, its standard error, the largest k.
 
-    None where there is no likelihood, or no tail to smooth: fewer than 25 draws, or draws that hardly
-    moved. A Pareto k above 0.7 means that the estimate cannot be trusted (Vehtari et al. 2024); of a model
-    with latent variables of every sequence, all of them often are.
+    None where there is no likelihood, or no tail to smooth: fewer than 25 draws, or draws that
+    hardly moved. A Pareto k above 0.7 means that the estimate cannot be trusted (Vehtari et al.
+    2024); of a model with latent variables of every sequence, all of them often are.
 
     Args:
         tree: with log likelihoods of one site.

@@ -14,6 +14,11 @@ FLAGS = [
     *("--model.prior-rank", "2", "--fit.steps", "8", "--fit.warmup", "2", "--fit.batch", "4"),
     *("--fit.eval-every", "4"),
 ]
+SAMPLE_FLAGS = [
+    *("--sample.chains", "1", "--sample.warmup", "8", "--sample.draws", "6"),
+    *("--sample.max-tree-depth", "3"),
+]
+LATENT_FLAGS = ["--latent.width", "2", "--latent.sequences", "2", "--latent.length", "6"]
 
 
 def cheap_figures(patch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The examples run as they stand, at a tiny size."""
 
+import re
 import runpy
 import shutil
 import sys
@@ -68,3 +69,38 @@ def test_every_theorem_runs_and_says_what_it_measured(capsys):
             assert abs(row.measured - 1) > 0.1, row
         elif row.expected != "finite":
             assert row.measured == pytest.approx(float(row.expected.split()[0]), abs=1e-4), row
+
+
+SMALL = ["--sequences", "2", "--length", "5", "--steps", "20", "--warmup", "60", "--draws", "30"]
+
+
+def test_posterior_simulated_tells_the_truth_beside_the_posterior(monkeypatch, tmp_path, capsys):
+    names = run(monkeypatch, "posterior_simulated.py", *SMALL, "--out", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "rank of truth" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"posterior.nc", "smallest_margin.png"}
+    drawn = names["tree"]["posterior"]["coupling_norm"].values
+    assert drawn.shape == (4, 30)
+    assert f"{drawn.mean():.3f}" in printed
+
+
+def test_posterior_text_names_support_tokens(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "run"
+    names = run(monkeypatch, "posterior_text.py", *SMALL, "--out", str(out))
+    printed = capsys.readouterr().out
+    assert "is the support token with probability" in printed
+    assert "coupling_trace: prior" in printed
+    assert (out / "posterior.nc").exists()
+    assert names["probability"].shape == (2, 5)
+
+
+@pytest.mark.parametrize("page", ["posterior_simulated", "posterior_text"])
+def test_pages_show_the_code_of_their_example(page):
+    script = (EXAMPLES / f"{page}.py").read_text(encoding="utf-8")
+    text = (EXAMPLES.parent / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(shown) >= 4
+    for block in shown:
+        assert block in script
+    for figure in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (EXAMPLES.parent / "docs" / figure).exists()

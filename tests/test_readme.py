@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from small import FLAGS, cheap_figures, cheap_post_hoc
+from small import FLAGS, LATENT_FLAGS, SAMPLE_FLAGS, cheap_figures, cheap_post_hoc
 
 from probattn.inference.cli import main
 
@@ -15,48 +15,66 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SECTIONS = {part.partition("\n")[0]: part for part in README.split("\n## ")}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with what the README's paths name, in which its commands have run."""
-    folder = tmp_path_factory.mktemp("readme")
-    shutil.copy(ROOT / "README.md", folder)
-    shutil.copytree(ROOT / "examples", folder / "examples")
-    return folder
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_commands_run(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
+@pytest.fixture(name="folder")
+def folder_fixture(tmp_path, monkeypatch):
+    """A folder with what the README's paths name, to run its commands in."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
     cheap_post_hoc(monkeypatch)
     cheap_figures(monkeypatch)
-    commands = [
-        shlex.split(line)[1:]
-        for block in blocks("bash")
-        for line in block.splitlines()
-        if line.startswith("probattn ")
-    ]
-    assert {command[0] for command in commands} == {
-        "fit",
-        "evaluate",
-        "margins",
-        "generate",
-        "figures",
-    }
+    return tmp_path
+
+
+def run_commands(section):
+    """Run the commands of a section at a tiny size, then its code; the names that the code sets."""
+    lines = "".join(blocks("bash", section)).splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("probattn ")]
     for command in commands:
-        assert main(command + FLAGS if command[0] == "fit" else command) == 0, command
-    assert "bits per character" in capsys.readouterr().out
-    # The code below opens the run that the commands above made.
+        small = {"fit": FLAGS, "sample": SAMPLE_FLAGS}.get(command[0], [])
+        if "latent" in command:
+            small = [*small, *LATENT_FLAGS]
+        assert main(command + small) == 0, command
     namespace = {}
-    for block in blocks("python"):
+    for block in blocks("python", section):
         exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["weakest"].shape == (3,)
-    assert namespace["sequences"].shape == (100, 16, 8)
-    assert namespace["mass"] == pytest.approx(1.98, abs=0.005)
-    assert namespace["result"].losses.shape == (20,)
-    assert namespace["smallest"].sizes == {"stage": 4}
+    return {command[0] for command in commands}, namespace
+
+
+@pytest.mark.usefixtures("folder")
+def test_use_it(capsys):
+    commands, names = run_commands(SECTIONS["Use it"])
+    assert commands == {"fit", "evaluate", "margins", "generate", "figures"}
+    assert "bits per character" in capsys.readouterr().out
+    assert names["weakest"].shape == (3,)
+    assert names["sequences"].shape == (100, 16, 8)
+    assert names["mass"] == pytest.approx(1.98, abs=0.005)
+    assert names["result"].losses.shape == (20,)
+    assert names["smallest"].sizes == {"stage": 4}
+
+
+def test_how_sure_are_we(folder, capsys):
+    commands, names = run_commands(SECTIONS["How sure are we?"])
+    assert commands == {"fit", "sample", "compare"}
+    printed = capsys.readouterr().out
+    assert "r_hat" in printed
+    assert "bits per character" in printed
+    assert (folder / "runs" / "compared" / "smallest_margin.png").exists()
+    assert names["likely"].sizes == {"sequence": 2, "position": 6}
+
+
+def test_every_command_and_all_code_belong_to_a_section_that_is_run():
+    shown = "".join(SECTIONS[name] for name in ("Use it", "How sure are we?"))
+    assert blocks("python") == blocks("python", shown)
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert [line for line in lines if line not in shown] == ["make demo", "make test"]
 
 
 def test_make_targets_exist():
