@@ -98,30 +98,31 @@ def compared_report(compared: Sequence[ComparedRun], folder: Path) -> list[Path]
         figures["reliability"] = posterior_plots.reliability_diagram(curves)
     sampled = [run for run in compared if run.inference == "nuts"]
     if sampled and sampled[0].smallest_margin_draws is not None:
-        marks = {
-            run.label: run
-            for run in compared
-            if run is not sampled[0] and run.smallest_margin is not None
-        }
-        weights = {
-            run.barrier_weight: run.smallest_margin
-            for run in marks.values()
-            if run.objective == "margin" and run.inference == "map" and run.barrier_weight
-        }
-        others = {
-            label: run.smallest_margin
-            for label, run in marks.items()
-            if run.smallest_margin not in weights.values()
-        }
-        draws = sampled[0].smallest_margin_draws
-        figures["smallest_margin"] = (
-            posterior_plots.barrier_weights(draws, weights, others)
-            if len(weights) > 1
-            else posterior_plots.smallest_margin(
-                draws, {label: run.smallest_margin for label, run in marks.items()}
-            )
-        )
+        figures["smallest_margin"] = _within_posterior(sampled[0], compared)
     return [table, *_save(folder, figures)]
+
+
+def _within_posterior(posterior: ComparedRun, compared: Sequence[ComparedRun]) -> "Figure":
+    """The posterior's smallest margin with those of all other runs, over the weight if several."""
+    from probattn.inference import posterior_plots
+
+    weights: dict[float, float] = {}
+    others: dict[str, float] = {}
+    labels: dict[str, float] = {}
+    for run in compared:
+        if run is posterior or run.smallest_margin is None:
+            continue
+        labels[run.label] = run.smallest_margin
+        of_margin = run.objective == "margin" and run.inference == "map"
+        if of_margin and run.barrier_weight and run.barrier_weight not in weights:
+            weights[run.barrier_weight] = run.smallest_margin
+        else:
+            others[run.label] = run.smallest_margin
+    draws = posterior.smallest_margin_draws
+    assert draws is not None  # the caller looked
+    if len(weights) > 1:
+        return posterior_plots.barrier_weights(draws, weights, others)
+    return posterior_plots.smallest_margin(draws, labels)
 
 
 def compared_row(run: ComparedRun) -> dict[str, Any]:
