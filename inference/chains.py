@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ class Chains:
     """
 
     def __init__(
-        self, model: Callable, arguments: tuple[tuple, dict], config: SampleConfig, start: dict
+        self, model: Callable, arguments: Sequence, config: SampleConfig, start: Mapping
     ) -> None:
         self._config = config
         args, kwargs = arguments
@@ -144,7 +144,7 @@ def _start_at(values: Mapping[str, Any], site: dict | None = None) -> Any:
     return init_to_sample(site)
 
 
-def _check_start(model: Callable, args: tuple, kwargs: dict, start: dict) -> None:
+def _check_start(model: Callable, args: tuple, kwargs: dict, start: Mapping) -> None:
     """Refuse a start that the model lacks or whose density is zero."""
     if not start:
         return
@@ -179,7 +179,7 @@ def _check_start(model: Callable, args: tuple, kwargs: dict, start: dict) -> Non
         )
 
 
-def _infeasible(model: Callable, args: tuple, kwargs: dict, start: dict) -> str:
+def _infeasible(model: Callable, args: tuple, kwargs: dict, start: Mapping) -> str:
     """How many tokens of attention processes lie outside the feasible region."""
     sites = trace(seed(substitute(model, start), jax.random.key(0))).get_trace(*args, **kwargs)
     outside, smallest = 0, math.inf

@@ -76,11 +76,11 @@ def sample(
             f"{folder.path}: holds segments already; go on with resume, or name another folder"
         )
     with jax.enable_x64(config.precision == "float64"):
-        arguments = jax.tree.map(
+        *arguments, start = jax.tree.map(
             partial(_in_precision, dtype=jnp.dtype(config.precision)),
-            (tuple(model_args), dict(model_kwargs or {})),
+            (tuple(model_args), dict(model_kwargs or {}), dict(start or {})),
         )
-        chains = Chains(model, arguments, config, dict(start or {}))
+        chains = Chains(model, arguments, config, start)
         sampler = _Sampler(chains, config, folder)
         with progress_bar(
             "sample",

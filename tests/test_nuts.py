@@ -195,7 +195,8 @@ def test_shapes_and_precision(whole):
 
 def test_float64_is_the_default_where_jax_is_not_in_it(whole):
     with jax.enable_x64(False):
-        result = sample(model, model_args=(jnp.asarray(DATA, jnp.float32),), config=FEW)
+        data = jnp.asarray(DATA, jnp.float32)
+        result = sample(model, model_args=(data,), config=FEW, start={"location": data})
         assert jnp.zeros(()).dtype == jnp.float32  # and it stays as it was
     assert result.draws["scale"].dtype == np.float64
 
