@@ -20,7 +20,8 @@ from numpyro.infer.util import log_density
 from probattn import CausalAttention, log_det
 from probattn.inference.sample_config import SampleConfig
 
-MOST_ITERATIONS = 100  # in one call
+_ITERATIONS, _VALUES = 100, 2**24  # in one call, and numbers in its buffers, at most
+_LARGEST = 16 * 2**30  # bytes of all draws
 
 # What ArviZ calls the fields of NumPyro's state.
 _STATISTICS: Mapping[str, Callable[[HMCState], Array]] = {
@@ -93,7 +94,7 @@ class Chains:
 
             shapes = jax.eval_shape(recorded, state)
             empty = jax.tree.map(
-                lambda leaf: jnp.zeros((MOST_ITERATIONS, *leaf.shape), leaf.dtype), shapes
+                lambda leaf: jnp.zeros((self.most, *leaf.shape), leaf.dtype), shapes
             )
             state, (draws, statistics) = jax.lax.fori_loop(0, count, body, (state, empty))
             return _Call(state, draws, statistics)
@@ -101,6 +102,15 @@ class Chains:
         keys = jax.random.split(jax.random.key(config.seed), config.chains)
         self.state = jax.block_until_ready(jax.jit(jax.vmap(init))(keys))
         self._check_density()
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.state.z))  # of all chains
+        self.most = max(1, min(_ITERATIONS, _VALUES // size))
+        itemsize = jnp.dtype(config.precision).itemsize
+        if (total := size * config.draws * itemsize) > _LARGEST:
+            raise ValueError(
+                f"{config.draws} draws of {config.chains} chains of {size // config.chains:,} "
+                f"numbers take {total / 2**30:.0f} GiB: expected at most {_LARGEST // 2**30}; give "
+                "a smaller model, or fewer sample.draws"
+            )
         self._each = config.chain_method == "parallel"
         of_all = advance if self._each else jax.vmap(advance, in_axes=(0, None))
         example = self._chain(0) if self._each else self.state
@@ -115,7 +125,10 @@ class Chains:
         else:
             call = self._advance(self.state, jnp.int32(count))
         self.state = call.state
-        return jax.tree.map(lambda rows: np.asarray(rows)[:, :count], (call.draws, call.statistics))
+        # Copied: a view would keep the whole buffer.
+        return jax.tree.map(
+            lambda rows: np.asarray(rows)[:, :count].copy(), (call.draws, call.statistics)
+        )
 
     def _run(self, count: int, number: int) -> _Call:
         # Each thread has settings of its own.

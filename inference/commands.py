@@ -92,11 +92,13 @@ class Sample:
         """Run the command."""
         parameters = None
         if self.start is not None:
-            if self.config is not None:
-                raise ValueError(
-                    "--config with --from: the run that --from names brings data, model and "
-                    "objective; leave one of the two out"
-                )
+            plain = Sample(self.out)
+            for name in ("config", "data", "latent", "model", "objective", "resume"):
+                if getattr(self, name) != getattr(plain, name):
+                    raise ValueError(
+                        f"--{name} with --from: the run that --from names brings data, model and "
+                        "objective, and to resume none is named; leave one of the two out"
+                    )
             fitted = load_fit(self.start)
             config, parameters = config_of_fit(fitted, self.sample), fitted.parameters
         elif self.kind == "latent":

@@ -43,7 +43,8 @@ class ComparedRun:
         predictions: of held-out text, by a language model.
         smallest_margin: over the compared sequences; the median over draws.
         margin_quantiles: of all positions >= 2, by level; of all draws together.
-        margin_stage: of which attention stage: "trained", or "post hoc" of a run that has none.
+        margin_stage: of which attention stage: "trained", "first layer" (all its heads), or
+            "post hoc" of a run whose objective acts on none.
         smallest_margin_draws: of every draw, (chain, draw).
         elpd_loo: expected log predictive density by leave-one-out, nats; where there are draws.
         elpd_loo_se: its standard error.
@@ -130,13 +131,29 @@ def _fitted(
         found |= _of_draws(result)
         found["predictions"] = _predictions(run.vocabulary, model, result, held_out, seed)
         return ComparedRun(label, "language", **found)
-    # Of a run that trains no attention prior there is the one fitted afterwards.
-    stage = list(stages(run, post_hoc_prior(run)))[int(objective.trains_attention_prior)]
     inputs, _ = training_sequences(run, count)
-    found |= _margins(stage_margins(run, stage, inputs).margin[None, None])
+    chosen = [
+        stage
+        for stage in stages(run, post_hoc_prior(run))
+        if _label(stage.label) == _trained(objective)
+    ]
+    margins = [stage_margins(run, stage, inputs).margin for stage in chosen]
+    found |= _margins(np.stack(margins, axis=1)[None, None])
+    found["margin_stage"] = _trained(objective)
     members = {name: np.asarray(value)[None] for name, value in run.parameters.items()}
     found["predictions"] = predictions(run.vocabulary, model, members, held_out, seed=seed)
-    return ComparedRun(label, "language", margin_stage=stage.label, **found)
+    return ComparedRun(label, "language", **found)
+
+
+def _trained(objective: ObjectiveConfig) -> str:
+    """Which attention stage an objective acts on; of one that acts on none, that fitted to it."""
+    if objective.name == "ce":
+        return "post hoc"
+    return "trained" if objective.attention == "separate" else "first layer"
+
+
+def _label(stage: str) -> str:
+    return "first layer" if stage.startswith("layer 1 head") else stage
 
 
 def _of_draws(result: PosteriorResult) -> dict[str, Any]:
@@ -149,7 +166,10 @@ def _of_draws(result: PosteriorResult) -> dict[str, Any]:
         "elpd_loo_se": error,
         "pareto_k": pareto_k,
     }
-    return found if margin is None else found | _margins(margin) | {"margin_stage": "trained"}
+    if margin is None:
+        return found
+    stage = "first layer" if margin.ndim == 5 else "trained"
+    return found | _margins(margin) | {"margin_stage": stage}
 
 
 def _predictions(

@@ -6,10 +6,12 @@ is cut into segments changes no digit, so an interrupted run that is resumed end
 not.
 """
 
+import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import numpy as np
 from jaxtyping import Array
 from numpyro.infer.hmc import HMCState
 
-from probattn.inference.chains import MOST_ITERATIONS, Chains
+from probattn.inference.chains import Chains
 from probattn.inference.checkpoints import named_leaves, with_leaves
 from probattn.inference.interrupts import Interrupted, deferred_interrupts
 from probattn.inference.posterior_result import PosteriorResult
@@ -81,7 +83,7 @@ def sample(
             (tuple(model_args), dict(model_kwargs or {}), dict(start or {})),
         )
         chains = Chains(model, arguments, config, start)
-        sampler = _Sampler(chains, config, folder)
+        sampler = _Sampler(chains, config, folder, _digest(config, arguments))
         with progress_bar(
             "sample",
             total=config.warmup + config.draws,
@@ -146,7 +148,13 @@ class _Kept:
                 "configuration that the segments were made with"
             )
         statistics = dict(segment.statistics)
-        seconds = statistics.pop("seconds")
+        seconds = statistics.pop("seconds", None)
+        count = segment.stop - segment.first if segment.first >= warmup else 0
+        if seconds is None or any(rows.shape[1] != count for rows in segment.draws.values()):
+            raise SegmentError(
+                f"{path}: the segment of iterations {segment.first} to {segment.stop} is damaged: "
+                f"expected {count} draws of each site; restore it from a copy"
+            )
         self.add(segment.first, segment.draws, statistics)
         return float(seconds[0, -1])
 
@@ -154,8 +162,11 @@ class _Kept:
 class _Sampler:
     """Chains, what they have drawn so far, and where that is saved."""
 
-    def __init__(self, chains: Chains, config: SampleConfig, folder: SegmentFolder | None) -> None:
+    def __init__(
+        self, chains: Chains, config: SampleConfig, folder: SegmentFolder | None, digest: np.ndarray
+    ) -> None:
         self._chains, self._config, self._folder = chains, config, folder
+        self._digest = digest
         self.kept = _Kept(config)
         self.iteration = 0
         self.seconds = 0.0
@@ -189,7 +200,7 @@ class _Sampler:
                 if interrupted() and self.iteration < total:
                     raise Interrupted(interrupted())
                 faster = round(_CALL_SECONDS * count / max(elapsed, 1e-9))
-                count = max(1, min(2 * count, faster, MOST_ITERATIONS))
+                count = max(1, min(2 * count, faster, self._chains.most))
 
     def _record(self, count: int, draws: dict, statistics: dict) -> None:
         self.kept.add(self.iteration, draws, statistics)
@@ -214,6 +225,7 @@ class _Sampler:
                 draws,
                 statistics,
                 {name: np.asarray(leaf) for name, leaf in state.items()},
+                self._digest,
             )
         )
         self._saved, self._pending = self.iteration, []
@@ -222,6 +234,11 @@ class _Sampler:
         expected = named_leaves(_plain(self._chains.state))
         for segment in folder.load():
             _check_state(folder.path, segment, expected)
+            if not np.array_equal(segment.digest, self._digest):
+                raise SegmentError(
+                    f"{folder.path}: the segments were made with another configuration or given "
+                    "other data; give the run's own, or name another folder"
+                )
             self.seconds = self.kept.add_segment(folder.path, segment)
             self._saved = self.iteration = segment.stop
             self._chains.state = _restored(self._chains.state, segment.state)
@@ -241,6 +258,18 @@ def _in_precision(leaf: Any, *, dtype: jnp.dtype) -> Any:
     if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.asarray(leaf, dtype)
     return leaf
+
+
+def _digest(config: SampleConfig, arguments: Sequence) -> np.ndarray:
+    """SHA-256 of what draws depend on beside the model: all of the configuration but how many."""
+    digest = hashlib.sha256(repr(replace(config, draws=1)).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
+        digest.update(jax.tree_util.keystr(path).encode())
+        if isinstance(leaf, jax.Array | np.ndarray):
+            digest.update(f"{leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes())
+        elif not callable(leaf):
+            digest.update(repr(leaf).encode())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def _is_key(leaf: Array) -> bool:

@@ -14,7 +14,7 @@ from probattn.inference.config import differences
 from probattn.inference.guides import guide_draws
 from probattn.inference.nuts import load_draws, sample
 from probattn.inference.posterior_result import PosteriorResult
-from probattn.inference.run_files import RunError, replacing
+from probattn.inference.run_files import RunError
 from probattn.inference.runs import (
     PosteriorRun,
     Run,
@@ -70,11 +70,10 @@ def sample_run(
     else:
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
         arguments = _tokens(config, corpus, vocabulary)
-        run = create_posterior_run(out, config, corpus, vocabulary, overwrite=overwrite)
+        run = create_posterior_run(
+            out, config, corpus, vocabulary, start=start, overwrite=overwrite
+        )
     with run.lock():
-        if start is not None and not resume:
-            with replacing(run.path / "start.npz") as stream:
-                np.savez(stream, allow_pickle=False, **start)
         result = sample(
             posterior_model(config, run.vocabulary),
             model_args=arguments,
@@ -195,7 +194,7 @@ def _tokens(
     else:
         assert config.model is not None
         count, length, shifts = config.sample.sequences, config.model.block, 2
-    usable = (len(tokens) - shifts + 1) // length * length
+    usable = (len(tokens) - 1) // length * length  # the same for both, which may be compared
     if usable < count * length:
         raise DataError(
             f"corpus {corpus.name!r}: the training text has {len(tokens)} tokens: expected at "

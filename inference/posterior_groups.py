@@ -11,7 +11,13 @@ from numpyro.handlers import seed as seeded
 from numpyro.handlers import trace
 
 from probattn import support_tokens
-from probattn.inference.posterior_result import PosteriorResult, observed_sites, site_values
+from probattn.batches import batched_rows
+from probattn.inference.posterior_result import (
+    DRAWS_AT_ONCE,
+    PosteriorResult,
+    observed_sites,
+    site_values,
+)
 
 DIMS: Mapping[str, tuple[str, ...]] = {
     "token_embedding": ("vocab", "embed"),
@@ -77,7 +83,7 @@ def posterior_groups(
     for rows, values in parts:
         deterministic = dict(values.deterministic)
         certificate = deterministic.pop("certificate", None)
-        if "margin" in deterministic:
+        if "margin" in deterministic and deterministic["margin"].ndim >= 3:
             deterministic |= support.add(deterministic["margin"], certificate)
         tables.add("posterior", rows, deterministic)
         tables.add("log_likelihood", rows, values.log_likelihood)
@@ -90,7 +96,9 @@ def posterior_groups(
     if prior:
         found["prior"] = _prior(result, prior, prior_key)
     groups = {
-        group: _dataset(sites, ("chain", "draw"), dims, labels)
+        group: _dataset(
+            sites, ("chain", "draw"), dims, labels, likelihood=group == "log_likelihood"
+        )
         for group, sites in found.items()
         if sites
     }
@@ -144,8 +152,7 @@ class _Support:
         if certificate is not None:
             certified = (certificate < 1).sum(0)
             self._certified = certified if self._certified is None else self._certified + certified
-        sequence = margin[..., 2:].min(tuple(range(2, margin.ndim)))
-        return {"sequence_margin": sequence, "smallest_margin": sequence.min(1)}
+        return _smallest(margin)
 
     def summary(self) -> dict[str, np.ndarray]:
         counts = {"support_probability": self.probability, "certified_probability": self._certified}
@@ -157,18 +164,32 @@ def _prior(result: PosteriorResult, count: int, rng_key: Array) -> dict[str, np.
         sites = trace(seeded(result.model, key)).get_trace(
             *result.model_args, **result.model_kwargs
         )
-        observed = observed_sites(sites)
         return {
             name: site["value"]
             for name, site in sites.items()
             if site["type"] == "deterministic"
             or (site["type"] == "sample" and not site["is_observed"])
-            if name not in observed and name != "certificate"
         }
 
+    tables = _Tables((1, count))
     with jax.enable_x64(result.precision == "float64"):
-        draws = jax.jit(jax.vmap(draw))(jax.random.split(rng_key, count))
-    return {name: np.asarray(value)[None] for name, value in draws.items()}
+        of_batch = jax.jit(jax.vmap(draw))
+        keys = jax.random.split(rng_key, count)
+        for rows in batched_rows(count, DRAWS_AT_ONCE):
+            first = int(rows[0])
+            stop = min(first + DRAWS_AT_ONCE, count)
+            values = {n: np.asarray(v)[: stop - first] for n, v in of_batch(keys[rows]).items()}
+            values.pop("certificate", None)
+            if "margin" in values and values["margin"].ndim >= 3:
+                values |= _smallest(values["margin"])
+            tables.add("prior", slice(first, stop), values)
+    return tables.groups["prior"]
+
+
+def _smallest(margin: np.ndarray) -> dict[str, np.ndarray]:
+    """Smallest margin at positions >= 2 of every sequence, and of all: (draws, ...)."""
+    sequence = margin[..., 2:].min(tuple(range(2, margin.ndim)))
+    return {"sequence_margin": sequence, "smallest_margin": sequence.min(1)}
 
 
 def _observed(result: PosteriorResult) -> dict[str, np.ndarray]:
@@ -183,11 +204,13 @@ def _dataset(
     leading: tuple[str, ...],
     dims: Mapping[str, Sequence[str]],
     labels: Mapping[str, Sequence],
+    *,
+    likelihood: bool = False,
 ) -> xr.Dataset:
-    variables = {
-        name: ((*leading, *_dims_of(name, value.ndim - len(leading), dims)), value)
-        for name, value in sites.items()
-    }
+    variables = {}
+    for name, value in sites.items():
+        own = _dims_of(name, value.ndim - len(leading), dims, likelihood=likelihood)
+        variables[name] = ((*leading, *own), value)
     dataset = xr.Dataset(variables)
     coords = {
         dim: list(values) for dim, values in labels.items() if dataset.sizes.get(dim) == len(values)
@@ -195,9 +218,13 @@ def _dataset(
     return dataset.assign_coords(coords)
 
 
-def _dims_of(name: str, ndim: int, given: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def _dims_of(
+    name: str, ndim: int, given: Mapping[str, Sequence[str]], *, likelihood: bool
+) -> tuple[str, ...]:
     """Names of a site's dimensions: those given, those of this package's models, or numbers."""
     if name in given:
+        if likelihood:
+            return tuple(given[name][:ndim])
         if len(given[name]) != ndim:
             raise ValueError(
                 f"dims of {name} are {tuple(given[name])}: expected {ndim} names, one per dimension"
@@ -211,6 +238,9 @@ def _dims_of(name: str, ndim: int, given: Mapping[str, Sequence[str]]) -> tuple[
     known: Any = DIMS.get(name, derived.get(name, ()))
     if name in _PER_POSITION | set(derived) and ndim == 3:
         known = ("sequence", "head", "position")
-    if len(known) >= ndim:  # a log likelihood has the leading ones of its site
+    if name.startswith("coupling") and ndim == len(known) + 1:
+        known = ("head", *known)
+    # A log likelihood has the leading dimensions of its site.
+    if len(known) == ndim or (likelihood and len(known) > ndim):
         return tuple(known[:ndim])
     return tuple(f"{name}_dim_{axis}" for axis in range(ndim))

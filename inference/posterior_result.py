@@ -13,7 +13,7 @@ from numpyro.handlers import seed, substitute, trace
 
 from probattn.inference.sample_config import SampleConfig
 
-_BATCH = 16  # draws in one call: margins take (draws, N, T, d, 2 r) numbers
+DRAWS_AT_ONCE = 16  # draws in one call: margins take (draws, N, T, d, 2 r) numbers
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def site_values(
         of_batch = jax.jit(jax.vmap(of_one))
         total = chains * draws
         keys = jax.random.split(rng_key, total)
-        for start in range(0, total, _BATCH):
-            stop = min(start + _BATCH, total)
+        for start in range(0, total, DRAWS_AT_ONCE):
+            stop = min(start + DRAWS_AT_ONCE, total)
             # The last batch is filled up, so that one shape is compiled.
-            picked = np.minimum(np.arange(start, start + _BATCH), total - 1)
+            picked = np.minimum(np.arange(start, start + DRAWS_AT_ONCE), total - 1)
             values = of_batch({name: row[picked] for name, row in rows.items()}, keys[picked])
             yield (
                 slice(start, stop),

@@ -96,9 +96,11 @@ def compared_report(compared: Sequence[ComparedRun], folder: Path) -> list[Path]
     }
     if curves:
         figures["reliability"] = posterior_plots.reliability_diagram(curves)
-    sampled = [run for run in compared if run.inference == "nuts"]
-    if sampled and sampled[0].smallest_margin_draws is not None:
-        figures["smallest_margin"] = _within_posterior(sampled[0], compared)
+    sampled = [run for run in compared if run.inference == "nuts" and run.smallest_margin]
+    if sampled:
+        # Point estimates are of language models: a posterior of one, if there is any.
+        posterior = min(sampled, key=lambda run: run.model != "language")
+        figures["smallest_margin"] = _within_posterior(posterior, compared)
     return [table, *_save(folder, figures)]
 
 
@@ -110,7 +112,7 @@ def _within_posterior(posterior: ComparedRun, compared: Sequence[ComparedRun]) -
     others: dict[str, float] = {}
     labels: dict[str, float] = {}
     for run in compared:
-        if run is posterior or run.smallest_margin is None:
+        if run is posterior or run.smallest_margin is None or run.model != posterior.model:
             continue
         labels[run.label] = run.smallest_margin
         of_margin = run.objective == "margin" and run.inference == "map"

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from probattn.corpora import Corpus
 from probattn.inference.checkpoints import CheckpointError, CheckpointFolder
 from probattn.inference.config import RunConfig, format_config, read_tables
-from probattn.inference.run_files import RunError, locked, read_json, write_text
+from probattn.inference.run_files import RunError, locked, read_json, replacing, write_text
 from probattn.inference.sample_config import SampleRunConfig
 from probattn.inference.segments import SegmentFolder
 from probattn.models.language_model import parameter_shapes
@@ -237,19 +238,20 @@ def create_posterior_run(
     corpus: Corpus,
     vocabulary: Vocabulary,
     *,
+    start: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> PosteriorRun:
-    """Make the run directory of a sampled posterior.
+    """Make the run directory of a sampled posterior, with what its chains start from.
 
     Raises:
         RunError: see `create_run`.
     """
     run = PosteriorRun(Path(path), config, _describe(corpus), vocabulary)
-    _create(run, overwrite=overwrite)
+    _create(run, overwrite=overwrite, start=start)
     return run
 
 
-def _create(run: RunDirectory, *, overwrite: bool) -> None:
+def _create(run: RunDirectory, *, overwrite: bool, start: Mapping[str, Any] | None = None) -> None:
     path = run.path
     check_target(path, overwrite=overwrite)
     path.mkdir(parents=True, exist_ok=True)
@@ -259,6 +261,9 @@ def _create(run: RunDirectory, *, overwrite: bool) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
         description = {**run.data, "vocabulary": run.vocabulary.to_dict()}
         write_text(path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
+        if start is not None:
+            with replacing(path / "start.npz") as stream:
+                np.savez(stream, allow_pickle=False, **start)
         # Last: a directory with a config.toml is a run, and must be a whole one.
         write_text(path / "config.toml", format_config(run.config))
 

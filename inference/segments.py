@@ -7,7 +7,6 @@ nothing.
 
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ class Segment:
         draws: values by sample site, (chains, draws, ...); none of the warm-up's.
         statistics: what NUTS says of each iteration, (chains, iterations).
         state: leaves of the sampler's state after the last iteration, (chains, ...).
+        digest: of the configuration and data that they were made with.
     """
 
     first: int
@@ -41,6 +41,7 @@ class Segment:
     draws: Mapping[str, np.ndarray]
     statistics: Mapping[str, np.ndarray]
     state: Mapping[str, np.ndarray]
+    digest: np.ndarray
 
 
 class SegmentFolder:
@@ -60,7 +61,7 @@ class SegmentFolder:
             f"{kind}/{name}": value
             for kind in _KINDS
             for name, value in getattr(segment, kind).items()
-        }
+        } | {"digest": segment.digest}
         with replacing(self._file(segment.first, segment.stop)) as stream:
             # Without pickle: an array of objects is refused, and nothing else would need it.
             np.savez(stream, allow_pickle=False, **arrays)
@@ -100,10 +101,13 @@ class SegmentFolder:
         try:
             # Every member has a checksum, which is verified when it is read.
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+                digest = archive["digest"]
                 for key in archive.files:
                     kind, _, name = key.partition("/")
-                    parts[kind][name] = archive[key]
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+                    if kind in _KINDS:
+                        parts[kind][name] = archive[key]
+        # NumPy and zipfile raise what they meet: BadZipFile, EOFError, zlib.error and others.
+        except Exception as error:
             raise SegmentError(
                 f"{path}: the segment is damaged ({error}); restore it from a copy, or delete it "
                 "and all later ones and go on with --resume"
@@ -114,7 +118,7 @@ class SegmentFolder:
                     f"{path}: {name} has shape {value.shape}: expected {stop - first} iterations; "
                     "restore the segment from a copy"
                 )
-        return Segment(first, stop, **parts)
+        return Segment(first, stop, **parts, digest=digest)
 
     def _file(self, first: int, stop: int) -> Path:
         return self.path / f"{first:08d}-{stop:08d}.npz"

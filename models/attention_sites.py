@@ -1,10 +1,24 @@
-"""Deterministic sites that tell the margins of an attention stage, in any NumPyro model."""
+"""Deterministic sites that tell coupling and margins of an attention stage, in any model."""
 
 import jax.numpy as jnp
 import numpyro
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from probattn import certificate, log_det, stability_margin
+
+
+def record_coupling(matrix: Float[Array, "*heads d d"]) -> Float[Array, "*heads d d"]:
+    """Record "coupling", A, and what no rotation of the embeddings changes, deterministic sites.
+
+    "coupling_trace" and "coupling_norm" (Frobenius), (...), and "coupling_eigenvalues" (..., d),
+    those of A + A^T in increasing order.
+    """
+    symmetric = matrix + jnp.swapaxes(matrix, -1, -2)
+    numpyro.deterministic("coupling_trace", jnp.trace(matrix, axis1=-2, axis2=-1))
+    numpyro.deterministic("coupling_norm", jnp.linalg.norm(matrix, axis=(-2, -1)))
+    numpyro.deterministic("coupling_eigenvalues", jnp.linalg.eigvalsh(symmetric))
+    return numpyro.deterministic("coupling", matrix)
 
 
 def record_margins(

@@ -13,6 +13,8 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
+from probattn.models.attention_sites import record_coupling
+
 Coupling = Literal["repulsive", "bounded", "free"]
 
 
@@ -28,9 +30,8 @@ def sample_coupling(
     every context (see `probattn.is_proper`), the third for none of unlimited spread.
 
     Sample sites: "direction" (d, d), B; "repulsion" (d, d), L, and "rotation" (d (d - 1) / 2,),
-    the lower triangle of K; "free_coupling" (d, d). Deterministic sites: "coupling" (d, d), A;
-    and what no rotation of the embeddings changes, "coupling_trace", "coupling_norm" (Frobenius)
-    and "coupling_eigenvalues" (d,), those of A + A^T in increasing order.
+    the lower triangle of K; "free_coupling" (d, d). Deterministic sites: those of
+    `attention_sites.record_coupling`.
 
     Args:
         kind: which prior.
@@ -43,7 +44,7 @@ def sample_coupling(
     """
     normal = dist.Normal(0.0, 1.0)
     if kind == "repulsive":
-        # A scale of 1 / d keeps the norm of A of order one at any width.
+        # The mean of L L^T is (d + 1) / d times the identity.
         repulsion = dist.WishartCholesky(width + 1.0, scale_tril=jnp.eye(width) / math.sqrt(width))
         factor = numpyro.sample("repulsion", repulsion)
         matrix = -factor @ factor.T
@@ -62,10 +63,7 @@ def sample_coupling(
         free = dist.Normal(0.0, scale).expand((width, width)).to_event(2)
         matrix = numpyro.sample("free_coupling", free)
     matrix = matrix / unit**2
-    numpyro.deterministic("coupling_trace", jnp.trace(matrix))
-    numpyro.deterministic("coupling_norm", jnp.linalg.norm(matrix))
-    numpyro.deterministic("coupling_eigenvalues", jnp.linalg.eigvalsh(matrix + matrix.T))
-    return numpyro.deterministic("coupling", matrix)
+    return record_coupling(matrix)
 
 
 def attention_weights_of(
@@ -80,7 +78,8 @@ def attention_weights_of(
 def matrix_sqrt(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     """Square root of a symmetric positive definite matrix, differentiable at equal eigenvalues.
 
-    The derivative solves S dS + dS S = dM; that of an eigendecomposition is singular there.
+    The derivative solves S dS + dS S = dM, d^2 equations, which limits d to about 32; that of an
+    eigendecomposition is singular there.
     """
     values, vectors = jnp.linalg.eigh(matrix)
     return (vectors * jnp.sqrt(values)) @ vectors.T

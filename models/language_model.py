@@ -10,9 +10,9 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
-from probattn import relaxed_barrier, residual
+from probattn import coupling, relaxed_barrier, residual
 from probattn.models import priors, transformer
-from probattn.models.attention_sites import record_margins
+from probattn.models.attention_sites import record_coupling, record_margins
 from probattn.models.objective import ObjectiveConfig
 
 
@@ -91,8 +91,8 @@ def language_model(
             the prior counts once. NumPyro's utilities then want the model seeded, since the plate
             draws indices, although none is used.
         precision: of the network's matrix products. The barrier is float32 at least.
-        margins: record the deterministic sites of `attention_sites.record_margins` for the
-            objective's attention stage, (B, T), or (B, heads, T) of the first layer.
+        margins: record the deterministic sites of `attention_sites` for the objective's attention
+            stage: margins (B, T), or (B, heads, T) of the first layer, and its couplings.
 
     Raises:
         ValueError: if inputs are not (B, T) with T <= config.block, targets differ in shape,
@@ -118,6 +118,7 @@ def language_model(
             if residual_weight:
                 numpyro.factor("attention_residual", -residual_weight * energy)
             if margins:
+                record_coupling(coupling(stage["w_query"], stage["w_key"]))
                 record_margins(**stage)
         logits = transformer.logits(parameters, x, heads=config.heads, precision=precision)
         numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=targets)

