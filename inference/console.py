@@ -34,6 +34,7 @@ _COMPARED = {
     "divergences": "divergences",
     "seconds": "seconds",
 }
+_COLUMNS = 4  # of a comparison, in a terminal of 80 characters
 _NEAR = 0.1  # margins below it are coloured
 
 
@@ -106,17 +107,18 @@ def print_posterior(screen: Console, tree: xr.DataTree) -> None:
 
 
 def print_compared(screen: Console, compared: Sequence[ComparedRun]) -> None:
-    """One table with a column per run."""
-    rows = [compared_row(run) for run in compared]
-    table = Table()
-    table.add_column("", no_wrap=True)
-    for row in rows:
-        table.add_column(Text(str(row["run"])), justify="right", overflow="fold")
-    for name, shown in _COMPARED.items():
-        values = [row[name] for row in rows]
-        if any(value is not None for value in values):
-            table.add_row(shown, *(_cell(value) for value in values))
-    screen.print(table)
+    """Tables with a column per run, four runs at a time."""
+    for first in range(0, len(compared), _COLUMNS):
+        rows = [compared_row(run) for run in compared[first : first + _COLUMNS]]
+        table = Table()
+        table.add_column("", no_wrap=True)
+        for row in rows:
+            table.add_column(Text(str(row["run"])), justify="right", overflow="fold")
+        for name, shown in _COMPARED.items():
+            values = [row[name] for row in rows]
+            if any(value is not None for value in values):
+                table.add_row(shown, *(_cell(value) for value in values))
+        screen.print(table)
     if any(run.pareto_k is not None and run.pareto_k > 0.7 for run in compared):
         screen.print("a Pareto k above 0.7: the estimate elpd_loo of that run cannot be trusted")
 
