@@ -362,7 +362,7 @@ ERRORS = {
     "no command": ([], ["fit", "evaluate", "margins", "generate", "demo"]),
     "unknown command": (
         ["fti"],
-        ["fti", "fit, sample, evaluate, margins, generate, figures, demo"],
+        ["fti", "fit, sample, evaluate, margins, compare, generate, figures, demo"],
     ),
     "no run directory": (["fit"], ["--out", "run directory"]),
     "no run": (["evaluate"], ["PATH", "run directory"]),
