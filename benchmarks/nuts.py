@@ -17,6 +17,7 @@ import blackjax
 import jax
 import numpy as np
 from blackjax.adaptation.base import get_filter_adapt_info_fn
+from calibration import QUANTITIES
 from harness import CONTROL, alternate, ratio
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import init_to_sample
@@ -28,14 +29,6 @@ from probattn.models import LatentEmbeddingsConfig, latent_embeddings, observed_
 
 SEQUENCES, LENGTH, SYMBOLS = 8, 16, 8
 METHODS = ("parallel", "vectorized")  # of `SampleConfig.chain_method`
-
-QUANTITIES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    "trace": lambda site: site["coupling_trace"],
-    "norm": lambda site: site["coupling_norm"],
-    "smallest_eigenvalue": lambda site: site["coupling_eigenvalues"][0],
-    "largest_eigenvalue": lambda site: site["coupling_eigenvalues"][-1],
-    "smallest_margin": lambda site: site["margin"][:, 2:].min(),
-}
 
 
 class _Problem(NamedTuple):

@@ -14,7 +14,7 @@ import optax
 
 from probattn.corpora import Corpus, DataError, load_corpus
 from probattn.inference.checkpoints import named_leaves, with_leaves
-from probattn.inference.config import RunConfig, differences
+from probattn.inference.config import RunConfig
 from probattn.inference.guides import OWN_PARAMS, check_guide
 from probattn.inference.interrupts import Interrupted, deferred_interrupts
 from probattn.inference.monitor import Monitor
@@ -22,8 +22,9 @@ from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.run_files import RunError
 from probattn.inference.runs import (
     Run,
+    check_options,
+    check_same_config,
     check_same_corpus,
-    check_target,
     create_run,
     load_fit,
 )
@@ -90,10 +91,7 @@ def fit(
         Interrupted: on SIGINT or SIGTERM, after the state was saved.
     """
     out = Path(out)
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other: expected at most one of them")
-    if not resume:
-        check_target(out, overwrite=overwrite)
+    check_options(out, resume=resume, overwrite=overwrite)
     corpus = load_corpus(config.data)
     if resume:
         run = _reopen(out, config, corpus)
@@ -290,14 +288,8 @@ def _conclude(run: Run, validation: np.ndarray) -> FitResult:
 
 
 def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
-    if not (out / "config.toml").exists():
-        raise RunError(f"{out}: holds no run to resume; start one without --resume")
     run = load_fit(out)
-    if changed := differences(run.config, config):
-        raise RunError(
-            f"{out}: cannot resume with a changed configuration: {'; '.join(changed)}; "
-            "give the run's own values, or start a new run"
-        )
+    check_same_config(run, config)
     check_same_corpus(run, corpus)
     return run
 

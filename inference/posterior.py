@@ -10,7 +10,6 @@ import numpy as np
 
 from probattn.batches import windows
 from probattn.corpora import Corpus, DataError, load_corpus
-from probattn.inference.config import differences
 from probattn.inference.guides import guide_draws
 from probattn.inference.nuts import load_draws, sample
 from probattn.inference.posterior_result import PosteriorResult
@@ -18,8 +17,9 @@ from probattn.inference.run_files import RunError
 from probattn.inference.runs import (
     PosteriorRun,
     Run,
+    check_options,
+    check_same_config,
     check_same_corpus,
-    check_target,
     create_posterior_run,
     load_run,
 )
@@ -58,10 +58,7 @@ def sample_run(
         Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
     """
     out = Path(out)
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other: expected at most one of them")
-    if not resume:
-        check_target(out, overwrite=overwrite)
+    check_options(out, resume=resume, overwrite=overwrite)
     corpus = load_corpus(config.data)
     if resume:
         run = _reopen(out, config, corpus)
@@ -218,15 +215,9 @@ def _read_start(run: PosteriorRun) -> dict[str, np.ndarray] | None:
 
 
 def _reopen(out: Path, config: SampleRunConfig, corpus: Corpus) -> PosteriorRun:
-    if not (out / "config.toml").exists():
-        raise RunError(f"{out}: holds no run to resume; start one without --resume")
     run = load_run(out)
     if not isinstance(run, PosteriorRun):
         raise RunError(f"{out}: is a fitted run: resume it with fit, or name another directory")
-    if changed := differences(run.config, config):
-        raise RunError(
-            f"{out}: cannot resume with a changed configuration: {'; '.join(changed)}; "
-            "give the run's own values, or start a new run"
-        )
+    check_same_config(run, config)
     check_same_corpus(run, corpus)
     return run

@@ -17,6 +17,7 @@ from probattn.inference.posterior_result import (
     PosteriorResult,
     observed_sites,
     site_values,
+    without_filling,
 )
 
 DIMS: Mapping[str, tuple[str, ...]] = {
@@ -175,14 +176,13 @@ def _prior(result: PosteriorResult, count: int, rng_key: Array) -> dict[str, np.
     with jax.enable_x64(result.precision == "float64"):
         of_batch = jax.jit(jax.vmap(draw))
         keys = jax.random.split(rng_key, count)
-        for rows in batched_rows(count, DRAWS_AT_ONCE):
-            first = int(rows[0])
-            stop = min(first + DRAWS_AT_ONCE, count)
-            values = {n: np.asarray(v)[: stop - first] for n, v in of_batch(keys[rows]).items()}
+        for picked in batched_rows(count, DRAWS_AT_ONCE):
+            batch = slice(int(picked[0]), int(picked[-1]) + 1)
+            values = without_filling(of_batch(keys[picked]), batch)
             values.pop("certificate", None)
             if "margin" in values and values["margin"].ndim >= 3:
                 values |= _smallest(values["margin"])
-            tables.add("prior", slice(first, stop), values)
+            tables.add("prior", batch, values)
     return tables.groups["prior"]
 
 

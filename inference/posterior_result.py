@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro.handlers import seed, substitute, trace
 
+from probattn.batches import batched_rows
 from probattn.inference.sample_config import SampleConfig
 
 DRAWS_AT_ONCE = 16  # draws in one call: margins take (draws, N, T, d, 2 r) numbers
@@ -115,15 +116,16 @@ def site_values(
         of_batch = jax.jit(jax.vmap(of_one))
         total = chains * draws
         keys = jax.random.split(rng_key, total)
-        for start in range(0, total, DRAWS_AT_ONCE):
-            stop = min(start + DRAWS_AT_ONCE, total)
-            # The last batch is filled up, so that one shape is compiled.
-            picked = np.minimum(np.arange(start, start + DRAWS_AT_ONCE), total - 1)
+        for picked in batched_rows(total, DRAWS_AT_ONCE):
+            batch = slice(int(picked[0]), int(picked[-1]) + 1)
             values = of_batch({name: row[picked] for name, row in rows.items()}, keys[picked])
-            yield (
-                slice(start, stop),
-                jax.tree.map(lambda leaf: np.asarray(leaf)[: stop - start], values),  # noqa: B023
-            )
+            yield batch, without_filling(values, batch)
+
+
+def without_filling(values: Any, batch: slice) -> Any:
+    """Arrays of a batch without the rows that `batched_rows` filled it up with."""
+    count = batch.stop - batch.start
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], values)
 
 
 def observed_sites(sites: Mapping[str, dict]) -> dict[str, dict]:

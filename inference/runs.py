@@ -27,7 +27,7 @@ from jaxtyping import Array
 
 from probattn.corpora import Corpus
 from probattn.inference.checkpoints import CheckpointError, CheckpointFolder
-from probattn.inference.config import RunConfig, format_config, read_tables
+from probattn.inference.config import RunConfig, differences, format_config, read_tables
 from probattn.inference.run_files import RunError, locked, read_json, replacing, write_text
 from probattn.inference.sample_config import SampleRunConfig
 from probattn.inference.segments import SegmentFolder
@@ -226,8 +226,7 @@ def create_run(
     Raises:
         RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
     """
-    path = Path(path)
-    run = Run(path, config, _describe(corpus), vocabulary)
+    run = Run(Path(path), config, _describe(corpus), vocabulary)
     _create(run, overwrite=overwrite)
     return run
 
@@ -241,11 +240,7 @@ def create_posterior_run(
     start: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> PosteriorRun:
-    """Make the run directory of a sampled posterior, with what its chains start from.
-
-    Raises:
-        RunError: see `create_run`.
-    """
+    """Make the run directory of a sampled posterior, with what its chains start from."""
     run = PosteriorRun(Path(path), config, _describe(corpus), vocabulary)
     _create(run, overwrite=overwrite, start=start)
     return run
@@ -292,6 +287,33 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise RunError(
             f"{path}: holds another run; continue it with --resume, replace it with --overwrite, "
             "or choose another directory"
+        )
+
+
+def check_options(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a directory for what is asked of it.
+
+    Raises:
+        ValueError: if both are asked for; RunError if a new run would damage what is there.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other: expected at most one of them")
+    if not resume:
+        check_target(path, overwrite=overwrite)
+    elif not (path / "config.toml").exists():
+        raise RunError(f"{path}: holds no run to resume; start one without --resume")
+
+
+def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) -> None:
+    """Refuse to resume a run with another configuration than its own.
+
+    Raises:
+        RunError: if they differ; it names the fields.
+    """
+    if changed := differences(run.config, config):
+        raise RunError(
+            f"{run.path}: cannot resume with a changed configuration: {'; '.join(changed)}; "
+            "give the run's own values, or start a new run"
         )
 
 
