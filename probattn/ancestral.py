@@ -15,7 +15,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.attention import attention_covariance, bounded, check_arguments, geometry, residual
+from probattn.attention import bounded, check_arguments, geometry, residual
+from probattn.covariance import attention_covariance
 
 _HIGHEST = lax.Precision.HIGHEST
 _MOST_TRIALS = 200
@@ -75,6 +76,20 @@ def solve_residual(
     return AncestralSolution(*jnp.vectorize(sequence, signature=signature)(e, w_query, w_key))
 
 
+class TokenSolution(NamedTuple):
+    """What `solve_token` finds.
+
+    Attributes:
+        x: the token (d,), of no meaning unless converged.
+        converged: whether it solves its equation to rounding.
+        trials: steps that were tried.
+    """
+
+    x: Float[Array, " d"]
+    converged: Bool[Array, ""]
+    trials: Int[Array, ""]
+
+
 class _Iterate(NamedTuple):
     """State of Newton's method for one token.
 
@@ -104,6 +119,41 @@ class _Iterate(NamedTuple):
         return ~solved & (self.trials < _MOST_TRIALS) & jnp.isfinite(self.error)
 
 
+def solve_token(
+    e: Float[Array, " d"],
+    values: Float[Array, "T d"],
+    keys: Float[Array, "T r"],
+    past: Bool[Array, " T"],
+    w_query: Float[Array, "d r"],
+) -> TokenSolution:
+    """Solve x - mu(x) = e for one token given its past, without a derivative.
+
+    For callers that draw token after token; it is what `solve_residual` does at each position.
+
+    Args:
+        e: residual of the token (d,).
+        values: what the token sees of others, phi(x_s), (T, d).
+        keys: their keys, phi(x_s) W_K, (T, r).
+        past: which of them are its past, (T,); the others must be finite.
+        w_query: W_Q, (d, r).
+    """
+
+    def iterate(x: Array) -> _Iterate:
+        return _iterate(x, e, values, keys, past, w_query)
+
+    def trial(state: _Iterate) -> _Iterate:
+        new = iterate(state.x + state.fraction * state.step)
+        better = new.error <= (1 - _DECREASE * state.fraction) * state.error
+        kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, state)
+        fraction = jnp.where(better, 1.0, state.fraction / 2).astype(e.dtype)
+        return kept._replace(fraction=fraction, trials=state.trials + 1)
+
+    _, mean, _ = _attend(e, values, keys, past, w_query)
+    last = lax.while_loop(lambda state: state.unfinished, trial, iterate(e + mean))
+    converged = (last.error <= last.goal) & jnp.isfinite(last.goal)
+    return TokenSolution(last.x, converged, last.trials)
+
+
 def _solve_sequence(
     e: Float[Array, "T d"],
     w_query: Float[Array, "d r"],
@@ -116,27 +166,16 @@ def _solve_sequence(
         values, keys, failed = carry
         past = jnp.arange(length) < t
 
-        def iterate(x: Array) -> _Iterate:
-            return _iterate(x, e[t], values, keys, past, w_query)
-
-        def trial(state: _Iterate) -> _Iterate:
-            new = iterate(state.x + state.fraction * state.step)
-            better = new.error <= (1 - _DECREASE * state.fraction) * state.error
-            kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, state)
-            fraction = jnp.where(better, 1.0, state.fraction / 2).astype(e.dtype)
-            return kept._replace(fraction=fraction, trials=state.trials + 1)
-
-        _, mean, _ = _attend(e[t], values, keys, past, w_query)
-        last = lax.while_loop(lambda state: state.unfinished, trial, iterate(e[t] + mean))
-        converged = (last.error <= last.goal) & jnp.isfinite(last.goal) & ~failed
-        x = jnp.where(converged, last.x, jnp.nan)
+        token = solve_token(e[t], values, keys, past, w_query)
+        converged = token.converged & ~failed
+        x = jnp.where(converged, token.x, jnp.nan)
         value = bounded(x, bound)
         carry = (
             values.at[t].set(value),
             keys.at[t].set(jnp.matmul(value, w_key, precision=_HIGHEST)),
             ~converged,
         )
-        return carry, (x, converged, last.trials)
+        return carry, (x, converged, token.trials)
 
     start = jnp.zeros_like(e), jnp.zeros((length, rank), e.dtype), jnp.bool_(False)
     _, (x, converged, trials) = lax.scan(position, start, jnp.arange(length))

@@ -23,7 +23,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
-_ROWS = 64  # positions whose weighted covariances are formed at once: bounds the memory
 
 
 class Geometry(NamedTuple):
@@ -179,38 +178,6 @@ def geometry(
     return Geometry(values, queries, keys, _causal_softmax(own, keys))
 
 
-def attention_covariance(
-    weights: Float[Array, "*weights T T"],
-    left: Float[Array, "*left T m"],
-    right: Float[Array, "*right T n"],
-) -> Float[Array, "*batch T m n"]:
-    """Covariance of `left` and `right` under each row of the attention weights.
-
-    Both factors are centred at the row's own mean before they are multiplied: a difference of
-    second moments loses all its digits where attention is sharp (at scale 10 the float32 log
-    determinant was wrong by 100 times its rounding error).
-
-    Args:
-        weights: (..., T, T), strictly causal.
-        left: (..., T, m).
-        right: (..., T, n).
-
-    Returns:
-        (..., T, m, n); zero at positions 0 and 1.
-    """
-    length = weights.shape[-1]
-    if length <= _ROWS:
-        return _covariance_rows(weights, left, right)
-    # A past of s < stop is all that rows start..stop attend to: half of the products fall away.
-    rows = jax.checkpoint(_covariance_rows)
-    blocks = []
-    for start in range(0, length, _ROWS):
-        stop = min(start + _ROWS, length)
-        past = weights[..., start:stop, :stop]
-        blocks.append(rows(past, left[..., :stop, :], right[..., :stop, :]))
-    return jnp.concatenate(blocks, axis=-3)
-
-
 def check_arguments(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, bound: ArrayLike | None
 ) -> tuple[Float[Array, "*batch T d"], Float[Array, "*weights d r"], Float[Array, "*weights d r"]]:
@@ -310,20 +277,3 @@ def _causal_softmax(
     masked = jnp.where(no_past[:, None] & no_past, 0.0, -jnp.inf).astype(logits.dtype)
     weights = jax.nn.softmax(jnp.where(causal, logits / math.sqrt(rank), masked), axis=-1)
     return jnp.where(causal, weights, jnp.zeros((), logits.dtype))
-
-
-def _covariance_rows(
-    weights: Float[Array, "*weights rows past"],
-    left: Float[Array, "*left past m"],
-    right: Float[Array, "*right past n"],
-) -> Float[Array, "*batch rows m n"]:
-    def centred(factor: Array) -> Array:
-        mean = jnp.matmul(weights, factor, precision=_HIGHEST)
-        return factor[..., None, :, :] - mean[..., :, None, :]
-
-    return jnp.einsum(
-        "...tsm,...tsn->...tmn",
-        weights[..., None] * centred(left),
-        centred(right),
-        precision=_HIGHEST,
-    )

@@ -15,7 +15,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from probattn.attention import attention_covariance, check_arguments, geometry
+from probattn.attention import check_arguments, geometry
+from probattn.covariance import attention_covariance, reduced_covariance
+from probattn.elimination import determinant, eliminate, trace_product
 
 # The quadratic branch of the relaxed barrier ends this many delta below zero (see _relaxed).
 _QUADRATIC_DEPTH = 10.0
@@ -42,7 +44,7 @@ def reduced_blocks(
     x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
     _, queries, keys, weights = geometry(x, w_query, w_key, bound)
     rank = w_query.shape[-1]
-    covariance = attention_covariance(weights, queries, keys)
+    covariance = reduced_covariance(weights, queries, keys)
     return jnp.eye(rank, dtype=covariance.dtype) - covariance / math.sqrt(rank)
 
 
@@ -141,17 +143,16 @@ def slogdet(
     blocks: Float[Array, "*batch r r"],
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """Sign and log|det| of square blocks, with the derivative R^-T of one factorisation."""
-    factors, pivots, _ = lax.linalg.lu(blocks)
-    return _sign_and_log_abs(factors, pivots)
+    return determinant(blocks)
 
 
 @slogdet.defjvp
 def _slogdet_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple:
     (blocks,), (tangent,) = primals, tangents
-    factors, pivots, permutation = lax.linalg.lu(blocks)
-    sign, log_abs = _sign_and_log_abs(factors, pivots)
-    inverse = _inverse(_without_zero_pivots(factors), permutation)
-    return (sign, log_abs), (jnp.zeros_like(sign), _trace_product(inverse, tangent))
+    found = eliminate(blocks)
+    log_abs = jnp.where(found.sign == 0, -jnp.inf, found.log_abs)
+    change = trace_product(found.inverse, tangent)
+    return (found.sign, log_abs), (jnp.zeros_like(change), change)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -165,14 +166,15 @@ def _barrier(blocks: Float[Array, "*batch r r"], delta: float) -> Float[Array, "
 @_barrier.defjvp
 def _barrier_jvp(delta: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple:
     (blocks,), (tangent,) = primals, tangents
-    factors, pivots, permutation = lax.linalg.lu(blocks)
-    value = _relaxed(*_sign_and_log_abs(factors, pivots), delta)
-    factors = _without_zero_pivots(factors)
-    sign, log_abs = _sign_and_log_abs(factors, pivots)
+    found = eliminate(blocks)
+    exact = jnp.where(found.sign == 0, -jnp.inf, found.log_abs)
+    value = _relaxed(found.sign, exact, delta)
     _, slope = jax.jvp(
-        lambda log_abs: _relaxed(sign, log_abs, delta), (log_abs,), (jnp.ones_like(log_abs),)
+        lambda log_abs: _relaxed(found.nearby_sign, log_abs, delta),
+        (found.log_abs,),
+        (jnp.ones_like(found.log_abs),),
     )
-    change = _trace_product(_inverse(factors, permutation), tangent)
+    change = trace_product(found.inverse, tangent)
     # Where several pivots vanish so does the adjugate, and the inverse may overflow.
     return value, jnp.where(slope == 0, jnp.zeros_like(slope), slope * change)
 
@@ -199,38 +201,3 @@ def _relaxed(
     far = end + end * (2 * jnp.where(far_below, log_ratio, jnp.zeros_like(u)) - math.log(end))
     below = jnp.where(far_below, far, capped) - math.log(delta)
     return jnp.where(exact, -jnp.where(exact, log_abs, jnp.zeros_like(log_abs)), below)
-
-
-def _sign_and_log_abs(
-    factors: Float[Array, "*batch r r"], pivots: Array
-) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    diagonal = jnp.diagonal(factors, axis1=-2, axis2=-1)
-    swaps = jnp.sum(pivots != jnp.arange(pivots.shape[-1], dtype=pivots.dtype), axis=-1)
-    parity = jnp.where(swaps % 2 == 0, 1.0, -1.0).astype(diagonal.dtype)
-    sign = parity * jnp.prod(jnp.sign(diagonal), axis=-1)
-    return sign, jnp.sum(jnp.log(jnp.abs(diagonal)), axis=-1)
-
-
-def _without_zero_pivots(factors: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:
-    """LU factors with pivots of exactly zero moved by one rounding error of the block."""
-    limits = jnp.finfo(factors.dtype)
-    diagonal = jnp.diagonal(factors, axis1=-2, axis2=-1)
-    size = jnp.max(jnp.abs(factors), axis=(-2, -1), keepdims=True)[..., 0]
-    rounding = limits.eps * jnp.where(size > 0, size, jnp.ones_like(size))
-    zero = jnp.abs(diagonal) < limits.tiny / limits.eps
-    shift = jnp.where(zero, rounding - diagonal, jnp.zeros_like(diagonal))
-    return factors + shift[..., None] * jnp.eye(factors.shape[-1], dtype=factors.dtype)
-
-
-def _inverse(factors: Float[Array, "*batch r r"], permutation: Array) -> Float[Array, "*batch r r"]:
-    rows = jnp.eye(factors.shape[-1], dtype=factors.dtype)[permutation]
-    forward = lax.linalg.triangular_solve(
-        factors, rows, left_side=True, lower=True, unit_diagonal=True
-    )
-    return lax.linalg.triangular_solve(factors, forward, left_side=True, lower=False)
-
-
-def _trace_product(
-    inverse: Float[Array, "*batch r r"], tangent: Float[Array, "*batch r r"]
-) -> Float[Array, "*batch"]:
-    return jnp.sum(jnp.swapaxes(inverse, -1, -2) * tangent, axis=(-2, -1))

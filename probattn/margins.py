@@ -13,7 +13,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.attention import attention_covariance, bounded, check_arguments, geometry
+from probattn.attention import bounded, check_arguments, geometry
+from probattn.covariance import attention_covariance
 from probattn.log_det import log_det, reduced_blocks, slogdet
 
 MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]

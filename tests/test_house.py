@@ -19,9 +19,19 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"probattn": "probattn", "probattn.models": "models", "probattn.inference": "inference"}
 UP = {"probattn": ("models", "inference"), "probattn.models": ("inference",)}
 MATHEMATICS = {
-    f"probattn.{name}" for name in ("attention", "log_det", "margins", "proper", "ancestral")
+    f"probattn.{name}"
+    for name in (
+        "attention",
+        "unanimous",
+        "covariance",
+        "elimination",
+        "log_det",
+        "margins",
+        "proper",
+        "ancestral",
+    )
 }
-MATHEMATICS_MAY_IMPORT = {"functools", "jax", "jaxtyping", "math", "typing"}
+MATHEMATICS_MAY_IMPORT = {"collections", "functools", "jax", "jaxtyping", "math", "typing"}
 AT_HOME_IN = {  # package (its sub-distributions included): the only modules that may import it
     "arviz": ("probattn.inference.to_arviz",),
     "matplotlib": tuple(

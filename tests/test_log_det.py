@@ -112,8 +112,11 @@ def test_float32_log_det_matches_float64_oracle(case):
     assert log_abs.dtype == np.float32
     blocks = true_blocks(case, np.float32)
     true_sign, true_log_abs = np.linalg.slogdet(blocks)
-    np.testing.assert_array_equal(sign, true_sign)
-    bound = single_precision_bound(true_sigma_min(case, np.float32))
+    sigma_min = true_sigma_min(case, np.float32)
+    # Below, rounding one entry of the block to float32 may turn the sign.
+    determined = sigma_min > 8 * np.finfo(np.float32).eps
+    np.testing.assert_array_equal(np.asarray(sign)[determined], true_sign[determined])
+    bound = single_precision_bound(sigma_min)
     assert np.all(
         np.abs(np.asarray(log_abs) - true_log_abs) <= bound * np.maximum(1, np.abs(true_log_abs))
     )

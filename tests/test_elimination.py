@@ -1,0 +1,102 @@
+"""Determinants and inverses of many small matrices, against NumPy in double precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from probattn.elimination import determinant, eliminate
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+both_dtypes = pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
+ranks = pytest.mark.parametrize("rank", [1, 2, 3, 8, 9, 21, 64])
+
+
+def matrices(kind, rank, count=50, seed=0):
+    noise = np.random.default_rng(seed).standard_normal((count, rank, rank)) / np.sqrt(rank)
+    if kind == "near the identity":  # as reduced blocks are, far from the boundary
+        return np.eye(rank) - 0.3 * noise
+    return noise  # which needs pivoting
+
+
+def unit(blocks, dtype):
+    """What rounding one entry of a matrix moves its log determinant by, (count,)."""
+    sizes = np.linalg.svd(blocks, compute_uv=False)
+    return np.finfo(dtype).eps * sizes[:, 0] / sizes[:, -1]
+
+
+@ranks
+@both_dtypes
+@pytest.mark.parametrize("kind", ["near the identity", "any"])
+def test_matches_numpy(kind, rank, dtype):
+    blocks = matrices(kind, rank).astype(dtype)
+    exact = blocks.astype(np.float64)
+    sign, log_abs = np.linalg.slogdet(exact)
+    inverse = np.linalg.inv(exact)
+    found = jax.jit(eliminate)(blocks)
+    bound = 4 * np.sqrt(rank) * unit(exact, dtype)
+    for got_sign, got_log_abs in (jax.jit(determinant)(blocks), (found.sign, found.log_abs)):
+        assert got_log_abs.dtype == dtype
+        np.testing.assert_array_equal(got_sign, sign)
+        assert np.all(np.abs(np.asarray(got_log_abs) - log_abs) <= bound)
+    error = np.abs(np.asarray(found.inverse) - inverse).max((1, 2)) / np.abs(inverse).max((1, 2))
+    assert np.all(error <= bound)
+
+
+@both_dtypes
+@pytest.mark.parametrize("rank", [2, 5, 16])
+def test_one_matrix_that_needs_pivoting_is_enough(rank, dtype):
+    """A leading entry of zero, or as small as a rounding error, among matrices that need none."""
+    blocks = matrices("near the identity", rank, count=20).astype(dtype)
+    for leading in (0.0, np.finfo(dtype).eps / 8):
+        blocks[7] = np.roll(np.eye(rank), 1, axis=0)  # a cyclic permutation
+        blocks[7, 0, 0] = leading
+        sign, log_abs = np.linalg.slogdet(blocks.astype(np.float64))
+        found = eliminate(jnp.asarray(blocks))
+        np.testing.assert_array_equal(found.sign, sign)
+        np.testing.assert_allclose(found.log_abs, log_abs, atol=8 * np.finfo(dtype).eps)
+        product = blocks[7] @ np.asarray(found.inverse[7])
+        np.testing.assert_allclose(product, np.eye(rank), atol=8 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_singular_matrix_leaves_the_others_alone(rank):
+    blocks = matrices("near the identity", rank, count=5)
+    blocks[2, :, 0] = 0
+    sign, log_abs = determinant(jnp.asarray(blocks))
+    assert sign[2] == 0
+    assert log_abs[2] == -np.inf
+    found = eliminate(jnp.asarray(blocks))
+    assert found.sign[2] == 0
+    assert abs(found.nearby_sign[2]) == 1
+    assert np.isfinite(found.log_abs[2])
+    assert np.all(np.isfinite(found.inverse[2]))
+    others = np.arange(5) != 2
+    np.testing.assert_allclose(log_abs[others], np.linalg.slogdet(blocks[others])[1], atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_nan_stays_where_it_is(rank):
+    blocks = matrices("near the identity", rank, count=5)
+    blocks[2, 0, 0] = np.nan
+    found = eliminate(jnp.asarray(blocks))
+    assert np.isnan(found.log_abs[2])
+    others = np.arange(5) != 2
+    true = np.linalg.slogdet(blocks[others])[1]
+    np.testing.assert_allclose(found.log_abs[others], true, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["near the identity", "any"])
+def test_mapped_is_a_larger_batch_with_one_condition(kind):
+    blocks = jnp.asarray(matrices(kind, 9, count=12).reshape(3, 4, 9, 9))
+    mapped = jax.vmap(eliminate, in_axes=1)(blocks)
+    for one, other in zip(mapped, eliminate(blocks), strict=True):
+        np.testing.assert_allclose(jnp.swapaxes(one, 0, 1), other, atol=1e-10)
+    # A mapped condition that depends on the element would be computed on both sides.
+    assert " cond[" in str(jax.make_jaxpr(jax.vmap(determinant))(blocks))
+
+
+def test_no_matrices():
+    found = eliminate(jnp.zeros((0, 3, 3)))
+    assert found.inverse.shape == (0, 3, 3)
+    assert determinant(jnp.zeros((2, 0, 9, 9)))[1].shape == (2, 0)
