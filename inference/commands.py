@@ -182,7 +182,7 @@ class Compare:
     out: Path
     """directory for comparison.csv and the figures"""
     seed: int = 0
-    """of the noise and of the draws of guides"""
+    """of the noise, of particles and of the draws of guides"""
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""

@@ -15,14 +15,13 @@ from probattn.corpora import load_corpus
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.posterior import guide_posterior, load_posterior, training_sequences
 from probattn.inference.posterior_result import PosteriorResult
-from probattn.inference.predictive import Predictions, predictions
+from probattn.inference.predictive import Predictions, latent_predictions, predictions
 from probattn.inference.progress import progress_bar
 from probattn.inference.run_files import RunError
 from probattn.inference.runs import PosteriorRun, Run, check_same_corpus
 from probattn.inference.stages import stage_margins, stages
 from probattn.inference.to_arviz import leave_one_out, to_datatree, values_of
-from probattn.models import LanguageModelConfig, ObjectiveConfig
-from probattn.vocabulary import Vocabulary
+from probattn.models import ObjectiveConfig
 
 QUANTILES = (0.01, 0.1, 0.5)
 
@@ -40,7 +39,7 @@ class ComparedRun:
         objective: of a language model, such as "margin".
         barrier_weight: lambda_m.
         inference: "map", the name of a guide, or "nuts".
-        predictions: of held-out text, by a language model.
+        predictions: of held-out text.
         smallest_margin: over the compared sequences; the median over draws.
         margin_quantiles: of all positions >= 2, by level; of all draws together.
         margin_stage: of which attention stage: "trained", "first layer" (all its heads), or
@@ -75,18 +74,22 @@ def compare(
 ) -> list[ComparedRun]:
     """Compare runs on the same text: predictions, calibration, robustness, margins, time.
 
-    Predictions are of at most 8192 held-out tokens. Margins are taken over sequences of the
-    training text, those that the sampled posteriors among the runs are given, so that a MAP can
-    be marked in them; if there is none, 64 sequences.
+    Predictions are of at most 8192 held-out tokens, in windows of what a run sees at once; see
+    `predictive` for the one token by which language models and latent models differ in it.
+    Margins are taken over sequences of the training text. Those of fits are over the sequences
+    that the sampled posteriors of language models among the runs are given, so that a MAP can be
+    marked in them; if there is none, over 64. Latent models share no margins with language models,
+    and their sequences may be others.
 
     Args:
         runs: by label, at least one, from `load_run`.
-        seed: of the noise, and of the draws of guides.
+        seed: of the noise, of particles and of the draws of guides.
         progress: show a progress bar.
 
     Raises:
         ValueError: if there is no run, their data differ (RunError names what), or a text is not
             there any more.
+        FilterError: if a filter of a latent model has no particle left, see `filtering`.
     """
     if not runs:
         raise ValueError("runs: got none, expected at least one")
@@ -96,8 +99,8 @@ def compare(
         check_same_corpus(run, corpus)
     compared = []
     with progress_bar("compare", total=len(runs), unit="run", visible=progress) as bar:
-        sampled = [run for run in runs.values() if isinstance(run, PosteriorRun)]
-        sequences = _sizes(sampled[0])[0] if sampled else None
+        sampled = [size for run in runs.values() if (size := _sizes(run, "language"))]
+        sequences = sampled[0][0] if sampled else _SEQUENCES
         for label, run in runs.items():
             bar.show(run=label)
             held_out = run.vocabulary.encode(corpus.validation)
@@ -114,24 +117,27 @@ def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> 
     found = _of_draws(result) | {"divergences": result.divergences, "seconds": result.seconds}
     model, objective = run.config.model, run.config.objective
     if model is None or objective is None:
+        assert run.config.latent is not None  # SampleRunConfig has one or the other
+        found["predictions"] = latent_predictions(
+            run.vocabulary, run.config.latent, _members(result), held_out, seed=seed
+        )
         return ComparedRun(label, "latent", **found)
     found |= _objective(objective)
-    found["predictions"] = _predictions(run.vocabulary, model, result, held_out, seed)
+    found["predictions"] = predictions(run.vocabulary, model, _members(result), held_out, seed=seed)
     return ComparedRun(label, "language", **found)
 
 
-def _fitted(
-    label: str, run: Run, held_out: np.ndarray, sequences: int | None, seed: int
-) -> ComparedRun:
+def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: int) -> ComparedRun:
     model, objective = run.config.model, run.config.objective
     found = {"seconds": _fit_seconds(run), **_objective(objective)}
-    count = _SEQUENCES if sequences is None else sequences
     if run.config.fit.guide != "map":
-        result = guide_posterior(run, draws=_DRAWS, seed=seed, sequences=count)
+        result = guide_posterior(run, draws=_DRAWS, seed=seed, sequences=sequences)
         found |= _of_draws(result)
-        found["predictions"] = _predictions(run.vocabulary, model, result, held_out, seed)
+        found["predictions"] = predictions(
+            run.vocabulary, model, _members(result), held_out, seed=seed
+        )
         return ComparedRun(label, "language", **found)
-    inputs, _ = training_sequences(run, count)
+    inputs, _ = training_sequences(run, sequences)
     chosen = [
         stage
         for stage in stages(run, post_hoc_prior(run))
@@ -172,15 +178,9 @@ def _of_draws(result: PosteriorResult) -> dict[str, Any]:
     return found | _margins(margin) | {"margin_stage": stage}
 
 
-def _predictions(
-    vocabulary: Vocabulary,
-    model: LanguageModelConfig,
-    result: PosteriorResult,
-    held_out: np.ndarray,
-    seed: int,
-) -> Predictions:
-    members = {name: value.reshape(-1, *value.shape[2:]) for name, value in result.draws.items()}
-    return predictions(vocabulary, model, members, held_out, seed=seed)
+def _members(result: PosteriorResult) -> dict[str, np.ndarray]:
+    """The draws of all chains, one after the other."""
+    return {name: value.reshape(-1, *value.shape[2:]) for name, value in result.draws.items()}
 
 
 def _objective(objective: ObjectiveConfig) -> dict[str, Any]:
@@ -200,7 +200,10 @@ def _margins(margin: Float[np.ndarray, "chain draw *stage T"]) -> dict[str, Any]
 
 
 def _check_same_data(runs: Mapping[str, Run | PosteriorRun]) -> None:
-    """Refuse runs of different texts, symbols or, where sequences are compared, of other ones."""
+    """Refuse runs of different texts or symbols, or with margins over different sequences.
+
+    Margins are compared among language models, and among latent models.
+    """
     (first, reference), *others = runs.items()
     for label, run in others:
         for what, one, other in (
@@ -211,29 +214,34 @@ def _check_same_data(runs: Mapping[str, Run | PosteriorRun]) -> None:
                 raise RunError(
                     f"{first} and {label} differ in the {what}: expected runs on the same data"
                 )
-    sizes = {label: _sizes(run) for label, run in runs.items() if isinstance(run, PosteriorRun)}
-    if not sizes:
-        return
-    first, size = next(iter(sizes.items()))
-    for label, other in sizes.items():
-        if other != size:
-            raise RunError(
-                f"{first} has {size[0]} sequences of {size[1]} tokens and {label} {other[0]} of "
-                f"{other[1]}: expected posteriors given the same sequences"
-            )
-    for label, run in runs.items():
-        if isinstance(run, Run) and run.config.model.block != size[1]:
-            raise RunError(
-                f"{label} sees {run.config.model.block} tokens (model.block), and the sequences "
-                f"of {first} have {size[1]}: expected the same"
-            )
+    for kind in ("language", "latent"):
+        sizes = {label: size for label, run in runs.items() if (size := _sizes(run, kind))}
+        if not sizes:
+            continue
+        first, size = next(iter(sizes.items()))
+        for label, other in sizes.items():
+            if other != size:
+                raise RunError(
+                    f"{first} has {size[0]} sequences of {size[1]} tokens and {label} {other[0]} "
+                    f"of {other[1]}: expected posteriors given the same sequences"
+                )
+        for label, run in runs.items():
+            if kind == "language" and isinstance(run, Run) and run.config.model.block != size[1]:
+                raise RunError(
+                    f"{label} sees {run.config.model.block} tokens (model.block), and the "
+                    f"sequences of {first} have {size[1]}: expected the same"
+                )
 
 
-def _sizes(run: PosteriorRun) -> tuple[int, int]:
-    if run.config.latent is not None:
-        return run.config.latent.sequences, run.config.latent.length
-    assert run.config.model is not None  # one or the other
-    return run.config.sample.sequences, run.config.model.block
+def _sizes(run: Run | PosteriorRun, kind: str) -> tuple[int, int] | None:
+    """Number and length of the sequences of a sampled posterior of this kind, None of others."""
+    if not isinstance(run, PosteriorRun):
+        return None
+    model, latent = run.config.model, run.config.latent
+    if latent is not None:
+        return (latent.sequences, latent.length) if kind == "latent" else None
+    assert model is not None  # one or the other
+    return (run.config.sample.sequences, model.block) if kind == "language" else None
 
 
 def _fit_seconds(run: Run) -> float:

@@ -26,6 +26,7 @@ _COMPARED = {
     "calibration_error": "calibration error",
     "degradation_absolute_0.5": "x clean, noise 0.5",
     "degradation_relative_1": "x clean, noise 1 RMS",
+    "unconverged_particles": "particles left out",
     "margin_stage": "margins of",
     "smallest_margin": "smallest margin",
     "margin_quantile_0.01": "1 % quantile",

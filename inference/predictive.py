@@ -1,21 +1,25 @@
 """Predictions of an ensemble of parameters: their density, calibration and robustness to noise.
 
 The probability of a token is its mean over the ensemble, which for draws of a posterior is its
-posterior predictive probability.
+posterior predictive probability. Models of both kinds are scored on the same text: windows of what
+they see at once, with no memory from one to the next.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from numpyro.handlers import substitute
 
-from probattn.batches import batched_rows, windows
-from probattn.models import LanguageModelConfig
+from probattn.batches import Windows, batched_rows, windows
+from probattn.inference.filtering import PARTICLES, filter_tokens
+from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig
+from probattn.models.coupling import sample_coupling
 from probattn.models.transformer import Parameters, embed, logits
 from probattn.vocabulary import Vocabulary
 
@@ -51,7 +55,7 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Predictions:
-    """How an ensemble predicts a text.
+    """How an ensemble predicts a text; what does not apply to its model is None.
 
     Attributes:
         members: parameter sets in the ensemble.
@@ -59,16 +63,19 @@ class Predictions:
         bpc: the same as bits per character.
         reliability: calibration of the most probable token.
         noise_absolute: bits per character at noise of standard deviation 0.5 on what enters the
-            stack, over those without.
+            stack, over those without; of a language model.
         noise_relative: the same at noise of one root mean square of what enters the stack.
+        unconverged: fraction of a latent model's particles that were left out because their
+            equation was not solved, see `filtering.filter_tokens`.
     """
 
     members: int
     log_predictive_density: float
     bpc: float
     reliability: Reliability
-    noise_absolute: float
-    noise_relative: float
+    noise_absolute: float | None = None
+    noise_relative: float | None = None
+    unconverged: float | None = None
 
 
 def predictions(
@@ -79,7 +86,9 @@ def predictions(
     *,
     seed: int,
 ) -> Predictions:
-    """Score an ensemble on a text, of which at most 8192 tokens are taken.
+    """Score an ensemble of networks on a text, of which at most 8192 tokens are taken.
+
+    In windows of model.block tokens; the first is predicted from the token before the window.
 
     Args:
         vocabulary: symbols of the tokens.
@@ -88,41 +97,107 @@ def predictions(
         held_out: tokens of the text, at least 2.
         seed: of the noise.
     """
-    plan = windows(len(held_out) - 1, block=model.block).spread(_TOKENS)
+    plan = _plan(held_out, model.block)
     inputs, targets = plan.take(held_out), plan.take(held_out[1:])
-    characters = int(vocabulary.token_characters[targets][plan.reported].sum())
     chosen = list(members_of(members))
     deviations = [
         math.sqrt(float(jnp.mean(embed(one, jnp.asarray(inputs)) ** 2))) for one in chosen
     ]
-    held = plan.reported
 
-    def predicted(sigmas: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-        """Probability of each target, and of every symbol."""
+    def predicted(sigmas: Sequence[float]) -> np.ndarray:
         of_all = np.zeros((*inputs.shape, vocabulary.size))
         for number, (one, sigma) in enumerate(zip(chosen, sigmas, strict=True)):
             key = jax.random.fold_in(jax.random.key(seed), number)
             of_all += np.exp(_log_probabilities(one, inputs, sigma, key, heads=model.heads))
-        of_all = of_all[held] / len(chosen)
-        return np.take_along_axis(of_all, targets[held][:, None], 1)[:, 0], of_all
+        return of_all[plan.reported] / len(chosen)
 
-    of_target, of_all = predicted([0.0] * len(chosen))
-    clean = -float(np.log(of_target).mean())
-    noisy = [
-        -float(np.log(predicted(sigmas)[0]).mean())
+    shown = targets[plan.reported]
+    scored = _scored(vocabulary, predicted([0.0] * len(chosen)), shown, len(chosen))
+    absolute, relative = (
+        _log_density(predicted(sigmas), shown) / scored.log_predictive_density
         for sigmas in (
             [NOISE_ABSOLUTE] * len(chosen),
             [NOISE_RELATIVE * deviation for deviation in deviations],
         )
-    ]
-    return Predictions(
-        members=len(chosen),
-        log_predictive_density=-clean,
-        bpc=clean * of_target.size / math.log(2) / characters,
-        reliability=reliability(of_all, targets[held]),
-        noise_absolute=noisy[0] / clean,
-        noise_relative=noisy[1] / clean,
     )
+    return replace(scored, noise_absolute=absolute, noise_relative=relative)
+
+
+def latent_predictions(
+    vocabulary: Vocabulary,
+    config: LatentEmbeddingsConfig,
+    members: Mapping[str, np.ndarray],
+    held_out: Int[np.ndarray, " N"],
+    *,
+    seed: int,
+) -> Predictions:
+    """Score an ensemble of latent models on a text, of which at most 8192 tokens are taken.
+
+    In windows of latent.length tokens, each token predicted from those before it in the window by
+    `filtering.filter_tokens`, and the first from none. The tokens scored are those of a language
+    model whose block is as long, which sees one token more before each of them.
+
+    Args:
+        vocabulary: symbols of the tokens.
+        config: coupling and size of the process.
+        members: values by sample site, the ensemble as the leading axis; at most `MEMBERS` are
+            taken, and of their embeddings, which are those of other sequences, none.
+        held_out: tokens of the text, at least 2.
+        seed: of the particles.
+
+    Raises:
+        FilterError: if a filter has no particle left.
+    """
+    plan = _plan(held_out, config.length)
+    tokens = plan.take(held_out[1:])
+    shared = {name: value for name, value in members.items() if not name.startswith("embeddings")}
+    chosen = list(members_of(shared))
+    of_all = np.zeros((*tokens.shape, vocabulary.size))
+    unconverged = 0.0
+    for number, one in enumerate(chosen):
+        of_draw = substitute(sample_coupling, one)
+        coupling = of_draw(config.coupling, config.width, config.context_bound)
+        filtered = filter_tokens(
+            jax.random.fold_in(jax.random.key(seed), number),
+            tokens,
+            coupling.astype(one["emission"].dtype),
+            one["emission"],
+            one["emission_bias"],
+            bound=config.context_bound,
+        )
+        of_all += np.exp(filtered.log_probabilities.astype(np.float64))
+        unconverged += float(filtered.unconverged.mean()) / PARTICLES / len(chosen)
+    of_all = of_all[plan.reported] / len(chosen)
+    scored = _scored(vocabulary, of_all, tokens[plan.reported], len(chosen))
+    return replace(scored, unconverged=unconverged)
+
+
+def _plan(held_out: Int[np.ndarray, " N"], block: int) -> Windows:
+    """Windows over the tokens that have one before them, which models of both kinds are asked."""
+    return windows(len(held_out) - 1, block=block).spread(_TOKENS)
+
+
+def _scored(
+    vocabulary: Vocabulary,
+    probabilities: Float[np.ndarray, "tokens V"],
+    targets: Int[np.ndarray, " tokens"],
+    members: int,
+) -> Predictions:
+    density = _log_density(probabilities, targets)
+    characters = int(vocabulary.token_characters[targets].sum())
+    return Predictions(
+        members=members,
+        log_predictive_density=density,
+        bpc=-density * len(targets) / math.log(2) / characters,
+        reliability=reliability(probabilities, targets),
+    )
+
+
+def _log_density(
+    probabilities: Float[np.ndarray, "tokens V"], targets: Int[np.ndarray, " tokens"]
+) -> float:
+    """Mean log probability of the targets, in nats."""
+    return float(np.log(probabilities[np.arange(len(targets)), targets]).mean())
 
 
 def reliability(

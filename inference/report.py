@@ -80,8 +80,8 @@ def margin_figures(margins: TextMargins, folder: Path) -> list[Path]:
 def compared_report(compared: Sequence[ComparedRun], folder: Path) -> list[Path]:
     """Table of a comparison, and its figures.
 
-    The figures are those that the runs allow: reliability.png, of language models, and, where there
-    is a sampled posterior, smallest_margin.png with all point estimates in it.
+    The figures are those that the runs allow: reliability.png and, where there is a sampled
+    posterior, smallest_margin.png with all point estimates in it.
     """
     from probattn.inference import posterior_plots
 
@@ -144,6 +144,7 @@ def compared_row(run: ComparedRun) -> dict[str, Any]:
         "calibration_error": found and found.reliability.error,
         "degradation_absolute_0.5": found and found.noise_absolute,
         "degradation_relative_1": found and found.noise_relative,
+        "unconverged_particles": found and found.unconverged,
         "margin_stage": run.margin_stage,
         "smallest_margin": run.smallest_margin,
     }

@@ -1,4 +1,7 @@
-"""Comparisons: predictions and calibration by hand, margins over the same text, and refusals."""
+"""Comparisons: predictions and calibration by hand, margins over the same text, and refusals.
+
+Latent models among them: `test_filtering` has what they predict, here stands how it is scored.
+"""
 
 import csv
 import math
@@ -8,16 +11,29 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
+from small import LATENT_FLAGS, SAMPLE_FLAGS
 from tiny_run import BLOCK, all_logits, log_softmax, stage_arguments, tiny_run_fixture
 
 from probattn import stability_margin
 from probattn.corpora import load_corpus
-from probattn.inference import compare, fit, guide_draws, load_run, post_hoc_prior
+from probattn.inference import (
+    compare,
+    console,
+    fit,
+    guide_draws,
+    load_run,
+    post_hoc_prior,
+    predictive,
+    to_datatree,
+)
 from probattn.inference.cli import main
+from probattn.inference.filtering import filter_tokens
 from probattn.inference.posterior import training_sequences
-from probattn.inference.predictive import BINS, predictions, reliability
+from probattn.inference.predictive import BINS, latent_predictions, predictions, reliability
 from probattn.inference.report import compared_report
 from probattn.inference.run_files import RunError
+from probattn.models import LatentEmbeddingsConfig
 
 _ = tiny_run_fixture
 SEQUENCES = 4
@@ -47,6 +63,19 @@ def runs_fixture(tiny_run, tmp_path_factory):
 @pytest.fixture(scope="module", name="compared")
 def compared_fixture(runs):
     return {each.label: each for each in compare(runs)}
+
+
+@pytest.fixture(scope="module", name="latent")
+def latent_fixture(tiny_run, tmp_path_factory):
+    """A sampled posterior of latent embeddings, of other sequences than those of the fits."""
+    out = tmp_path_factory.mktemp("latent") / "latent"
+    data = tiny_run.config.data
+    command = ["sample", "--model", "latent", "--data", data.source]
+    command += ["--data.tokenizer", data.tokenizer]
+    assert main([*command, "--out", str(out), *SAMPLE_FLAGS, *LATENT_FLAGS]) == 0
+    run = load_run(out)
+    assert run.config.latent.length != BLOCK
+    return run
 
 
 def held_out(run):
@@ -218,3 +247,86 @@ def test_runs_of_other_data_are_refused(runs, tmp_path):
     fewer = replace(fewer, sample=replace(fewer.sample, sequences=2))
     with pytest.raises(RunError, match="nuts has 4 sequences of 8 tokens and fewer 2 of 8"):
         compare({"nuts": runs["nuts"], "fewer": replace(runs["nuts"], config=fewer)})
+
+
+def test_a_latent_model_is_compared_beside_language_models_of_another_block(
+    runs, compared, latent, tmp_path, capsys
+):
+    found = {each.label: each for each in compare({"latent": latent, **runs})}
+    assert found["latent"].model == "latent"
+    assert found["latent"].predictions.members == 6
+    assert found["latent"].predictions.unconverged == 0
+    assert np.isfinite(found["latent"].predictions.bpc)
+    assert found["latent"].smallest_margin_draws.shape == (1, 6)
+    # It changes nothing of what is said of the others.
+    for label in ("margin", "nuts"):
+        assert found[label].smallest_margin == compared[label].smallest_margin
+        assert found[label].predictions.bpc == compared[label].predictions.bpc
+        assert found[label].predictions.unconverged is None
+    paths = compared_report(list(found.values()), tmp_path)
+    assert {path.name for path in paths} >= {"reliability.png", "smallest_margin.png"}
+    with (tmp_path / "comparison.csv").open(newline="") as stream:
+        rows = {row["run"]: row for row in csv.DictReader(stream)}
+    for column in ("degradation_absolute_0.5", "degradation_relative_1"):
+        assert rows["latent"][column] == ""
+        assert float(rows["margin"][column]) > 0
+    assert float(rows["latent"]["bpc"]) == pytest.approx(found["latent"].predictions.bpc, rel=1e-6)
+    assert rows["latent"]["unconverged_particles"] == "0"
+    assert rows["margin"]["unconverged_particles"] == ""
+    console.print_compared(Console(width=100), [found["margin"], found["latent"]])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "noise 0.5" in line)
+    assert line.split("│")[3].strip() == "-"
+
+
+def test_a_latent_model_is_given_its_own_draws(runs, latent, monkeypatch):
+    given = []
+
+    def spy(rng_key, tokens, coupling, emission, bias, *, bound):
+        given.append((coupling, emission, bias))
+        assert bound == latent.config.latent.context_bound
+        assert tokens.shape[1] == latent.config.latent.length
+        return filter_tokens(rng_key, tokens, coupling, emission, bias, bound=bound)
+
+    monkeypatch.setattr(predictive, "filter_tokens", spy)
+    compare({"latent": latent})
+    posterior = to_datatree(latent)["posterior"]
+    assert len(given) == 6
+    for number, name in enumerate(("coupling", "emission", "emission_bias")):
+        drawn = np.stack([np.asarray(each[number]) for each in given])
+        assert drawn.dtype == np.float32
+        np.testing.assert_allclose(drawn, posterior[name].values[0], rtol=1e-5, atol=1e-6)
+
+
+def test_predictions_of_latent_models_without_an_emission_by_hand(tiny_run):
+    """Then every token is predicted by the biases: of an ensemble, by their mean probability."""
+    tokens, size = held_out(tiny_run)[:201], tiny_run.vocabulary.size
+    assert tokens[0] != tokens[-1]  # one of them is scored, the other is not
+    config = LatentEmbeddingsConfig(width=2, length=BLOCK)
+    rng = np.random.default_rng(0)
+    bias = rng.normal(size=(2, size))
+    members = {
+        "direction": rng.normal(size=(2, 2, 2)),
+        "emission": np.zeros((2, 2, size)),
+        "emission_bias": bias,
+        "embeddings": np.full((2, 1), np.nan),  # of other sequences: looked at by no prediction
+    }
+    found = latent_predictions(tiny_run.vocabulary, config, members, tokens, seed=0)
+    p = np.exp(log_softmax(bias)).mean(0)
+    density = np.log(p[tokens[1:]]).mean()
+    assert found.log_predictive_density == pytest.approx(density, rel=1e-6)
+    assert found.bpc == pytest.approx(-density / math.log(2), rel=1e-6)  # tokens are characters
+    assert found.members == 2
+    assert found.noise_absolute is None
+    assert found.noise_relative is None
+    # Every token but the first, each once, as a language model of this block predicts them.
+    one = {name: np.asarray(value)[None] for name, value in tiny_run.parameters.items()}
+    model = tiny_run.config.model
+    of_network = predictions(tiny_run.vocabulary, model, one, tokens, seed=0)
+    assert found.reliability.count.sum() == of_network.reliability.count.sum() == 200
+
+
+def test_latent_models_of_other_sequences_are_refused(latent):
+    config = latent.config
+    shorter = replace(latent, config=replace(config, latent=replace(config.latent, length=5)))
+    with pytest.raises(RunError, match="one has 2 sequences of 6 tokens and other 2 of 5: expect"):
+        compare({"one": latent, "other": shorter})
