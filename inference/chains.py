@@ -100,17 +100,12 @@ class Chains:
             return _Call(state, draws, statistics)
 
         keys = jax.random.split(jax.random.key(config.seed), config.chains)
-        self.state = jax.block_until_ready(jax.jit(jax.vmap(init))(keys))
-        self._check_density()
-        size = sum(leaf.size for leaf in jax.tree.leaves(self.state.z))  # of all chains
+        starts = jax.jit(jax.vmap(init)).trace(keys)
+        size = sum(leaf.size for leaf in jax.tree.leaves(starts.out_info.z))  # of all chains
+        _check_size(size, config)
         self.most = max(1, min(_ITERATIONS, _VALUES // size))
-        itemsize = jnp.dtype(config.precision).itemsize
-        if (total := size * config.draws * itemsize) > _LARGEST:
-            raise ValueError(
-                f"{config.draws} draws of {config.chains} chains of {size // config.chains:,} "
-                f"numbers take {total / 2**30:.0f} GiB: expected at most {_LARGEST // 2**30}; give "
-                "a smaller model, or fewer sample.draws"
-            )
+        self.state = jax.block_until_ready(starts.lower().compile()(keys))
+        self._check_density()
         self._each = config.chain_method == "parallel"
         of_all = advance if self._each else jax.vmap(advance, in_axes=(0, None))
         example = self._chain(0) if self._each else self.state
@@ -146,6 +141,17 @@ class Chains:
                 f"chain {', '.join(lost)}: 100 draws of the prior have no finite log density; "
                 "start from given values, such as a coupling of zero, or use a proper coupling"
             )
+
+
+def _check_size(size: int, config: SampleConfig) -> None:
+    """Refuse draws that no memory holds, before anything is compiled."""
+    total = size * config.draws * jnp.dtype(config.precision).itemsize
+    if total > _LARGEST:
+        raise ValueError(
+            f"{config.draws} draws of {config.chains} chains of {size // config.chains:,} numbers "
+            f"take {total / 2**30:.0f} GiB: expected at most {_LARGEST // 2**30}; give a smaller "
+            "model, or fewer sample.draws"
+        )
 
 
 def _start_at(values: Mapping[str, Any], site: dict | None = None) -> Any:

@@ -14,6 +14,7 @@ import tomli_w
 
 from probattn.corpora import DataConfig
 from probattn.models import LanguageModelConfig, ObjectiveConfig
+from probattn.models.config_checks import check_integers
 from probattn.models.transformer import Precision
 
 GuideName = Literal["map", "laplace", "mean_field", "low_rank"]
@@ -50,14 +51,8 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no fit."""
-        for name in ("steps", "batch", "eval_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"fit.{name} is {value!r}: expected an integer >= 1")
-        for name in ("warmup", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"fit.{name} is {value!r}: expected an integer")
+        check_integers(self, "fit", steps=1, batch=1, eval_every=1, checkpoint_every=1)
+        check_integers(self, "fit", warmup=None, seed=None)
         rate = self.learning_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float):
             raise ValueError(f"fit.learning_rate is {rate!r}: expected a number")

@@ -1,6 +1,7 @@
 """Sampled posteriors as run directories: the model, its text and its draws."""
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from probattn.batches import windows
 from probattn.corpora import Corpus, DataError, load_corpus
+from probattn.inference.chains import SampleError
 from probattn.inference.guides import guide_draws
 from probattn.inference.nuts import load_draws, sample
 from probattn.inference.posterior_result import PosteriorResult
@@ -70,16 +72,21 @@ def sample_run(
         run = create_posterior_run(
             out, config, corpus, vocabulary, start=start, overwrite=overwrite
         )
-    with run.lock():
-        result = sample(
-            posterior_model(config, run.vocabulary),
-            model_args=arguments,
-            config=config.sample,
-            start=start,
-            out=run.segments.path,
-            resume=True,
-            progress=progress,
-        )
+    try:
+        with run.lock():
+            result = sample(
+                posterior_model(config, run.vocabulary),
+                model_args=arguments,
+                config=config.sample,
+                start=start,
+                out=run.segments.path,
+                resume=True,
+                progress=progress,
+            )
+    except (ValueError, SampleError):
+        if not resume and not run.segments.ranges():
+            shutil.rmtree(run.path)  # new, and nothing was sampled: it is no run
+        raise
     return run, result
 
 

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from probattn.corpora import DataConfig
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
+from probattn.models.config_checks import check_integers
 
 ChainMethod = Literal["parallel", "vectorized"]
 SamplePrecision = Literal["float64", "float32"]
@@ -40,18 +41,9 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sample."""
-        least = {
-            "chains": 1,
-            "warmup": 0,
-            "draws": 1,
-            "seed": 0,
-            "max_tree_depth": 1,
-            "sequences": 1,
-        }
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ValueError(f"sample.{name} is {value!r}: expected an integer >= {smallest}")
+        check_integers(
+            self, "sample", chains=1, warmup=0, draws=1, seed=0, max_tree_depth=1, sequences=1
+        )
         if self.seed >= 2**32:
             raise ValueError(f"sample.seed is {self.seed}: expected an integer below 2^32")
         if not 0 < self.target_accept < 1:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from probattn import coupling, relaxed_barrier, residual
 from probattn.models import priors, transformer
 from probattn.models.attention_sites import record_coupling, record_margins
+from probattn.models.config_checks import check_integers
 from probattn.models.objective import ObjectiveConfig
 
 
@@ -38,11 +39,7 @@ class LanguageModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes of which no network can be made."""
-        for name in ("layers", "heads", "width", "block", "prior_rank"):
-            value = getattr(self, name)
-            least = 3 if name == "block" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"model.{name} is {value!r}: expected an integer >= {least}")
+        check_integers(self, "model", layers=1, heads=1, width=1, block=3, prior_rank=1)
         if self.bound is not None and not (self.bound > 0 and math.isfinite(self.bound)):
             raise ValueError(
                 f"model.bound is {self.bound}: expected a finite number > 0, or none at all"

@@ -14,6 +14,7 @@ from numpyro.infer.reparam import TransformReparam
 
 from probattn import CausalAttention
 from probattn.models.attention_sites import record_margins
+from probattn.models.config_checks import check_integers
 from probattn.models.coupling import Coupling, attention_weights_of, sample_coupling
 
 _EMISSION_SCALE = 2.0  # logits of a token then differ by a few units, for embeddings of order one
@@ -43,10 +44,7 @@ class LatentEmbeddingsConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes and names of which no model can be made."""
-        for name, least in (("width", 1), ("sequences", 1), ("length", 3)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"latent.{name} is {value!r}: expected an integer >= {least}")
+        check_integers(self, "latent", width=1, sequences=1, length=3)
         if self.coupling not in get_args(Coupling):
             raise ValueError(
                 f"latent.coupling is {self.coupling!r}: "

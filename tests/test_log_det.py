@@ -174,6 +174,26 @@ def test_long_sequence_matches_dense_jacobian(t):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("heads", [(), (2,)])
+@pytest.mark.parametrize("function", [pa.log_det, pa.relaxed_barrier])
+def test_many_large_blocks_are_taken_in_turns(function, heads):
+    """Sequences of which not all are formed at once: value and derivative of each alone."""
+    rng = np.random.default_rng(0)
+    x = 0.3 * rng.standard_normal((5, *(1 for _ in heads), 90, 6))
+    w_query, w_key = rng.standard_normal((2, *heads, 6, 32))
+
+    def total(x, w_query, w_key):
+        return jnp.sum(jnp.asarray(function(x, w_query, w_key)))
+
+    value, gradients = jax.jit(jax.value_and_grad(total, EVERY_INPUT))(x, w_query, w_key)
+    alone = [jax.jit(jax.value_and_grad(total, EVERY_INPUT))(one, w_query, w_key) for one in x]
+    np.testing.assert_allclose(value, sum(one for one, _ in alone), rtol=1e-12)
+    np.testing.assert_allclose(gradients[0], [own[0] for _, own in alone], atol=1e-12)
+    for number in (1, 2):
+        summed = sum(own[number] for _, own in alone)
+        np.testing.assert_allclose(gradients[number], summed, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["length_1", "scalar_folded", "square_twice_folded", "thin"])
 def test_sum_over_positions_is_log_det_of_whole_jacobian(name):
     """The Jacobian is block triangular; the oracle does not know."""

@@ -300,6 +300,14 @@ def error_of(capsys, *arguments):
     return status, lines[0].removeprefix("probattn: error: ")
 
 
+def test_draws_that_no_memory_holds_leave_no_run(folder, tmp_path, capsys):
+    command = ["sample", "--data", folder / "text.txt", "--out", tmp_path / "run", *FLAGS]
+    status, error = error_of(capsys, *command, "--sample.draws", 10**9)
+    assert status == 2
+    assert "GiB: expected at most 16; give a smaller model" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_map_run_has_no_draws(tiny_run, capsys):
     with pytest.raises(ValueError, match="is a MAP run, a point without draws: make draws with"):
         to_datatree(tiny_run, log_likelihood=True)
