@@ -11,13 +11,16 @@ import json
 from pathlib import Path
 
 import export_memory
+import log_det
 import nuts
 import sampling
 import svi_step
 from harness import environment
 
 # Each has a function of its name, and a report of what that returns.
-BENCHMARKS = {module.__name__: module for module in (svi_step, sampling, nuts, export_memory)}
+BENCHMARKS = {
+    module.__name__: module for module in (log_det, svi_step, sampling, nuts, export_memory)
+}
 
 parser = argparse.ArgumentParser(description="benchmarks of probattn")
 parser.add_argument("--rounds", type=int, default=15)

@@ -16,7 +16,10 @@ from jaxtyping import Array, Float
 
 from probattn.unanimous import unanimous
 
-_ROWS = 64  # positions at once: bounds the memory, and leaves out products with the future
+# Positions at once, which bounds the memory and leaves out products with the future: of matrix
+# products; and of centred vectors, of which there are positions x past x r.
+_ROWS = 256
+_CENTRED_ROWS, _CENTRED_NUMBERS = (16, 64), 2**17
 # Largest |q_s| |k_s| / sqrt(r) at which second moments are taken: they leave an error of eps times
 # that in I - Cov / sqrt(r).
 _LARGEST_PRODUCT = 32.0
@@ -43,7 +46,7 @@ def attention_covariance(
     Returns:
         (..., T, m, n); zero at positions 0 and 1.
     """
-    return _by_rows(_centred, weights, left, right)
+    return _centred_by_rows(weights, left, right)
 
 
 def reduced_covariance(
@@ -65,13 +68,13 @@ def reduced_covariance(
     squares = [jnp.sum(lax.stop_gradient(vectors) ** 2, -1) for vectors in (queries, keys)]
 
     def moments(*arguments: Array) -> Array:
-        return _by_rows(_second_moments, *arguments)
+        return _by_rows(_second_moments, _ROWS, *arguments)
 
     def either(*arguments: Array) -> Array:
         # By the tokens so far: a later one must not change even a rounding error here.
         longest = [lax.cummax(square, axis=square.ndim - 1) for square in squares]
         short = (longest[0] * longest[1] <= limit)[..., None, None]
-        return jnp.where(short, moments(*arguments), _by_rows(_centred, *arguments))
+        return jnp.where(short, moments(*arguments), _centred_by_rows(*arguments))
 
     longest = [jnp.max(square, initial=0.0) for square in squares]
     # Recomputed in the derivative: else either side's intermediate results would be kept.
@@ -85,17 +88,25 @@ def reduced_covariance(
     )
 
 
-def _by_rows(covariance_of: Callable, weights: Array, left: Array, right: Array) -> Array:
+def _centred_by_rows(weights: Array, left: Array, right: Array) -> Array:
+    least, most = _CENTRED_ROWS
+    rows = _CENTRED_NUMBERS // max(right.shape[-2] * right.shape[-1], 1)
+    return _by_rows(_centred, max(least, min(rows, most)), weights, left, right)
+
+
+def _by_rows(
+    covariance_of: Callable, rows: int, weights: Array, left: Array, right: Array
+) -> Array:
     length = weights.shape[-1]
-    if length <= _ROWS:
+    if length <= rows:
         return covariance_of(weights, left, right)
     # A past of s < stop is all that rows start..stop attend to: half of the products fall away.
-    rows = jax.checkpoint(covariance_of)
+    of_rows = jax.checkpoint(covariance_of)
     blocks = []
-    for start in range(0, length, _ROWS):
-        stop = min(start + _ROWS, length)
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
         past = weights[..., start:stop, :stop]
-        blocks.append(rows(past, left[..., :stop, :], right[..., :stop, :]))
+        blocks.append(of_rows(past, left[..., :stop, :], right[..., :stop, :]))
     return jnp.concatenate(blocks, axis=-3)
 
 

@@ -7,7 +7,9 @@ det(I_d - C W_Q^T) = det(I_r - W_Q^T C), and W_Q^T Cov(x_s, k_s) = Cov(q_s, k_s)
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from probattn.elimination import determinant, eliminate, trace_product
 
 # The quadratic branch of the relaxed barrier ends this many delta below zero (see _relaxed).
 _QUADRATIC_DEPTH = 10.0
+_AT_ONCE = 2**18  # numbers in reduced blocks: their intermediate results take several times that
 
 
 def reduced_blocks(
@@ -100,7 +103,7 @@ def log_det(
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
             not positive.
     """
-    return slogdet(reduced_blocks(x, w_query, w_key, bound=bound))
+    return _of_blocks(slogdet, x, w_query, w_key, bound)
 
 
 def relaxed_barrier(
@@ -135,7 +138,28 @@ def relaxed_barrier(
     """
     if not (delta > 0 and math.isfinite(delta)):
         raise ValueError(f"delta is {delta}: expected a finite number > 0")
-    return _barrier(reduced_blocks(x, w_query, w_key, bound=bound), float(delta))
+    return _of_blocks(partial(_barrier, delta=float(delta)), x, w_query, w_key, bound)
+
+
+def _of_blocks(
+    function: Callable,
+    x: ArrayLike,
+    w_query: ArrayLike,
+    w_key: ArrayLike,
+    bound: ArrayLike | None,
+) -> Any:
+    """A function of the reduced blocks, of as many sequences at once as `_AT_ONCE` allows."""
+    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
+
+    def of(x: Array) -> Any:
+        return function(reduced_blocks(x, w_query, w_key, bound=bound))
+
+    numbers = math.prod(jnp.broadcast_shapes(x.shape[1:-2], w_query.shape[:-2]))
+    numbers *= x.shape[-2] * w_query.shape[-1] ** 2  # of one sequence, or of all its heads
+    if x.ndim == 2 or w_query.ndim >= x.ndim or numbers * len(x) <= _AT_ONCE:
+        return of(x)
+    together = _AT_ONCE // max(numbers, 1)
+    return lax.map(of, x, batch_size=together if together > 1 else None)
 
 
 @jax.custom_jvp
