@@ -1,6 +1,6 @@
 """Posterior of latent embeddings of a text: fit by SVI, sample by NUTS, analyse with ArviZ.
 
-    python examples/posterior_text.py [--warmup 500] [--draws 2000] [--out runs/text]
+    python examples/posterior_text.py [--warmup 500] [--draws 3000] [--out runs/text]
 
 The text is Python's own language reference, its 11 most frequent characters and one symbol for
 all others. Prints the posterior beside the prior and the positions most likely to be support
@@ -27,7 +27,7 @@ parser.add_argument("--sequences", type=int, default=16)
 parser.add_argument("--length", type=int, default=32)
 parser.add_argument("--steps", type=int, default=2000)
 parser.add_argument("--warmup", type=int, default=500)
-parser.add_argument("--draws", type=int, default=2000)
+parser.add_argument("--draws", type=int, default=3000)
 parser.add_argument("--out", type=Path, default=Path("runs/text"))
 options = parser.parse_args()
 

@@ -20,7 +20,7 @@ from numpyro.infer.util import log_density
 from probattn import CausalAttention, log_det
 from probattn.inference.sample_config import SampleConfig
 
-_ITERATIONS, _VALUES = 100, 2**24  # in one call, and numbers in its buffers, at most
+_ITERATIONS, _VALUES = 400, 2**24  # in one call, and numbers in its buffers, at most
 _LARGEST = 16 * 2**30  # bytes of all draws
 
 # What ArviZ calls the fields of NumPyro's state.

@@ -30,7 +30,7 @@ from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.sample_config import SampleConfig
 from probattn.inference.segments import Segment, SegmentError, SegmentFolder
 
-_CALL_SECONDS = 0.5  # of iterations between two updates of the progress bar
+_CALL_SECONDS = 2.0  # of iterations between two updates of the progress bar
 _SAVE_SECONDS = 30.0  # between two segments
 
 

@@ -94,7 +94,23 @@ def test_posterior_text_names_support_tokens(monkeypatch, tmp_path, capsys):
     assert names["probability"].shape == (2, 5)
 
 
-@pytest.mark.parametrize("page", ["posterior_simulated", "posterior_text"])
+def test_posterior_language_model_puts_point_estimates_into_the_posterior(
+    monkeypatch, tmp_path, capsys
+):
+    cheap_post_hoc(monkeypatch)
+    few = ["--steps", "60", "--warmup", "8", "--draws", "6", "--weights", "0.1", "1"]
+    names = run(monkeypatch, "posterior_language_model.py", *few, "--out", str(tmp_path))
+    assert set(names["runs"]) == {"ce", "full", "margin 0.1", "margin 1"}
+    printed = capsys.readouterr().out
+    assert printed.count("bits per character, smallest margin") == 5
+    assert {"comparison.csv", "reliability.png", "smallest_margin.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    "page", ["posterior_simulated", "posterior_text", "posterior_language_model"]
+)
 def test_pages_show_the_code_of_their_example(page):
     script = (EXAMPLES / f"{page}.py").read_text(encoding="utf-8")
     text = (EXAMPLES.parent / "docs" / f"{page}.md").read_text(encoding="utf-8")
