@@ -3,7 +3,7 @@
 Gaussian elimination without pivoting, vectorised over the matrices: leading blocks of at most
 `_SWEPT` rows are eliminated entry by entry, larger ones joined by their Schur complement, which is
 matrix products. One factorisation serves the determinant and the inverse. LAPACK, called matrix by
-matrix, takes 3 to 7 times as long on a CPU for 8 to 64 rows (`benchmarks/log_det.py`), but it
+matrix, takes 2 to 3 times as long on a CPU for 8 to 64 rows (`benchmarks/log_det.py`), but it
 pivots. So multipliers are watched: where one is large, pivoting is what keeps the digits, and
 LAPACK factorises the batch instead.
 """
