@@ -1,6 +1,6 @@
 """Posterior of latent embeddings, of data whose truth is known: SVI first, then NUTS, then ArviZ.
 
-    python examples/posterior_simulated.py [--warmup 500] [--draws 3000] [--out runs/simulated]
+    python examples/posterior_simulated.py [--warmup 500] [--draws 2000] [--out runs/simulated]
 
 Prints the true values beside the posterior by a mean-field guide and by NUTS, and leaves the draws
 (posterior.nc) and a figure of the smallest margin in --out.
@@ -28,7 +28,7 @@ parser.add_argument("--sequences", type=int, default=16)
 parser.add_argument("--length", type=int, default=32)
 parser.add_argument("--steps", type=int, default=3000)
 parser.add_argument("--warmup", type=int, default=500)
-parser.add_argument("--draws", type=int, default=3000)
+parser.add_argument("--draws", type=int, default=2000)
 parser.add_argument("--out", type=Path, default=Path("runs/simulated"))
 options = parser.parse_args()
 
