@@ -34,3 +34,11 @@ def strict_promotion():
     """No silent mixing of dtypes: for the mathematics, not for libraries that rely on it."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_executables_left():
+    """XLA maps every compiled program into memory: Linux allows a process 65,530 mappings, which
+    the whole suite would exceed (and XLA would abort). The disk cache makes recompiling cheap."""
+    yield
+    jax.clear_caches()
