@@ -22,6 +22,7 @@ from probattn.inference.commands import (
     Margins,
     Sample,
 )
+from probattn.inference.compilation import keep_compiled_programs
 from probattn.inference.config import RunConfig, read_config, read_tables
 from probattn.inference.interrupts import Interrupted
 from probattn.inference.sample_config import SampleRunConfig
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = _lengthened(sys.argv[1:] if arguments is None else arguments)
     try:
         command = _parse(arguments)
+        keep_compiled_programs()
         command(Console(highlight=False))
     except (ValueError, ImportError, OSError) as error:
         return _fail(error, status=2)

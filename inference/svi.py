@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpyro
 import optax
 from jaxtyping import Array, Bool, Float, Int
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from probattn.batches import random_blocks
 from probattn.inference.config import FitConfig, RunConfig
+from probattn.inference.elbo import OrderedELBO
 from probattn.inference.guides import make_guide
 from probattn.log_det import log_det
 from probattn.models import language_model
@@ -97,7 +98,7 @@ class Trainer:
             numpyro.handlers.scale(model, 1 / count),
             numpyro.handlers.scale(self.guide, 1 / count),
             default_optimizer(config.fit) if optimizer is None else optimizer,
-            Trace_ELBO(),
+            OrderedELBO(),
         )
         self._tokens = tokens
         self._init = jax.jit(lambda: self._svi.init(init_key, *self.minibatch(tokens, 0)))

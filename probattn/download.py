@@ -15,6 +15,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from probattn.user_cache import user_cache
+
 _TIMEOUT_SECONDS = 30.0
 
 
@@ -81,15 +83,10 @@ def one_line(error: BaseException) -> str:
 
 
 def _user_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):  # the XDG specification has relative values ignored
-        return Path(base) / "probattn"
-    try:
-        return Path.home() / ".cache" / "probattn"
-    except RuntimeError:
-        raise DataError(
-            "no home directory to keep downloads in: set XDG_CACHE_HOME to a directory"
-        ) from None
+    folder = user_cache()
+    if folder is None:
+        raise DataError("no home directory to keep downloads in: set XDG_CACHE_HOME to a directory")
+    return folder
 
 
 def _read(path: Path) -> bytes:
