@@ -261,7 +261,9 @@ def test_a_point_that_is_no_mode_has_no_draws(laplace, curvature, folder):
     assert f"the smallest is {eigenvalues[0]:.3g}; fit it longer" in message
 
 
-def test_a_model_too_large_for_laplace_is_refused_before_anything_is_done(folder, tmp_path):
+def test_a_model_too_large_for_laplace_is_refused_before_anything_is_done(
+    laplace, folder, tmp_path
+):
     large = dataclasses.replace(MODEL, width=32, heads=1)
     config = dataclasses.replace(config_of(folder, "laplace"), model=large)
     # Tables, norms, attention, MLP, attention stage.
@@ -273,7 +275,7 @@ def test_a_model_too_large_for_laplace_is_refused_before_anything_is_done(folder
     )
     assert not (tmp_path / "run").exists()
     (tmp_path / "old").mkdir()
-    shutil.copy(folder / "laplace" / "config.toml", tmp_path / "old")
+    shutil.copy(laplace.run.path / "config.toml", tmp_path / "old")
     before = files_of(tmp_path)
     refusal(ValueError, fit, config, tmp_path / "old", overwrite=True)
     assert files_of(tmp_path) == before
