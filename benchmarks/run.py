@@ -14,12 +14,13 @@ import export_memory
 import log_det
 import nuts
 import sampling
+import start
 import svi_step
 from harness import environment
 
 # Each has a function of its name, and a report of what that returns.
 BENCHMARKS = {
-    module.__name__: module for module in (log_det, svi_step, sampling, nuts, export_memory)
+    module.__name__: module for module in (log_det, svi_step, start, sampling, nuts, export_memory)
 }
 
 parser = argparse.ArgumentParser(description="benchmarks of probattn")
