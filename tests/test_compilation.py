@@ -49,10 +49,9 @@ def test_programs_are_found_by_a_process_of_another_hash_seed(tmp_path):
         )
     assert any("run" in name for name in programs[0])  # the steps, which take longest to compile
     assert programs[1] == programs[0]
-    ends = [(tmp_path / f"run{seed}" / "metrics.jsonl").read_text() for seed in "12"]
-    assert [end.partition("tokens_per_s")[0] for end in ends] == [
-        ends[0].partition("tokens_per_s")[0]
-    ] * 2
+    reports = [(tmp_path / f"run{seed}" / "metrics.jsonl").read_text() for seed in "12"]
+    # Up to the rate of steps, which is a time.
+    assert len({report.partition("tokens_per_s")[0] for report in reports}) == 1
 
 
 def test_where_the_user_keeps_them_stands(fresh, tmp_path):
