@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
 
 
-class Geometry(NamedTuple):
-    """What every quantity of the geometry is computed from.
+class Projections(NamedTuple):
+    """What attention weights and covariances are computed from.
 
     Values and keys are taken relative to the first token: covariances and the softmax do not see
     a common shift, and in floating point the differences are what carries the information. The
@@ -34,8 +34,24 @@ class Geometry(NamedTuple):
 
     Attributes:
         values: (..., T, d), x_s - x_0, or phi(x_s) - phi(x_0) where there is a bound.
+        own: (..., T, r), the query q_t with which each token attends.
         queries: (..., T, r), the query projection of `values`.
         keys: (..., T, r), the key projection of `values`.
+    """
+
+    values: Float[Array, "*batch T d"]
+    own: Float[Array, "*batch T r"]
+    queries: Float[Array, "*batch T r"]
+    keys: Float[Array, "*batch T r"]
+
+
+class Geometry(NamedTuple):
+    """Projections of a sequence, and its attention weights.
+
+    Attributes:
+        values: as in `Projections`, (..., T, d).
+        queries: likewise, (..., T, r).
+        keys: likewise, (..., T, r).
         weights: (..., T, T), the attention weights of the sequence itself.
     """
 
@@ -68,7 +84,7 @@ def attention_weights(queries: ArrayLike, keys: ArrayLike) -> Float[Array, "*bat
     if queries.shape[-1] < 1:
         raise ValueError(f"queries have shape {queries.shape}: expected (..., T, r) with r >= 1")
     _check_leading_axes(queries=queries.shape[:-2], keys=keys.shape[:-2])
-    return _causal_softmax(queries, keys)
+    return causal_softmax(queries, keys)
 
 
 def bounded(x: ArrayLike, bound: ArrayLike | None) -> Float[Array, "*batch d"]:
@@ -166,16 +182,48 @@ def geometry(
     w_key: Float[Array, "*weights d r"],
     bound: ArrayLike | None,
 ) -> Geometry:
-    """Projections and attention weights that log-determinants and margins start from.
+    """Projections and attention weights that covariances and margins start from.
 
     The arguments are those of `residual`, already checked by `check_arguments`.
     """
+    values, own, queries, keys = projections(x, w_query, w_key, bound)
+    return Geometry(values, queries, keys, causal_softmax(own, keys))
+
+
+def projections(
+    x: Float[Array, "*batch T d"],
+    w_query: Float[Array, "*weights d r"],
+    w_key: Float[Array, "*weights d r"],
+    bound: ArrayLike | None,
+) -> Projections:
+    """Queries and keys of a sequence; the arguments are those of `geometry`."""
     context = bounded(x, bound)
-    values = context - context[..., :1, :]
-    queries = jnp.matmul(values, w_query, precision=_HIGHEST)
-    keys = jnp.matmul(values, w_key, precision=_HIGHEST)
-    own = jnp.matmul(x, w_query, precision=_HIGHEST)
-    return Geometry(values, queries, keys, _causal_softmax(own, keys))
+    first = context[..., :1, :]
+    values = context - first
+    both = _project(values, jnp.concatenate([w_query, w_key], axis=-1))
+    queries, keys = jnp.split(both, 2, axis=-1)
+    if bound is None:
+        own = queries + jnp.matmul(first, w_query, precision=_HIGHEST)
+    else:
+        own = _project(x, w_query)
+    return Projections(values, own, queries, keys)
+
+
+def causal_softmax(
+    queries: Float[Array, "*queries rows r"], keys: Float[Array, "*keys past r"], first: int = 0
+) -> Float[Array, "*batch rows past"]:
+    """Attention weights of the rows from position `first` on, over the tokens 0 .. past - 1."""
+    rows, past, rank = queries.shape[-2], keys.shape[-2], keys.shape[-1]
+    if rows == 0:
+        leading = jnp.broadcast_shapes(queries.shape[:-2], keys.shape[:-2])
+        return jnp.zeros((*leading, rows, past), queries.dtype)
+    logits = jnp.matmul(queries, jnp.swapaxes(keys, -1, -2), precision=_HIGHEST)
+    causal = jnp.tril(jnp.ones((rows, past), dtype=bool), first - 1)
+    # Row 0 has no past: one finite logit, a constant, keeps its softmax and derivative finite.
+    no_past = (first + jnp.arange(rows) == 0)[:, None] & (jnp.arange(past) == 0)
+    masked = jnp.where(no_past, 0.0, -jnp.inf).astype(logits.dtype)
+    weights = jax.nn.softmax(jnp.where(causal, logits / math.sqrt(rank), masked), axis=-1)
+    return jnp.where(causal, weights, jnp.zeros((), logits.dtype))
 
 
 def check_arguments(
@@ -259,21 +307,11 @@ def _check_leading_axes(**shapes: tuple[int, ...]) -> None:
         ) from None
 
 
-def _strictly_causal(length: int) -> Bool[Array, "T T"]:
-    return jnp.tril(jnp.ones((length, length), dtype=bool), -1)
-
-
-def _causal_softmax(
-    queries: Float[Array, "*queries T r"], keys: Float[Array, "*keys T r"]
-) -> Float[Array, "*batch T T"]:
-    length, rank = queries.shape[-2:]
-    if length == 0:
-        leading = jnp.broadcast_shapes(queries.shape[:-2], keys.shape[:-2])
-        return jnp.zeros((*leading, 0, 0), queries.dtype)
-    logits = jnp.matmul(queries, jnp.swapaxes(keys, -1, -2), precision=_HIGHEST)
-    causal = _strictly_causal(length)
-    # Row 0 has no past: one finite logit, a constant, keeps its softmax and derivative finite.
-    no_past = jnp.arange(length) == 0
-    masked = jnp.where(no_past[:, None] & no_past, 0.0, -jnp.inf).astype(logits.dtype)
-    weights = jax.nn.softmax(jnp.where(causal, logits / math.sqrt(rank), masked), axis=-1)
-    return jnp.where(causal, weights, jnp.zeros((), logits.dtype))
+def _project(
+    x: Float[Array, "*x T d"], weights: Float[Array, "*weights d m"]
+) -> Float[Array, "*batch T m"]:
+    if weights.ndim > 2:
+        return jnp.matmul(x, weights, precision=_HIGHEST)
+    # One product of matrices, and so is its derivative with respect to the weights.
+    rows = jnp.matmul(x.reshape(-1, x.shape[-1]), weights, precision=_HIGHEST)
+    return rows.reshape(*x.shape[:-1], weights.shape[-1])

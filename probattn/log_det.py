@@ -7,23 +7,19 @@ det(I_d - C W_Q^T) = det(I_r - W_Q^T C), and W_Q^T Cov(x_s, k_s) = Cov(q_s, k_s)
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from probattn.attention import check_arguments, geometry
-from probattn.covariance import attention_covariance, reduced_covariance
-from probattn.elimination import determinant, eliminate, trace_product
+from probattn.attention import check_arguments, geometry, projections
+from probattn.covariance import attention_covariance
+from probattn.moments import of_determinants
 
 # The quadratic branch of the relaxed barrier ends this many delta below zero (see _relaxed).
 _QUADRATIC_DEPTH = 10.0
-_AT_ONCE = 2**18  # numbers in reduced blocks: their intermediate results take several times that
 
 
 def reduced_blocks(
@@ -47,7 +43,7 @@ def reduced_blocks(
     x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
     _, queries, keys, weights = geometry(x, w_query, w_key, bound)
     rank = w_query.shape[-1]
-    covariance = reduced_covariance(weights, queries, keys)
+    covariance = attention_covariance(weights, queries, keys)
     return jnp.eye(rank, dtype=covariance.dtype) - covariance / math.sqrt(rank)
 
 
@@ -103,7 +99,8 @@ def log_det(
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
             not positive.
     """
-    return _of_blocks(slogdet, x, w_query, w_key, bound)
+    arguments = check_arguments(x, w_query, w_key, bound)
+    return of_determinants(lambda _, log_abs: log_abs, projections(*arguments, bound))
 
 
 def relaxed_barrier(
@@ -138,69 +135,9 @@ def relaxed_barrier(
     """
     if not (delta > 0 and math.isfinite(delta)):
         raise ValueError(f"delta is {delta}: expected a finite number > 0")
-    return _of_blocks(partial(_barrier, delta=float(delta)), x, w_query, w_key, bound)
-
-
-def _of_blocks(
-    function: Callable,
-    x: ArrayLike,
-    w_query: ArrayLike,
-    w_key: ArrayLike,
-    bound: ArrayLike | None,
-) -> Any:
-    """A function of the reduced blocks, of as many sequences at once as `_AT_ONCE` allows."""
-    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
-
-    def of(x: Array) -> Any:
-        return function(reduced_blocks(x, w_query, w_key, bound=bound))
-
-    numbers = math.prod(jnp.broadcast_shapes(x.shape[1:-2], w_query.shape[:-2]))
-    numbers *= x.shape[-2] * w_query.shape[-1] ** 2  # of one sequence, or of all its heads
-    if x.ndim == 2 or w_query.ndim >= x.ndim or numbers * len(x) <= _AT_ONCE:
-        return of(x)
-    together = _AT_ONCE // max(numbers, 1)
-    return lax.map(of, x, batch_size=together if together > 1 else None)
-
-
-@jax.custom_jvp
-def slogdet(
-    blocks: Float[Array, "*batch r r"],
-) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """Sign and log|det| of square blocks, with the derivative R^-T of one factorisation."""
-    return determinant(blocks)
-
-
-@slogdet.defjvp
-def _slogdet_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple:
-    (blocks,), (tangent,) = primals, tangents
-    found = eliminate(blocks)
-    log_abs = jnp.where(found.sign == 0, -jnp.inf, found.log_abs)
-    change = trace_product(found.inverse, tangent)
-    return (found.sign, log_abs), (jnp.zeros_like(change), change)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _barrier(blocks: Float[Array, "*batch r r"], delta: float) -> Float[Array, "*batch"]:
-    sign, log_abs = slogdet(blocks)
-    return _relaxed(sign, log_abs, delta)
-
-
-# Its own rule, and not the chain rule through slogdet: at z = 0 the product of dz/dR = z R^-T, the
-# adjugate, with the parabola's slope is finite though R^-T is not.
-@_barrier.defjvp
-def _barrier_jvp(delta: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple:
-    (blocks,), (tangent,) = primals, tangents
-    found = eliminate(blocks)
-    exact = jnp.where(found.sign == 0, -jnp.inf, found.log_abs)
-    value = _relaxed(found.sign, exact, delta)
-    _, slope = jax.jvp(
-        lambda log_abs: _relaxed(found.nearby_sign, log_abs, delta),
-        (found.log_abs,),
-        (jnp.ones_like(found.log_abs),),
-    )
-    change = trace_product(found.inverse, tangent)
-    # Where several pivots vanish so does the adjugate, and the inverse may overflow.
-    return value, jnp.where(slope == 0, jnp.zeros_like(slope), slope * change)
+    arguments = check_arguments(x, w_query, w_key, bound)
+    barrier = partial(_relaxed, delta=float(delta))
+    return of_determinants(barrier, projections(*arguments, bound))[1]
 
 
 def _relaxed(

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from probattn.attention import bounded, check_arguments, geometry
 from probattn.covariance import attention_covariance
-from probattn.log_det import log_det, reduced_blocks, slogdet
+from probattn.elimination import determinant
+from probattn.log_det import log_det, reduced_blocks
 
 MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]
 
@@ -214,7 +215,7 @@ def _smallest_singular_value(
     w_scaled = w_query[..., None, :, :] / math.sqrt(rank)
     covariance = attention_covariance(weights, values, keys)
     reduced = attention_covariance(weights, queries, keys) / math.sqrt(rank)
-    sign, _ = slogdet(jnp.eye(rank, dtype=reduced.dtype) - reduced)
+    sign, _ = determinant(jnp.moveaxis(jnp.eye(rank, dtype=reduced.dtype) - reduced, -3, -1))
 
     # The basis is a constant of the derivative: differentiating through it is NaN where the past
     # has no spread, and wrong while it has fewer than r + 1 tokens. u^T dD v needs no more.
@@ -236,7 +237,7 @@ def _smallest_singular_value(
 
 
 def _reduced_margin(blocks: Float[Array, "*batch T r r"]) -> Float[Array, "*batch T"]:
-    sign, _ = slogdet(blocks)
+    sign, _ = determinant(jnp.moveaxis(blocks, -3, -1))
     u, size, v = _last_singular_triple(lax.stop_gradient(blocks))
     return _signed(sign, size, _bilinear(u, blocks, v))
 

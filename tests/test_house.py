@@ -25,6 +25,7 @@ MATHEMATICS = {
         "unanimous",
         "covariance",
         "elimination",
+        "moments",
         "log_det",
         "margins",
         "proper",
