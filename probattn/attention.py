@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
 
@@ -210,17 +210,21 @@ def projections(
 
 
 def causal_softmax(
-    queries: Float[Array, "*queries rows r"], keys: Float[Array, "*keys past r"], first: int = 0
+    queries: Float[Array, "*queries rows r"],
+    keys: Float[Array, "*keys past r"],
+    positions: Int[Array, "*positions rows"] | None = None,
 ) -> Float[Array, "*batch rows past"]:
-    """Attention weights of the rows from position `first` on, over the tokens 0 .. past - 1."""
+    """Attention weights of rows at these positions, by default 0, 1, ..., over tokens 0, 1, ..."""
     rows, past, rank = queries.shape[-2], keys.shape[-2], keys.shape[-1]
     if rows == 0:
         leading = jnp.broadcast_shapes(queries.shape[:-2], keys.shape[:-2])
         return jnp.zeros((*leading, rows, past), queries.dtype)
+    if positions is None:
+        positions = jnp.arange(rows)
     logits = jnp.matmul(queries, jnp.swapaxes(keys, -1, -2), precision=_HIGHEST)
-    causal = jnp.tril(jnp.ones((rows, past), dtype=bool), first - 1)
+    causal = jnp.arange(past) < positions[..., None]
     # Row 0 has no past: one finite logit, a constant, keeps its softmax and derivative finite.
-    no_past = (first + jnp.arange(rows) == 0)[:, None] & (jnp.arange(past) == 0)
+    no_past = (positions == 0)[..., None] & (jnp.arange(past) == 0)
     masked = jnp.where(no_past, 0.0, -jnp.inf).astype(logits.dtype)
     weights = jax.nn.softmax(jnp.where(causal, logits / math.sqrt(rank), masked), axis=-1)
     return jnp.where(causal, weights, jnp.zeros((), logits.dtype))

@@ -37,9 +37,9 @@ def attention_covariance(
     least, most = _ROWS
     rows = max(least, min(_NUMBERS // max(length * right.shape[-1], 1), most))
     if length <= rows:
-        return _centred(weights, left, right)
+        return centred_covariance(weights, left, right)
     # A past of s < stop is all that rows start..stop attend to: half of the products fall away.
-    of_rows = jax.checkpoint(_centred)
+    of_rows = jax.checkpoint(centred_covariance)
     blocks = []
     for start in range(0, length, rows):
         stop = min(start + rows, length)
@@ -51,11 +51,13 @@ def attention_covariance(
     return jnp.concatenate(blocks, axis=-3)
 
 
-def _centred(
+def centred_covariance(
     weights: Float[Array, "*weights rows past"],
     left: Float[Array, "*left past m"],
     right: Float[Array, "*right past n"],
 ) -> Float[Array, "*batch rows m n"]:
+    """The same of any rows of weights, all at once."""
+
     def centred(factor: Array) -> Array:
         return factor[..., None, :, :] - _matmul(weights, factor)[..., :, None, :]
 

@@ -1,13 +1,15 @@
 """Determinants and inverses of many small matrices at once, which lie along the last axis.
 
 Gaussian elimination without pivoting, vectorised over the matrices: a few rows at a time, so that
-the matrices pass through memory once for several pivots. One factorisation serves the determinant
-and the inverse. LAPACK, called matrix by matrix, takes 2 to 4 times as long on a CPU for 8 to 64
-rows (`benchmarks/log_det.py`), but it pivots. So multipliers are watched: where one is large,
-pivoting is what keeps the digits, and LAPACK factorises the batch instead.
+the matrices pass through memory once for several pivots; the arithmetic is that of one at a time,
+since inverses of pivot blocks would lose digits. One factorisation serves determinant and inverse.
+LAPACK, called matrix by matrix, takes 2 to 8 times as long on a CPU for 8 to 64 rows
+(`benchmarks/log_det.py`), but it pivots. So multipliers are watched: where one is large, pivoting
+is what keeps the digits, and LAPACK factorises the batch instead.
 """
 
 import functools
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,9 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from probattn.unanimous import unanimous
 
-# Rows eliminated in one pass: of matrices of up to 16 rows, and of larger ones.
-_FEW, _MORE = 4, 8
-_LARGEST_MULTIPLIER = 4.0  # partial pivoting keeps them below 1; each may cost its size in digits
+_LARGEST_MULTIPLIER = 8.0  # partial pivoting keeps them below 1; each may cost its size in digits
 
 # XLA would else compute a pivot row anew for every entry that it changes.
 _once = lax.optimization_barrier
@@ -129,89 +129,93 @@ def _guarded(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
 def _swept(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:
     """Pivots (..., r, n), inverse and largest multiplier (..., n), without pivoting.
 
-    Gauss and Jordan's way, in place: with p the pivot rows and columns, P the inverse of their
-    block, R = P A_p. with P in its own columns, and C = A_.p with -I in its own rows, the next A is
-    A without p, minus C R.
+    Gauss and Jordan's way, in place: to eliminate p, let R be its row, with 1 at p, divided by the
+    pivot, and C its column, with -1 at p; the next A is A without row and column p, minus C R.
     """
-    rank, together = blocks.shape[-2], _together(blocks.shape[-2])
-    if rank <= together:
-        return _swept_singly(blocks)
-    found, largest = [], jnp.zeros_like(blocks[..., 0, 0, :])
+    rank = blocks.shape[-2]
+    found, multipliers = [], jnp.zeros_like(blocks[..., 0, :])
+    together = 3  # of columns that stay, a pass of more holds more than it saves
     for start in range(0, rank, together):
         stop = min(start + together, rank)
-        pivots, inverse, own = _swept_singly(blocks[..., start:stop, start:stop, :])
-        left = _once(_product(blocks[..., stop:, start:stop, :], inverse))
-        largest = jnp.maximum(jnp.maximum(largest, own), _largest(left))
-        blocks, largest = _once((_exchange(blocks, inverse, start), largest))
-        found.append(pivots)
-    return jnp.concatenate(found, -2), blocks, largest
+        columns: list[Array] = []
+        rows: list[Array] = []
 
+        def left_by(parts: Sequence[Array], p: int, start: int = start) -> list[Array]:
+            """What these leave when the rows before p are eliminated."""
+            return [_without(start + i + 1, p, part) for i, part in enumerate(parts)]
 
-def _swept_singly(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:
-    """The same, one row after the other."""
-    rank = blocks.shape[-2]
-    blocks = _once(blocks)
-    found, largest = [], jnp.zeros_like(blocks[..., 0, 0, :])
-    for j in range(rank):
-        pivot = blocks[..., j, j, :]
-        largest = jnp.maximum(largest, _multiplier(blocks[..., j + 1 :, j, :], pivot))
-        blocks = _exchange(blocks, (1 / pivot)[..., None, None, :], j)
-        found.append(pivot)
-    return jnp.stack(found, -2), blocks, largest
-
-
-def _exchange(
-    blocks: Float[Array, "*batch r r n"], inverse: Float[Array, "*batch p p n"], start: int
-) -> Float[Array, "*batch r r n"]:
-    """The step of `_swept` that eliminates the rows from `start`, given P."""
-    size, stop = inverse.shape[-2], start + inverse.shape[-2]
-    inside = _between(start, stop, blocks.shape[-2])
-    own = jnp.eye(blocks.shape[-2], dtype=blocks.dtype)[:, start:stop, None]  # I in its own rows
-    columns = jnp.where(inside[:, None, None], -own, blocks[..., :, start:stop, :])
-    rows = jnp.where(inside[None, :, None], jnp.swapaxes(own, 0, 1), blocks[..., start:stop, :, :])
-    rows = _product(inverse, rows) if size > 1 else inverse * rows
-    columns, rows = _once((columns, rows))
-    others = ~(inside[:, None] | inside[None, :])[..., None]
-    rest = jnp.where(others, blocks, jnp.zeros((), blocks.dtype))
-    return _once(rest - _product(columns, rows))
+        for p in range(start, stop):
+            column, row = (
+                _without(start, p, part) for part in (blocks[..., :, p, :], blocks[..., p, :, :])
+            )
+            column = _updated(column, left_by(columns, p), [other[..., p, :] for other in rows])
+            row = _updated(row, left_by(rows, p), [other[..., p, :] for other in columns])
+            pivot = column[..., p, :]
+            multipliers = _larger(multipliers, _without(0, p + 1, column), pivot)
+            here = _between(p, p + 1, rank)[:, None]
+            row = jnp.where(here, 1.0, row) / pivot[..., None, :]
+            column, row = _once((jnp.where(here, -1.0, column), row))
+            columns.append(column)
+            rows.append(row)
+            found.append(pivot)
+        kept = ~_between(start, stop, rank)
+        rest = jnp.where(kept[:, None, None] & kept[None, :, None], blocks, 0.0)
+        pairs = _paired(left_by(columns, stop), left_by(rows, stop))
+        blocks, multipliers = _once((_updated(rest, *pairs), multipliers))
+    return jnp.stack(found, -2), blocks, jnp.max(multipliers, axis=-2)
 
 
 def _swept_pivots(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
     """Pivots and largest multiplier alone: what is eliminated is left behind."""
-    found, largest = [], jnp.zeros_like(blocks[..., 0, 0, :])
-    together = _together(blocks.shape[-2])
-    halves = slice(None, together), slice(together, None)
-    while blocks.shape[-2] > together:
-        (a, b), (c, d) = ([blocks[..., i, j, :] for j in halves] for i in halves)
-        pivots, inverse, own = _swept_singly(a)
-        left = _once(_product(c, inverse))
-        largest = jnp.maximum(jnp.maximum(largest, own), _largest(left))
-        blocks = _once(d - _product(left, b))
-        found.append(pivots)
-    blocks = _once(blocks)
-    for _ in range(blocks.shape[-2]):
-        pivot, column = _once((blocks[..., 0, 0, :], blocks[..., 1:, 0, :]))
-        largest = jnp.maximum(largest, _multiplier(column, pivot))
-        row = blocks[..., 0, 1:, :] / pivot[..., None, :]
-        blocks = _once(blocks[..., 1:, 1:, :] - column[..., :, None, :] * row[..., None, :, :])
-        found.append(pivot[..., None, :])
-    return jnp.concatenate(found, -2), largest
+    found, largest = [], []
+    while blocks.shape[-2]:
+        together = min(4, blocks.shape[-2])
+        columns: list[Array] = []
+        rows: list[Array] = []
+        multipliers = jnp.zeros_like(blocks[..., 0, :])
+        for p in range(together):
+            column, row = blocks[..., :, p, :], blocks[..., p, :, :]
+            column = _updated(column, columns, [other[..., p, :] for other in rows])
+            row = _updated(row, rows, [other[..., p, :] for other in columns])
+            pivot = column[..., p, :]
+            multipliers = _larger(multipliers, _without(0, p + 1, column), pivot)
+            column, row = _once((column, row / pivot[..., None, :]))
+            columns.append(column)
+            rows.append(row)
+            found.append(pivot)
+        columns, rows = ([part[..., together:, :] for part in parts] for parts in (columns, rows))
+        rest = blocks[..., together:, together:, :]
+        largest.append(jnp.max(multipliers, axis=-2))
+        blocks = _once(_updated(rest, *_paired(columns, rows)))
+    return jnp.stack(found, -2), functools.reduce(jnp.maximum, largest)
 
 
-def _together(rank: int) -> int:
-    return _FEW if rank <= 16 else _MORE
+def _updated(array: Array, left: Sequence[Array], right: Sequence[Array]) -> Array:
+    """Minus the products of vectors (..., m, n) with numbers (..., n), or of either pairs."""
+    for one, other in zip(left, right, strict=True):
+        array = array - one * (other if other.ndim == one.ndim else other[..., None, :])
+    return array
 
 
-def _multiplier(
-    column: Float[Array, "*batch rows n"], pivot: Float[Array, "*batch n"]
-) -> Float[Array, "*batch n"]:
-    """The largest of each matrix; infinite where the pivot is zero."""
-    largest = jnp.max(jnp.abs(column), axis=-2, initial=0.0)
-    return jnp.where(_is_zero(pivot), jnp.inf, largest / jnp.abs(pivot))
+def _paired(columns: Sequence[Array], rows: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    return [part[..., :, None, :] for part in columns], [part[..., None, :, :] for part in rows]
 
 
-def _largest(left: Float[Array, "*batch i j n"]) -> Float[Array, "*batch n"]:
-    return jnp.max(jnp.abs(left), axis=(-3, -2), initial=0.0)
+def _without(start: int, stop: int, part: Float[Array, "*batch r n"]) -> Float[Array, "*batch r n"]:
+    if start >= stop:
+        return part
+    return jnp.where(_between(start, stop, part.shape[-2])[:, None], 0.0, part)
+
+
+def _larger(
+    multipliers: Float[Array, "*batch r n"],
+    column: Float[Array, "*batch r n"],
+    pivot: Float[Array, "*batch n"],
+) -> Float[Array, "*batch r n"]:
+    """The larger of either; infinite where the pivot is zero."""
+    own = jnp.abs(column / pivot[..., None, :])
+    own = jnp.where(_is_zero(pivot)[..., None, :], jnp.inf, own)
+    return jnp.maximum(multipliers, own)
 
 
 def _between(start: int, stop: int, size: int) -> Bool[Array, " size"]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from probattn.attention import check_arguments, geometry, projections
 from probattn.covariance import attention_covariance
-from probattn.moments import of_determinants
+from probattn.determinants import of_determinants
 
 # The quadratic branch of the relaxed barrier ends this many delta below zero (see _relaxed).
 _QUADRATIC_DEPTH = 10.0

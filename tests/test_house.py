@@ -26,6 +26,7 @@ MATHEMATICS = {
         "covariance",
         "elimination",
         "moments",
+        "determinants",
         "log_det",
         "margins",
         "proper",
