@@ -22,9 +22,10 @@ from probattn.inference.elbo import OrderedELBO
 from probattn.inference.guides import make_guide
 from probattn.log_det import log_det
 from probattn.models import language_model
-from probattn.models.language_model import attention_stage, sample_parameters
+from probattn.models.language_model import AttentionStage, attention_stage, sample_parameters
 from probattn.models.priors import starting_point
 from probattn.models.transformer import Parameters, embed
+from probattn.proper import surely_positive
 
 _HALVINGS = 10  # after which a step is not taken at all
 
@@ -202,10 +203,15 @@ class Trainer:
             scale = jnp.where(halvings < _HALVINGS, scale, 0.0)
             return at(scale), halvings > 0
 
-        # Almost every step stays inside, and pays for one evaluation of the determinants.
-        params, rejected = jax.lax.cond(
-            jnp.all(inside(self._sites(params))), lambda: (params, jnp.bool_(False)), shorten
-        )
+        def taken() -> tuple[dict[str, Array], Array]:
+            return params, jnp.bool_(False)
+
+        def checked() -> tuple[dict[str, Array], Array]:
+            return jax.lax.cond(jnp.all(inside(self._sites(params))), taken, shorten)
+
+        # Most steps are proved inside; of the others most pay for one evaluation of determinants.
+        proved = surely_positive(**_stage(self._sites(params), inputs, self.config))
+        params, rejected = jax.lax.cond(jnp.all(proved), taken, checked)
         count, (_, moments) = new.optim_state
         return new._replace(optim_state=(count, (params, moments))), rejected
 
@@ -227,6 +233,9 @@ def default_optimizer(config: FitConfig) -> optax.GradientTransformation:
 
 def _inside(parameters: Parameters, *, inputs: Array, config: RunConfig) -> Array:
     """Where the determinants that carry the barrier are positive."""
+    return log_det(**_stage(parameters, inputs, config))[0] > 0
+
+
+def _stage(parameters: Parameters, inputs: Array, config: RunConfig) -> AttentionStage:
     x = embed(parameters, inputs)
-    stage = attention_stage(parameters, x, config=config.model, objective=config.objective)
-    return log_det(**stage)[0] > 0
+    return attention_stage(parameters, x, config=config.model, objective=config.objective)
