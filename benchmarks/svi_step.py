@@ -14,7 +14,8 @@ from harness import CONTROL, compare
 from probattn import log_det, relaxed_barrier
 from probattn.batches import random_blocks
 from probattn.inference.config import RunConfig
-from probattn.inference.svi import Trainer, default_optimizer
+from probattn.inference.optimizers import default_optimizer
+from probattn.inference.svi import Trainer
 from probattn.models import LanguageModelConfig, ObjectiveConfig, language_model
 from probattn.models.transformer import embed, logits
 

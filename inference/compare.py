@@ -155,7 +155,7 @@ def _trained(objective: ObjectiveConfig) -> str:
     """Which attention stage an objective acts on; of one that acts on none, that fitted to it."""
     if objective.name == "ce":
         return "post hoc"
-    return "trained" if objective.attention == "separate" else "first layer"
+    return "trained" if objective.trains_attention_prior else "first layer"
 
 
 def _label(stage: str) -> str:
@@ -184,7 +184,7 @@ def _members(result: PosteriorResult) -> dict[str, np.ndarray]:
 
 
 def _objective(objective: ObjectiveConfig) -> dict[str, Any]:
-    weight = None if objective.name == "ce" else objective.weights[0]
+    weight = objective.weights[0] if objective.has_barrier else None
     return {"objective": objective.name, "barrier_weight": weight}
 
 

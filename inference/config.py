@@ -37,6 +37,15 @@ class FitConfig:
         guide: family that approximates the posterior: map is a point; laplace a Gaussian at that
             point, of the curvature there; mean_field independent Gaussians; low_rank a Gaussian
             whose covariance is diagonal plus low-rank.
+        weight_decay: decoupled weight decay (AdamW) of all matrices, per unit of the learning
+            rate, on top of the priors.
+        embedding_noise: standard deviation of Gaussian noise on what enters the network in
+            training, in units of the embeddings' root mean square.
+        neftune_alpha: NEFTune's uniform noise in its place, alpha / sqrt(block * width) times
+            uniform on [-1, 1], in the embedding's own unit (Jain et al. 2023).
+        sam_rho: radius of sharpness-aware minimisation (Foret et al. 2021): the gradient is that at
+            the point this far uphill, of the same minibatch and noise, which doubles the work.
+            These four change what is fitted, and are for the guide map alone.
     """
 
     steps: int = 2000
@@ -48,6 +57,10 @@ class FitConfig:
     checkpoint_every: int = 500
     precision: Precision = "float32"
     guide: GuideName = "map"
+    weight_decay: float = 0.0
+    embedding_noise: float = 0.0
+    neftune_alpha: float = 0.0
+    sam_rho: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no fit."""
@@ -71,6 +84,24 @@ class FitConfig:
                     f"fit.{name} is {getattr(self, name)!r}: "
                     f"expected one of {', '.join(typing.get_args(choices))}"
                 )
+        self._check_regularisers()
+
+    def _check_regularisers(self) -> None:
+        for name in ("weight_decay", "embedding_noise", "neftune_alpha", "sam_rho"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and value >= 0 and math.isfinite(value)):
+                raise ValueError(f"fit.{name} is {value!r}: expected a finite number >= 0")
+            if value > 0 and self.guide != "map":
+                raise ValueError(
+                    f"fit.{name} is {value} with the guide {self.guide}, which approximates a "
+                    "posterior that it has no part in: expected 0, or fit.guide map"
+                )
+        if self.embedding_noise > 0 and self.neftune_alpha > 0:
+            raise ValueError(
+                f"fit.embedding_noise is {self.embedding_noise} and fit.neftune_alpha "
+                f"{self.neftune_alpha}: expected one kind of noise, the other 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -88,6 +119,22 @@ class RunConfig:
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse settings of a fit that its objective has no use for."""
+        if self.objective.name != "latent":
+            return
+        if self.fit.guide != "map":
+            raise ValueError(
+                f"fit.guide is {self.fit.guide} with objective latent, which approximates the "
+                "embeddings and takes a point for the parameters: expected map"
+            )
+        for name in ("embedding_noise", "neftune_alpha"):
+            if (value := getattr(self.fit, name)) > 0:
+                raise ValueError(
+                    f"fit.{name} is {value} with objective latent, whose guide draws the "
+                    "embeddings: expected 0; objective.guide_scale is its noise"
+                )
 
 
 def read_config(path: str | os.PathLike[str]) -> RunConfig:

@@ -17,7 +17,9 @@ from probattn.inference.checkpoints import named_leaves, with_leaves
 from probattn.inference.config import RunConfig
 from probattn.inference.guides import OWN_PARAMS, check_guide
 from probattn.inference.interrupts import Interrupted, deferred_interrupts
+from probattn.inference.latent_metrics import latent_metrics
 from probattn.inference.monitor import Monitor
+from probattn.inference.optimizers import check_optimizer
 from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.run_files import RunError
 from probattn.inference.runs import (
@@ -92,6 +94,7 @@ def fit(
     """
     out = Path(out)
     check_options(out, resume=resume, overwrite=overwrite)
+    check_optimizer(config.fit, optimizer)
     corpus = load_corpus(config.data)
     if resume:
         run = _reopen(out, config, corpus)
@@ -201,6 +204,12 @@ class _Loop:
             "loss": float(self._state.loss_sum) / max(int(self._state.loss_count), 1),
             "tokens_per_s": tokens / self._seconds if self._seconds else None,
             **self._monitor(parameters),
+            **latent_metrics(
+                self.run.config,
+                self._scorers,
+                parameters,
+                self._trainer.guide_params(self._state),
+            ),
             "rejected_steps": int(self._state.rejected),
             "embedding_rms": self._scorers[""].embedding_rms(parameters),
         }

@@ -20,7 +20,7 @@ _WINDOWS = 16
 class Monitor:
     """Smallest reduced margin and infeasible fraction over a few fixed windows of training text.
 
-    They are those of the stage that carries the barrier; objective ce trains none, and the heads
+    They are those of the stage that the objective trains; objective ce trains none, and the heads
     of the first attention layer stand in, which the kind says.
 
     Args:

@@ -32,6 +32,7 @@ DIMS: Mapping[str, tuple[str, ...]] = {
     "mlp_out": ("layer", "hidden", "embed"),
     "w_query": ("embed", "rank"),
     "w_key": ("embed", "rank"),
+    "log_residual_scale": (),
     "embeddings": ("sequence", "position", "embed"),
     "embeddings_base": ("sequence", "position", "embed"),
     "margin": ("sequence", "position"),

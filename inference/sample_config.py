@@ -81,3 +81,8 @@ class SampleRunConfig:
         language = self.model is not None and self.objective is not None
         if (self.latent is None) != language or (self.model is None) != (self.objective is None):
             raise ValueError("expected either the table latent, or both tables model and objective")
+        if self.objective is not None and self.objective.name == "latent":
+            raise ValueError(
+                "objective.name is latent, whose embeddings belong to the sequences of a fit: "
+                "expected ce, margin or full, or the model latent"
+            )

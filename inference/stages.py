@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from probattn.batches import batched_rows
 from probattn.inference.post_hoc import PostHocPrior
 from probattn.inference.runs import Run
 from probattn.margins import both_margins
-from probattn.models.transformer import Parameters, embed, first_layer
+from probattn.models.language_model import attention_stage
+from probattn.models.transformer import Parameters, embed, first_layer, rms_normalised
 
+Sight = Literal["embeddings", "normalised", "first_layer"]
 _BATCH = 4  # windows in one call: the bases of 2 r directions take (windows, T, d, 2 r) numbers
 
 
@@ -27,14 +30,15 @@ class Stage:
         label: what figures and tables call it.
         w_query: W_Q (d, r).
         w_key: W_K (d, r).
-        normalised: whether it sees the first layer's normalised input instead of the embeddings.
+        sees: the embeddings, the same divided by their root mean square, token by token, or the
+            first layer's normalised input.
         bound: c of its bounded context, or None.
     """
 
     label: str
     w_query: Float[Array, "d r"]
     w_key: Float[Array, "d r"]
-    normalised: bool = False
+    sees: Sight = "embeddings"
     bound: float | None = None
 
 
@@ -61,22 +65,25 @@ class StageMargins:
 
 def stages(run: Run, prior: PostHocPrior) -> Iterator[Stage]:
     """Stages of a run: post hoc, trained where there is one, and the first layer's heads."""
-    bound = run.config.model.bound
-    yield Stage("post hoc", jnp.asarray(prior.w_query), jnp.asarray(prior.w_key), bound=bound)
-    if run.config.objective.trains_attention_prior:
-        w_query, w_key = run.parameters["w_query"], run.parameters["w_key"]
-        yield Stage("trained", w_query, w_key, bound=bound)
-    embedded = jnp.zeros((1, 1, run.config.model.width))
-    _, queries, keys = first_layer(run.parameters, embedded, heads=run.config.model.heads)
+    model, objective = run.config.model, run.config.objective
+    embedded = jnp.zeros((1, 1, model.width))
+    matrices = jnp.asarray(prior.w_query), jnp.asarray(prior.w_key)
+    yield Stage("post hoc", *matrices, bound=model.bound)
+    if objective.trains_attention_prior:
+        trained = attention_stage(run.parameters, embedded, config=model, objective=objective)
+        sees: Sight = "normalised" if objective.attention == "normalised" else "embeddings"
+        matrices = trained["w_query"], trained["w_key"]
+        yield Stage("trained", *matrices, sees=sees, bound=model.bound)
+    _, queries, keys = first_layer(run.parameters, embedded, heads=model.heads)
     for head, (w_query, w_key) in enumerate(zip(queries, keys, strict=True), start=1):
-        yield Stage(f"layer 1 head {head}", w_query, w_key, normalised=True)
+        yield Stage(f"layer 1 head {head}", w_query, w_key, sees="first_layer")
 
 
 def stage_margins(run: Run, stage: Stage, inputs: Int[np.ndarray, "windows T"]) -> StageMargins:
     """Margins, log determinants and certificates of a stage over windows of tokens."""
     measure = partial(
         _measure,
-        normalised=stage.normalised,
+        sees=stage.sees,
         heads=run.config.model.heads,
         bound=stage.bound,
     )
@@ -91,20 +98,22 @@ def stage_margins(run: Run, stage: Stage, inputs: Int[np.ndarray, "windows T"]) 
     return StageMargins(stage.label, *fields)
 
 
-@partial(jax.jit, static_argnames=("normalised", "heads", "bound"))
+@partial(jax.jit, static_argnames=("sees", "heads", "bound"))
 def _measure(
     parameters: Parameters,
     inputs: Array,
     w_query: Array,
     w_key: Array,
     *,
-    normalised: bool,
+    sees: Sight,
     heads: int,
     bound: float | None,
 ) -> tuple[Array, ...]:
     x = embed(parameters, inputs)
-    if normalised:
+    if sees == "first_layer":
         x, _, _ = first_layer(parameters, x, heads=heads)
+    elif sees == "normalised":
+        x = rms_normalised(x)
     sign, log_abs = log_det(x, w_query, w_key, bound=bound)
     margin, distance = both_margins(x, w_query, w_key, bound=bound)
     return (

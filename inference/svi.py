@@ -5,6 +5,7 @@ check that keeps Adam from jumping over the attention barrier: a step that makes
 its minibatch non-positive is taken back and tried again at half its size.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -20,13 +21,16 @@ from probattn.batches import random_blocks
 from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.elbo import OrderedELBO
 from probattn.inference.guides import make_guide
+from probattn.inference.optimizers import default_optimizer, svi_optimizer
 from probattn.log_det import log_det
-from probattn.models import language_model
+from probattn.models import language_model, latent_guide
+from probattn.models.embedding_noise import gaussian_noise, neftune_noise
 from probattn.models.language_model import AttentionStage, attention_stage, sample_parameters
 from probattn.models.priors import starting_point
 from probattn.models.transformer import Parameters, embed
 from probattn.proper import surely_positive
 
+Perturb = Callable[[Array], Array]
 _HALVINGS = 10  # after which a step is not taken at all
 
 
@@ -78,7 +82,9 @@ class Trainer:
         optimizer: optax.GradientTransformation | None = None,
     ) -> None:
         self.config = config
-        init_key, self._data_key = jax.random.split(jax.random.key(config.fit.seed))
+        root = jax.random.key(config.fit.seed)
+        init_key, self._data_key = jax.random.split(root)
+        self._noise_key = jax.random.fold_in(root, 2)  # the split is 0 and 1
         sequences = tokens.shape[0] // config.model.block
         count = sequences * config.model.block
         model = partial(
@@ -93,12 +99,22 @@ class Trainer:
         start_key, init_key = jax.random.split(init_key)
         start = jax.jit(partial(starting_point, parameters=parameters))(start_key)
         self.guide = make_guide(config.fit.guide, parameters, start)
+        guide: Callable = self.guide
+        if config.objective.name == "latent":
+            guide = partial(
+                latent_guide,
+                parameters=self.guide,
+                objective=config.objective,
+                num_sequences=sequences,
+            )
         # The loss is -ELBO / N, of a point -log joint / N: nats per token, whatever the size of
         # the corpus.
         self._svi = SVI(
             numpyro.handlers.scale(model, 1 / count),
-            numpyro.handlers.scale(self.guide, 1 / count),
-            default_optimizer(config.fit) if optimizer is None else optimizer,
+            numpyro.handlers.scale(guide, 1 / count),
+            svi_optimizer(
+                default_optimizer(config.fit) if optimizer is None else optimizer, config.fit
+            ),
             OrderedELBO(),
         )
         self._tokens = tokens
@@ -140,6 +156,13 @@ class Trainer:
             block=self.config.model.block,
         )
 
+    def noise(self, step: int | Int[Array, ""]) -> dict[str, Perturb]:
+        """The noise of a step as an option of the model, likewise of the seed and the step alone.
+
+        No noise is no option, and compiles no random numbers.
+        """
+        return training_noise(self.config.fit, jax.random.fold_in(self._noise_key, step))
+
     def _sites(self, params: dict[str, Array]) -> dict[str, Array]:
         return self.guide.median(params)
 
@@ -148,7 +171,7 @@ class Trainer:
     ) -> tuple[TrainState, Progress]:
         def body(carry: tuple[TrainState, Progress]) -> tuple[TrainState, Progress]:
             state, progress = carry
-            state, loss = self._step(state, *self.minibatch(tokens, progress.step))
+            state, loss = self._step(state, tokens, progress.step)
             return state, Progress(progress.step + 1, loss, jnp.isfinite(loss))
 
         def unfinished(carry: tuple[TrainState, Progress]) -> Array:
@@ -158,10 +181,11 @@ class Trainer:
         start = Progress(step, jnp.zeros(()), jnp.bool_(True))
         return jax.lax.while_loop(unfinished, body, (state, start))
 
-    def _step(self, state: TrainState, inputs: Array, targets: Array) -> tuple[TrainState, Array]:
-        svi, loss = self._svi.update(state.svi, inputs, targets)
+    def _step(self, state: TrainState, tokens: Array, step: Array) -> tuple[TrainState, Array]:
+        inputs, targets = self.minibatch(tokens, step)
+        svi, loss = self._svi.update(state.svi, inputs, targets, **self.noise(step))
         rejected = jnp.bool_(False)
-        if self.config.objective.name != "ce":
+        if self.config.objective.has_barrier:
             svi, rejected = self._retreat(state.svi, svi, inputs)
         return (
             TrainState(
@@ -216,19 +240,13 @@ class Trainer:
         return new._replace(optim_state=(count, (params, moments))), rejected
 
 
-def default_optimizer(config: FitConfig) -> optax.GradientTransformation:
-    """Adam with linear warm-up and cosine decay to a tenth.
-
-    Not AdamW: the priors already regularise, and decoupled decay on top is not the MAP.
-    """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / max(config.warmup, 1),
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup,
-        decay_steps=config.steps,
-        end_value=config.learning_rate / 10,
-    )
-    return optax.adam(schedule, b1=0.9, b2=0.99)
+def training_noise(config: FitConfig, rng_key: Array) -> dict[str, Perturb]:
+    """Noise on what the network sees, as the option `perturb` of `language_model`, if any."""
+    if config.embedding_noise > 0:
+        return {"perturb": partial(gaussian_noise, rng_key, scale=config.embedding_noise)}
+    if config.neftune_alpha > 0:
+        return {"perturb": partial(neftune_noise, rng_key, alpha=config.neftune_alpha)}
+    return {}
 
 
 def _inside(parameters: Parameters, *, inputs: Array, config: RunConfig) -> Array:

@@ -6,6 +6,7 @@ from probattn.models.latent_embeddings import (
     latent_embeddings,
     observed_embeddings,
 )
+from probattn.models.latent_guide import latent_guide
 from probattn.models.objective import ObjectiveConfig
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "ObjectiveConfig",
     "language_model",
     "latent_embeddings",
+    "latent_guide",
     "observed_embeddings",
 ]

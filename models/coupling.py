@@ -1,4 +1,4 @@
-"""Priors of the coupling A of an attention process: proper by construction, or free.
+"""Couplings A of an attention process: priors that are proper by construction, or free.
 
 Each is invariant under rotations of the embedding space, A -> R^T A R: where the embeddings are
 identified only up to one, the prior must not choose among them.
@@ -72,6 +72,31 @@ def attention_weights_of(
     """W_Q and W_K (d, d), of full rank r = d, that have this coupling: W_K W_Q^T / sqrt(d) = A."""
     width = coupling.shape[0]
     return jnp.eye(width, dtype=coupling.dtype), math.sqrt(width) * coupling
+
+
+def proper_weights(
+    w_query: Float[Array, "d r"], w_key: Float[Array, "d r"], *, bound: float | None
+) -> tuple[Float[Array, "d r"], Float[Array, "d r"]]:
+    """W_Q and W_K (d, r) of a process that is proper for every context, made of any two matrices.
+
+    The two regimes of `sample_coupling`, at a rank r that may be far below d. With a bound c, each
+    matrix W becomes W L^-T with the Cholesky factor L L^T = I + W^T W, and its singular values s
+    become s / sqrt(1 + s^2); A is the product of the two over c^2. Every A of rank r with c^2
+    ||A||_2 < 1 is reached, and no other. Without a bound W_K becomes W_Q (S - I) with the
+    antisymmetric S = W_Q^T W_K - W_K^T W_Q, so that A + A^T = -2 W_Q W_Q^T / sqrt(r) is negative
+    semidefinite.
+    """
+    identity = jnp.eye(w_query.shape[-1], dtype=w_query.dtype)
+    if bound is None:
+        turn = w_query.T @ w_key
+        return w_query, w_query @ (turn - turn.T - identity)
+    share = w_query.shape[-1] ** 0.25 / bound  # A carries 1 / sqrt(r)
+
+    def squashed(matrix: Float[Array, "d r"]) -> Float[Array, "d r"]:
+        factor = jnp.linalg.cholesky(identity + matrix.T @ matrix)
+        return share * jax.scipy.linalg.solve_triangular(factor, matrix.T, lower=True).T
+
+    return squashed(w_query), squashed(w_key)
 
 
 @jax.custom_jvp

@@ -1,6 +1,7 @@
-"""A GPT language model whose token embeddings pass through the attention barrier."""
+"""A GPT language model whose embeddings pass through an attention barrier, or are latent."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -10,10 +11,11 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
-from probattn import coupling, relaxed_barrier, residual
+from probattn import CausalAttention, coupling, relaxed_barrier, residual
 from probattn.models import priors, transformer
 from probattn.models.attention_sites import record_coupling, record_margins
 from probattn.models.config_checks import check_integers
+from probattn.models.coupling import proper_weights
 from probattn.models.objective import ObjectiveConfig
 
 
@@ -28,6 +30,7 @@ class LanguageModelConfig:
         block: positions T that the model sees at once, at least 3: the first two have no margin.
         prior_rank: rank r of the separate attention stage that carries the barrier.
         bound: c of that stage's bounded context, see `attention`; None, the paper's, is unbounded.
+            It says too in which of the two proper regimes the process of objective "latent" is.
     """
 
     layers: int = 4
@@ -70,15 +73,18 @@ def language_model(
     num_sequences: int | None = None,
     precision: transformer.Precision = "float32",
     margins: bool = False,
+    perturb: Callable[[Float[Array, "B T d"]], Float[Array, "B T d"]] | None = None,
 ) -> None:
     """NumPyro model of token sequences: priors, attention factor, transformer, tokens.
 
     Sample sites: the parameters (see `priors`), then "tokens" with one log likelihood per
     sequence. Factor sites: "attention_barrier" and "attention_residual", minus the weighted
-    relaxed barrier and squared residual of each sequence. Plates: "layers" and "sequences".
+    relaxed barrier and squared residual of each sequence. Plates: "layers" and "sequences". With
+    objective "latent" there is no factor, but the sample site "embeddings" (B, T, d), of which
+    `latent_guide` is the guide.
 
     Args:
-        inputs: symbols (B, T), T <= config.block.
+        inputs: symbols (B, T), T <= config.block; objective "latent" takes their shape alone.
         targets: the symbol that follows each input, (B, T); None samples them.
         vocabulary_size: number of symbols V; symbols are 0 .. V - 1.
         config: size of the network.
@@ -90,6 +96,8 @@ def language_model(
         precision: of the network's matrix products. The barrier is float32 at least.
         margins: record the deterministic sites of `attention_sites` for the objective's attention
             stage: margins (B, T), or (B, heads, T) of the first layer, and its couplings.
+        perturb: what the network sees of the embeddings, such as the same with noise; the factors
+            are those of the embeddings themselves.
 
     Raises:
         ValueError: if inputs are not (B, T) with T <= config.block, targets differ in shape,
@@ -106,17 +114,26 @@ def language_model(
         )
     parameters = sample_parameters(vocabulary_size, config, objective)
     with numpyro.plate("sequences", num_sequences, subsample_size=sequences):
-        x = transformer.embed(parameters, inputs)
+        if objective.name == "latent":
+            with numpyro.handlers.scale(scale=objective.beta):
+                x = numpyro.sample(
+                    "embeddings", latent_process(parameters, inputs.shape[1], config=config)
+                )
+        else:
+            x = transformer.embed(parameters, inputs)
         if objective.name != "ce":
             stage = attention_stage(parameters, x, config=config, objective=objective)
-            barrier, energy = _attention_terms(stage, objective)
-            barrier_weight, residual_weight = objective.weights
-            numpyro.factor("attention_barrier", -barrier_weight * barrier)
-            if residual_weight:
-                numpyro.factor("attention_residual", -residual_weight * energy)
+            if objective.has_barrier:
+                barrier, energy = _attention_terms(stage, objective)
+                barrier_weight, residual_weight = objective.weights
+                numpyro.factor("attention_barrier", -barrier_weight * barrier)
+                if residual_weight:
+                    numpyro.factor("attention_residual", -residual_weight * energy)
             if margins:
                 record_coupling(coupling(stage["w_query"], stage["w_key"]))
                 record_margins(**stage)
+        if perturb is not None:
+            x = perturb(x)
         logits = transformer.logits(parameters, x, heads=config.heads, precision=precision)
         numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=targets)
 
@@ -133,6 +150,8 @@ def sample_parameters(
     )
     if objective.trains_attention_prior:
         parameters |= priors.sample_attention_stage(config.width, config.prior_rank)
+    if objective.name == "latent":
+        parameters |= priors.sample_process_scale()
     return parameters
 
 
@@ -157,25 +176,42 @@ def attention_stage(
 ) -> AttentionStage:
     """Arguments at which the objective evaluates the attention formulas, by their names.
 
-    For the separate stage x is (B, T, d) and the matrices are (d, r); for the first layer x is
-    its normalised input (B, 1, T, d) and the matrices are (heads, d, d / heads).
+    For a separate stage x is (B, T, d), divided by the root mean square of each token's if it is
+    the normalised one, and the matrices are (d, r); for the first layer x is its normalised input
+    (B, 1, T, d) and the matrices are (heads, d, d / heads).
     """
-    if objective.attention == "separate":
-        return {
-            "x": x,
-            "w_query": parameters["w_query"],
-            "w_key": parameters["w_key"],
-            "bound": config.bound,
-        }
-    normalised, w_query, w_key = transformer.first_layer(parameters, x, heads=config.heads)
-    return {"x": normalised[:, None], "w_query": w_query, "w_key": w_key, "bound": None}
+    if objective.attention == "first_layer":
+        normalised, w_query, w_key = transformer.first_layer(parameters, x, heads=config.heads)
+        return {"x": normalised[:, None], "w_query": w_query, "w_key": w_key, "bound": None}
+    w_query, w_key = parameters["w_query"], parameters["w_key"]
+    if objective.name == "latent":
+        w_query, w_key = proper_weights(w_query, w_key, bound=config.bound)
+    elif objective.attention == "normalised":
+        x = transformer.rms_normalised(x)
+    return {"x": x, "w_query": w_query, "w_key": w_key, "bound": config.bound}
+
+
+def latent_process(
+    parameters: transformer.Parameters, length: int, *, config: LanguageModelConfig
+) -> CausalAttention:
+    """The attention process of the embeddings of objective "latent", over `length` positions.
+
+    It is proper whatever the parameters: repulsive, or of a bounded context where the
+    configuration gives a bound; see `coupling.proper_weights`.
+    """
+    weights = proper_weights(parameters["w_query"], parameters["w_key"], bound=config.bound)
+    scale = jnp.exp(parameters["log_residual_scale"])
+    return CausalAttention(*weights, scale, length, bound=config.bound)
 
 
 def _attention_terms(
     stage: AttentionStage, objective: ObjectiveConfig
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Barrier and ||e_t||^2 / (2 sigma^2), summed over positions and averaged over heads."""
-    barrier = relaxed_barrier(**stage, delta=objective.delta).sum(-1)
+    barrier = relaxed_barrier(**stage, delta=objective.delta)
+    if objective.one_sided:
+        barrier = jnp.maximum(barrier, 0)
+    barrier = barrier.sum(-1)
     scaled = residual(**stage) / objective.residual_scale
     energy = jnp.sum(scaled**2, axis=(-2, -1)) / 2  # dead code, and compiled away, if not used
     heads = tuple(range(1, barrier.ndim))

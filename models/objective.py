@@ -1,11 +1,11 @@
-"""What a language model is fitted to: cross-entropy, and the attention barrier and residual."""
+"""What a language model is fitted to: cross-entropy, and an attention barrier or process."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-ObjectiveName = Literal["ce", "margin", "full"]
-AttentionStage = Literal["separate", "first_layer"]
+ObjectiveName = Literal["ce", "margin", "full", "latent"]
+AttentionStage = Literal["separate", "first_layer", "normalised"]
 
 
 @dataclass(frozen=True)
@@ -13,20 +13,31 @@ class ObjectiveConfig:
     """Terms added to the cross-entropy of the tokens, per token.
 
     The fitted objective is CE + barrier_weight * mean of the relaxed log-barrier + residual_weight
-    * mean of ||e_t||^2 / (2 residual_scale^2) - log prior / (number of training tokens).
+    * mean of ||e_t||^2 / (2 residual_scale^2) - log prior / (number of training tokens); that of
+    "latent" is E_q[CE] + beta * KL(q || attention process) - log prior / (number of tokens).
 
     Attributes:
         name: "ce" leaves both terms out; "margin" adds the barrier; "full" adds barrier and
-            residual, which is the attention log density up to a constant.
+            residual, which is the attention log density up to a constant. "latent" makes the
+            embeddings latent variables of a proper attention process, drawn from a guide q
+            around the looked-up ones: see `latent_guide`.
         barrier_weight: weight of the barrier; by default 0.05 for margin (the paper's) and 1 for
             full.
         residual_weight: weight of the residual; by default 0 for margin and 1 for full.
         residual_scale: standard deviation sigma of the residual, in units of the embedding. Fixed:
-            learned, it collapses together with the embeddings.
+            learned, it collapses together with the embeddings. Not of "latent", whose density is
+            normalised: there sigma is a parameter of the model.
         delta: determinant below which the barrier is relaxed.
         attention: "separate" puts barrier and residual on an attention stage of its own, with its
             own W_Q and W_K; "first_layer" on the heads of the first attention layer, averaged
-            over them.
+            over them; "normalised" on a stage of its own that sees every embedding divided by its
+            root mean square, so that embeddings which only grow change nothing.
+        one_sided: whether the barrier is counted only where it is positive, at determinants
+            below one: it then keeps off the boundary, and rewards nothing beyond.
+        beta: weight of the KL divergence of "latent", > 0. At 1 the objective bounds the evidence.
+        guide_scale: standard deviation of the guide of "latent", in units of the root mean square
+            of its means, > 0; what the fit starts from where it is learned.
+        learn_guide_scale: whether the guide's standard deviation is fitted too.
     """
 
     name: ObjectiveName = "margin"
@@ -35,6 +46,10 @@ class ObjectiveConfig:
     residual_scale: float = 1.0
     delta: float = 1e-3
     attention: AttentionStage = "separate"
+    one_sided: bool = False
+    beta: float = 1.0
+    guide_scale: float = 0.5
+    learn_guide_scale: bool = False
 
     def __post_init__(self) -> None:
         """Refuse names and numbers that make no objective."""
@@ -53,12 +68,22 @@ class ObjectiveConfig:
                 continue
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ValueError(f"objective.{field} is {weight}: expected a finite number >= 0")
-            if self.name == "ce" and weight > 0:
+            if not self.has_barrier and weight > 0:
                 raise ValueError(
-                    f"objective.{field} is {weight} with objective ce, which has no such term: "
-                    "expected 0, or another objective.name"
+                    f"objective.{field} is {weight} with objective {self.name}, which has no such "
+                    "term: expected 0, or another objective.name"
                 )
-        for field in ("residual_scale", "delta"):
+        if self.one_sided and not self.has_barrier:
+            raise ValueError(
+                f"objective.one_sided is set with objective {self.name}, which has no barrier: "
+                "expected objective.name margin or full"
+            )
+        if self.name == "latent" and self.attention != "separate":
+            raise ValueError(
+                f"objective.attention is {self.attention!r} with objective latent, whose process "
+                "is that of the embeddings themselves: expected separate"
+            )
+        for field in ("residual_scale", "delta", "beta", "guide_scale"):
             value = getattr(self, field)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"objective.{field} is {value}: expected a finite number > 0")
@@ -66,13 +91,19 @@ class ObjectiveConfig:
     @property
     def weights(self) -> tuple[float, float]:
         """Weights of barrier and residual: those given, or those that the name implies."""
-        barrier, residual = {"ce": (0.0, 0.0), "margin": (0.05, 0.0), "full": (1.0, 1.0)}[self.name]
+        implied = {"margin": (0.05, 0.0), "full": (1.0, 1.0)}
+        barrier, residual = implied.get(self.name, (0.0, 0.0))
         return (
             barrier if self.barrier_weight is None else self.barrier_weight,
             residual if self.residual_weight is None else self.residual_weight,
         )
 
     @property
+    def has_barrier(self) -> bool:
+        """Whether barrier and residual are terms of the objective."""
+        return self.name in ("margin", "full")
+
+    @property
     def trains_attention_prior(self) -> bool:
-        """Whether a separate attention stage, with its own W_Q and W_K, is part of the model."""
-        return self.name != "ce" and self.attention == "separate"
+        """Whether an attention stage of its own, with W_Q and W_K, is part of the model."""
+        return self.name != "ce" and self.attention != "first_layer"

@@ -36,6 +36,15 @@ def sample_attention_stage(width: int, rank: int) -> dict[str, Array]:
     return {name: numpyro.sample(name, prior) for name in ("w_query", "w_key")}
 
 
+def sample_process_scale() -> dict[str, Array]:
+    """Sample site log_residual_scale, log sigma of the attention process of latent embeddings.
+
+    Its median is the root mean square of the embeddings that a fit starts from.
+    """
+    prior = dist.Normal(math.log(math.sqrt(2) * EMBEDDING_START), 1.0)
+    return {"log_residual_scale": numpyro.sample("log_residual_scale", prior)}
+
+
 def sample_transformer(
     *, vocabulary_size: int, layers: int, width: int, block: int
 ) -> dict[str, Array]:

@@ -68,6 +68,14 @@ def logits(
     return _product(x, parameters["token_embedding"].T, precision, result=x.dtype)
 
 
+def rms_normalised(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """Each vector divided by the root mean square of its entries (Zhang and Sennrich 2019).
+
+    The mean square is increased by 1e-8, so that a vector of zeros has a derivative.
+    """
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-8)
+
+
 def first_layer(
     parameters: Parameters, x: Float[Array, "B T d"], *, heads: int
 ) -> tuple[Float[Array, "B T d"], Float[Array, "H d r"], Float[Array, "H d r"]]:

@@ -371,7 +371,7 @@ ERRORS = {
     "unknown option of demo": (["demo", "--steps", "2"], ["--steps"]),
     "unknown objective": (
         ["fit", "--out", "OUT", "--objective", "foo"],
-        ["foo", "--objective", "'ce', 'margin', 'full'"],
+        ["foo", "--objective", "'ce', 'margin', 'full', 'latent'"],
     ),
     "ill-typed integer": (["fit", "--out", "OUT", "--fit.steps", "many"], ["many", "--fit.steps"]),
     "ill-typed number": (

@@ -9,6 +9,7 @@ import pytest
 from probattn.corpora import DataConfig
 from probattn.inference import FitConfig, RunConfig, read_config
 from probattn.inference.config import differences, format_config
+from probattn.inference.sample_config import SampleRunConfig
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 
 OTHER = RunConfig(
@@ -17,6 +18,15 @@ OTHER = RunConfig(
     ObjectiveConfig("full", 0.5, 1e-30, 2.0, 1e-9, "first_layer"),
     FitConfig(7, 3, 1e-300, 6, 2**32 - 1, 5, 2, "bfloat16", "low_rank"),
 )
+# What does not go with the guide above, or with its objective, or with each other.
+MAP = RunConfig(
+    objective=ObjectiveConfig("margin", attention="normalised", one_sided=True),
+    fit=FitConfig(weight_decay=0.1, embedding_noise=0.5, sam_rho=1e-300),
+)
+LATENT = RunConfig(
+    objective=ObjectiveConfig("latent", 0.0, 0.0, 1.0, 1e-3, "separate", False, 0.1, 2.0, True)
+)
+NEFTUNE = RunConfig(fit=FitConfig(neftune_alpha=5.0))
 
 
 def written(folder, text):
@@ -39,10 +49,18 @@ def refusal(path):
 
 def test_the_other_configuration_differs_in_every_field():
     fields = sum(len(dataclasses.fields(part)) for part in vars(OTHER).values())
-    assert len(differences(RunConfig(), OTHER)) == fields
+    others = (OTHER, MAP, LATENT, NEFTUNE)
+    changed = {
+        line.partition(":")[0] for other in others for line in differences(RunConfig(), other)
+    }
+    assert len(changed) == fields
 
 
-@pytest.mark.parametrize("config", [RunConfig(), OTHER], ids=["default", "other"])
+@pytest.mark.parametrize(
+    "config",
+    [RunConfig(), OTHER, MAP, LATENT, NEFTUNE],
+    ids=["default", "other", "map", "latent", "neftune"],
+)
 def test_toml_and_back(tmp_path, config):
     assert read_config(written(tmp_path, format_config(config))) == config
 
@@ -113,6 +131,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
 # Fields of [fit]
 
 NO_INTEGER = (True, 1.5, "3", None)
+REGULARISERS = ("weight_decay", "embedding_noise", "neftune_alpha", "sam_rho")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +143,11 @@ NO_INTEGER = (True, 1.5, "3", None)
         *(("learning_rate", value) for value in (0, -1e-3, math.nan, math.inf, "fast", None)),
         *(("seed", value) for value in (-1, 2**32, *NO_INTEGER)),
         *(("precision", value) for value in ("float16", "", 32)),
+        *(
+            (name, value)
+            for name in REGULARISERS
+            for value in (-0.1, math.nan, math.inf, True, "1")
+        ),
     ],
 )
 def test_fit_config_names_the_field_and_what_it_got(field, value):
@@ -135,6 +159,44 @@ def test_fit_config_names_the_field_and_what_it_got(field, value):
 def test_fit_config_takes_its_limits():
     FitConfig(steps=1, warmup=0, batch=1, eval_every=1, checkpoint_every=1, seed=0)
     FitConfig(steps=2, warmup=1, learning_rate=1e-300, seed=2**32 - 1)
+
+
+@pytest.mark.parametrize("name", REGULARISERS)
+@pytest.mark.parametrize("guide", ["laplace", "mean_field", "low_rank"])
+def test_what_changes_the_objective_is_for_a_point(name, guide):
+    expected = rf"^fit\.{name} is 0\.1 with the guide {guide}, .*: expected 0, or fit\.guide map$"
+    with pytest.raises(ValueError, match=expected):
+        FitConfig(guide=guide, **{name: 0.1})
+
+
+def test_one_kind_of_noise_at_a_time():
+    with pytest.raises(ValueError, match=r"^fit\.embedding_noise is 0\.5 and fit\.neftune_alpha 5"):
+        FitConfig(embedding_noise=0.5, neftune_alpha=5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"guide": "mean_field"},
+            r"^fit\.guide is mean_field with objective latent.*expected map$",
+        ),
+        (
+            {"embedding_noise": 0.5},
+            r"^fit\.embedding_noise is 0\.5 with objective latent.*expected 0",
+        ),
+        ({"neftune_alpha": 5.0}, r"^fit\.neftune_alpha is 5\.0 with objective latent.*expected 0"),
+    ],
+)
+def test_a_latent_fit_has_a_guide_and_a_noise_of_its_own(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(objective=ObjectiveConfig("latent"), fit=FitConfig(**fields))
+    RunConfig(objective=ObjectiveConfig("latent"), fit=FitConfig(weight_decay=0.1, sam_rho=0.05))
+
+
+def test_the_posterior_of_a_latent_language_model_is_not_sampled():
+    with pytest.raises(ValueError, match=r"^objective\.name is latent, .*: expected ce, margin or"):
+        SampleRunConfig(model=LanguageModelConfig(), objective=ObjectiveConfig("latent"))
 
 
 @pytest.mark.parametrize("part", [RunConfig(), *vars(RunConfig()).values()])

@@ -8,7 +8,12 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import Predictive
 
 from probattn import coupling, is_proper
-from probattn.models.coupling import attention_weights_of, matrix_sqrt, sample_coupling
+from probattn.models.coupling import (
+    attention_weights_of,
+    matrix_sqrt,
+    proper_weights,
+    sample_coupling,
+)
 
 KINDS = ("bounded", "repulsive", "free")
 
@@ -110,3 +115,41 @@ def test_gradient_where_the_factor_vanishes(kind):
 def test_bounded_needs_a_bound():
     with pytest.raises(ValueError, match="bound is None: expected a number > 0"):
         draws("bounded", 2, bound=None)
+
+
+def rectangular(rank, scale, seed=0):
+    return scale * jax.random.normal(jax.random.key(seed), (2, 5, rank))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_any_two_matrices_make_a_proper_process(rank, scale):
+    """The free coupling of the same two is not, unless they are small."""
+    raw = rectangular(rank, scale)
+    for bound in (None, 0.7):
+        assert is_proper(*proper_weights(*raw, bound=bound), bound=bound)
+    assert not is_proper(*raw)
+
+
+def test_bounded_weights_reach_every_coupling_below_the_bound():
+    """Solved backwards: V = V' L with L^T L = (I - V'^T V')^-1 for the balanced factors V'."""
+    rank, bound = 3, 0.7
+    left, right = (np.linalg.qr(matrix)[0] for matrix in np.asarray(rectangular(rank, 1.0)))
+    sizes = np.array([0.999, 0.3, 1e-3])
+    raw = []
+    for basis in (right, left):
+        squashed = basis * np.sqrt(sizes)
+        inverse = np.linalg.inv(np.eye(rank) - squashed.T @ squashed)
+        # L^T L: a Cholesky factor with the order of rows and columns reversed, twice.
+        lower = np.linalg.cholesky(inverse[::-1, ::-1])[::-1, ::-1].T
+        raw.append(jnp.asarray(squashed @ lower.T))
+    got = coupling(*proper_weights(*raw, bound=bound))
+    np.testing.assert_allclose(got, (left * sizes) @ right.T / bound**2, rtol=1e-9, atol=1e-12)
+
+
+def test_repulsive_weights_have_the_symmetric_part_that_they_say():
+    raw = rectangular(3, 1.0)
+    matrix = np.asarray(coupling(*proper_weights(*raw, bound=None)))
+    expected = -2 * raw[0] @ raw[0].T / np.sqrt(3)
+    np.testing.assert_allclose(matrix + matrix.T, expected, atol=1e-12)
+    assert np.abs(matrix - matrix.T).max() > 0.1

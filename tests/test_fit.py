@@ -35,10 +35,11 @@ from probattn.inference import FitError, fit, load_run
 from probattn.inference.checkpoints import CheckpointError, named_leaves
 from probattn.inference.config import format_config
 from probattn.inference.interrupts import Interrupted
+from probattn.inference.optimizers import default_optimizer
 from probattn.inference.run_files import RunError
 from probattn.inference.runs import Run
 from probattn.inference.scoring import Scorer
-from probattn.inference.svi import Trainer, default_optimizer
+from probattn.inference.svi import Trainer
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 
 LOOP = importlib.import_module("probattn.inference.fit")  # the package's attribute is the function

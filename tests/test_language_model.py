@@ -50,6 +50,7 @@ OBJECTIVES = {
     "all_given": ObjectiveConfig(
         "margin", barrier_weight=0.3, residual_weight=2.0, residual_scale=0.7, delta=0.9
     ),
+    "normalised_one_sided": ObjectiveConfig("full", attention="normalised", one_sided=True),
 }
 FACTORS = {
     "ce": set(),
@@ -58,6 +59,7 @@ FACTORS = {
     "margin_first_layer": {"attention_barrier"},
     "full_first_layer": {"attention_barrier", "attention_residual"},
     "all_given": {"attention_barrier", "attention_residual"},
+    "normalised_one_sided": {"attention_barrier", "attention_residual"},
 }
 all_objectives = pytest.mark.parametrize("name", OBJECTIVES)
 PER_LAYER = {"attention_norm", "attention_in", "attention_out", "mlp_norm", "mlp_in", "mlp_out"}
@@ -72,7 +74,7 @@ def model_of(name, **options):
 
 def shapes_of(name):
     """Shapes by the documentation, not by the model."""
-    separate = OBJECTIVES[name].attention == "separate" and name != "ce"
+    separate = OBJECTIVES[name].attention != "first_layer" and name != "ce"
     return SHAPES | (ATTENTION_STAGE if separate else {})
 
 
@@ -133,7 +135,9 @@ dense_residual = jax.jit(reference.residual)
 
 def attention_stages(name, parameters, x):
     """Arguments (x, w_query, w_key) of every attention that carries the barrier: one, or heads."""
-    if OBJECTIVES[name].attention == "separate":
+    if OBJECTIVES[name].attention == "normalised":
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-8)
+    if OBJECTIVES[name].attention != "first_layer":
         return [(x, parameters["w_query"], parameters["w_key"])]
     rows = np.array([numpy_norm(row, parameters["attention_norm"][0]) for row in x])
     columns = np.split(np.arange(WIDTH), HEADS)
@@ -155,6 +159,8 @@ def terms(name):
             for stage in stages:
                 det = np.linalg.det(dense_blocks(*stage))
                 relaxed = reference.relaxed_logarithm(det, objective.delta)
+                if objective.one_sided:
+                    relaxed = np.where(det < 1, relaxed, 0)
                 scaled = np.asarray(dense_residual(*stage)) / objective.residual_scale
                 barrier[b] += np.sum(relaxed) / len(stages)
                 energy[b] += np.sum(scaled**2) / 2 / len(stages)
@@ -204,6 +210,9 @@ def test_the_oracle_sees_barriers_worth_testing(name):
     assert np.abs(dets - 1).max() > 0.1
     assert dets.min() >= -10 * delta
     assert np.any(dets < delta) == (name == "all_given")
+    if OBJECTIVES[name].one_sided:
+        assert np.any(dets < 0.9)
+        assert np.any(dets > 1.1)
 
 
 def test_full_objective_is_the_attention_log_density_up_to_a_constant():
@@ -327,6 +336,19 @@ def test_bfloat16_products_leave_the_barrier_alone():
     for factor in FACTORS["full"]:
         assert half[factor].dtype == np.float32
         np.testing.assert_array_equal(full[factor], half[factor])
+
+
+def test_a_disturbance_reaches_the_network_and_no_factor():
+    shift = np.random.default_rng(5).normal(size=(BATCH, BLOCK, WIDTH))
+    parameters = parameters_of("full")
+    draw = jax.tree.map(lambda value: value[None], parameters)
+    disturbed = log_likelihood(model_of("full", perturb=lambda x: x + shift), draw, INPUTS, TARGETS)
+    x = numpy_embed(parameters, np.asarray(INPUTS)) + shift
+    scores = scipy.special.log_softmax(numpy_logits(parameters, x), axis=-1)
+    expected = np.take_along_axis(scores, np.asarray(TARGETS)[..., None], -1).sum((1, 2))
+    np.testing.assert_allclose(disturbed["tokens"][0], expected, rtol=1e-12)
+    for factor in FACTORS["full"]:
+        np.testing.assert_array_equal(disturbed[factor][0], site_log_probs("full")[factor])
 
 
 def test_svi_of_a_user_lowers_minus_the_joint_density():

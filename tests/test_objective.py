@@ -6,8 +6,8 @@ import pytest
 
 from probattn.models import ObjectiveConfig
 
-NAMES = ["ce", "margin", "full"]
-WEIGHTS = {"ce": (0.0, 0.0), "margin": (0.05, 0.0), "full": (1.0, 1.0)}
+NAMES = ["ce", "margin", "full", "latent"]
+WEIGHTS = {"ce": (0.0, 0.0), "margin": (0.05, 0.0), "full": (1.0, 1.0), "latent": (0.0, 0.0)}
 
 
 def refusal(**fields):
@@ -26,6 +26,7 @@ def test_the_default_is_the_margin_of_the_paper():
     config = ObjectiveConfig()
     assert config == ObjectiveConfig("margin")
     assert (config.residual_scale, config.delta, config.attention) == (1.0, 1e-3, "separate")
+    assert config.one_sided is False
 
 
 @pytest.mark.parametrize("name", ["margin", "full"])
@@ -63,9 +64,12 @@ def test_replacing_the_name_keeps_weights_given():
         ("margin", "first_layer", False),
         ("full", "separate", True),
         ("full", "first_layer", False),
+        ("margin", "normalised", True),
+        ("full", "normalised", True),
+        ("latent", "separate", True),
     ],
 )
-def test_only_a_barrier_on_a_separate_stage_trains_its_matrices(name, attention, trains):
+def test_only_a_stage_of_its_own_has_matrices_to_train(name, attention, trains):
     assert ObjectiveConfig(name, attention=attention).trains_attention_prior is trains
 
 
@@ -76,13 +80,13 @@ def test_a_configuration_is_frozen():
 
 @pytest.mark.parametrize("name", ["CE", "", "barrier", None])
 def test_an_unknown_name_is_refused(name):
-    expected = f"objective.name is {name!r}: expected one of ce, margin, full"
+    expected = f"objective.name is {name!r}: expected one of ce, margin, full, latent"
     assert refusal(name=name) == expected
 
 
 def test_an_unknown_attention_stage_is_refused():
-    expected = "objective.attention is 'last_layer': expected one of separate, first_layer"
-    assert refusal(attention="last_layer") == expected
+    expected = "objective.attention is 'last_layer': expected one of "
+    assert refusal(attention="last_layer") == expected + "separate, first_layer, normalised"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,14 +97,28 @@ def test_a_weight_that_is_negative_or_not_finite_is_refused(name, field, weight)
     assert refusal(name=name, **{field: weight}) == expected
 
 
+@pytest.mark.parametrize("name", ["ce", "latent"])
 @pytest.mark.parametrize("field", ["barrier_weight", "residual_weight"])
-def test_ce_with_a_positive_weight_is_refused(field):
-    message = refusal(name="ce", **{field: 0.05})
-    assert message.startswith(f"objective.{field} is 0.05 with objective ce")
+def test_a_weight_of_what_an_objective_has_not_is_refused(name, field):
+    message = refusal(name=name, **{field: 0.05})
+    assert message.startswith(f"objective.{field} is 0.05 with objective {name}")
     assert "expected 0, or another objective.name" in message
 
 
-@pytest.mark.parametrize("field", ["residual_scale", "delta"])
+@pytest.mark.parametrize("name", ["ce", "latent"])
+def test_one_side_of_no_barrier_is_refused(name):
+    message = refusal(name=name, one_sided=True)
+    assert message.startswith(f"objective.one_sided is set with objective {name}")
+
+
+@pytest.mark.parametrize("attention", ["first_layer", "normalised"])
+def test_latent_embeddings_have_no_other_stage(attention):
+    message = refusal(name="latent", attention=attention)
+    assert message.startswith(f"objective.attention is {attention!r} with objective latent")
+    assert message.endswith("expected separate")
+
+
+@pytest.mark.parametrize("field", ["residual_scale", "delta", "beta", "guide_scale"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scale_that_is_not_positive_is_refused(field, value):
     expected = f"objective.{field} is {value}: expected a finite number > 0"

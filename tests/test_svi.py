@@ -21,7 +21,8 @@ from tiny_run import BLOCK, FIT, MODEL, RANK, WIDTH, tiny_text
 
 from probattn.inference import FitConfig, RunConfig
 from probattn.inference.checkpoints import named_leaves, with_leaves
-from probattn.inference.svi import Trainer, default_optimizer
+from probattn.inference.optimizers import default_optimizer
+from probattn.inference.svi import Trainer
 from probattn.models import ObjectiveConfig, language_model
 from probattn.models.language_model import parameter_shapes
 from probattn.models.transformer import embed, logits

@@ -25,6 +25,7 @@ from probattn import certificate, embedding_margin, log_det, stability_margin
 from probattn.inference import post_hoc_prior, text_margins
 from probattn.inference.stages import stage_margins, stages
 from probattn.inference.token_margins import write_csv
+from probattn.models import ObjectiveConfig
 
 VALIDATION = tiny_text()[3600:]
 TEXT = "the \"so\"\n on, with\n \n\n and [/i] 'and' token"
@@ -252,3 +253,18 @@ def test_margins_of_a_bounded_context(own_run):
         ):
             expected = function(x, w_query, w_key, bound=bound)
             np.testing.assert_allclose(getattr(got, name), expected, rtol=1e-9, err_msg=name)
+
+
+def test_margins_of_normalised_embeddings(own_run):
+    """The trained stage of such an objective sees each token divided by its root mean square."""
+    objective = ObjectiveConfig("margin", attention="normalised")
+    run = dataclasses.replace(
+        own_run, config=dataclasses.replace(own_run.config, objective=objective)
+    )
+    inputs = run.vocabulary.encode(TEXT)[None, :BLOCK]
+    (stage,) = [s for s in stages(run, post_hoc_prior(own_run)) if s.label == "trained"]
+    x, w_query, w_key = stage_arguments(own_run, inputs)["trained"]
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-8)
+    expected = stability_margin(*map(jnp.asarray, (x, w_query, w_key)))
+    assert np.abs(expected - 1).max() > 0.01
+    np.testing.assert_allclose(stage_margins(run, stage, inputs).margin, expected, rtol=1e-9)

@@ -1,0 +1,94 @@
+"""Optimizers of a fit: the default one, and sharpness-aware minimisation around any."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+from jaxtyping import Array
+from numpyro.optim import _NumPyroOptim, optax_to_numpyro
+
+from probattn.inference.config import FitConfig
+
+
+def default_optimizer(config: FitConfig) -> optax.GradientTransformation:
+    """Adam with linear warm-up and cosine decay to a tenth; AdamW where weight decay is asked for.
+
+    By default not AdamW: the priors already regularise, and decoupled decay on top is not the MAP.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / max(config.warmup, 1),
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup,
+        decay_steps=config.steps,
+        end_value=config.learning_rate / 10,
+    )
+    if config.weight_decay == 0:
+        return optax.adam(schedule, b1=0.9, b2=0.99)
+    return optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=config.weight_decay, mask=_matrices)
+
+
+def check_optimizer(config: FitConfig, optimizer: optax.GradientTransformation | None) -> None:
+    """Refuse settings of the default optimizer where it is not used.
+
+    Raises:
+        ValueError: if an optimizer is given and so is a weight decay.
+    """
+    if optimizer is not None and config.weight_decay > 0:
+        raise ValueError(
+            f"fit.weight_decay is {config.weight_decay} and an optimizer is given, which does not "
+            "know of it: expected 0, with the decay in the optimizer"
+        )
+
+
+def svi_optimizer(optimizer: optax.GradientTransformation, config: FitConfig) -> _NumPyroOptim:
+    """An optax transformation as NumPyro's SVI takes it, sharpness-aware where asked for."""
+    if config.sam_rho > 0:
+        return SharpnessAware(optimizer, config.sam_rho)
+    return optax_to_numpyro(optimizer)
+
+
+class SharpnessAware(_NumPyroOptim):
+    """Sharpness-aware minimisation by `optax.contrib.sam`, as an optimizer of NumPyro's SVI.
+
+    A step takes two gradients of the same loss, of the same minibatch and the same random numbers:
+    one where the parameters are, and one at the distance rho from there along the first. The
+    optimizer is given the second (Foret et al. 2021, arXiv:2010.01412). The loss of a step is that
+    where the parameters are.
+
+    Args:
+        optimizer: that takes the step.
+        rho: length of the step uphill, over all parameters together, > 0.
+    """
+
+    def __init__(self, optimizer: optax.GradientTransformation, rho: float) -> None:
+        uphill = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
+        self._sam = optax.contrib.sam(optimizer, uphill, opaque_mode=True)
+        plain = optax_to_numpyro(self._sam)
+        super().__init__(lambda: (plain.init_fn, plain.update_fn, plain.get_params_fn))
+
+    def eval_and_update(
+        self,
+        fn: Callable[[Any], tuple],
+        state: tuple[Array, Any],
+        forward_mode_differentiation: bool = False,
+    ) -> tuple[tuple[Array, Any], tuple[Array, Any]]:
+        """Loss and auxiliary output of `fn` at the parameters, and the state after the step."""
+        if forward_mode_differentiation:
+            raise NotImplementedError("SharpnessAware differentiates in reverse mode alone")
+        count, (params, optimizer_state) = state
+        (loss, auxiliary), gradient = jax.value_and_grad(fn, has_aux=True)(params)
+        updates, optimizer_state = self._sam.update(
+            gradient,
+            optimizer_state,
+            params,
+            grad_fn=lambda params, _: jax.grad(fn, has_aux=True)(params)[0],
+        )
+        params = optax.apply_updates(params, updates)
+        return (loss, auxiliary), (count + 1, (params, optimizer_state))
+
+
+def _matrices(params: dict[str, Array]) -> dict[str, bool]:
+    """What weight decay acts on: all matrices, but no gain of a norm, which is one per layer."""
+    return {name: leaf.ndim >= 2 and "norm" not in name for name, leaf in params.items()}
