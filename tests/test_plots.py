@@ -91,7 +91,7 @@ EXAMPLES = {
         {
             label: {
                 (kind, unit): SWEEP
-                for kind in ("gaussian", "ascent-10", ODD)
+                for kind in ("gaussian", "ascent-1", "ascent-10")
                 for unit in ("noise (embedding units)", "noise / embedding RMS")
             }
             | {("substitution", "probability"): SWEEP}
