@@ -13,6 +13,7 @@ from probattn.inference.posterior import load_posterior, sample_run
 from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.runs import PosteriorRun, Run, load_run
 from probattn.inference.sample_config import SampleConfig, SampleRunConfig
+from probattn.inference.sensitivity import Sensitivity, sensitivity
 from probattn.inference.to_arviz import to_datatree
 from probattn.inference.token_margins import TextMargins, text_margins
 
@@ -31,6 +32,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "SampleRunConfig",
+    "Sensitivity",
     "TextMargins",
     "compare",
     "evaluate",
@@ -43,6 +45,7 @@ __all__ = [
     "read_config",
     "sample",
     "sample_run",
+    "sensitivity",
     "text_margins",
     "to_datatree",
 ]

@@ -21,6 +21,7 @@ from probattn.inference.commands import (
     Generate,
     Margins,
     Sample,
+    Sensitivity,
 )
 from probattn.inference.compilation import keep_compiled_programs
 from probattn.inference.config import RunConfig, read_config, read_tables
@@ -66,6 +67,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Sample, tyro.conf.subcommand("sample", default=_sample_defaults(arguments))]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Margins, tyro.conf.subcommand("margins")]
+        | Annotated[Sensitivity, tyro.conf.subcommand("sensitivity")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Figures, tyro.conf.subcommand("figures")]

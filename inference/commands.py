@@ -13,19 +13,28 @@ from probattn.inference import console
 from probattn.inference.compare import compare
 from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.demo import demo
-from probattn.inference.evaluate import NOISE_ABSOLUTE, NOISE_RELATIVE, evaluate
+from probattn.inference.evaluate import evaluate
 from probattn.inference.fit import fit
 from probattn.inference.generate import generate, write_csv
+from probattn.inference.noise_sweeps import (
+    ASCENT_TOKENS,
+    NOISE_ABSOLUTE,
+    NOISE_RELATIVE,
+    SUBSTITUTED,
+)
 from probattn.inference.paper import paper_report
+from probattn.inference.perturbations import NoiseKind
 from probattn.inference.posterior import config_of_fit, sample_run
 from probattn.inference.report import (
     compared_report,
     comparison_figures,
     margin_figures,
     posterior_report,
+    sensitivity_report,
 )
 from probattn.inference.runs import load_fit, load_run
 from probattn.inference.sample_config import SampleConfig, SampleRunConfig
+from probattn.inference.sensitivity import sensitivity
 from probattn.inference.token_margins import text_margins
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 
@@ -122,7 +131,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Bits per character, robustness to embedding noise, and margins of a run; with figures."""
+    """Bits per character, robustness to noise, and margins of a run; with figures."""
 
     run: tyro.conf.Positional[Path]
     """run directory"""
@@ -132,6 +141,13 @@ class Evaluate:
     """standard deviations of noise on the embeddings, in their own unit"""
     noise_relative: tuple[float, ...] = NOISE_RELATIVE
     """standard deviations in units of the embeddings' root mean square"""
+    noise_kinds: tuple[NoiseKind, ...] = ("gaussian",)
+    """gaussian or uniform noise, worst-case directions by one or ten steps of gradient ascent
+    within a ball as large, substitution of tokens by others of the training text's frequencies"""
+    substituted: tuple[float, ...] = SUBSTITUTED
+    """probabilities of a token to be replaced, of the kind substitution"""
+    ascent_tokens: int = ASCENT_TOKENS
+    """tokens of the text for worst-case directions, in windows spread evenly"""
     seed: int = 0
     """of the noise"""
 
@@ -143,6 +159,9 @@ class Evaluate:
             text=self.text,
             noise_absolute=self.noise_absolute,
             noise_relative=self.noise_relative,
+            noise_kinds=self.noise_kinds,
+            substituted=self.substituted,
+            ascent_tokens=self.ascent_tokens,
             seed=self.seed,
             progress=True,
         )
@@ -171,6 +190,43 @@ class Margins:
         paths = margin_figures(margins, self.out)
         console.print_margins(screen, margins)
         console.print_paths(screen, paths)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Whether noise harms most at tokens of small margin: loss and margins token by token."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    out: Path
+    """directory for the tables and the figure"""
+    text: Path | None = None
+    """UTF-8 file, by default the run's validation text"""
+    noise_kind: NoiseKind = "gaussian"
+    """see the command evaluate"""
+    level: float = 0.5
+    """in units of the embeddings' root mean square; of substitution a probability"""
+    draws: int = 8
+    """of the noise, whose losses are averaged"""
+    most_tokens: int = 16_384
+    """of the text, in windows spread evenly"""
+    seed: int = 0
+    """of the noise and the bootstrap"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        found = sensitivity(
+            load_fit(self.run),
+            self.text,
+            noise_kind=self.noise_kind,
+            level=self.level,
+            draws=self.draws,
+            most_tokens=self.most_tokens,
+            seed=self.seed,
+            progress=True,
+        )
+        console.print_sensitivity(screen, found)
+        console.print_paths(screen, sensitivity_report(found, self.out))
 
 
 @dataclass(frozen=True)

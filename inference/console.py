@@ -12,8 +12,10 @@ from rich.text import Text
 from probattn.inference.compare import ComparedRun
 from probattn.inference.evaluate import EvaluateResult
 from probattn.inference.generate import Generated
+from probattn.inference.noise_sweeps import NoisePoint
 from probattn.inference.paper_data import Comparison
 from probattn.inference.report import compared_row
+from probattn.inference.sensitivity import Sensitivity
 from probattn.inference.to_arviz import divergence_margin, summarise, values_of
 from probattn.inference.token_margins import TextMargins
 
@@ -34,6 +36,11 @@ _COMPARED = {
     "pareto_k": "largest Pareto k",
     "divergences": "divergences",
     "seconds": "seconds",
+}
+_SENSITIVITY = {
+    "margin": "rank correlation of the increase with the margin (below 0: small margins suffer)",
+    "embedding_margin": "rank correlation of the increase with the embedding margin",
+    "support": "mean increase at support tokens less that at others (nats; above 0: they suffer)",
 }
 _COLUMNS = 4  # of a comparison, in a terminal of 80 characters
 _NEAR = 0.1  # margins below it are coloured
@@ -82,6 +89,31 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
             Text(f"{margins.tokens[weakest]!r} after {before!r}"),
         )
     screen.print(table)
+
+
+def print_sensitivity(screen: Console, found: Sensitivity) -> None:
+    """A table per statistic, with a row per attention stage and a column per set of tokens."""
+    unit = "" if found.kind == "substitution" else " embedding RMS"
+    screen.print(
+        Text(
+            f"{_printable(found.name)}: {found.kind} noise of {found.level:g}{unit} raises the "
+            f"loss from {found.loss.mean():.3f} to {found.noisy_loss.mean():.3f} nats per token"
+        ),
+        soft_wrap=True,
+    )
+    for statistic, title in _SENSITIVITY.items():
+        chosen = [each for each in found.comparisons if each.statistic == statistic]
+        table = Table(title=title, title_justify="left")
+        table.add_column("stage")
+        columns = list(dict.fromkeys(each.within for each in chosen))
+        for within in columns:
+            shown = "all tokens" if within == "text" else f"same {within}"
+            table.add_column(shown, justify="right")
+        for stage in dict.fromkeys(each.stage for each in chosen):
+            cells = [each.estimate for each in chosen if each.stage == stage]
+            table.add_row(stage, *(f"{e.value:.3f} ± {(e.high - e.low) / 2:.3f}" for e in cells))
+        screen.print(table)
+    screen.print("± half the length of the 95 % interval, by a bootstrap over windows")
 
 
 def print_posterior(screen: Console, tree: xr.DataTree) -> None:
@@ -168,17 +200,26 @@ def _evaluation_rows(result: EvaluateResult) -> dict[str, str]:
         "bits per character": f"{result.bpc:.3f}",
         "embedding RMS": f"{result.embedding_rms:.4f}",
     }
-    for point in result.noise_absolute:
-        if point.sigma:
-            rows[f"x clean, noise {point.sigma:g}"] = f"{point.degradation:.3f}"
-    for point in result.noise_relative:
-        if point.sigma:
-            rows[f"x clean, noise {point.relative:g} RMS"] = f"{point.degradation:.3f}"
+    for points, shown in (
+        (result.noise_absolute, lambda point: f"{point.sigma:g}"),
+        (result.noise_relative, lambda point: f"{point.relative:g} RMS"),
+        (result.noise_substituted, lambda point: f"{point.probability:g}"),
+    ):
+        for point in points:
+            if point.sigma or point.probability:
+                kind = "noise" if point.kind == "gaussian" else point.kind
+                rows[f"x clean, {kind} {shown(point)}"] = _with_reach(point)
     for summary in result.margins:
         rows[f"{summary.label}: smallest margin"] = f"{summary.quantiles[0.0]:.3f}"
         rows[f"{summary.label}: median margin"] = f"{summary.quantiles[0.5]:.3f}"
         rows[f"{summary.label}: infeasible"] = f"{100 * summary.infeasible_fraction:.2f} %"
     return rows
+
+
+def _with_reach(point: NoisePoint) -> str:
+    """Degradation, and half the width of its interval."""
+    reach = (point.degradation_high - point.degradation_low) / 2
+    return f"{point.degradation:.3f}" + (f" ± {reach:.3f}" if np.isfinite(reach) else "")
 
 
 def _printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Evaluate a run: bits per character, robustness to embedding noise, margins."""
+"""Evaluate a run: bits per character, robustness to noise of several kinds, margins."""
 
 import math
 import os
@@ -7,39 +7,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from probattn.batches import windows
 from probattn.corpora import load_corpus, read_text
+from probattn.inference.noise_sweeps import (
+    ASCENT_TOKENS,
+    NOISE_ABSOLUTE,
+    NOISE_RELATIVE,
+    SUBSTITUTED,
+    NoisePoint,
+    NoiseSweeps,
+    check_kinds,
+    check_levels,
+)
+from probattn.inference.perturbations import NoiseKind
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.runs import Run, check_same_corpus
 from probattn.inference.scoring import Scorer
 from probattn.inference.stages import StageMargins, stage_margins, stages
 
-NOISE_ABSOLUTE = (0.0, 0.1, 0.2, 0.5)
-NOISE_RELATIVE = (0.0, 0.25, 0.5, 1.0)
 QUANTILES = (0.0, 0.01, 0.1, 0.5)
 
 _MARGIN_TOKENS = 2048  # positions whose margins are taken, in windows spread over the text
-
-
-@dataclass(frozen=True)
-class NoisePoint:
-    """Loss at one level of Gaussian noise on what enters the stack.
-
-    Attributes:
-        sigma: standard deviation of the noise, in the embedding's unit.
-        relative: the same in units of the embedding's root mean square.
-        bpc: bits per character.
-        degradation: bpc over the clean bpc.
-    """
-
-    sigma: float
-    relative: float
-    bpc: float
-    degradation: float
 
 
 @dataclass(frozen=True)
@@ -75,8 +66,9 @@ class EvaluateResult:
         bpc: bits per character.
         tokens: predicted tokens.
         embedding_rms: root mean square, per coordinate, of what enters the stack.
-        noise_absolute: losses at given sigma, in the embedding's unit.
-        noise_relative: losses at given multiples of the embedding's root mean square.
+        noise_absolute: losses at given sigma, in the embedding's unit, kind after kind.
+        noise_relative: losses at given multiples of the embedding's root mean square, likewise.
+        noise_substituted: losses at given probabilities of a token to be replaced.
         margins: per attention stage: post hoc, trained where there is one, and the heads of the
             first layer.
         post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
@@ -89,6 +81,7 @@ class EvaluateResult:
     embedding_rms: float
     noise_absolute: tuple[NoisePoint, ...]
     noise_relative: tuple[NoisePoint, ...]
+    noise_substituted: tuple[NoisePoint, ...]
     margins: tuple[MarginSummary, ...]
     post_hoc_converged: bool
 
@@ -99,12 +92,15 @@ def evaluate(
     text: str | os.PathLike[str] | None = None,
     noise_absolute: Sequence[float] = NOISE_ABSOLUTE,
     noise_relative: Sequence[float] = NOISE_RELATIVE,
+    noise_kinds: Sequence[NoiseKind] = ("gaussian",),
+    substituted: Sequence[float] = SUBSTITUTED,
+    ascent_tokens: int = ASCENT_TOKENS,
     seed: int = 0,
     progress: bool = False,
 ) -> EvaluateResult:
     """Evaluate a run and store the result in its summary.
 
-    The noise of every level is the same draw, scaled, so that levels and runs of one
+    The noise of every level of a kind is the same draw, scaled, so that levels and runs of one
     configuration compare. Margins are those of at most 2048 positions, in windows spread evenly.
 
     Args:
@@ -112,48 +108,61 @@ def evaluate(
         text: UTF-8 file to evaluate on, by default the run's validation text.
         noise_absolute: standard deviations of noise, in the embedding's unit; 0 is always added.
         noise_relative: standard deviations in units of the embedding's root mean square, likewise.
+        noise_kinds: which kinds of noise, see `perturbations`.
+        substituted: probabilities of a token to be replaced, for the kind substitution, likewise.
+        ascent_tokens: worst-case directions are looked for in windows of at most so many tokens,
+            spread evenly over the text.
         seed: of the noise.
         progress: show progress bars.
 
     Raises:
-        ValueError: if a noise level is negative or not finite, the text cannot be read, is
-            shorter than two tokens or has a character that the vocabulary lacks.
+        ValueError: if a noise level is negative or not finite, a probability above 1 or a kind
+            unknown, or the text cannot be read, is shorter than two tokens or has a character that
+            the vocabulary lacks.
     """
-    for name, levels in (("noise_absolute", noise_absolute), ("noise_relative", noise_relative)):
-        for level in levels:
-            if not (level >= 0 and math.isfinite(level)):
-                raise ValueError(f"{name}: got {level}, expected finite numbers >= 0")
+    check_kinds("noise_kinds", noise_kinds)
+    check_levels("noise_absolute", noise_absolute)
+    check_levels("noise_relative", noise_relative)
+    check_levels("substituted", substituted, probabilities=True)
+    if ascent_tokens < 1:
+        raise ValueError(f"ascent_tokens: got {ascent_tokens}, expected an integer >= 1")
     check_seed(seed)
-    noise_absolute, noise_relative = (
-        sorted({0.0, *levels}) for levels in (noise_absolute, noise_relative)
+    noise_kinds = list(dict.fromkeys(noise_kinds))
+    noise_absolute, noise_relative, substituted = (
+        sorted({0.0, *levels}) for levels in (noise_absolute, noise_relative, substituted)
     )
     tokens, name = text_tokens(run, text)
     prior = post_hoc_prior(run, progress=progress)
     scorer = Scorer(run.config.model, run.vocabulary, tokens)
-    clean = scorer.score(run.parameters)
-    rms = scorer.embedding_rms(run.parameters)
-    total = len(noise_absolute) + len(noise_relative) + len(list(stages(run, prior)))
+    losses = scorer.losses(run.parameters)
+    clean = scorer.summed(losses)
+    substitutes = "substitution" in noise_kinds
+    levels = (len(noise_kinds) - substitutes) * (len(noise_absolute) + len(noise_relative))
+    levels += len(substituted) * substitutes
+    total = levels + len(list(stages(run, prior)))
     with progress_bar("evaluate", total=total, unit="part", visible=progress) as bar:
-
-        def sweep(levels: Sequence[float], unit: float) -> tuple[NoisePoint, ...]:
-            points = []
-            for level in levels:
-                sigma = level * unit
-                noisy = scorer.score(run.parameters, noise=sigma, rng_key=jax.random.key(seed))
-                points.append(NoisePoint(sigma, sigma / rms, noisy.bpc, noisy.bpc / clean.bpc))
-                bar.update(1)
-            return tuple(points)
-
-        absolute, relative = sweep(noise_absolute, 1.0), sweep(noise_relative, rms)
+        sweeps = NoiseSweeps(
+            run,
+            tokens,
+            scorer,
+            losses,
+            seed=seed,
+            ascent_tokens=ascent_tokens,
+            done=lambda: bar.update(1),
+        )
+        absolute = sweeps.of_embeddings(noise_kinds, noise_absolute, 1.0)
+        relative = sweeps.of_embeddings(noise_kinds, noise_relative, sweeps.rms)
+        replaced = sweeps.of_tokens(noise_kinds, substituted)
         margins = _margins(run, prior, tokens, bar)
     result = EvaluateResult(
         text=name,
         cross_entropy=clean.cross_entropy,
         bpc=clean.bpc,
         tokens=clean.tokens,
-        embedding_rms=rms,
+        embedding_rms=sweeps.rms,
         noise_absolute=absolute,
         noise_relative=relative,
+        noise_substituted=replaced,
         margins=margins,
         post_hoc_converged=prior.converged,
     )

@@ -27,9 +27,28 @@ def metric(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Val
         ValueError: if there are no rows, or one lacks the key or the step.
     """
     _check_keys(label, rows, "step", key)
-    kept = [(row["step"], row[key]) for row in rows if row[key] is not None]
-    table = np.array(kept, np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
+    return measured(rows, key)
+
+
+def measured(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Values]:
+    """Steps and values of a metric that rows of earlier versions lack, of the rows that have it."""
+    kept = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    found = np.array(kept, np.float64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def table(name: str, values: ArrayLike, columns: int) -> Values:
+    """Table of floats with at least one row.
+
+    Raises:
+        ValueError: if it has another number of columns, or no row.
+    """
+    array = np.asarray(values, np.float64)
+    if array.ndim != 2 or array.shape[1] != columns or not len(array):
+        raise ValueError(
+            f"{name}: got an array of shape {array.shape}, expected rows of {columns} columns"
+        )
+    return array
 
 
 def after_the_start(steps: Values, values: Values) -> Values:

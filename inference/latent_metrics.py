@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from probattn.inference.config import RunConfig
+from probattn.inference.perturbations import Gaussian
 from probattn.inference.scoring import Scorer
 from probattn.models import LanguageModelConfig
 from probattn.models.language_model import latent_process
@@ -46,7 +47,7 @@ def latent_metrics(
     found = {}
     for prefix, scorer in scorers.items():
         noise = scale * scorer.embedding_rms(parameters)
-        sampled = scorer.score(parameters, noise=noise, rng_key=key)
+        sampled = scorer.score(parameters, Gaussian(noise), rng_key=key)
         inputs = jnp.asarray(scorer.inputs[:_WINDOWS])
         divergence = _divergence(parameters, inputs, scale, key, config=config.model)
         found[f"{prefix}sampled_cross_entropy"] = sampled.cross_entropy

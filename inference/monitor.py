@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from probattn import infeasible, stability_margin
+from probattn import coupling, infeasible, reduced_blocks, stability_margin
 from probattn.inference.config import RunConfig
 from probattn.models.language_model import attention_stage
 from probattn.models.objective import ObjectiveConfig
@@ -18,7 +18,7 @@ _WINDOWS = 16
 
 
 class Monitor:
-    """Smallest reduced margin and infeasible fraction over a few fixed windows of training text.
+    """Margins, determinants and coupling over a few fixed windows of training text.
 
     They are those of the stage that the objective trains; objective ce trains none, and the heads
     of the first attention layer stand in, which the kind says.
@@ -37,19 +37,44 @@ class Monitor:
         self._measure = jax.jit(partial(_measure, config=config, objective=objective))
 
     def __call__(self, parameters: Parameters) -> dict[str, Any]:
-        """Metrics min_margin, min_margin_kind and infeasible_fraction."""
-        margin, outside = self._measure(parameters, self._inputs)
+        """Metrics of positions >= 2, and of the coupling.
+
+        min_margin and mean_margin, of the kind min_margin_kind; infeasible_fraction; mean_log_det
+        in nats over the positions of positive determinant, None if there are none;
+        coupling_eigenvalue_min and _max, the extremes of A + A^T, over all heads if there are
+        several.
+        """
+        found = {
+            name: float(value) for name, value in self._measure(parameters, self._inputs).items()
+        }
+        feasible = found["feasible"]
         return {
-            "min_margin": float(margin),
+            "min_margin": found["min_margin"],
             "min_margin_kind": self._kind,
-            "infeasible_fraction": float(outside),
+            "mean_margin": found["mean_margin"],
+            "mean_log_det": found["sum_log_det"] / feasible if feasible else None,
+            "infeasible_fraction": found["infeasible_fraction"],
+            "coupling_eigenvalue_min": found["coupling_eigenvalue_min"],
+            "coupling_eigenvalue_max": found["coupling_eigenvalue_max"],
         }
 
 
 def _measure(
     parameters: Parameters, inputs: jax.Array, *, config: RunConfig, objective: ObjectiveConfig
-) -> tuple[jax.Array, jax.Array]:
+) -> dict[str, jax.Array]:
     x = embed(parameters, inputs)
     stage = attention_stage(parameters, x, config=config.model, objective=objective)
-    margin = stability_margin(**stage, kind="reduced")
-    return jnp.min(margin[..., 2:]), jnp.mean(infeasible(**stage)[..., 2:])
+    margin = stability_margin(**stage, kind="reduced")[..., 2:]
+    # Not by `log_det`, which is made for its derivative and takes seconds to compile.
+    sign, log_abs = jnp.linalg.slogdet(reduced_blocks(**stage)[..., 2:, :, :])
+    matrix = coupling(stage["w_query"], stage["w_key"])
+    eigenvalues = jnp.linalg.eigvalsh(matrix + jnp.swapaxes(matrix, -1, -2))
+    return {
+        "min_margin": jnp.min(margin),
+        "sum_log_det": jnp.sum(jnp.where(sign > 0, log_abs, 0)),
+        "feasible": jnp.sum(sign > 0),
+        "mean_margin": jnp.mean(margin),
+        "infeasible_fraction": jnp.mean(infeasible(**stage)[..., 2:]),
+        "coupling_eigenvalue_min": jnp.min(eigenvalues),
+        "coupling_eigenvalue_max": jnp.max(eigenvalues),
+    }

@@ -18,6 +18,7 @@ from numpyro.handlers import substitute
 
 from probattn.batches import Windows, batched_rows, windows
 from probattn.inference.filtering import PARTICLES, filter_tokens
+from probattn.inference.perturbations import Gaussian
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig
 from probattn.models.coupling import sample_coupling
 from probattn.models.transformer import Parameters, embed, logits
@@ -238,8 +239,7 @@ def _log_probabilities(
 def _log_softmax(
     parameters: Parameters, inputs: Array, sigma: float, rng_key: Array, *, heads: int
 ) -> Array:
-    x = embed(parameters, inputs)
-    x = x + sigma * jax.random.normal(rng_key, x.shape, x.dtype)
+    x = Gaussian(sigma)(rng_key, parameters, inputs)
     return jax.nn.log_softmax(logits(parameters, x, heads=heads))
 
 

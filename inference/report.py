@@ -1,15 +1,19 @@
 """Files that show results: figures of runs, of a text's margins and of posteriors; tables."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from probattn.inference.compare import QUANTILES, ComparedRun
-from probattn.inference.evaluate import EvaluateResult, NoisePoint
+from probattn.inference.evaluate import EvaluateResult
+from probattn.inference.margin_comparisons import QUANTITIES, increase_by_margin
+from probattn.inference.noise_sweeps import NoisePoint
 from probattn.inference.run_files import replacing_path
 from probattn.inference.runs import PosteriorRun, Run
+from probattn.inference.sensitivity import Sensitivity, write_tables
 from probattn.inference.tables import write_table
 from probattn.inference.to_arviz import to_datatree, values_of
 from probattn.inference.token_margins import TextMargins, write_csv
@@ -22,29 +26,68 @@ if TYPE_CHECKING:
 def comparison_figures(
     runs: Mapping[str, Run], evaluations: Mapping[str, EvaluateResult], folder: Path
 ) -> list[Path]:
-    """Training curves and noise sweeps of several runs, by label."""
-    from probattn.inference import plots
+    """Training curves, what the barrier did, and noise sweeps with their table, by label of a run.
 
-    def levels(points: tuple[NoisePoint, ...], name: str) -> list[float]:
-        return [getattr(point, name) for point in points]
+    The file barrier.png is there if a run's metrics have it, noise.png if all have Gaussian noise,
+    noise_kinds.png if one has other noise.
+    """
+    from probattn.inference import plots, robustness_plots
 
-    sweeps = {
-        label: {
-            "noise_absolute": levels(result.noise_absolute, "sigma"),
-            "bpc_absolute": levels(result.noise_absolute, "bpc"),
-            "noise_relative": levels(result.noise_relative, "relative"),
-            "bpc_relative": levels(result.noise_relative, "bpc"),
-        }
-        for label, result in evaluations.items()
-    }
     curves = {label: run.metrics() for label, run in runs.items()}
-    return _save(
-        folder,
-        {
-            "training": plots.training_curves(curves),
-            "noise": plots.noise_sweep(sweeps),
-        },
+    figures = {"training": plots.training_curves(curves)}
+    gaussian = {label: _gaussian(each) for label, each in evaluations.items()}
+    if all(each["noise_absolute"] for each in gaussian.values()):
+        figures["noise"] = plots.noise_sweep(gaussian)
+    if any("coupling_eigenvalue_min" in row for rows in curves.values() for row in rows):
+        figures["barrier"] = robustness_plots.barrier_curves(curves)
+    if any(point.kind != "gaussian" for each in evaluations.values() for point in _points(each)):
+        by_kind = {label: _by_kind(each) for label, each in evaluations.items()}
+        figures["noise_kinds"] = robustness_plots.noise_kinds(by_kind)
+    names = [field.name for field in fields(NoisePoint)]
+    rows = [
+        [label, *(getattr(point, name) for name in names)]
+        for label, each in evaluations.items()
+        for point in _points(each)
+    ]
+    table = write_table(folder / "noise.csv", ["run", *names], rows)
+    return [table, *_save(folder, figures)]
+
+
+def _points(result: EvaluateResult) -> tuple[NoisePoint, ...]:
+    return result.noise_absolute + result.noise_relative + result.noise_substituted
+
+
+def _gaussian(result: EvaluateResult) -> dict[str, list[Any]]:
+    """Levels and bits per character of Gaussian noise, in both units."""
+    absolute, relative = (
+        [point for point in points if point.kind == "gaussian"]
+        for points in (result.noise_absolute, result.noise_relative)
     )
+    return {
+        "noise_absolute": [point.sigma for point in absolute],
+        "bpc_absolute": [point.bpc for point in absolute],
+        "noise_relative": [point.relative for point in relative],
+        "bpc_relative": [point.bpc for point in relative],
+    }
+
+
+def _by_kind(result: EvaluateResult) -> dict[tuple[str, str], np.ndarray]:
+    """Kind of noise and what its levels are -> level, degradation and its interval."""
+    tables: dict[tuple[str, str], list[tuple[float | None, ...]]] = {}
+    for unit, name, points in (
+        ("noise \N{GREEK SMALL LETTER SIGMA} (embedding units)", "sigma", result.noise_absolute),
+        (
+            "noise \N{GREEK SMALL LETTER SIGMA} / embedding RMS",
+            "relative",
+            result.noise_relative,
+        ),
+        ("probability", "probability", result.noise_substituted),
+    ):
+        for point in points:
+            ends = point.degradation_low, point.degradation_high
+            row = (getattr(point, name), point.degradation, *ends)
+            tables.setdefault((point.kind, unit), []).append(row)
+    return {panel: np.array(rows, np.float64) for panel, rows in tables.items()}
 
 
 def margin_figures(margins: TextMargins, folder: Path) -> list[Path]:
@@ -75,6 +118,23 @@ def margin_figures(margins: TextMargins, folder: Path) -> list[Path]:
             },
         ),
     ]
+
+
+def sensitivity_report(found: Sensitivity, folder: Path) -> list[Path]:
+    """Tables of what noise does token by token, and the increase of the loss over the margin."""
+    from probattn.inference import robustness_plots
+
+    increase = found.noisy_loss - found.loss
+    bins: dict[str, dict[str, np.ndarray]] = {}
+    for stage in found.stages:
+        heads = ", heads of layer 1" if stage.label.startswith("layer") else ""
+        for name in QUANTITIES:
+            values = getattr(stage, name)
+            bins.setdefault(name.replace("_", " ") + heads, {})[stage.label] = increase_by_margin(
+                increase, values, found.window, found.position
+            )
+    figure = robustness_plots.loss_by_margin(bins)
+    return [*write_tables(found, folder), *_save(folder, {"sensitivity": figure})]
 
 
 def compared_report(compared: Sequence[ComparedRun], folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Losses of a language model on a text, with or without noise on its embeddings."""
+"""Losses of a language model on a text, clean or under a perturbation of what enters its stack."""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +10,13 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from probattn.batches import batched_rows, windows
+from probattn.inference.perturbations import Gaussian, Perturbation
 from probattn.models import LanguageModelConfig
-from probattn.models.transformer import Parameters, Precision, embed, logits
+from probattn.models.transformer import Parameters, Precision, logits
 from probattn.vocabulary import Vocabulary
 
 _BATCH = 32  # windows in one call
+_CLEAN = Gaussian(0.0)  # noise at level 0: one program scores a text clean and under noise
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Scorer:
 
     The text is cut into windows of a block without overlap; its first token is not predicted.
 
+    Attributes:
+        inputs: tokens of each window, (windows, T).
+        targets: the token that follows each of them, (windows, T).
+        starts: where each window begins in the text, (windows,).
+        reported: (windows, T), True where a loss counts; the last window is moved back to end with
+            the text and repeats some of the one before.
+
     Args:
         config: size of the network.
         vocabulary: symbols of the tokens.
@@ -60,26 +69,39 @@ class Scorer:
         if most_tokens is not None:
             plan = plan.spread(most_tokens)
         self.inputs = plan.take(tokens)
-        self._targets = plan.take(tokens[1:])
-        self._reported = plan.reported
-        self._characters = vocabulary.token_characters[self._targets]
+        self.targets = plan.take(tokens[1:])
+        self.starts = plan.starts
+        self.reported = plan.reported
+        self._characters = vocabulary.token_characters[self.targets]
         self._losses = partial(_losses, heads=config.heads, precision=precision)
 
     def score(
-        self, parameters: Parameters, *, noise: float = 0.0, rng_key: Array | None = None
+        self,
+        parameters: Parameters,
+        perturbation: Perturbation = _CLEAN,
+        *,
+        rng_key: Array | None = None,
     ) -> Score:
         """Score the text.
 
         Args:
             parameters: of the network.
-            noise: standard deviation of a Gaussian noise on what enters the stack.
-            rng_key: of the noise.
+            perturbation: of what enters the stack; by default none.
+            rng_key: of the perturbation.
 
         Raises:
             ValueError: if the predicted tokens begin no character.
         """
-        losses = self.losses(parameters, noise=noise, rng_key=rng_key)[self._reported]
-        characters = int(self._characters[self._reported].sum())
+        return self.summed(self.losses(parameters, perturbation, rng_key=rng_key))
+
+    def summed(self, losses: Float[np.ndarray, "windows T"]) -> Score:
+        """Score of given losses, those of `losses`.
+
+        Raises:
+            ValueError: if the predicted tokens begin no character.
+        """
+        losses = losses[self.reported]
+        characters = int(self._characters[self.reported].sum())
         if characters == 0:
             raise ValueError(
                 "the predicted tokens begin no character, so there are no bits per character: "
@@ -94,7 +116,11 @@ class Scorer:
         )
 
     def losses(
-        self, parameters: Parameters, *, noise: float = 0.0, rng_key: Array | None = None
+        self,
+        parameters: Parameters,
+        perturbation: Perturbation = _CLEAN,
+        *,
+        rng_key: Array | None = None,
     ) -> Float[np.ndarray, "windows T"]:
         """Loss of every position of every window, in nats."""
         rng_key = jax.random.key(0) if rng_key is None else rng_key
@@ -102,15 +128,14 @@ class Scorer:
         results = []
         for number, rows in enumerate(batched_rows(count, _BATCH)):
             key = jax.random.fold_in(rng_key, number)
-            results.append(
-                self._losses(parameters, self.inputs[rows], self._targets[rows], noise, key)
-            )
+            inputs, targets = self.inputs[rows], self.targets[rows]
+            results.append(self._losses(perturbation, parameters, inputs, targets, key))
         return np.concatenate([np.asarray(part) for part in results])[:count]
 
     def embedding_rms(self, parameters: Parameters) -> float:
         """Root mean square, per coordinate, of what enters the stack over this text."""
         counts = np.zeros((len(parameters["token_embedding"]), self.inputs.shape[1]))
-        np.add.at(counts, (self.inputs, np.arange(self.inputs.shape[1])), self._reported)
+        np.add.at(counts, (self.inputs, np.arange(self.inputs.shape[1])), self.reported)
         tokens, positions = (
             np.asarray(parameters[name], np.float64)
             for name in ("token_embedding", "position_embedding")
@@ -127,16 +152,17 @@ class Scorer:
 
 @partial(jax.jit, static_argnames=("heads", "precision"))
 def _losses(
+    perturbation: Perturbation,
     parameters: Parameters,
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B T"],
-    noise: Float[Array, ""],
     rng_key: Array,
     *,
     heads: int,
     precision: Precision,
 ) -> Float[Array, "B T"]:
-    x = embed(parameters, inputs)
-    x = x + noise * jax.random.normal(rng_key, x.shape, x.dtype)
-    predicted = logits(parameters, x, heads=heads, precision=precision)
-    return optax.softmax_cross_entropy_with_integer_labels(predicted, targets)
+    def losses(x: Float[Array, "B T d"]) -> Float[Array, "B T"]:
+        predicted = logits(parameters, x, heads=heads, precision=precision)
+        return optax.softmax_cross_entropy_with_integer_labels(predicted, targets)
+
+    return losses(perturbation(rng_key, parameters, inputs, losses))

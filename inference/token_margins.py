@@ -14,7 +14,7 @@ from probattn.inference.evaluate import text_tokens
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.progress import progress_bar
 from probattn.inference.runs import Run
-from probattn.inference.stages import stage_margins, stages
+from probattn.inference.stages import Stage, stage_margins, stages
 from probattn.inference.tables import write_table
 
 
@@ -99,48 +99,46 @@ def text_margins(
     chosen = list(stages(run, prior))
     with progress_bar("margins", total=len(chosen), unit="stage", visible=progress) as bar:
         for stage in chosen:
-            values = stage_margins(run, stage, inputs)
-            support = np.zeros_like(plan.reported)
-            first = np.asarray(support_tokens(values.margin))
-            np.put_along_axis(support, first, True, axis=1)
-            found.append(
-                TokenMargins(
-                    stage.label,
-                    *(
-                        array[plan.reported]
-                        for array in (
-                            values.margin,
-                            values.log_det,
-                            values.embedding_margin,
-                            values.certificate,
-                            support,
-                        )
-                    ),
-                )
-            )
+            found.append(reported_margins(run, stage, inputs, plan.reported))
             bar.update(1)
     strings = [run.vocabulary.decode(token[None]) for token in tokens]
     return TextMargins(name, strings, position, window, plan.starts, tuple(found))
 
 
+def reported_margins(
+    run: Run,
+    stage: Stage,
+    inputs: Int[np.ndarray, "windows T"],
+    reported: Bool[np.ndarray, "windows T"],
+) -> TokenMargins:
+    """Margins of a stage at the reported positions of windows, N in all, window after window."""
+    values = stage_margins(run, stage, inputs)
+    support = np.zeros_like(reported)
+    first = np.asarray(support_tokens(values.margin))
+    np.put_along_axis(support, first, True, axis=1)
+    columns = (values.margin, values.log_det, values.embedding_margin, values.certificate, support)
+    return TokenMargins(stage.label, *(array[reported] for array in columns))
+
+
 def write_csv(margins: TextMargins, path: Path) -> None:
     """Write a table with a row per token and, per stage, its five columns."""
-    columns = ("margin", "log_det", "embedding_margin", "certificate", "support")
-    names = [
-        f"{stage.label.replace(' ', '_')}_{'sigma_min' if column == 'margin' else column}"
-        for stage in margins.stages
-        for column in columns
-    ]
-    values = [getattr(stage, column) for stage in margins.stages for column in columns]
-    write_table(
-        path,
-        ["index", "token", "window", "position", *names],
-        zip(
-            range(len(margins.tokens)),
-            margins.tokens,
-            margins.window,
-            margins.position,
-            *values,
-            strict=True,
-        ),
-    )
+    columns = {
+        "index": range(len(margins.tokens)),
+        "token": margins.tokens,
+        "window": margins.window,
+        "position": margins.position,
+        **stage_columns(margins.stages),
+    }
+    write_table(path, list(columns), zip(*columns.values(), strict=True))
+
+
+def stage_columns(stages: Sequence[TokenMargins]) -> dict[str, np.ndarray]:
+    """Columns of a table with a row per token: five of each stage, named after it."""
+    names = ("margin", "log_det", "embedding_margin", "certificate", "support")
+    return {
+        f"{stage.label.replace(' ', '_')}_{'sigma_min' if name == 'margin' else name}": getattr(
+            stage, name
+        )
+        for stage in stages
+        for name in names
+    }

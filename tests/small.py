@@ -18,6 +18,8 @@ SAMPLE_FLAGS = [
     *("--sample.chains", "1", "--sample.warmup", "8", "--sample.draws", "6"),
     *("--sample.max-tree-depth", "3"),
 ]
+EVALUATE_FLAGS = ["--ascent-tokens", "128"]
+SENSITIVITY_FLAGS = ["--most-tokens", "256", "--draws", "1"]
 LATENT_FLAGS = ["--latent.width", "2", "--latent.sequences", "2", "--latent.length", "6"]
 
 

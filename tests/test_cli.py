@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from tiny_run import (
 )
 
 from probattn.corpora import DataConfig
-from probattn.inference import RunConfig, generate, load_run
+from probattn.inference import RunConfig, generate, load_run, sensitivity
 from probattn.inference.cli import main
 from probattn.inference.config import format_config
 from probattn.inference.fit import FitError
@@ -93,7 +94,14 @@ def config_flags():
 
 HELP = {
     "fit": {"--out", "--config", "--resume", "--overwrite"} | config_flags(),
-    "evaluate": {"PATH", "--text", "--noise-absolute", "--noise-relative", "--seed"},
+    "evaluate": {
+        *("PATH", "--text", "--noise-absolute", "--noise-relative", "--noise-kinds"),
+        *("--substituted", "--ascent-tokens", "--seed"),
+    },
+    "sensitivity": {
+        *("PATH", "--out", "--text", "--noise-kind", "--level", "--draws", "--most-tokens"),
+        "--seed",
+    },
     "margins": {"PATH", "--text", "--out", "--stride"},
     "generate": {"PATH", "--prompt", "--length", "--temperature", "--top-k", "--seed", "--out"},
     "demo": {"--out"},
@@ -249,21 +257,68 @@ def test_resuming_a_finished_run_changes_nothing_of_it(probattn, own_run):
 def test_evaluate_prints_and_stores(probattn, own_run):
     fold(own_run)
     levels = ["--noise-absolute", "0", "0.3", "--noise-relative", "0.5"]
-    status, out, _ = probattn("evaluate", own_run.path, *levels)
+    kinds = ["--noise-kinds", "gaussian", "substitution", "--substituted", "0.2"]
+    status, out, _ = probattn("evaluate", own_run.path, *levels, *kinds)
     assert status == 0
     stored = load_run(own_run.path).summary()["evaluate"]
     rows = [line.split("│")[1:3] for line in out.splitlines() if line.startswith("│")]
     shown = {name.strip(): value.strip() for name, value in rows}
     assert shown["bits per character"] == f"{stored['bpc']:.3f}"
     assert [point["sigma"] for point in stored["noise_absolute"]] == [0, 0.3]
-    assert shown["x clean, noise 0.3"] == f"{stored['noise_absolute'][1]['degradation']:.3f}"
-    assert shown["x clean, noise 0.5 RMS"] == f"{stored['noise_relative'][1]['degradation']:.3f}"
+    for name, points in (
+        ("noise 0.3", stored["noise_absolute"]),
+        ("noise 0.5 RMS", stored["noise_relative"]),
+        ("substitution 0.2", stored["noise_substituted"]),
+    ):
+        low, high = points[1]["degradation_low"], points[1]["degradation_high"]
+        expected = f"{points[1]['degradation']:.3f} ± {(high - low) / 2:.3f}"
+        assert shown[f"x clean, {name}"] == expected
     for summary in stored["margins"]:
         label = summary["label"]
         assert shown[f"{label}: smallest margin"] == f"{summary['quantiles']['0.0']:.3f}"
         percent = f"{100 * summary['infeasible_fraction']:.2f} %"
         assert shown[f"{label}: infeasible"] == percent
     assert stored["margins"][0]["infeasible_fraction"] > 0
+
+
+def test_evaluate_leaves_figures_and_the_table_of_noise(probattn, own_run):
+    metrics = own_run.path / "metrics.jsonl"
+    levels = ["--noise-absolute", "0.3", "--noise-relative"]
+    folder = own_run.path / "figures"
+    assert probattn("evaluate", own_run.path, *levels)[0] == 0
+    always = {"training.png", "noise.png", "noise.csv"}
+    assert {path.name for path in folder.iterdir()} == always | {"barrier.png"}
+    header, none, some, relative = (folder / "noise.csv").read_text().splitlines()
+    assert header.startswith("run,sigma,relative,bpc,degradation,degradation_low,degradation_hi")
+    assert none.startswith("run,0,0,")
+    assert some.startswith("run,0.3,")
+    assert relative == none
+    shutil.rmtree(folder)
+    # Of a version that did not watch the coupling yet, and with one kind that is not Gaussian.
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    watched = ("mean_log_det", "mean_margin", "coupling_eigenvalue_min", "coupling_eigenvalue_max")
+    old = [{key: row[key] for key in row if key not in watched} for row in rows]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert probattn("evaluate", own_run.path, *levels, "--noise-kinds", "uniform")[0] == 0
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"training.png", "noise.csv", "noise_kinds.png"}
+
+
+def test_sensitivity_prints_and_writes(probattn, tiny_run, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--level", "1", "--draws", "2", "--most-tokens", "160"]
+    status, printed, _ = probattn("sensitivity", tiny_run.path, "--out", out, *flags)
+    assert status == 0
+    expected = sensitivity(tiny_run, level=1, draws=2, most_tokens=160)
+    raised = f"from {expected.loss.mean():.3f} to {expected.noisy_loss.mean():.3f} nats per token"
+    assert raised in printed
+    for each in expected.comparisons:
+        assert f"{each.estimate.value:.3f} ± " in printed
+    for label in LABELS:
+        assert printed.count(label) == 3
+    for path in out.iterdir():
+        assert f"wrote {path}" in printed
+    assert len(list(out.iterdir())) == 4
 
 
 def test_margins_writes_table_and_figures(probattn, tiny_run, tmp_path):
@@ -334,7 +389,8 @@ def test_demo_fits_compares_and_draws(probattn, monkeypatch, tmp_path):
         labels = [summary["label"] for summary in run.summary()["evaluate"]["margins"]]
         assert labels == (LABELS if name == "margin" else LABELS[:1] + LABELS[2:])
     figures = {path.name for path in Path("shown/figures").iterdir()}
-    assert figures == FIGURES | {"margins.csv", "training.png", "noise.png"}
+    drawn = {"training.png", "barrier.png", "noise.png", "noise.csv"}
+    assert figures == FIGURES | {"margins.csv"} | drawn
     for name in figures:
         assert f"wrote {Path('shown/figures') / name}" in out
     assert Path("shown/excerpt.txt").read_text(encoding="utf-8") == tiny_text()[3600:]
@@ -362,7 +418,7 @@ ERRORS = {
     "no command": ([], ["fit", "evaluate", "margins", "generate", "demo"]),
     "unknown command": (
         ["fti"],
-        ["fti", "fit, sample, evaluate, margins, compare, generate, figures, demo"],
+        ["fti", "fit, sample, evaluate, margins, sensitivity, compare, generate, figures, demo"],
     ),
     "no run directory": (["fit"], ["--out", "run directory"]),
     "no run": (["evaluate"], ["PATH", "run directory"]),

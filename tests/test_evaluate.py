@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tiny_run import (
     files_of,
     fold,
     log_softmax,
+    logits_after,
     own_run_fixture,  # noqa: F401
     stage_arguments,
     tiny_run_fixture,  # noqa: F401
@@ -24,6 +26,8 @@ from tiny_run import (
 
 from probattn import certificate, log_det, stability_margin
 from probattn.inference import evaluate
+from probattn.inference.intervals import ratio
+from probattn.inference.perturbations import Ascent, Substitution
 from probattn.inference.scoring import Scorer
 
 VALIDATION = tiny_text()[3600:]
@@ -102,6 +106,135 @@ def test_noise_is_one_draw_scaled(evaluated, tmp_path):
     other = evaluate(copy, noise_absolute=(level,), noise_relative=(), seed=1)
     assert again.noise_absolute[1].bpc == result.noise_relative[1].bpc
     assert other.noise_absolute[1].bpc != result.noise_relative[1].bpc
+
+
+# Other kinds of noise
+
+KINDS = ("ascent-1", "gaussian", "uniform", "ascent-10", "substitution")
+
+
+@pytest.fixture(scope="module")
+def all_kinds(tiny_run, tmp_path_factory):
+    """An evaluation under noise of every kind, worst-case directions in 10 windows."""
+    run = copy_of(tiny_run, tmp_path_factory.mktemp("kinds") / "run")
+    return run, evaluate(
+        run,
+        noise_absolute=(0.1,),
+        noise_relative=(1.0,),
+        noise_kinds=KINDS,
+        substituted=(0.3, 0.1),
+        ascent_tokens=10 * BLOCK,
+    )
+
+
+def by_kind(points):
+    found = {}
+    for point in points:
+        found.setdefault(point.kind, []).append(point)
+    return found
+
+
+def test_every_kind_has_its_levels_from_none_on(all_kinds):
+    _, result = all_kinds
+    for points, level in ((result.noise_absolute, 0.1), (result.noise_relative, 1.0)):
+        found = by_kind(points)
+        assert list(found) == [kind for kind in KINDS if kind != "substitution"]
+        for none, some in found.values():
+            assert (none.sigma, none.relative, none.degradation) == (0, 0, 1)
+            assert none.degradation_low == pytest.approx(1) == none.degradation_high
+            assert level == pytest.approx(some.sigma if level == 0.1 else some.relative)
+            assert some.sigma == pytest.approx(some.relative * result.embedding_rms)
+            assert some.probability is None
+            assert 1 < some.degradation_low < some.degradation < some.degradation_high
+    assert [point.probability for point in result.noise_substituted] == [0, 0.1, 0.3]
+    assert {point.sigma for point in result.noise_substituted} == {None}
+    degradations = [point.degradation for point in result.noise_substituted]
+    assert degradations == sorted(degradations)
+
+
+def test_gaussian_noise_is_what_it_is_without_other_kinds(all_kinds, tmp_path):
+    run, result = all_kinds
+    alone = evaluate(copy_of(run, tmp_path / "run"), noise_absolute=(0.1,), noise_relative=(1.0,))
+    assert list(alone.noise_absolute) == by_kind(result.noise_absolute)["gaussian"]
+    assert list(alone.noise_relative) == by_kind(result.noise_relative)["gaussian"]
+    assert alone.noise_substituted == ()
+
+
+def window_sums(run, noise):
+    """Summed losses of windows by a network of its own, each token but the first counted once."""
+    tokens = run.vocabulary.encode(VALIDATION)
+    starts = [*range(0, 392, BLOCK), 391]
+    inputs = np.stack([tokens[start : start + BLOCK] for start in starts])
+    sums = []
+    for start, x in zip(starts, embedded(run, inputs) + noise(inputs.shape), strict=True):
+        losses = -log_softmax(logits_after(run, x))[
+            np.arange(BLOCK), tokens[start + 1 : start + BLOCK + 1]
+        ]
+        sums.append(losses[start == 391 :].sum())
+    return np.array(sums)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "uniform"])
+def test_degradation_is_recomputed_with_its_interval(all_kinds, kind):
+    run, result = all_kinds
+    key = jax.random.key(0)
+    edge = math.sqrt(3)
+
+    def noise(shape):
+        # The draws of two calls of 32 windows, the second filled up.
+        parts = []
+        for call in (0, 1):
+            of_call = jax.random.fold_in(key, call), (32, *shape[1:], 8)
+            parts.append(
+                jax.random.normal(*of_call)
+                if kind == "gaussian"
+                else jax.random.uniform(*of_call, minval=-edge, maxval=edge)
+            )
+        return 0.1 * np.concatenate(parts)[: shape[0]]
+
+    noisy, clean = window_sums(run, noise), window_sums(run, lambda shape: 0.0)
+    point = by_kind(result.noise_absolute)[kind][1]
+    assert point.degradation == pytest.approx(noisy.sum() / clean.sum(), rel=1e-9)
+    expected = ratio(noisy, clean)
+    ends = point.degradation_low, point.degradation_high
+    assert ends == pytest.approx((expected.low, expected.high), rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_worst_cases_are_of_windows_spread_over_the_text(all_kinds, steps):
+    run, result = all_kinds
+    scorer = Scorer(
+        run.config.model,
+        run.vocabulary,
+        run.vocabulary.encode(VALIDATION),
+        most_tokens=10 * BLOCK,
+    )
+    point = by_kind(result.noise_relative)[f"ascent-{steps}"][1]
+    noisy = scorer.score(run.parameters, Ascent(point.sigma, steps))
+    clean = scorer.score(run.parameters)
+    assert clean.bpc != result.bpc
+    assert point.bpc == pytest.approx(noisy.bpc, rel=1e-12)
+    assert point.degradation == pytest.approx(noisy.bpc / clean.bpc, rel=1e-12)
+    assert point.degradation > by_kind(result.noise_relative)["gaussian"][1].degradation
+
+
+def test_substitutes_have_the_frequencies_of_the_training_text(all_kinds):
+    run, result = all_kinds
+    train = tiny_text()[:3600]
+    frequencies = np.array(
+        [train.count(run.vocabulary.decode([symbol])) for symbol in range(run.vocabulary.size)]
+    )
+    scorer = Scorer(run.config.model, run.vocabulary, run.vocabulary.encode(VALIDATION))
+    disturbed = Substitution(0.3, frequencies / frequencies.sum())
+    expected = scorer.score(run.parameters, disturbed, rng_key=jax.random.key(0))
+    assert result.noise_substituted[2].bpc == pytest.approx(expected.bpc, rel=1e-12)
+
+
+def test_summary_holds_every_point(all_kinds):
+    run, result = all_kinds
+    stored = json.loads((run.path / "summary.json").read_text())["evaluate"]
+    for name in ("noise_absolute", "noise_relative", "noise_substituted"):
+        assert stored[name] == [dataclasses.asdict(point) for point in getattr(result, name)]
 
 
 # Margins
@@ -210,6 +343,9 @@ BAD = {
     "negative absolute noise": ({"noise_absolute": (0.1, -0.5)}, "noise_absolute: got -0.5, exp"),
     "infinite relative noise": ({"noise_relative": (math.inf,)}, "noise_relative: got inf, expec"),
     "noise that is no number": ({"noise_absolute": (math.nan,)}, "noise_absolute: got nan, expec"),
+    "an unknown kind": ({"noise_kinds": ("salt",)}, "noise_kinds: got 'salt', expected one of gau"),
+    "a probability above 1": ({"substituted": (1.5,)}, "substituted: got 1.5, expected probabilit"),
+    "no tokens to ascend": ({"ascent_tokens": 0}, "ascent_tokens: got 0, expected an integer >= 1"),
     "no such file": ({"text": "nowhere.txt"}, "nowhere.txt': no such file"),
     "a directory": ({"text": "."}, "'.': got a directory"),
     "an empty file": ({"text": ""}, "got an empty file"),

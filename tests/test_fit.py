@@ -164,7 +164,11 @@ def test_the_lines_of_metrics(whole):
             "tokens_per_s",
             "min_margin",
             "min_margin_kind",
+            "mean_margin",
+            "mean_log_det",
             "infeasible_fraction",
+            "coupling_eigenvalue_min",
+            "coupling_eigenvalue_max",
             "rejected_steps",
             "embedding_rms",
         ]

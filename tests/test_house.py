@@ -43,6 +43,7 @@ AT_HOME_IN = {  # package (its sub-distributions included): the only modules tha
             "text_figure",
             "plots",
             "posterior_plots",
+            "robustness_plots",
             "report",
             "paper_figures",
             "paper",

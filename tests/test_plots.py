@@ -11,7 +11,7 @@ import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from probattn.inference import plots
+from probattn.inference import plots, robustness_plots
 from probattn.inference.text_layout import lay_out, legible
 
 STEPS = [10, 20, 30]
@@ -65,6 +65,14 @@ def text_figure(tokens, margin, **options):
 # A label and a text that invite trouble: no legend entry, bad mathematics, no glyph, and long.
 ODD = "_cost $\\frac{$\n\u4e2d " + "runs/of/a/very/long/name/" * 3
 MARGIN = np.random.default_rng(0).uniform(-0.2, 1.0, 3000)
+SWEEP = np.array([[0, 1, 1, 1], [0.1, 1.4, 1.3, 1.5], [0.5, np.nan, np.nan, np.nan]])
+WATCHED = {
+    "mean_margin": 1.0001,
+    "mean_log_det": -0.3,
+    "coupling_eigenvalue_min": -120.5,
+    "coupling_eigenvalue_max": 0.4,
+    "embedding_rms": 0.1,
+}
 EXAMPLES = {
     "training": lambda: plots.training_curves(
         {
@@ -79,6 +87,29 @@ EXAMPLES = {
     ),
     "training, no margins": lambda: plots.training_curves({ODD: rows(min_margin=None)}),
     "noise": lambda: plots.noise_sweep({"ce": NOISE, ODD: NOISE}),
+    "kinds of noise": lambda: robustness_plots.noise_kinds(
+        {
+            label: {
+                (kind, unit): SWEEP
+                for kind in ("gaussian", "ascent-1", "ascent-10")
+                for unit in ("noise (embedding units)", "noise / embedding RMS")
+            }
+            | {("substitution", "probability"): SWEEP}
+            for label in ("ce", ODD)
+        }
+    ),
+    "loss by margin": lambda: robustness_plots.loss_by_margin(
+        {
+            by: dict.fromkeys(("post hoc", "trained", ODD), SWEEP[:, 1:])
+            for by in ("margin", "embedding margin", "margin of heads")
+        }
+    ),
+    "barrier": lambda: robustness_plots.barrier_curves(
+        {
+            "ce": rows(min_margin_kind="reduced, first layer", **WATCHED),
+            ODD: rows(**WATCHED | {"mean_log_det": None, "infeasible_fraction": 0.0}),
+        }
+    ),
     "along": lambda: plots.margin_along_text(
         {"post hoc, sigma_min": MARGIN, ODD: np.full(3000, np.nan)},
         support=[5, 17],
@@ -532,7 +563,7 @@ def test_matplotlib_is_loaded_by_the_first_figure_and_pyplot_never():
     code = """
 import sys, probattn.inference
 assert "matplotlib" not in sys.modules
-from probattn.inference import plots
+from probattn.inference import plots, robustness_plots
 plots.margin_distribution({"a": [0.5]})
 assert "matplotlib.pyplot" not in sys.modules
 """

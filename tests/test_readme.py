@@ -7,13 +7,26 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from small import FLAGS, LATENT_FLAGS, SAMPLE_FLAGS, cheap_figures, cheap_post_hoc
+from small import (
+    EVALUATE_FLAGS,
+    FLAGS,
+    LATENT_FLAGS,
+    SAMPLE_FLAGS,
+    SENSITIVITY_FLAGS,
+    cheap_figures,
+    cheap_post_hoc,
+)
 
 from probattn.inference.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
+SMALL = {
+    "fit": FLAGS,
+    "sample": SAMPLE_FLAGS,
+    "evaluate": EVALUATE_FLAGS,
+    "sensitivity": SENSITIVITY_FLAGS,
+}
 
 SECTIONS = {part.partition("\n")[0]: part for part in README.split("\n## ")}
 
@@ -38,7 +51,7 @@ def run_commands(section):
     lines = "".join(blocks("bash", section)).splitlines()
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("probattn ")]
     for command in commands:
-        small = {"fit": FLAGS, "sample": SAMPLE_FLAGS}.get(command[0], [])
+        small = SMALL.get(command[0], [])
         if "latent" in command:
             small = [*small, *LATENT_FLAGS]
         assert main(command + small) == 0, command
@@ -51,7 +64,7 @@ def run_commands(section):
 @pytest.mark.usefixtures("folder")
 def test_use_it(capsys):
     commands, names = run_commands(SECTIONS["Use it"])
-    assert commands == {"fit", "evaluate", "margins", "generate", "figures"}
+    assert commands == {"fit", "evaluate", "margins", "sensitivity", "generate", "figures"}
     assert "bits per character" in capsys.readouterr().out
     assert names["weakest"].shape == (3,)
     assert names["sequences"].shape == (100, 16, 8)

@@ -9,40 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import BLOCK, HEADS, MODEL, RANK, WIDTH, all_logits, embedded, log_softmax
+from tiny_scorer import CHARACTERS, LONG, PARAMETERS, SIZE, draw, scorer_of, text
 
-from probattn.inference import RunConfig, scoring
+from probattn.inference import RunConfig
 from probattn.inference.monitor import Monitor
+from probattn.inference.perturbations import Gaussian
 from probattn.inference.scoring import Scorer
 from probattn.models import ObjectiveConfig
-from probattn.models.language_model import parameter_shapes
-
-SIZE = 6  # of the vocabulary
-# Characters of each token, as of byte pairs: several, or none where one goes on.
-CHARACTERS = np.array([1, 2, 3, 0, 5, 1], np.int32)
-VOCABULARY = SimpleNamespace(size=SIZE, token_characters=CHARACTERS)
-LONG = 8 * scoring._BATCH + 3 * BLOCK + 5  # two calls, the second not full, and a rest of a block
-
-
-def draw(seed=0, **factors):
-    rng = np.random.default_rng(seed)
-    shapes = parameter_shapes(SIZE, MODEL, ObjectiveConfig("margin"))
-    return {
-        name: jnp.asarray(
-            ("norm" in name) + rng.normal(size=leaf.shape) / 2 * factors.get(name, 1), leaf.dtype
-        )
-        for name, leaf in shapes.items()
-    }
-
-
-PARAMETERS = draw()
-
-
-def text(length, seed=1):
-    return np.random.default_rng(seed).integers(0, SIZE, length).astype(np.int32)
-
-
-def scorer_of(tokens, **options):
-    return Scorer(MODEL, VOCABULARY, tokens, **options)
 
 
 def window_starts(length):
@@ -140,14 +113,14 @@ def test_bfloat16_products_change_the_losses_little(long):
 def test_no_noise_is_no_change(long):
     clean = long.losses(PARAMETERS)
     np.testing.assert_array_equal(
-        long.losses(PARAMETERS, noise=0.0, rng_key=jax.random.key(7)), clean
+        long.losses(PARAMETERS, Gaussian(0.0), rng_key=jax.random.key(7)), clean
     )
-    assert long.score(PARAMETERS, noise=0.0) == long.score(PARAMETERS)
+    assert long.score(PARAMETERS, Gaussian(0.0)) == long.score(PARAMETERS)
 
 
 def test_the_key_determines_the_noise(long):
     one, same, other = (
-        long.losses(PARAMETERS, noise=0.5, rng_key=jax.random.key(key)) for key in (1, 1, 2)
+        long.losses(PARAMETERS, Gaussian(0.5), rng_key=jax.random.key(key)) for key in (1, 1, 2)
     )
     np.testing.assert_array_equal(one, same)
     assert np.all(one != other)
@@ -157,7 +130,7 @@ def test_noise_is_normal_and_independent_on_every_coordinate(long):
     """Seen through a network whose layers add nothing to what enters the stack."""
     parameters = draw(attention_out=0, mlp_out=0)
     sigma, keys = 0.7, map(jax.random.key, range(40))
-    losses = [long.losses(parameters, noise=sigma, rng_key=key) for key in keys]
+    losses = [long.losses(parameters, Gaussian(sigma), rng_key=key) for key in keys]
     losses = np.stack(losses)[:, *window_rows(LONG)]
     assert len(np.unique(losses)) == losses.size  # two calls, and windows, do not share it
 
@@ -210,7 +183,27 @@ def expected_watch(blocks):
     margins = np.where(np.linalg.det(blocks) > 0, sigma, -sigma)
     values = np.linalg.eigvals(blocks)
     outside = np.any((np.abs(values.imag) < 1e-12) & (values.real <= 0), axis=-1)
-    return margins.min(), outside.mean()
+    sign, log_abs = np.linalg.slogdet(blocks)
+    return {
+        "min_margin": margins.min(),
+        "mean_margin": margins.mean(),
+        "mean_log_det": log_abs[sign > 0].mean(),
+        "infeasible_fraction": outside.mean(),
+    }
+
+
+def expected_eigenvalues(pairs):
+    """Extremes of A + A^T over the heads, from the definition of A."""
+    values = []
+    for w_query, w_key in pairs:
+        matrix = w_key @ w_query.T / math.sqrt(w_query.shape[1])
+        values += np.linalg.eigvals(matrix + matrix.T).real.tolist()
+    return {"coupling_eigenvalue_min": min(values), "coupling_eigenvalue_max": max(values)}
+
+
+def watched_as(watched, kind, expected):
+    assert watched.pop("min_margin_kind") == kind
+    assert watched == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize(("scale", "rank"), [(0.3, RANK), (20, RANK), (-2, 1)])
@@ -221,16 +214,14 @@ def test_the_separate_stage_is_watched(scale, rank):
     inputs = np.concatenate([scorer_of(text(16 * BLOCK + 1)).inputs, np.zeros((5, BLOCK), int)])
     x = embedded(SimpleNamespace(parameters=parameters), inputs[:16])
     blocks = [reduced_blocks(window, w_query, scale * w_query) for window in x]
-    margin, outside = expected_watch(np.concatenate(blocks))
-    assert (margin > 1) == (scale < 0)
-    assert (0 < outside < 1) == (scale == 20)
+    expected = expected_watch(np.concatenate(blocks))
+    assert (expected["min_margin"] > 1) == (scale < 0)
+    assert (0 < expected["infeasible_fraction"] < 1) == (scale == 20)
 
     model = dataclasses.replace(MODEL, prior_rank=rank)
     config = RunConfig(model=model, objective=ObjectiveConfig("full"))
-    watched = Monitor(config, inputs)(parameters)
-    assert watched["min_margin"] == pytest.approx(margin, rel=1e-10)
-    assert watched["infeasible_fraction"] == pytest.approx(outside, rel=1e-6)
-    assert watched["min_margin_kind"] == "reduced, separate"
+    expected |= expected_eigenvalues([(w_query, scale * w_query)])
+    watched_as(Monitor(config, inputs)(parameters), "reduced, separate", expected)
 
 
 @pytest.mark.parametrize(
@@ -249,13 +240,26 @@ def test_the_heads_of_the_first_layer_are_watched(objective):
         for window in x
         for head in range(HEADS)
     ]
-    margin, outside = expected_watch(np.concatenate(blocks))
-    assert 0 < outside < 1
-
+    expected = expected_watch(np.concatenate(blocks))
+    assert 0 < expected["infeasible_fraction"] < 1
+    expected |= expected_eigenvalues(
+        (columns[head], columns[HEADS + head]) for head in range(HEADS)
+    )
     watched = Monitor(RunConfig(model=MODEL, objective=objective), inputs)(parameters)
-    assert watched["min_margin"] == pytest.approx(margin, rel=1e-10)
-    assert watched["infeasible_fraction"] == pytest.approx(outside, rel=1e-6)
-    assert watched["min_margin_kind"] == "reduced, first layer"
+    watched_as(watched, "reduced, first layer", expected)
+
+
+def test_where_every_determinant_is_negative_there_is_no_mean_of_their_logarithms():
+    """A strong attractive coupling of rank 1 folds every position whose past is two tokens."""
+    w_query = jnp.ones((WIDTH, 1))
+    parameters = draw() | {"w_query": w_query, "w_key": 100 * w_query}
+    parameters["position_embedding"] = jnp.zeros_like(parameters["position_embedding"])
+    parameters["token_embedding"] = jnp.zeros((SIZE, WIDTH)).at[1].set(1.0).at[2].set(-1.0)
+    config = RunConfig(model=dataclasses.replace(MODEL, prior_rank=1))
+    watched = Monitor(config, np.array([[1, 2, 0]]))(parameters)
+    assert watched["min_margin"] < 0
+    assert watched["mean_log_det"] is None
+    assert watched["coupling_eigenvalue_max"] == pytest.approx(2 * 100 * WIDTH)
 
 
 def test_what_is_watched_are_numbers_for_json():
@@ -263,7 +267,11 @@ def test_what_is_watched_are_numbers_for_json():
     assert {name: type(value) for name, value in watched.items()} == {
         "min_margin": float,
         "min_margin_kind": str,
+        "mean_log_det": float,
+        "mean_margin": float,
         "infeasible_fraction": float,
+        "coupling_eigenvalue_min": float,
+        "coupling_eigenvalue_max": float,
     }
     score = dataclasses.asdict(scorer_of(text(50)).score(PARAMETERS))
     assert [type(value) for value in score.values()] == [float, float, int, int]

@@ -122,8 +122,12 @@ def next_logits(run, context):
 
 def all_logits(run, tokens):
     """Logits after every token of a window (T,), by a network of its own: (T, V)."""
+    return logits_after(run, embedded(run, np.asarray(tokens)))
+
+
+def logits_after(run, x):
+    """The same of what enters the stack (T, d)."""
     p = arrays(run)
-    x = embedded(run, np.asarray(tokens))
     for layer in range(MODEL.layers):
         columns = np.split(
             _norm(x, p["attention_norm"][layer]) @ p["attention_in"][layer], 3 * HEADS, axis=1
