@@ -495,7 +495,10 @@ def test_a_message_is_whole_on_a_narrow_terminal(probattn, monkeypatch):
     [
         (FitError("runs/a: the fit stopped\nat step 7"), 1, "runs/a: the fit stopped at step 7"),
         (ValueError("seed: got -1"), 2, "seed: got -1"),
-        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
+        (OSError(13, "Permission denied"), 2, "[Errno 13] Permission denied"),
+        (MemoryError("Unable to allocate 9 TiB"), 1, "Unable to allocate 9 TiB"),
+        (ValueError("run \x1b[2Ja\x9b2J: damaged"), 2, "run \ufffd[2Ja\ufffd2J: damaged"),
         (ImportError("needs the library tokenizers"), 2, "needs the library tokenizers"),
         (ValueError(), 2, "ValueError"),
     ],
