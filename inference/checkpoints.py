@@ -1,11 +1,13 @@
 """Checkpoints by orbax: one folder for the latest state, one for the best parameters."""
 
 import hashlib
+import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +101,10 @@ class CheckpointFolder:
             # Before tensorstore opens them: a file cut short can end the process there.
             _check_sizes(folder / part, expected)
             _check_files(folder / part)
-            with ocp.StandardCheckpointer() as checkpointer:
+            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
                 description = checkpointer.metadata(folder / part).item_metadata
+                if description is None:
+                    raise ValueError("what it holds is not described")
                 kinds = {
                     name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
                     for name, leaf in description.tree.items()
@@ -144,23 +148,35 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         WriteError: if they cannot be written.
     """
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, dict(arrays))
         with _checksum_file(folder).open("x", encoding="utf-8") as file:
             file.write(_checksums(folder))
     # Tensorstore raises a ValueError, which quotes the system, where a disk is full.
     except Exception as error:
-        raise WriteError(folder.parent, _system_error(error)) from None
+        shutil.rmtree(folder.parent, ignore_errors=True)  # which makes room again
+        raise WriteError(folder.parent.with_suffix(""), _system_error(error)) from None
 
 
 def _system_error(error: Exception) -> OSError:
     """What the system said, of an exception that may be another library's."""
     if isinstance(error, OSError):
         return error
-    quoted = re.search(r"OS error (\d+): ([^\]\n]+)", str(error))
-    if quoted:
-        return OSError(int(quoted[1]), quoted[2])
+    if quoted := re.search(r"os_error_code='(\d+)'", str(error)):
+        return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
     return OSError(one_line(error)[:200])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of orbax beside the one line that an error is."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _checksums(folder: Path) -> str:

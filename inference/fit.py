@@ -212,6 +212,8 @@ class _Loop:
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 self._fail(self.step, f"{name} is {value}")
+        if row["rejected_steps"] == self.step == fit.steps:
+            self._fail(self.step, "every step would have crossed the attention barrier")
         self._state = self._state._replace(
             loss_sum=jnp.zeros_like(self._state.loss_sum),
             loss_count=jnp.zeros_like(self._state.loss_count),

@@ -53,16 +53,16 @@ def replacing_path(path: Path) -> Iterator[Path]:
         WriteError: if it cannot be written; what was there is then as it was.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield temporary
             synchronise(temporary)
             os.replace(temporary, path)
             synchronise(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

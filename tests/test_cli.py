@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -532,6 +533,40 @@ def test_a_signal_that_ended_a_fit_is_told_by_name(probattn, monkeypatch, sent, 
     [line] = err.splitlines()
     assert sent.name in line
     assert "--resume" in line
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_that_has_nothing_to_save(
+    probattn, own_run, monkeypatch, sent, status
+):
+    """At once, as an exception does: the lock is released."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def evaluate(run, **options):
+        with run.lock():
+            os.kill(os.getpid(), sent)
+            time.sleep(10)
+        raise AssertionError("the signal did not end it")
+
+    monkeypatch.setattr(commands, "evaluate", evaluate)
+    before = files_of(own_run.path)
+    assert probattn("evaluate", own_run.path) == (status, "", f"probattn: ended by {sent.name}\n")
+    assert files_of(own_run.path) == before
+    with own_run.lock():
+        pass
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_names_are_shown_as_they_are(probattn, own_run, monkeypatch):
+    """Names of runs and of texts are no markup, and steer no terminal."""
+    named = own_run.path.rename(own_run.path.with_name("[red]a" + ESCAPE))
+    text = named.with_name("[bold]b" + ESCAPE)
+    text.write_text("the token of a margin")
+    status, out, _ = probattn("evaluate", named, "--text", text, "--noise-absolute", "0")
+    assert status == 0
+    for name in ("[red]a", "[bold]b"):
+        assert name + "\N{REPLACEMENT CHARACTER}[2J" in out
+    assert ESCAPE not in out
 
 
 def test_a_damaged_run_is_named(probattn, own_run):
