@@ -312,6 +312,8 @@ def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
 
 def _encode(corpus: Corpus, vocabulary: Any, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of both texts, each of more than one block, and of one for each of a minibatch."""
+    if vocabulary.size < 2:
+        raise DataError(f"corpus {corpus.name!r}: has one symbol alone: expected two or more")
     train, validation = vocabulary.encode(corpus.train), vocabulary.encode(corpus.validation)
     block, batch = config.model.block, config.fit.batch
     for part, tokens in (("training", train), ("validation", validation)):

@@ -13,6 +13,7 @@ from probattn.batches import windows
 from probattn.corpora import Corpus, DataError, load_corpus
 from probattn.inference.chains import SampleError
 from probattn.inference.guides import guide_draws
+from probattn.inference.memory import check_memory
 from probattn.inference.npz_files import read_arrays
 from probattn.inference.nuts import load_draws, sample
 from probattn.inference.posterior_result import PosteriorResult
@@ -63,6 +64,10 @@ def sample_run(
     """
     out = Path(out)
     check_options(out, resume=resume, overwrite=overwrite)
+    if config.latent is not None:
+        size = config.latent  # embeddings, and a coupling
+        numbers = size.width * (size.sequences * size.length + size.width)
+        check_memory("chains of [latent]", 8 * config.sample.chains * numbers)
     corpus = load_corpus(config.data)
     if resume:
         run = _reopen(out, config, corpus)

@@ -401,6 +401,18 @@ ERRORS = {
         ["fit", "--out", "OUT", "--data", "SHORT"],
         ["the validation text has 8 tokens", "more than one block of 64", "smaller model.block"],
     ),
+    "a corpus of one symbol": (
+        ["fit", "--out", "OUT", "--data", "SINGLE"],
+        ["'single.txt': has one symbol alone: expected two or more"],
+    ),
+    "a model that no memory holds": (
+        ["fit", "--out", "OUT", "--model.width", "1000000000"],
+        ["parameters and optimizer state of [model] would take", "of this machine's memory"],
+    ),
+    "a posterior that no memory holds": (
+        ["sample", "--out", "OUT", "--latent.width", "100000000"],
+        ["chains of [latent] would take", "of this machine's memory"],
+    ),
     "no such configuration": (
         ["fit", "--out", "OUT", "--config", "nowhere.toml"],
         ["nowhere.toml", "cannot read the configuration"],
@@ -463,6 +475,7 @@ def test_bad_input_is_one_line_and_status_2(probattn, tiny_run, tmp_path, case):
         "empty.txt": "",
         "short.txt": "too short, even so much to say of what it holds, by a good deal to split...",
         "utopian.txt": "a Utopian",
+        "single.txt": "a" * 2000,
         "unknown.toml": "[model]\nlayres = 2\n",
         "typed.toml": '[model]\nlayers = "2"\n',
         "folder/inside.txt": "mine",

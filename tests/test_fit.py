@@ -480,6 +480,18 @@ def test_a_figure_that_is_not_finite_is_not_reported(config, tmp_path, monkeypat
     assert (run.step, run.metrics(), run.stopped) == (None, [], (80, "embedding_rms is inf"))
 
 
+def test_minibatches_of_one_repeated_token(config, tmp_path):
+    """No spread in any context: every determinant is 1, and the network learns the one token."""
+    (tmp_path / "text").write_text(" " * 3600 + tiny_text()[:400], encoding="utf-8")
+    run = fit(with_data(config, source=str(tmp_path / "text")), tmp_path / "run").run
+    assert run.vocabulary.symbols == tuple(sorted(set(tiny_text())))
+    rows = run.metrics()
+    assert rows[-1]["cross_entropy"] < 0.1 < rows[-1]["validation_cross_entropy"]
+    for row in rows:
+        assert (row["rejected_steps"], row["infeasible_fraction"]) == (0, 0)
+    assert all(np.isfinite(value).all() for value in run.parameters.values())
+
+
 @pytest.mark.parametrize("after", ["make", "line", "checkpoint"])
 def test_a_full_disk_ends_a_fit_in_one_line_and_leaves_it_whole(
     whole, config, tmp_path, monkeypatch, after
