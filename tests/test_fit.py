@@ -480,6 +480,22 @@ def test_a_figure_that_is_not_finite_is_not_reported(config, tmp_path, monkeypat
     assert (run.step, run.metrics(), run.stopped) == (None, [], (80, "embedding_rms is inf"))
 
 
+def test_a_fit_of_rejected_steps_alone_is_no_success(config, tmp_path, monkeypatch):
+    advance = Trainer.advance
+
+    def rejecting_advance(self, state, start, stop):
+        state, progress = advance(self, state, start, stop)
+        return state._replace(rejected=jnp.int32(stop)), progress
+
+    monkeypatch.setattr(Trainer, "advance", rejecting_advance)
+    message = refusal(FitError, config, tmp_path / "run")
+    assert "the fit stopped at step 200: every step would have crossed the attention" in message
+    run = load_run(tmp_path / "run")
+    assert [row["rejected_steps"] for row in run.metrics()] == [80, 160]
+    assert run.stopped[0] == 200
+    assert run.summary() == {}
+
+
 def test_minibatches_of_one_repeated_token(config, tmp_path):
     """No spread in any context: every determinant is 1, and the network learns the one token."""
     (tmp_path / "text").write_text(" " * 3600 + tiny_text()[:400], encoding="utf-8")
