@@ -87,6 +87,8 @@ class Laboratory:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "MPLBACKEND": "Agg",
+            # The killed leave semaphores of their progress bars, which the last process removes.
+            "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
         }
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
