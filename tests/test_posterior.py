@@ -175,7 +175,9 @@ def test_files_hold_the_same(tree, tmp_path):
         assert {variable.dtype.kind for variable in group.variables.values()} <= set("biufU")
     for name, data in files_of(tmp_path).items():
         assert b"pickle" not in data.lower(), name
-    page = tree.assign_attrs(data="<script>alert(1)</script>")._repr_html_()
+    marked = tree.copy()
+    marked.attrs["data"] = "<script>alert(1)</script>"
+    page = marked._repr_html_()
     assert "&lt;script&gt;" in page
     assert "<script>alert" not in page
 
