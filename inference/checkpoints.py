@@ -1,9 +1,13 @@
 """Checkpoints by orbax: one folder for the latest state, one for the best parameters."""
 
 import hashlib
+import logging
+import math
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
+from probattn.download import one_line
+from probattn.inference.memory import check_memory
+from probattn.inference.run_files import WriteError, synchronise, writing
+
 _ARRAYS = "arrays"
 _CHECKSUMS = "SHA256SUMS"
+_SLACK = 2**24  # bytes of a checkpoint beside its arrays, at most
 
 
 class CheckpointError(ValueError):
@@ -56,14 +65,21 @@ class CheckpointFolder:
             partial = self._path / f"{step}.saving"
             shutil.rmtree(partial, ignore_errors=True)
             for part, named in {_ARRAYS: arrays, **others}.items():
-                stored = {name: np.asarray(leaf) for name, leaf in named.items()}
-                with ocp.StandardCheckpointer() as checkpointer:
-                    checkpointer.save(partial / part, stored)
-                _write_synced(_checksum_file(partial / part), _checksums(partial / part))
-            partial.rename(target)
-        for entry in self._path.iterdir():  # the one before, and what an interrupted save left
-            if entry != target:
-                shutil.rmtree(entry)
+                _save(partial / part, {name: np.asarray(leaf) for name, leaf in named.items()})
+            with writing(target):
+                for entry in (*partial.rglob("*"), partial):
+                    synchronise(entry)
+                partial.rename(target)
+                synchronise(self._path)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove all but the newest checkpoint: those before it, and what was not saved whole."""
+        newest = str(self.step)
+        for entry in self._path.iterdir() if self._path.is_dir() else ():
+            if entry.name != newest:
+                with writing(entry):
+                    shutil.rmtree(entry)
 
     def load(self, like: Mapping[str, Any], *, part: str = _ARRAYS) -> dict[str, Array]:
         """Load the checkpoint's arrays, or those of another part, into the dtypes of `like`.
@@ -83,14 +99,18 @@ class CheckpointFolder:
         folder = self._path / str(step)
         try:
             # Before tensorstore opens them: a file cut short can end the process there.
+            _check_sizes(folder / part, expected)
             _check_files(folder / part)
-            with ocp.StandardCheckpointer() as checkpointer:
+            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
                 description = checkpointer.metadata(folder / part).item_metadata
+                if description is None:
+                    raise ValueError("what it holds is not described")
                 kinds = {
                     name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
                     for name, leaf in description.tree.items()
                 }
                 _check_same(kinds, expected)
+                _check_chunks(description.tree)
                 # As NumPy arrays: JAX would round float64 where that is not enabled.
                 stored = checkpointer.restore(
                     folder / part,
@@ -121,6 +141,44 @@ def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
     )
 
 
+def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Save arrays by orbax, and their checksums beside them.
+
+    Raises:
+        WriteError: if they cannot be written.
+    """
+    try:
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder, dict(arrays))
+        with _checksum_file(folder).open("x", encoding="utf-8") as file:
+            file.write(_checksums(folder))
+    # Tensorstore raises a ValueError, which quotes the system, where a disk is full.
+    except Exception as error:
+        shutil.rmtree(folder.parent, ignore_errors=True)  # which makes room again
+        raise WriteError(folder.parent.with_suffix(""), _system_error(error)) from None
+
+
+def _system_error(error: Exception) -> OSError:
+    """What the system said, of an exception that may be another library's."""
+    if isinstance(error, OSError):
+        return error
+    if quoted := re.search(r"os_error_code='(\d+)'", str(error)):
+        return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
+    return OSError(one_line(error)[:200])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of orbax beside the one line that an error is."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _checksums(folder: Path) -> str:
     """SHA-256 of every file, as `sha256sum --check` reads it beside the folder."""
     lines = []
@@ -147,11 +205,22 @@ def _check_files(folder: Path) -> None:
         raise ValueError(f"files that do not fit their checksums: {', '.join(names)}")
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _check_sizes(folder: Path, expected: Mapping[str, Any]) -> None:
+    """Refuse, before they are read, arrays and files that are too large."""
+    arrays = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in expected.values())
+    check_memory("its arrays", arrays)
+    files = sum(path.lstat().st_size for path in folder.rglob("*"))
+    largest = _SLACK + 2 * arrays  # one in single precision may have been saved in double
+    if files > largest:
+        raise ValueError(f"it has {files} bytes, expected at most {largest}")
+
+
+def _check_chunks(stored: Mapping[str, Any]) -> None:
+    """Refuse arrays in chunks larger than themselves: one is allocated at a time."""
+    for name, leaf in stored.items():
+        chunk = leaf.storage.chunk_shape
+        if math.prod(chunk) > max(1, math.prod(leaf.shape)):
+            raise ValueError(f"array {name} of {leaf.shape} is in chunks of {tuple(chunk)}")
 
 
 def _check_same(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import re
 import sys
@@ -25,7 +26,9 @@ from probattn.inference.commands import (
 )
 from probattn.inference.compilation import keep_compiled_programs
 from probattn.inference.config import RunConfig, read_config, read_tables
-from probattn.inference.interrupts import Interrupted
+from probattn.inference.console import printable
+from probattn.inference.interrupts import Ended, Interrupted, ended_by_signals
+from probattn.inference.run_folder import check_folder
 from probattn.inference.sample_config import SampleRunConfig
 
 _SHORT = {
@@ -34,6 +37,7 @@ _SHORT = {
     "--guide": "--fit.guide",
     "--model": "--kind",
 }
+_NO_FAULT_OF_THE_INPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,17 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 when the work is done, 1 when it failed, 2 for bad input, 130 or
         143 when SIGINT or SIGTERM ended it. Errors are one line on standard error.
     """
+    with ended_by_signals():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     arguments = _lengthened(sys.argv[1:] if arguments is None else arguments)
     try:
         command = _parse(arguments)
         keep_compiled_programs()
-        command(Console(highlight=False))
-    except (ValueError, ImportError, OSError) as error:
+        # No markup: names of files and of runs may look like it.
+        command(Console(highlight=False, markup=False, emoji=False))
+    except OSError as error:
+        return _fail(error, status=1 if error.errno in _NO_FAULT_OF_THE_INPUT else 2)
+    except (ValueError, ImportError) as error:
         return _fail(error, status=2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         return _fail(error, status=1)
-    except Interrupted as signal:
-        print(f"probattn: {signal}; go on with --resume", file=sys.stderr)
+    except Ended as signal:
+        hint = "; go on with --resume" if isinstance(signal, Interrupted) else ""
+        print(f"probattn: {signal}{hint}", file=sys.stderr)
         return 128 + signal.signum
     except KeyboardInterrupt:
         print("probattn: interrupted", file=sys.stderr)
@@ -116,6 +129,7 @@ def _configuration(arguments: list[str], command: str) -> Path | None:
         return Path(given)
     if out is not None and "--resume" in arguments:
         stored = Path(out) / "config.toml"
+        check_folder(Path(out))
         return stored if stored.exists() else None
     return None
 
@@ -151,7 +165,7 @@ def _unframed(message: str) -> str:
 
 
 def _fail(error: BaseException, *, status: int) -> int:
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = printable(" ".join(str(error).split())) or type(error).__name__
     print(f"probattn: error: {message}", file=sys.stderr)
     return status
 

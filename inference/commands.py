@@ -64,10 +64,10 @@ class Fit:
         config = RunConfig(self.data, self.model, self.objective, self.fit)
         result = fit(config, self.out, resume=self.resume, overwrite=self.overwrite, progress=True)
         screen.print(
-            f"{self.out}: validation {result.validation_bpc:.4f} bits per character "
+            f"{console.printable(str(self.out))}: "
+            f"validation {result.validation_bpc:.4f} bits per character "
             f"({result.validation_cross_entropy:.4f} nats per token), "
             f"parameters of step {result.run.step}",
-            markup=False,
             soft_wrap=True,
         )
 
@@ -167,7 +167,8 @@ class Evaluate:
         )
         label = self.run.resolve().name
         console.print_evaluations(screen, {label: result})
-        figures = comparison_figures({label: run}, {label: result}, self.run / "figures")
+        with run.lock():
+            figures = comparison_figures({label: run}, {label: result}, run.path / "figures")
         console.print_paths(screen, figures)
 
 

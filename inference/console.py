@@ -56,10 +56,10 @@ def print_evaluations(
         results: by label, at least one.
         heads: whether to show the heads of the first layer.
     """
-    table = Table(title=Text(next(iter(results.values())).text), title_justify="left")
+    table = Table(title=Text(printable(next(iter(results.values())).text)), title_justify="left")
     table.add_column("")
     for label in results:
-        table.add_column(label, justify="right")
+        table.add_column(printable(label), justify="right")
     columns = [_evaluation_rows(result) for result in results.values()]
     for name in dict.fromkeys(name for column in columns for name in column):
         if heads or not name.startswith("layer"):
@@ -67,12 +67,14 @@ def print_evaluations(
     screen.print(table)
     for label, result in results.items():
         if not result.post_hoc_converged:
-            screen.print(f"{label}: the fit of the post-hoc attention prior did not come to rest")
+            screen.print(
+                f"{printable(label)}: the fit of the post-hoc attention prior did not come to rest"
+            )
 
 
 def print_margins(screen: Console, margins: TextMargins) -> None:
     """One table with a row per attention stage."""
-    title = Text(f"margins of {_printable(margins.name)} (sigma_min)")
+    title = Text(f"margins of {printable(margins.name)} (sigma_min)")
     table = Table(title=title, title_justify="left")
     table.add_column("stage")
     for name in ("smallest", "1 % quantile", "median", "certified", "support token"):
@@ -96,7 +98,7 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
     unit = "" if found.kind == "substitution" else " embedding RMS"
     screen.print(
         Text(
-            f"{_printable(found.name)}: {found.kind} noise of {found.level:g}{unit} raises the "
+            f"{printable(found.name)}: {found.kind} noise of {found.level:g}{unit} raises the "
             f"loss from {found.loss.mean():.3f} to {found.noisy_loss.mean():.3f} nats per token"
         ),
         soft_wrap=True,
@@ -125,7 +127,7 @@ def print_posterior(screen: Console, tree: xr.DataTree) -> None:
     for row in summarise(tree):
         point = ("-" if np.isnan(value) else f"{value:.4f}" for value in (row.mean, row.sd))
         ess = (f"{value:.0f}" for value in (row.ess_bulk, row.ess_tail))
-        table.add_row(row.name, *point, f"{row.r_hat:.3f}", *ess)
+        table.add_row(printable(row.name), *point, f"{row.r_hat:.3f}", *ess)
     screen.print(table)
     diverging = values_of(tree, "sample_stats", "diverging")
     if diverging is not None:
@@ -146,7 +148,7 @@ def print_compared(screen: Console, compared: Sequence[ComparedRun]) -> None:
         table = Table()
         table.add_column("", no_wrap=True)
         for row in rows:
-            table.add_column(Text(str(row["run"])), justify="right", overflow="fold")
+            table.add_column(printable(str(row["run"])), justify="right", overflow="fold")
         for name, shown in _COMPARED.items():
             values = [row[name] for row in rows]
             if any(value is not None for value in values):
@@ -174,10 +176,10 @@ def print_comparisons(screen: Console, comparisons: Sequence[Comparison]) -> Non
 
 def print_generated(screen: Console, result: Generated) -> None:
     """The prompt in bold and its continuation, coloured by margin."""
-    text = Text(_printable(result.prompt), style="bold")
+    text = Text(printable(result.prompt), style="bold")
     for token, margin in zip(result.tokens, result.margin, strict=True):
         style = "red" if margin < 0 else "yellow" if margin < _NEAR else ""
-        text.append(_printable(token), style=style)
+        text.append(printable(token), style=style)
     screen.print(text, soft_wrap=True)
     weakest = int(result.margin.argmin())
     screen.print()
@@ -192,7 +194,7 @@ def print_generated(screen: Console, result: Generated) -> None:
 def print_paths(screen: Console, paths: Sequence[Path]) -> None:
     """A line per file written."""
     for path in paths:
-        screen.print(Text(f"wrote {path}"), soft_wrap=True)
+        screen.print(Text(printable(f"wrote {path}")), soft_wrap=True)
 
 
 def _evaluation_rows(result: EvaluateResult) -> dict[str, str]:
@@ -222,7 +224,7 @@ def _with_reach(point: NoisePoint) -> str:
     return f"{point.degradation:.3f}" + (f" ± {reach:.3f}" if np.isfinite(reach) else "")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text without characters that would steer a terminal."""
     return "".join(
         character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}"

@@ -10,7 +10,8 @@ from probattn.inference.evaluate import EvaluateResult, evaluate
 from probattn.inference.fit import fit
 from probattn.inference.report import comparison_figures, margin_figures
 from probattn.inference.run_files import write_text
-from probattn.inference.runs import Run, check_target
+from probattn.inference.run_folder import check_target
+from probattn.inference.runs import Run
 from probattn.inference.token_margins import text_margins
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.models.objective import ObjectiveName

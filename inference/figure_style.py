@@ -6,7 +6,6 @@ double column, in 8-point type, and its curves can be told apart without colour.
 """
 
 import os
-import secrets
 import textwrap
 from collections.abc import Mapping
 from functools import cache
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from probattn.inference.run_files import replacing
 from probattn.inference.text_layout import legible
 
 SINGLE, DOUBLE = 3.4, 7.0  # widths of a figure, in inches
@@ -170,13 +170,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"path: got {os.fspath(path)!r}, expected a name that ends in .png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with partial.open("xb") as file:
-            figure.savefig(file, format="png", dpi=DPI)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
     return path

@@ -22,6 +22,7 @@ from probattn.inference.monitor import Monitor
 from probattn.inference.optimizers import check_optimizer
 from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.run_files import RunError
+from probattn.inference.run_folder import locked
 from probattn.inference.runs import (
     Run,
     check_options,
@@ -89,7 +90,8 @@ def fit(
         ValueError: if the text is unusable, `out` holds something else, the configuration is not
             the run's (the subclasses DataError, RunError and CheckpointError say which), or the
             model is too large for the guide laplace.
-        FitError: if the loss is not finite any more.
+        FitError: if the loss, a parameter, the optimizer state or a reported figure is not finite
+            any more. metrics.jsonl says so, see `Run.stopped`; the checkpoint before is kept.
         Interrupted: on SIGINT or SIGTERM, after the state was saved.
     """
     out = Path(out)
@@ -103,8 +105,9 @@ def fit(
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
         train, validation = _encode(corpus, vocabulary, config)
         check_guide(config, vocabulary.size)
-        run = create_run(out, config, corpus, vocabulary, overwrite=overwrite)
-    with run.lock():
+    with locked(out):  # from before the run is made to its end
+        if not resume:
+            run = create_run(out, config, corpus, vocabulary, overwrite=overwrite)
         loop = _Loop(run, train, validation, optimizer)
         with progress_bar(
             f"fit {config.objective.name}",
@@ -142,7 +145,11 @@ class _Loop:
         }
         self._monitor = Monitor(config, self._scorers[""].inputs)
         self._state = self._trainer.init()
+        # An optimizer of the user's may start from infinities, such as a best loss so far.
+        self._finite = [n for n, leaf in _saved(self._state).items() if _is_finite(leaf)]
         self._seconds = 0.0
+        for folder in (run.latest, run.best):
+            folder.tidy()
         self._reported_step = self.step = run.latest.step or 0
         if self.step:
             self._restore()
@@ -196,8 +203,6 @@ class _Loop:
         for prefix, scorer in self._scorers.items():
             score = scorer.score(parameters)
             row |= {f"{prefix}cross_entropy": score.cross_entropy, f"{prefix}bpc": score.bpc}
-        if not math.isfinite(row["cross_entropy"] + row["validation_cross_entropy"]):
-            self._fail(self.step, "the cross-entropy is not finite")
         fit, block = self.run.config.fit, self.run.config.model.block
         tokens = (self.step - self._reported_step) * fit.batch * block
         row |= {
@@ -213,6 +218,11 @@ class _Loop:
             "rejected_steps": int(self._state.rejected),
             "embedding_rms": self._scorers[""].embedding_rms(parameters),
         }
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self._fail(self.step, f"{name} is {value}")
+        if row["rejected_steps"] == self.step == fit.steps:
+            self._fail(self.step, "every step would have crossed the attention barrier")
         self._state = self._state._replace(
             loss_sum=jnp.zeros_like(self._state.loss_sum),
             loss_count=jnp.zeros_like(self._state.loss_count),
@@ -236,11 +246,16 @@ class _Loop:
 
     def _save(self) -> None:
         self._finite_parameters()
-        self.run.latest.save(self.step, named_leaves(_with_key_data(self._state)))
+        saved = _saved(self._state)
+        # A squared gradient may overflow where parameters and loss do not: Adam then stands still.
+        for name in self._finite:
+            if not _is_finite(saved[name]):
+                self._fail(self.step, f"the optimizer state is not finite ({name})")
+        self.run.latest.save(self.step, saved)
 
     def _finite_parameters(self) -> dict[str, jax.Array]:
         params = self._trainer.guide_params(self._state)
-        if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in params.values()):
+        if not all(map(_is_finite, params.values())):
             self._fail(self.step, "the parameters are not finite")
         return self._trainer.parameters(self._state)
 
@@ -261,11 +276,12 @@ class _Loop:
 
     def _restore(self) -> None:
         plain = _with_key_data(self._state)
-        restored = with_leaves(plain, self.run.latest.load(named_leaves(plain)))
+        restored = with_leaves(plain, self.run.latest.load(_saved(self._state)))
         key = jax.random.wrap_key_data(restored.svi.rng_key)
         self._state = restored._replace(svi=restored.svi._replace(rng_key=key))
 
     def _fail(self, step: int, cause: str) -> None:
+        self.run.append_metrics({"step": step, "stopped": cause})
         kept = self.run.latest.step
         good = "no checkpoint was made before it" if kept is None else f"step {kept} is kept"
         raise FitError(
@@ -305,6 +321,8 @@ def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
 
 def _encode(corpus: Corpus, vocabulary: Any, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of both texts, each of more than one block, and of one for each of a minibatch."""
+    if vocabulary.size < 2:
+        raise DataError(f"corpus {corpus.name!r}: has one symbol alone: expected two or more")
     train, validation = vocabulary.encode(corpus.train), vocabulary.encode(corpus.validation)
     block, batch = config.model.block, config.fit.batch
     for part, tokens in (("training", train), ("validation", validation)):
@@ -324,6 +342,15 @@ def _encode(corpus: Corpus, vocabulary: Any, config: RunConfig) -> tuple[np.ndar
 def _with_key_data(state: TrainState) -> TrainState:
     """The state with its typed random key as plain numbers, which can be saved."""
     return state._replace(svi=state.svi._replace(rng_key=jax.random.key_data(state.svi.rng_key)))
+
+
+def _saved(state: TrainState) -> dict[str, jax.Array]:
+    """What a checkpoint holds of the state, by name."""
+    return named_leaves(_with_key_data(state))
+
+
+def _is_finite(leaf: jax.Array) -> bool:
+    return bool(np.isfinite(np.asarray(leaf)).all())
 
 
 def _next_multiple(step: int, every: int) -> int:

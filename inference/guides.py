@@ -4,6 +4,7 @@ Each is one of NumPyro's autoguides over the parameters of the language model al
 text enters only through the loss of a step.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from probattn.corpora import load_corpus
 from probattn.inference.checkpoints import CheckpointError
 from probattn.inference.config import GuideName, RunConfig
 from probattn.inference.laplace import LaplaceError, Text, hessian
+from probattn.inference.memory import check_memory
 from probattn.inference.progress import progress_bar
 from probattn.inference.runs import Run, check_same_corpus
 from probattn.models.language_model import parameter_shapes, sample_parameters
@@ -75,13 +77,15 @@ def make_guide(
 
 
 def check_guide(config: RunConfig, vocabulary_size: int) -> None:
-    """Refuse the guide laplace for a model whose Hessian would not fit into memory.
+    """Refuse a model that would not fit into memory, or whose Hessian would not.
 
     Raises:
-        ValueError: if the model has more than `LARGEST_LAPLACE` parameters.
+        ValueError: if parameters and Adam's moments are larger than the memory, or the guide is
+            laplace and there are more than `LARGEST_LAPLACE` parameters.
     """
     shapes = parameter_shapes(vocabulary_size, config.model, config.objective)
-    size = sum(shape.size for shape in shapes.values())
+    size = sum(math.prod(leaf.shape) for leaf in shapes.values())  # leaf.size is of 64 bits
+    check_memory("parameters and optimizer state of [model]", 3 * 4 * size)
     if config.fit.guide == "laplace" and size > LARGEST_LAPLACE:
         raise ValueError(
             f"fit.guide is laplace and the model has {size:,} parameters: expected at most "

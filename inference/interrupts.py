@@ -7,7 +7,20 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(KeyboardInterrupt):
+class Ended(KeyboardInterrupt):
+    """A signal ended a computation.
+
+    Args:
+        signum: number of the signal.
+        state: of what it had done.
+    """
+
+    def __init__(self, signum: int, state: str = "") -> None:
+        super().__init__(f"ended by {signal.Signals(signum).name}{state}")
+        self.signum = signum
+
+
+class Interrupted(Ended):
     """A signal ended a computation after what it had done was saved.
 
     Args:
@@ -15,8 +28,18 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"ended by {signal.Signals(signum).name}; what was done is saved")
-        self.signum = signum
+        super().__init__(signum, "; what was done is saved")
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Raise `Ended` at SIGINT and SIGTERM, so that locks are released and files put away."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Ended(signum)
+
+    with _handled_by(end):
+        yield
 
 
 @contextmanager
@@ -32,15 +55,21 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
     def note(signum: int, frame: FrameType | None) -> None:
         nonlocal noted
         if noted:
-            raise KeyboardInterrupt
+            raise Ended(signum)
         noted = signum
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled_by(note):
         yield lambda: noted
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum, old in before.items():
+            signal.signal(signum, old)

@@ -25,6 +25,7 @@ from numpyro.infer.hmc import HMCState
 from probattn.inference.chains import Chains
 from probattn.inference.checkpoints import named_leaves, with_leaves
 from probattn.inference.interrupts import Interrupted, deferred_interrupts
+from probattn.inference.memory import check_memory
 from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.sample_config import SampleConfig
@@ -135,6 +136,7 @@ class _Kept:
             for name, values in new.items():
                 if name not in kept:
                     shape = (len(values), self._config.draws, *values.shape[2:])
+                    check_memory(f"draws of {name}", math.prod(shape) * values.itemsize)
                     kept[name] = np.empty(shape, values.dtype)
                 kept[name][:, first : first + values.shape[1]] = values
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from probattn import log_det, relaxed_barrier, residual
 from probattn.batches import windows
 from probattn.corpora import load_corpus
+from probattn.inference.npz_files import read_arrays
 from probattn.inference.progress import progress_bar
 from probattn.inference.run_files import RunError, replacing
 from probattn.inference.runs import Run, check_same_corpus
@@ -186,20 +187,17 @@ def _mean_log_density(
 
 def _read(path: Path, run: Run) -> PostHocPrior | None:
     shape = (run.config.model.width, run.config.model.prior_rank)
+    shapes = dict.fromkeys(("of_step", *PostHocPrior.__dataclass_fields__), ())
     try:
-        with path.open("rb") as stream:
-            stored = np.load(stream, allow_pickle=False)
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError("it is no npz archive")
-            values = {n: stored[n] for n in ("of_step", *PostHocPrior.__dataclass_fields__)}
+        values = read_arrays(path, shapes | {"w_query": shape, "w_key": shape})
         if int(values["of_step"]) != run.step:
             return None
         scale = float(values["scale"])
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(f"scale is {scale}")
         for name in ("w_query", "w_key"):
-            if values[name].shape != shape or not np.all(np.isfinite(values[name])):
-                raise ValueError(f"{name} is no finite array of shape {shape}")
+            if not np.all(np.isfinite(values[name])):
+                raise ValueError(f"{name} is not finite")
         return PostHocPrior(
             values["w_query"],
             values["w_key"],

@@ -13,9 +13,12 @@ from probattn.batches import windows
 from probattn.corpora import Corpus, DataError, load_corpus
 from probattn.inference.chains import SampleError
 from probattn.inference.guides import guide_draws
+from probattn.inference.memory import check_memory
+from probattn.inference.npz_files import read_arrays
 from probattn.inference.nuts import load_draws, sample
 from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.run_files import RunError
+from probattn.inference.run_folder import locked
 from probattn.inference.runs import (
     PosteriorRun,
     Run,
@@ -61,6 +64,10 @@ def sample_run(
     """
     out = Path(out)
     check_options(out, resume=resume, overwrite=overwrite)
+    if config.latent is not None:
+        size = config.latent  # embeddings, and a coupling
+        numbers = size.width * (size.sequences * size.length + size.width)
+        check_memory("chains of [latent]", 8 * config.sample.chains * numbers)
     corpus = load_corpus(config.data)
     if resume:
         run = _reopen(out, config, corpus)
@@ -69,11 +76,12 @@ def sample_run(
     else:
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
         arguments = _tokens(config, corpus, vocabulary)
-        run = create_posterior_run(
-            out, config, corpus, vocabulary, start=start, overwrite=overwrite
-        )
-    try:
-        with run.lock():
+    with locked(out):  # from before the run is made to its end
+        if not resume:
+            run = create_posterior_run(
+                out, config, corpus, vocabulary, start=start, overwrite=overwrite
+            )
+        try:
             result = sample(
                 posterior_model(config, run.vocabulary),
                 model_args=arguments,
@@ -83,10 +91,10 @@ def sample_run(
                 resume=True,
                 progress=progress,
             )
-    except (ValueError, SampleError):
-        if not resume and not run.segments.ranges():
-            shutil.rmtree(run.path)  # new, and nothing was sampled: it is no run
-        raise
+        except (ValueError, SampleError):
+            if not resume and not run.segments.ranges():
+                shutil.rmtree(run.path)  # new, and nothing was sampled: it is no run
+            raise
     return run, result
 
 
@@ -214,8 +222,7 @@ def _read_start(run: PosteriorRun) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            return dict(stored)
+        return read_arrays(path)
     # NumPy and zipfile raise what they meet: EOFError, BadZipFile and others.
     except Exception as error:
         raise RunError(f"{path}: damaged ({error}); start again with --overwrite") from None

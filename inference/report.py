@@ -241,7 +241,8 @@ def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
     if probability is not None and probability.ndim == 2 and tokens is not None:  # no heads
         symbols = [[run.vocabulary.decode([token]) for token in row] for row in tokens]
         figures["support_probability"] = posterior_plots.support_map(probability, symbols)
-    return tree, [path, *_save(run.path / "figures", figures)]
+    with run.lock():
+        return tree, [path, *_save(run.path / "figures", figures)]
 
 
 def _save(folder: Path, figures: Mapping[str, "Figure"]) -> list[Path]:

@@ -1,23 +1,39 @@
-"""Files of a run directory: written whole or not at all, read with a clear error, locked."""
+"""Files of a run directory: written whole or not at all, read with a clear error."""
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 
 
 class RunError(ValueError):
     """A run directory cannot be used: the message is one line that says why and what to do."""
 
 
+class WriteError(OSError):
+    """A file cannot be written: the message is one line that says which and why.
+
+    Args:
+        path: of the file.
+        error: what the system said.
+    """
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"{path}: cannot be written: {error.strerror or error}; what was saved before is as it "
+            "was: make room or give permission there, and go on, or name another place"
+        )
+        self.errno = error.errno
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or, after any failure, as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as stream:
         stream.write(text.encode())
 
@@ -27,38 +43,52 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write that takes its name only when it is whole."""
     with replacing_path(path) as temporary, temporary.open("xb") as stream:
         yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 @contextmanager
 def replacing_path(path: Path) -> Iterator[Path]:
-    """A path beside this one, for a file that takes this one's name when it is whole."""
+    """A path beside this one, for a file that takes this one's name when it is whole, on disk.
+
+    Raises:
+        WriteError: if it cannot be written; what was there is then as it was.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            synchronise(temporary)
+            os.replace(temporary, path)
+            synchronise(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a run directory.
-
-    Raises:
-        RunError: if another process holds it.
-    """
-    lock = filelock.FileLock(path / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise RunError(f"{path}: another process is writing to this run") from None
+def writing(path: Path) -> Iterator[None]:
+    """What the system says when a file cannot be written, as one clear line."""
     try:
         yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(path, error) from None
+
+
+def synchronise(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk: a machine may die as well as a process."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        lock.release()
+        os.close(descriptor)
+
+
+def name_written(name: str) -> str:
+    """The name that a temporary file is to take; any other name as it is."""
+    match = _TEMPORARY.fullmatch(name)
+    return match[1] if match else name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,7 +101,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path}: is missing from the run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too long a number, too deep
         raise RunError(f"{path}: damaged: {error}") from None
     if not isinstance(content, dict):
         raise RunError(f"{path}: damaged: expected an object, got {type(content).__name__}")

@@ -12,7 +12,6 @@ lock             held by the process that writes
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,24 +27,19 @@ from jaxtyping import Array
 from probattn.corpora import Corpus
 from probattn.inference.checkpoints import CheckpointError, CheckpointFolder
 from probattn.inference.config import RunConfig, differences, format_config, read_tables
-from probattn.inference.run_files import RunError, locked, read_json, replacing, write_text
+from probattn.inference.run_files import (
+    RunError,
+    read_json,
+    replacing,
+    synchronise,
+    write_text,
+    writing,
+)
+from probattn.inference.run_folder import ENTRIES, check_folder, check_target, locked
 from probattn.inference.sample_config import SampleRunConfig
 from probattn.inference.segments import SegmentFolder
 from probattn.models.language_model import parameter_shapes
 from probattn.vocabulary import Vocabulary, vocabulary_from_dict
-
-_ENTRIES = (
-    "config.toml",
-    "data.json",
-    "metrics.jsonl",
-    "summary.json",
-    "checkpoints",
-    "post_hoc_prior.npz",
-    "start.npz",
-    "segments",
-    "posterior.nc",
-    "figures",
-)
 
 
 @dataclass(frozen=True)
@@ -139,17 +133,27 @@ class Run(RunDirectory):
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, one per report.
 
-        A last line without its end, which is what a kill leaves, is none: resuming repeats it.
+        A last line without its end, which is what a kill leaves, is none: resuming repeats it. Nor
+        is the line that says why a fit stopped, see `stopped`.
         """
+        return [row for row in self._lines() if "stopped" not in row]
+
+    @property
+    def stopped(self) -> tuple[int, str] | None:
+        """Step at which the fit could not go on, and why; None if there is no such step."""
+        last: dict[str, Any] = next(reversed(self._lines()), {})
+        return (last["step"], last["stopped"]) if "stopped" in last else None
+
+    def _lines(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
         rows = []
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = path.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
                 raise RunError(f"{path}, line {number}: expected JSON: {error}") from None
             if not isinstance(row, dict) or type(row.get("step")) is not int:
                 raise RunError(f"{path}, line {number}: expected an object with an integer step")
@@ -162,10 +166,11 @@ class Run(RunDirectory):
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(_json_line(row))
-            stream.flush()
-            os.fsync(stream.fileno())
+        line, path = _json_line(row), self.path / "metrics.jsonl"
+        with writing(path):
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(line)
+            synchronise(path)
 
 
 def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
@@ -177,6 +182,7 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
     path = Path(path)
     if not (path / "config.toml").is_file():
         raise RunError(f"{path}: expected a run directory, which has a config.toml")
+    check_folder(path)
     try:
         text = (path / "config.toml").read_text(encoding="utf-8")
         sampled = "\n[sample]\n" in text
@@ -249,11 +255,12 @@ def create_posterior_run(
 def _create(run: RunDirectory, *, overwrite: bool, start: Mapping[str, Any] | None = None) -> None:
     path = run.path
     check_target(path, overwrite=overwrite)
-    path.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        for name in _ENTRIES:
+        check_target(path, overwrite=overwrite)  # again: another process may have been faster
+        for name in ENTRIES:
             entry = path / name
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            with writing(entry):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
         description = {**run.data, "vocabulary": run.vocabulary.to_dict()}
         write_text(path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
         if start is not None:
@@ -261,33 +268,6 @@ def _create(run: RunDirectory, *, overwrite: bool, start: Mapping[str, Any] | No
                 np.savez(stream, allow_pickle=False, **start)
         # Last: a directory with a config.toml is a run, and must be a whole one.
         write_text(path / "config.toml", format_config(run.config))
-
-
-def check_target(path: Path, *, overwrite: bool) -> None:
-    """Refuse a directory that a new run would damage.
-
-    Raises:
-        RunError: see `create_run`.
-    """
-    for parent in path.absolute().parents:
-        if parent.exists() and not parent.is_dir():
-            raise RunError(f"{path}: expected a directory for the run, and {parent} is a file")
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise RunError(f"{path}: expected a directory for the run, got a file")
-    names = (re.sub(r"^\.(.+)\.[0-9a-f]{8}$", r"\1", entry.name) for entry in path.iterdir())
-    others = sorted(name for name in names if name not in (*_ENTRIES, "lock"))
-    if others:
-        raise RunError(
-            f"{path}: holds {', '.join(others[:3])}, which is no part of a run; "
-            "expected a new or empty directory"
-        )
-    if (path / "config.toml").exists() and not overwrite:
-        raise RunError(
-            f"{path}: holds another run; continue it with --resume, replace it with --overwrite, "
-            "or choose another directory"
-        )
 
 
 def check_options(path: Path, *, resume: bool, overwrite: bool) -> None:

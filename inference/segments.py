@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from probattn.inference.npz_files import read_arrays
 from probattn.inference.run_files import replacing
 
 _NAME = re.compile(r"(\d{8})-(\d{8})\.npz")
@@ -56,7 +57,6 @@ class SegmentFolder:
 
     def save(self, segment: Segment) -> None:
         """Save a segment, whole or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)
         arrays = {
             f"{kind}/{name}": value
             for kind in _KINDS
@@ -99,13 +99,11 @@ class SegmentFolder:
         path = self._file(first, stop)
         parts: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in _KINDS}
         try:
-            # Every member has a checksum, which is verified when it is read.
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                digest = archive["digest"]
-                for key in archive.files:
-                    kind, _, name = key.partition("/")
-                    if kind in _KINDS:
-                        parts[kind][name] = archive[key]
+            arrays = read_arrays(path)
+            digest = arrays.pop("digest")
+            for key, array in arrays.items():
+                kind, _, name = key.partition("/")
+                parts[kind][name] = array
         # NumPy and zipfile raise what they meet: BadZipFile, EOFError, zlib.error and others.
         except Exception as error:
             raise SegmentError(

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import os
 import platform
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 NAMED_SOURCES = ("pydoc", "wikitext-2")
+_LARGEST = 2**31 - 1  # bytes of a text
 
 WIKITEXT_2 = Archive(
     name="wikitext-2",
@@ -199,11 +201,23 @@ def read_text(path: str | os.PathLike[str]) -> str:
         path: the file; a leading `~` is the user's home.
 
     Raises:
-        DataError: if there is no such file, it cannot be read, is a directory, is empty, or is not
-            UTF-8 (the message gives the byte offset).
+        DataError: if there is no such file, it cannot be read, is no regular file, is empty, is
+            larger than 2 GiB, or is not UTF-8 (the message gives the byte offset).
     """
     try:
-        data = Path(path).expanduser().read_bytes()
+        file = Path(path).expanduser()
+        status = file.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            # It could be read once at most, or for ever; a run reads its text again.
+            raise DataError(f"{str(path)!r}: got a device or a pipe, expected a UTF-8 text file")
+        if status.st_size > _LARGEST:
+            raise DataError(
+                f"{str(path)!r}: has {status.st_size} bytes, expected at most {_LARGEST}, as "
+                "positions are numbers of 32 bits; give a part of the text"
+            )
+        data = file.read_bytes()
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{str(path)!r}: no such file, expected a UTF-8 text file") from None
     except IsADirectoryError:

@@ -10,6 +10,7 @@ import http.client
 import io
 import os
 import tempfile
+import time
 import urllib.request
 import zipfile
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from probattn.user_cache import user_cache
 
-_TIMEOUT_SECONDS = 30.0
+_TIMEOUT_SECONDS = 30.0  # without a byte
+_WHOLE_SECONDS = 1800.0  # of a download
 
 
 class DataError(ValueError):
@@ -72,7 +74,7 @@ def read_archive(archive: Archive, cache_dir: Path | None = None) -> list[bytes]
         folder = root / archive.folder
         _store(folder, _unpack(archive, _download(archive, folder)))
     return [
-        _verified(_read(folder / name), size, digest, folder / name)
+        _verified(_read(folder / name, size + 1), size, digest, folder / name)
         for name, size, digest in archive.files
     ]
 
@@ -89,9 +91,10 @@ def _user_cache() -> Path:
     return folder
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(most)
     except OSError as error:
         raise DataError(
             f"{str(path)!r}: cannot be read: {one_line(error)}; make it readable or delete it"
@@ -103,7 +106,7 @@ def _download(archive: Archive, folder: Path) -> bytes:
     request = urllib.request.Request(archive.url, headers={"User-Agent": "probattn"})
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-            data = response.read(archive.size + 1)
+            data = _received(response, archive.size + 1)
     except (OSError, http.client.HTTPException) as error:
         raise DataError(
             f"{archive.name}: cannot download {archive.url} ({one_line(error)}); put "
@@ -112,6 +115,17 @@ def _download(archive: Archive, folder: Path) -> bytes:
             "text file as data.source"
         ) from None
     return _verified(data, archive.size, archive.sha256, archive.url)
+
+
+def _received(response: http.client.HTTPResponse, most: int) -> bytes:
+    """At most so many bytes, of a host that may send them one by one for ever."""
+    deadline = time.monotonic() + _WHOLE_SECONDS
+    data = bytearray()
+    while len(data) < most and (part := response.read1(min(most - len(data), 2**16))):
+        data += part
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"got {len(data)} bytes in {_WHOLE_SECONDS:.0f} s")
+    return bytes(data)
 
 
 def _verified(data: bytes, size: int, digest: str, origin: object) -> bytes:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -456,6 +457,18 @@ ERRORS = {
         ["fit", "--out", "OUT", "--data", "SHORT"],
         ["the validation text has 8 tokens", "more than one block of 64", "smaller model.block"],
     ),
+    "a corpus of one symbol": (
+        ["fit", "--out", "OUT", "--data", "SINGLE"],
+        ["'single.txt': has one symbol alone: expected two or more"],
+    ),
+    "a model that no memory holds": (
+        ["fit", "--out", "OUT", "--model.width", "1000000000"],
+        ["parameters and optimizer state of [model] would take", "of this machine's memory"],
+    ),
+    "a posterior that no memory holds": (
+        ["sample", "--out", "OUT", "--latent.width", "100000000"],
+        ["chains of [latent] would take", "of this machine's memory"],
+    ),
     "no such configuration": (
         ["fit", "--out", "OUT", "--config", "nowhere.toml"],
         ["nowhere.toml", "cannot read the configuration"],
@@ -518,6 +531,7 @@ def test_bad_input_is_one_line_and_status_2(probattn, tiny_run, tmp_path, case):
         "empty.txt": "",
         "short.txt": "too short, even so much to say of what it holds, by a good deal to split...",
         "utopian.txt": "a Utopian",
+        "single.txt": "a" * 2000,
         "unknown.toml": "[model]\nlayres = 2\n",
         "typed.toml": '[model]\nlayers = "2"\n',
         "folder/inside.txt": "mine",
@@ -551,7 +565,10 @@ def test_a_message_is_whole_on_a_narrow_terminal(probattn, monkeypatch):
     [
         (FitError("runs/a: the fit stopped\nat step 7"), 1, "runs/a: the fit stopped at step 7"),
         (ValueError("seed: got -1"), 2, "seed: got -1"),
-        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
+        (OSError(13, "Permission denied"), 2, "[Errno 13] Permission denied"),
+        (MemoryError("Unable to allocate 9 TiB"), 1, "Unable to allocate 9 TiB"),
+        (ValueError("run \x1b[2Ja\x9b2J: damaged"), 2, "run \ufffd[2Ja\ufffd2J: damaged"),
         (ImportError("needs the library tokenizers"), 2, "needs the library tokenizers"),
         (ValueError(), 2, "ValueError"),
     ],
@@ -585,6 +602,40 @@ def test_a_signal_that_ended_a_fit_is_told_by_name(probattn, monkeypatch, sent, 
     [line] = err.splitlines()
     assert sent.name in line
     assert "--resume" in line
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_that_has_nothing_to_save(
+    probattn, own_run, monkeypatch, sent, status
+):
+    """At once, as an exception does: the lock is released."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def evaluate(run, **options):
+        with run.lock():
+            os.kill(os.getpid(), sent)
+            time.sleep(10)
+        raise AssertionError("the signal did not end it")
+
+    monkeypatch.setattr(commands, "evaluate", evaluate)
+    before = files_of(own_run.path)
+    assert probattn("evaluate", own_run.path) == (status, "", f"probattn: ended by {sent.name}\n")
+    assert files_of(own_run.path) == before
+    with own_run.lock():
+        pass
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_names_are_shown_as_they_are(probattn, own_run, monkeypatch):
+    """Names of runs and of texts are no markup, and steer no terminal."""
+    named = own_run.path.rename(own_run.path.with_name("[red]a" + ESCAPE))
+    text = named.with_name("[bold]b" + ESCAPE)
+    text.write_text("the token of a margin")
+    status, out, _ = probattn("evaluate", named, "--text", text, "--noise-absolute", "0")
+    assert status == 0
+    for name in ("[red]a", "[bold]b"):
+        assert name + "\N{REPLACEMENT CHARACTER}[2J" in out
+    assert ESCAPE not in out
 
 
 def test_a_damaged_run_is_named(probattn, own_run):

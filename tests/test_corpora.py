@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import http.client
 import io
+import itertools
+import os
 import sys
 import urllib.error
 import zipfile
@@ -341,10 +343,10 @@ def test_a_copy_that_cannot_be_read_is_reported(serve, tmp_path, monkeypatch):
     config = DataConfig(source="wikitext-2")
     load_corpus(config, cache_dir=tmp_path)
 
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(download.Path, "read_bytes", refuse)
+    monkeypatch.setattr(download.Path, "open", refuse)
     with pytest.raises(DataError, match=r"wiki.train.raw': cannot be read: .*Permission") as raises:
         load_corpus(config, cache_dir=tmp_path)
     error_line(raises)
@@ -362,13 +364,54 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("failure", [TimeoutError("timed out"), http.client.IncompleteRead(b"")])
 def test_a_connection_that_breaks_is_reported(monkeypatch, tmp_path, failure):
     class Response(io.BytesIO):
-        def read(self, size):
+        def read1(self, size):
             raise failure
 
     monkeypatch.setattr(download.urllib.request, "urlopen", lambda request, timeout: Response())
     with pytest.raises(DataError, match=r"cannot download https://.*(timed out|IncompleteRead)"):
         load_corpus(DataConfig(source="wikitext-2"))
     assert files_under(tmp_path) == []
+
+
+def test_a_host_that_sends_byte_by_byte_is_not_waited_for(monkeypatch, tmp_path):
+    now = itertools.count(0, 29)  # seconds: none of them is a time-out of the connection
+
+    class Response(io.BytesIO):
+        def read1(self, size):
+            return b"a"
+
+    monkeypatch.setattr(download.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda request, timeout: Response())
+    with pytest.raises(DataError, match=r"cannot download .*got \d\d bytes in 1800 s"):
+        load_corpus(DataConfig(source="wikitext-2"))
+    assert files_under(tmp_path) == []
+
+
+def test_a_copy_that_is_too_large_is_not_read_to_its_end(serve, tmp_path):
+    serve(zipped(members()))
+    with write(tmp_path / NAMES[0], b"").open("r+b") as file:
+        file.truncate(2**40)  # of which nothing is on disk
+    write(tmp_path / NAMES[1], VALID)
+    with pytest.raises(DataError, match=r"wiki.train.raw': got more than the expected"):
+        load_corpus(DataConfig(source="wikitext-2"), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("field", ["source", "validation"])
+def test_a_text_that_has_no_end_is_not_read(tmp_path, field):
+    """A run of somebody else's may name it."""
+    write(tmp_path / "text", b"a text")
+    os.mkfifo(tmp_path / "pipe")
+    with write(tmp_path / "large", b"").open("r+b") as file:
+        file.truncate(2**31)
+    reasons = {
+        "/dev/zero": "got a device or a pipe, expected a UTF-8 text file",
+        str(tmp_path / "pipe"): "got a device or a pipe, expected a UTF-8 text file",
+        str(tmp_path / "large"): "has 2147483648 bytes, expected at most 2147483647",
+    }
+    for path, reason in reasons.items():
+        named = {"source": str(tmp_path / "text"), field: path}
+        with pytest.raises(DataError, match=f"data.{field}: '{path}': {reason}"):
+            load_corpus(DataConfig(**named))
 
 
 def test_relative_xdg_cache_is_ignored_and_a_home_is_needed(serve, tmp_path, monkeypatch):

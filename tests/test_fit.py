@@ -1,6 +1,7 @@
 """A whole fit: what it leaves, how it goes on after an end of any kind, and what it refuses."""
 
 import dataclasses
+import errno
 import importlib
 import json
 import math
@@ -36,7 +37,7 @@ from probattn.inference.checkpoints import CheckpointError, named_leaves
 from probattn.inference.config import format_config
 from probattn.inference.interrupts import Interrupted
 from probattn.inference.optimizers import default_optimizer
-from probattn.inference.run_files import RunError
+from probattn.inference.run_files import RunError, WriteError
 from probattn.inference.runs import Run
 from probattn.inference.scoring import Scorer
 from probattn.inference.svi import Trainer
@@ -377,11 +378,14 @@ def test_a_custom_optimizer_is_used_and_the_best_of_its_steps_kept(whole, config
     default = default_optimizer(config.fit)
 
     def update(gradient, state, parameters):
-        step, changed = default.update(gradient, state, parameters)
-        sign = jnp.where(state[0].count < 160, 1.0, -3.0)
-        return jax.tree.map(lambda value: sign * value, step), changed
+        step, changed = default.update(gradient, state[0], parameters)
+        sign = jnp.where(state[0][0].count < 160, 1.0, -3.0)
+        return jax.tree.map(lambda value: sign * value, step), (changed, state[1])
 
-    optimizer = optax.GradientTransformation(default.init, update)
+    # As a best loss so far, which starts from infinity.
+    optimizer = optax.GradientTransformation(
+        lambda p: (default.init(p), jnp.array(jnp.inf)), update
+    )
     run = fit(config, tmp_path / "run", optimizer=optimizer).run
     rows = run.metrics()
     for row, expected in zip(rows[:2], whole.run.metrics(), strict=False):
@@ -431,9 +435,13 @@ def test_a_loss_that_is_not_finite_ends_the_fit_at_its_last_checkpoint(
         assert part in message
     run = load_run(tmp_path / "run")
     assert (run.latest.step, run.step) == (120, 80)
+    assert run.stopped == (131, "the loss is nan")
+    assert [row["step"] for row in run.metrics()] == [80]  # which figures and tables are made of
     arrays = [*state_of(run, whole.trainer).values(), *run.parameters.values()]
     assert all(np.isfinite(value).all() for value in arrays)
-    assert_same_outcome(fit(config, run.path, resume=True).run, whole)
+    resumed = fit(config, run.path, resume=True).run
+    assert resumed.stopped is None
+    assert_same_outcome(resumed, whole)
 
 
 @pytest.mark.parametrize(("step", "kept"), [(60, None), (80, 60)])
@@ -447,6 +455,92 @@ def test_parameters_that_are_not_finite_are_not_saved(
     assert ("no checkpoint was made before it" if kept is None else "step 60 is kept") in message
     run = load_run(tmp_path / "run")
     assert (run.latest.step, run.step, run.metrics()) == (kept, None, [])
+    assert run.stopped == (step, "the parameters are not finite")
+
+
+def test_an_optimizer_state_that_is_not_finite_is_not_saved(config, tmp_path, monkeypatch):
+    """The square of a gradient of 1e20 is infinite in single precision; the step is then zero."""
+    advance = Trainer.advance
+
+    def overflowing_advance(self, state, start, stop):
+        state, progress = advance(self, state, start, stop)
+        count, (parameters, moments) = state.svi.optim_state
+        adam = moments[0]._replace(nu=moments[0].nu | {"w_key_auto_loc": jnp.full((8, 2), jnp.inf)})
+        svi = state.svi._replace(optim_state=(count, (parameters, (adam, *moments[1:]))))
+        return state._replace(svi=svi), progress
+
+    monkeypatch.setattr(Trainer, "advance", overflowing_advance)
+    message = refusal(FitError, config, tmp_path / "run")
+    cause = "the optimizer state is not finite (svi.optim_state.1.1.0.nu.w_key_auto_loc)"
+    assert f"the fit stopped at step 60: {cause}; no checkpoint was made before it" in message
+    run = load_run(tmp_path / "run")
+    assert (run.latest.step, run.stopped) == (None, (60, cause))
+
+
+def test_a_figure_that_is_not_finite_is_not_reported(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Scorer, "embedding_rms", lambda *arguments: math.inf)
+    message = refusal(FitError, config, tmp_path / "run")
+    assert "the fit stopped at step 80: embedding_rms is inf; step 60 is kept" in message
+    run = load_run(tmp_path / "run")
+    assert (run.step, run.metrics(), run.stopped) == (None, [], (80, "embedding_rms is inf"))
+
+
+def test_a_fit_of_rejected_steps_alone_is_no_success(config, tmp_path, monkeypatch):
+    advance = Trainer.advance
+
+    def rejecting_advance(self, state, start, stop):
+        state, progress = advance(self, state, start, stop)
+        return state._replace(rejected=jnp.int32(stop)), progress
+
+    monkeypatch.setattr(Trainer, "advance", rejecting_advance)
+    message = refusal(FitError, config, tmp_path / "run")
+    assert "the fit stopped at step 200: every step would have crossed the attention" in message
+    run = load_run(tmp_path / "run")
+    assert [row["rejected_steps"] for row in run.metrics()] == [80, 160]
+    assert run.stopped[0] == 200
+    assert run.summary() == {}
+
+
+def test_minibatches_of_one_repeated_token(config, tmp_path):
+    """No spread in any context: every determinant is 1, and the network learns the one token."""
+    (tmp_path / "text").write_text(" " * 3600 + tiny_text()[:400], encoding="utf-8")
+    run = fit(with_data(config, source=str(tmp_path / "text")), tmp_path / "run").run
+    assert run.vocabulary.symbols == tuple(sorted(set(tiny_text())))
+    rows = run.metrics()
+    assert rows[-1]["cross_entropy"] < 0.1 < rows[-1]["validation_cross_entropy"]
+    for row in rows:
+        assert (row["rejected_steps"], row["infeasible_fraction"]) == (0, 0)
+    assert all(np.isfinite(value).all() for value in run.parameters.values())
+
+
+@pytest.mark.parametrize("after", ["make", "line", "checkpoint"])
+def test_a_full_disk_ends_a_fit_in_one_line_and_leaves_it_whole(
+    whole, config, tmp_path, monkeypatch, after
+):
+    """No byte more can be brought to the disk, from the run's making, a line or a checkpoint on."""
+    sync, renames = os.fsync, []
+
+    def full(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        renames.append(name)
+        wanted = {"make": "data.json", "line": "metrics.jsonl", "checkpoint": "120.saving"}[after]
+        lines = sum(each.endswith("/metrics.jsonl") for each in renames)
+        if wanted in name and (after != "line" or lines == 2):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = refusal(WriteError, config, tmp_path / "run")
+    assert "cannot be written: No space left on device; what was saved before is as it" in message
+    monkeypatch.setattr(os, "fsync", sync)
+    if after == "make":
+        assert not (tmp_path / "run" / "config.toml").exists()
+        run = fit(config, tmp_path / "run").run
+    else:
+        run = load_run(tmp_path / "run")
+        assert (run.latest.step, run.step) == {"line": (120, 80), "checkpoint": (60, 80)}[after]
+        run = fit(config, run.path, resume=True).run
+    assert_same_outcome(run, whole)
 
 
 # Bad input. All but the last few are refused before anything is compiled.

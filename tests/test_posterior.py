@@ -170,6 +170,16 @@ def test_files_hold_the_same(tree, tmp_path):
         for name, group in tree.children.items():
             xr.testing.assert_equal(opened[name].to_dataset().load(), group.to_dataset())
         opened.close()
+    # Numbers and text alone: what could be pickled is not there, nor anything that unpickles it.
+    for group in tree.subtree:
+        assert {variable.dtype.kind for variable in group.variables.values()} <= set("biufU")
+    for name, data in files_of(tmp_path).items():
+        assert b"pickle" not in data.lower(), name
+    marked = tree.copy()
+    marked.attrs["data"] = "<script>alert(1)</script>"
+    page = marked._repr_html_()
+    assert "&lt;script&gt;" in page
+    assert "<script>alert" not in page
 
 
 def test_attributes_tell_where_it_comes_from(run, tree):

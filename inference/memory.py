@@ -1,0 +1,21 @@
+"""The memory of this machine, and what is too large for it."""
+
+import os
+
+
+def check_memory(what: str, size: int) -> None:
+    """Refuse what no memory holds, before it is allocated.
+
+    Args:
+        what: which arrays, as a sentence begins.
+        size: their bytes.
+
+    Raises:
+        ValueError: if they are more than the machine's memory.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise ValueError(
+            f"{what} would take {size / 2**30:,.0f} GiB: expected at most the {memory / 2**30:,.0f}"
+            " GiB of this machine's memory"
+        )

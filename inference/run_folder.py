@@ -1,0 +1,137 @@
+"""The folder of a run: what may lie in it, one writer at a time, nothing that leads out of it.
+
+A run may come from anybody. What is read must lie in its folder, and what is written must not leave
+it: so there are no links in a run, and no devices or pipes, which could be read for ever.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from probattn.inference.run_files import RunError, WriteError, name_written, writing
+
+ENTRIES = (
+    "config.toml",
+    "data.json",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+    "post_hoc_prior.npz",
+    "start.npz",
+    "segments",
+    "posterior.nc",
+    "figures",
+)
+"""What a run directory consists of, beside its lock."""
+
+# Most bytes of what is read in one go; a million reports are within.
+_LARGEST = {
+    "config.toml": 2**20,
+    "data.json": 2**26,
+    "summary.json": 2**26,
+    "metrics.jsonl": 2**30,
+}
+# What a run's own commands write into it, and a kill may leave under a temporary name.
+_WRITTEN = re.compile(
+    r"(figures/(training|noise|smallest_margin|support_probability)\.png|segments/\d+-\d+\.npz|"
+    + "|".join(re.escape(name) for name in ENTRIES if "." in name)
+    + ")"
+)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse what no run holds: links, devices and pipes, and descriptions too large to read.
+
+    Raises:
+        RunError: it names the entry.
+    """
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            entry = Path(folder, name)
+            try:
+                status = entry.lstat()
+            except FileNotFoundError:  # a temporary file of a process that is writing
+                continue
+            if stat.S_ISLNK(status.st_mode):
+                raise RunError(
+                    f"{entry}: is a link: expected files and folders of the run's own; put what it "
+                    "leads to in its place, or remove it"
+                )
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                raise RunError(f"{entry}: is no file and no folder; remove it from the run")
+    for name, largest in _LARGEST.items():
+        entry = path / name
+        if entry.exists() and entry.stat().st_size > largest:
+            raise RunError(
+                f"{entry}: has {entry.stat().st_size} bytes: expected at most {largest}; it is not "
+                "what was written there"
+            )
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse a directory that a new run would damage.
+
+    Raises:
+        RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
+    """
+    for parent in path.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise RunError(f"{path}: expected a directory for the run, and {parent} is a file")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError(f"{path}: expected a directory for the run, got a file")
+    names = (name_written(entry.name) for entry in path.iterdir())
+    others = sorted(name for name in names if name not in (*ENTRIES, "lock"))
+    if others:
+        raise RunError(
+            f"{path}: holds {', '.join(others[:3])}, which is no part of a run; "
+            "expected a new or empty directory"
+        )
+    check_folder(path)
+    if (path / "config.toml").exists() and not overwrite:
+        raise RunError(
+            f"{path}: holds another run; continue it with --resume, replace it with --overwrite, "
+            "or choose another directory"
+        )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, which is made if need be; a thread may hold it twice.
+
+    Raises:
+        RunError: if another process or thread holds it.
+        WriteError: if nothing can be written there.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.resolve() / "lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunError(f"{path}: another process is writing to this run") from None
+    except OSError as error:
+        raise WriteError(path / "lock", error) from None
+    try:
+        if lock.lock_counter == 1:
+            _tidy(path)
+        yield
+    finally:
+        lock.release()
+
+
+def _tidy(path: Path) -> None:
+    """Remove what processes that were killed have left: nobody else is writing."""
+    for folder in (path, path / "segments", path / "figures"):
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            name = name_written(entry.name)
+            written = (folder.relative_to(path) / name).as_posix()
+            if name != entry.name and _WRITTEN.fullmatch(written):
+                with writing(entry):
+                    entry.unlink()
