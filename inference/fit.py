@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from probattn.corpora import Corpus, DataError, load_corpus
+from probattn.corpora import Corpus, load_corpus
 from probattn.inference.checkpoints import named_leaves, with_leaves
 from probattn.inference.config import RunConfig
 from probattn.inference.guides import OWN_PARAMS, check_guide
@@ -33,6 +33,7 @@ from probattn.inference.runs import (
 )
 from probattn.inference.scoring import Scorer
 from probattn.inference.svi import Trainer, TrainState
+from probattn.inference.training_tokens import training_tokens
 from probattn.vocabulary import build_vocabulary
 
 _REPORT_TOKENS = 16_384  # of training and of validation text behind each line of metrics.jsonl
@@ -100,10 +101,10 @@ def fit(
     corpus = load_corpus(config.data)
     if resume:
         run = _reopen(out, config, corpus)
-        train, validation = _encode(corpus, run.vocabulary, config)
+        train, validation = training_tokens(corpus, run.vocabulary, config)
     else:
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
-        train, validation = _encode(corpus, vocabulary, config)
+        train, validation = training_tokens(corpus, vocabulary, config)
         check_guide(config, vocabulary.size)
     with locked(out):  # from before the run is made to its end
         if not resume:
@@ -317,26 +318,6 @@ def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
     check_same_config(run, config)
     check_same_corpus(run, corpus)
     return run
-
-
-def _encode(corpus: Corpus, vocabulary: Any, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of both texts, each of more than one block, and of one for each of a minibatch."""
-    if vocabulary.size < 2:
-        raise DataError(f"corpus {corpus.name!r}: has one symbol alone: expected two or more")
-    train, validation = vocabulary.encode(corpus.train), vocabulary.encode(corpus.validation)
-    block, batch = config.model.block, config.fit.batch
-    for part, tokens in (("training", train), ("validation", validation)):
-        if len(tokens) <= block:
-            raise DataError(
-                f"corpus {corpus.name!r}: the {part} text has {len(tokens)} tokens: expected more "
-                f"than one block of {block}; give a longer text or a smaller model.block"
-            )
-    if len(train) < batch * block:
-        raise DataError(
-            f"corpus {corpus.name!r}: the training text has {len(train)} tokens: expected at least "
-            f"a minibatch of {batch} blocks of {block}; give a longer text or a smaller fit.batch"
-        )
-    return train, validation
 
 
 def _with_key_data(state: TrainState) -> TrainState:
