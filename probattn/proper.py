@@ -15,17 +15,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from probattn.attention import (
-    bounded,
-    check_arguments,
-    check_bound,
-    check_weights,
-    coupling,
-    projections,
-)
+from probattn.attention import bounded, check_arguments, check_bound, check_weights, coupling
 
 _HIGHEST = lax.Precision.HIGHEST
-_SAFE = 0.9  # of the bound at which a symmetric part could vanish: rounding may change no sign
 
 
 def is_proper(
@@ -105,39 +97,6 @@ def certificate(
     spread_q = _past_diameter(jnp.matmul(values, query_side, precision=_HIGHEST))
     spread_k = _past_diameter(jnp.matmul(values, key_side, precision=_HIGHEST))
     return spread_q * spread_k / 4
-
-
-def surely_positive(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
-) -> Bool[Array, "*batch"]:
-    """Whether det D_t > 0 at every position, by a bound that needs no attention weights.
-
-    For a unit vector v of R^r, v^T Cov(q_s, k_s) v = (Var v.(q_s + k_s) - Var v.(q_s - k_s)) / 4,
-    which is at most max_s |q_s + k_s - q_0 - k_0|^2 / 4 whatever the weights are. Below sqrt(r) the
-    symmetric part of R_t is positive definite, and so det D_t = det R_t > 0. Queries and keys are
-    first scaled to one size, which no determinant sees. It costs two projections, and holds where
-    queries and keys are short, as where they are nearly opposite. (Not in the paper.)
-
-    Args:
-        x: token embeddings (..., T, d).
-        w_query: W_Q, (..., d, r).
-        w_key: W_K, (..., d, r).
-        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
-
-    Returns:
-        (...), truth values; False proves nothing.
-
-    Raises:
-        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
-            not positive.
-    """
-    arguments = check_arguments(x, w_query, w_key, bound)
-    _, _, queries, keys = projections(*arguments, bound)
-    sizes = [jnp.sum(part**2, axis=(-2, -1), keepdims=True) for part in (queries, keys)]
-    ratio = sizes[1] / sizes[0]
-    scale = jnp.where((ratio > 0) & jnp.isfinite(ratio), ratio, jnp.ones_like(ratio)) ** 0.25
-    farthest = jnp.max(jnp.sum((queries * scale + keys / scale) ** 2, axis=-1), axis=-1)
-    return farthest <= _SAFE * 4 * math.sqrt(queries.shape[-1])
 
 
 def balanced(
