@@ -5,7 +5,7 @@ from probattn.conditional_mass import conditional_mass
 from probattn.distributions import AttentionResidual, CausalAttention
 from probattn.log_det import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
 from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
-from probattn.proper import certificate, is_proper
+from probattn.proper import certificate, is_proper, surely_positive
 
 __all__ = [
     "AttentionResidual",
@@ -25,4 +25,5 @@ __all__ = [
     "residual",
     "stability_margin",
     "support_tokens",
+    "surely_positive",
 ]

@@ -371,3 +371,46 @@ def test_folded_conditional_has_more_mass_than_one():
     """The example of the design; and a bounded context above its limit."""
     assert conditional_mass([-4.0, 4.0], 0.3, None) == pytest.approx(1.98, abs=0.005)
     assert conditional_mass([-40.0, 40.0], 3.0, 1.0) > 1.1
+
+
+# ---- positive by length ------------------------------------------------------------------------
+
+surely_positive = jax.jit(pa.surely_positive)
+
+
+@pytest.mark.parametrize(("strength", "proved"), [(0.85, True), (1.1, False)])
+@pytest.mark.parametrize("gauge", [1.0, 1e3])
+def test_surely_positive_is_sharp(strength, proved, gauge):
+    """Tokens at -1 and 1 in equal parts: D_t = 1 - a Var with Var almost 1."""
+    x = np.concatenate([[0.0], np.tile([1.0, -1.0], 50), [0.0]])[:, None]
+    w_query, w_key = np.array([[strength * gauge]]), np.array([[1 / gauge]])
+    assert surely_positive(x, w_query, w_key) == proved
+    assert (log_det(x, w_query, w_key)[0][-1] > 0) == proved
+
+
+@pytest.mark.parametrize("opposite", [0.0, 3.0], ids=["random", "nearly opposite"])
+@pytest.mark.parametrize("bound", [None, 20.0])
+@pytest.mark.parametrize("shape", [(3, 2), (8, 2)], ids=["d < 2r", "d > 2r"])
+def test_where_surely_positive_every_determinant_is(opposite, bound, shape):
+    rng = np.random.default_rng(0)
+    scale = np.geomspace(0.03, 30, 3000)[:, None, None]
+    x = scale * rng.standard_normal((3000, 7, shape[0]))
+    w_query, w_key = rng.standard_normal((2, 3000, *shape))
+    w_key = w_key - opposite * w_query
+    proved = surely_positive(x, w_query, w_key, bound=bound)
+    positive = np.all(pa.log_det(x, w_query, w_key, bound=bound)[0] > 0, axis=-1)
+    assert 300 < np.sum(proved) < 2700
+    assert not np.all(positive)
+    assert np.all(positive[proved])
+
+
+def test_surely_positive_of_a_repulsive_coupling_of_any_size():
+    x, w_query = 1e3 * np.random.default_rng(0).standard_normal((5, 4, 3)), np.eye(3)[:, :2]
+    turn = np.array([[0.0, 5.0], [-5.0, 0.0]])
+    assert np.all(surely_positive(x, w_query, w_query @ (turn - np.eye(2))))
+
+
+def test_surely_positive_without_queries_and_with_nan():
+    x, zeros = np.ones((4, 2)), np.zeros((2, 1))
+    assert surely_positive(x, zeros, np.ones((2, 1)))
+    assert not surely_positive(x * np.nan, zeros, np.ones((2, 1)))
