@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +18,9 @@ from probattn.inference.report import compared_row
 from probattn.inference.sensitivity import Sensitivity
 from probattn.inference.to_arviz import divergence_margin, summarise, values_of
 from probattn.inference.token_margins import TextMargins
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # Columns of a comparison that a terminal has room for.
 _COMPARED = {
@@ -118,7 +121,7 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
     screen.print("± half the length of the 95 % interval, by a bootstrap over windows")
 
 
-def print_posterior(screen: Console, tree: xr.DataTree) -> None:
+def print_posterior(screen: Console, tree: "xr.DataTree") -> None:
     """Identified quantities of a posterior with their diagnostics, and what diverged."""
     table = Table()
     table.add_column("quantity")

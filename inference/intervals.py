@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
 
 LEVEL = 0.95
 
@@ -45,6 +44,8 @@ def ratio(
         numerators: y, sums of each window.
         denominators: x, likewise.
     """
+    from scipy import stats  # loaded in a second, and only where results are summed up
+
     count, total = len(denominators), denominators.sum(dtype=np.float64)
     with np.errstate(all="ignore"):  # losses under enormous noise are not finite
         value = numerators.sum(dtype=np.float64) / total
@@ -74,6 +75,7 @@ def bootstrap(
     Returns:
         k estimates; the value is that of every window counted once.
     """
+    from scipy import stats
 
     def of_draws(drawn: Int[np.ndarray, "resamples windows"], axis: int) -> np.ndarray:
         drawn = np.atleast_2d(np.moveaxis(drawn, axis, -1))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
 
 from probattn.inference.intervals import LEVEL, Estimate, bootstrap, ratio, spearman
 from probattn.inference.token_margins import TokenMargins
@@ -155,11 +154,13 @@ def ranks_within(
     values: Float[np.ndarray, " N"], group: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, " N"]:
     """Rank of each value in its group, less the group's mean rank, over the group's size."""
+    from scipy.stats import rankdata
+
     found = np.empty(len(values))
     for each in np.unique(group):
         at = group == each
         size = np.count_nonzero(at)
-        found[at] = (stats.rankdata(values[at]) - (size + 1) / 2) / size
+        found[at] = (rankdata(values[at]) - (size + 1) / 2) / size
     return found
 
 
@@ -171,7 +172,9 @@ def _means_within(
 
 def _quantile_groups(values: Float[np.ndarray, " N"], count: int) -> Int[np.ndarray, " N"]:
     """Number of the group, 0 to count - 1, by growing value; equal values are in the same one."""
-    return np.ceil(stats.rankdata(values) / len(values) * count).astype(int) - 1
+    from scipy.stats import rankdata
+
+    return np.ceil(rankdata(values) / len(values) * count).astype(int) - 1
 
 
 def _differences(
@@ -205,11 +208,13 @@ def support_characters(
         position: of each token in its window.
         strings: what each symbol stands for.
     """
+    from scipy.stats import binomtest
+
     inner = position >= 2
     symbols, support = symbols[inner], margins.support[inner]
     total, found = int(support.sum()), []
     for symbol, count in zip(*np.unique(symbols[support], return_counts=True), strict=True):
-        interval = stats.binomtest(int(count), total).proportion_ci(LEVEL, method="wilson")
+        interval = binomtest(int(count), total).proportion_ci(LEVEL, method="wilson")
         share = Estimate(count / total, float(interval.low), float(interval.high))
         positions = int((symbols == symbol).sum())
         base = positions / len(symbols)

@@ -1,11 +1,10 @@
 """A posterior as datasets with named dimensions: draws, margins, support tokens, predictions."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import xarray as xr
 from jaxtyping import Array
 from numpyro.handlers import seed as seeded
 from numpyro.handlers import trace
@@ -19,6 +18,9 @@ from probattn.inference.posterior_result import (
     site_values,
     without_filling,
 )
+
+if TYPE_CHECKING:  # xarray takes half a second to load
+    import xarray as xr
 
 DIMS: Mapping[str, tuple[str, ...]] = {
     "token_embedding": ("vocab", "embed"),
@@ -61,7 +63,7 @@ def posterior_groups(
     seed: int,
     dims: Mapping[str, Sequence[str]],
     labels: Mapping[str, Sequence],
-) -> dict[str, xr.Dataset]:
+) -> dict[str, "xr.Dataset"]:
     """Groups of a DataTree: see `to_datatree`.
 
     Args:
@@ -112,7 +114,7 @@ def posterior_groups(
     return groups
 
 
-def located(group: xr.Dataset) -> xr.Dataset:
+def located(group: "xr.Dataset") -> "xr.Dataset":
     """The group with integer coordinates on every dimension that has none."""
     missing = {
         name: np.arange(size) for name, size in group.sizes.items() if name not in group.coords
@@ -207,7 +209,9 @@ def _dataset(
     labels: Mapping[str, Sequence],
     *,
     likelihood: bool = False,
-) -> xr.Dataset:
+) -> "xr.Dataset":
+    import xarray as xr
+
     variables = {}
     for name, value in sites.items():
         own = _dims_of(name, value.ndim - len(leading), dims, likelihood=likelihood)

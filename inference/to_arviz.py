@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from probattn.batches import windows
 from probattn.inference.config import format_config
@@ -20,6 +19,9 @@ from probattn.inference.posterior_groups import DIMS, located, posterior_groups
 from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.runs import PosteriorRun, Run, RunDirectory
 from probattn.inference.stages import stage_margins, stages
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # Group, site, and whether each entry is of interest rather than the worst of them.
 _IDENTIFIED = (
@@ -44,7 +46,7 @@ def to_datatree(
     prior: int = 0,
     seed: int = 0,
     dims: Mapping[str, Sequence[str]] | None = None,
-) -> xr.DataTree:
+) -> "xr.DataTree":
     """Export a run, or any sampled posterior, as a DataTree that ArviZ takes as it is.
 
     Groups of a posterior:
@@ -86,6 +88,8 @@ def to_datatree(
         ValueError: if an argument is out of range, draws are asked of a MAP run, or the run or its
             corpus is not there any more.
     """
+    import xarray as xr
+
     if sequences < 1:
         raise ValueError(f"sequences: got {sequences}, expected an integer >= 1")
     if prior < 0:
@@ -124,7 +128,9 @@ def to_datatree(
     return tree
 
 
-def _map_groups(run: Run, sequences: int) -> dict[str, xr.Dataset]:
+def _map_groups(run: Run, sequences: int) -> dict[str, "xr.Dataset"]:
+    import xarray as xr
+
     tokens, _ = text_tokens(run, None)
     block = run.config.model.block
     plan = windows(len(tokens), block=block).spread(sequences * block)
@@ -220,7 +226,7 @@ class QuantitySummary:
     ess_tail: float
 
 
-def summarise(tree: xr.DataTree) -> list[QuantitySummary]:
+def summarise(tree: "xr.DataTree") -> list[QuantitySummary]:
     """Summary and diagnostics of what is identified: nothing that a rotation would change.
 
     Of margins and log likelihoods, which are many, the worst diagnostics are given. Entries that
@@ -233,6 +239,7 @@ def summarise(tree: xr.DataTree) -> list[QuantitySummary]:
         ValueError: if the tree holds no draws.
     """
     import arviz as az  # takes a second
+    import xarray as xr
 
     if "posterior" not in tree.children:
         raise ValueError("the tree has no posterior: expected draws, such as those of `sample`")
@@ -263,7 +270,7 @@ def summarise(tree: xr.DataTree) -> list[QuantitySummary]:
     return rows
 
 
-def leave_one_out(tree: xr.DataTree) -> tuple[float, float, float] | None:
+def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
     """Expected log predictive density by PSIS leave-one-out, its standard error, the largest k.
 
     None where there is no likelihood, or no tail to smooth: fewer than 25 draws, or draws that
@@ -286,7 +293,7 @@ def leave_one_out(tree: xr.DataTree) -> tuple[float, float, float] | None:
     return float(found.elpd), float(found.se), float(np.max(found.pareto_k))
 
 
-def divergence_margin(tree: xr.DataTree) -> float | None:
+def divergence_margin(tree: "xr.DataTree") -> float | None:
     """The smallest margin of a draw whose trajectory diverged; None if there is none."""
     diverging = values_of(tree, "sample_stats", "diverging")
     margins = values_of(tree, "posterior", "smallest_margin")
@@ -295,7 +302,7 @@ def divergence_margin(tree: xr.DataTree) -> float | None:
     return float(margins[diverging].min())
 
 
-def values_of(tree: xr.DataTree, group: str, name: str) -> np.ndarray | None:
+def values_of(tree: "xr.DataTree", group: str, name: str) -> np.ndarray | None:
     """Values of a variable of a tree, None where there is none."""
     if group not in tree.children or name not in tree.children[group].data_vars:
         return None

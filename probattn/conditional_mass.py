@@ -11,7 +11,6 @@ import math
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
-from scipy.special import ndtr
 
 from probattn.attention import check_arguments
 from probattn.quadrature import integrate
@@ -114,6 +113,8 @@ def _distribution(
     x: Float[np.ndarray, " n"], context: Float[np.ndarray, " t"], a: float, scale: float
 ) -> Float[np.ndarray, " n"]:
     mean, _ = _moments(x, context, a)
+    from scipy.special import ndtr
+
     return ndtr((x - mean) / scale)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 from jax.typing import ArrayLike
-from scipy.integrate import cubature
 
 
 def integrate(
@@ -30,6 +29,8 @@ def integrate(
     Raises:
         RuntimeError: if the tolerance is not reached.
     """
+    from scipy.integrate import cubature  # loaded in a third of a second, and rarely used
+
     low, high = np.atleast_1d(low), np.atleast_1d(high)
     found = cubature(
         function,
