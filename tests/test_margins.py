@@ -112,8 +112,8 @@ def test_infeasible_is_a_real_eigenvalue_of_the_dense_block_at_most_zero(case):
 @pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
 def test_infeasible_of_many_positions_some_of_which_need_no_eigenvalues(dtype):
     """Those with a positive definite symmetric part, in a batch with others; mapped too."""
-    cases = [make(case, dtype) for case in LARGE_CASES]
-    inputs = [jnp.asarray(np.stack(parts)) for parts in zip(*cases, strict=True)]
+    x, w_query, w_key = (jnp.asarray(array) for array in make(LARGE_CASES[0], dtype))
+    inputs = x[None], jnp.stack([w_query, 3 * w_query]), w_key[None]
     blocks = np.asarray(pa.reduced_blocks(*(array.astype(np.float64) for array in inputs)))
     definite = np.linalg.eigvalsh((blocks + np.swapaxes(blocks, -1, -2)) / 2)[..., 0] > 0
     eigenvalues = np.linalg.eigvals(blocks)
@@ -121,7 +121,8 @@ def test_infeasible_of_many_positions_some_of_which_need_no_eigenvalues(dtype):
     assert 0.2 < np.mean(definite) < 0.8
     assert 0 < np.mean(expected) < np.mean(~definite)
     np.testing.assert_array_equal(infeasible(*inputs), expected)
-    np.testing.assert_array_equal(jax.jit(jax.vmap(margins.infeasible))(*inputs), expected)
+    mapped = jax.jit(jax.vmap(margins.infeasible, in_axes=(None, 0, None)))
+    np.testing.assert_array_equal(mapped(x, inputs[1], w_key), expected)
 
 
 def test_no_position_is_infeasible_where_there_is_none():
