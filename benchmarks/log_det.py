@@ -13,11 +13,13 @@ from harness import CONTROL, compare
 from probattn import attention_weights
 from probattn import log_det as ours
 from probattn.elimination import eliminate
+from probattn.monitoring import estimated_sigma_min
 
 # Sequences, tokens, embedding dimensions and rank.
 TRAINING, LONG = (12, 64, 128, 16), (4, 256, 256, 32)
 SMALL = (16, 32, 3, 3)  # a posterior's, in double precision
 MATRICES = ((16384, 8), (768, 16), (1024, 32), (256, 64))  # how many, and their rank
+APART = ("elimination", "sigma_min")  # of matrices alone
 
 
 def log_det(rounds: int) -> dict[str, Any]:
@@ -29,10 +31,10 @@ def log_det(rounds: int) -> dict[str, Any]:
         ("posterior", SMALL, np.float64),
     ):
         with jax.enable_x64(dtype == np.float64):
-            arguments = _arguments(size, dtype)
-            alternatives = {"slogdet": _gradient(_slogdet), "log_det": _gradient(_ours)}
+            arguments = arguments_of(size, dtype)
+            alternatives = {"slogdet": gradient_of(_slogdet), "log_det": gradient_of(log_abs_of)}
             if name == "training":
-                alternatives["jacobian"] = _gradient(_jacobian)
+                alternatives["jacobian"] = gradient_of(_jacobian)
             programs = {
                 which: jax.jit(function).lower(*arguments).compile()
                 for which, function in alternatives.items()
@@ -57,13 +59,18 @@ def log_det(rounds: int) -> dict[str, Any]:
         for count, rank in MATRICES
         for blocks in [_blocks(count, rank)]
     }
+    results["sigma_min"] = {
+        f"{count} x {rank}": _smallest_singular_values(_blocks(count, rank), rounds)
+        for count, rank in MATRICES
+    }
     return results
 
 
 def report(results: dict[str, Any]) -> None:
     """Print a table of what `log_det` returns."""
-    tables = {size: table for size, table in results.items() if size != "elimination"}
+    tables = {size: table for size, table in results.items() if size not in APART}
     tables |= {size: {"times": times} for size, times in results["elimination"].items()}
+    tables |= {f"sigma {size}": table for size, table in results["sigma_min"].items()}
     for size, table in tables.items():
         for name, figures in table["times"].items():
             label = f"{next(iter(table['times']))} again" if name == CONTROL else name
@@ -74,9 +81,12 @@ def report(results: dict[str, Any]) -> None:
                 f"x {figures['ratio']:.3f} "
                 f"({figures['ratio_low']:.3f} to {figures['ratio_high']:.3f}){told}"
             )
+        for name, error in table.get("relative_error", {}).items():
+            print(f"log det, {size:12s} estimate, {name} relative error {error:.1e}")
 
 
-def _arguments(size: tuple[int, int, int, int], dtype: type) -> tuple[jax.Array, ...]:
+def arguments_of(size: tuple[int, ...], dtype: type) -> tuple[jax.Array, ...]:
+    """Random embeddings and matrices of a size: sequences, tokens, dimensions, rank."""
     count, length, width, rank = size
     rng = np.random.default_rng(0)
     x = 0.3 * rng.standard_normal((count, length, width))
@@ -84,11 +94,13 @@ def _arguments(size: tuple[int, int, int, int], dtype: type) -> tuple[jax.Array,
     return tuple(jnp.asarray(array, dtype) for array in (x, w_query, w_key))
 
 
-def _gradient(log_abs: Callable) -> Callable:
+def gradient_of(log_abs: Callable) -> Callable:
+    """Value and gradient of the sum, by embeddings and both matrices."""
     return jax.value_and_grad(lambda *arguments: jnp.sum(log_abs(*arguments)), (0, 1, 2))
 
 
-def _ours(x: jax.Array, w_query: jax.Array, w_key: jax.Array) -> jax.Array:
+def log_abs_of(x: jax.Array, w_query: jax.Array, w_key: jax.Array) -> jax.Array:
+    """Log determinants without their signs."""
     return ours(x, w_query, w_key)[1]
 
 
@@ -123,6 +135,29 @@ def _jacobian(x: jax.Array, w_query: jax.Array, w_key: jax.Array) -> jax.Array:
 def _blocks(count: int, rank: int) -> jax.Array:
     noise = np.random.default_rng(0).standard_normal((count, rank, rank)) / math.sqrt(rank)
     return jnp.asarray(np.eye(rank) - 0.3 * noise, jnp.float32)
+
+
+def _smallest_singular_values(blocks: jax.Array, rounds: int) -> dict[str, Any]:
+    """Power iterations on the inverse, at hand or not, against the decomposition of each block."""
+    found = jax.jit(eliminate)(jnp.moveaxis(blocks, 0, -1))
+    estimate = jax.jit(estimated_sigma_min)
+    exact = np.linalg.svd(np.asarray(blocks, np.float64), compute_uv=False)[:, -1]
+    error = np.abs(np.abs(estimate(found)) / exact - 1)
+    times = compare(
+        {
+            "svd": partial(jax.jit(partial(jnp.linalg.svd, compute_uv=False)), blocks),
+            "estimate": partial(estimate, found),
+            "with inverse": partial(
+                jax.jit(lambda blocks: estimated_sigma_min(eliminate(blocks))),
+                jnp.moveaxis(blocks, 0, -1),
+            ),
+        },
+        rounds=rounds,
+    )
+    return {
+        "times": times,
+        "relative_error": {"median": float(np.median(error)), "largest": float(error.max())},
+    }
 
 
 def _lapack(blocks: jax.Array) -> tuple:

@@ -3,7 +3,7 @@
     python benchmarks/run.py [--rounds 15] [--only nuts export_memory]
 
 With --only, the other figures of an existing file stay; "updated" then says where, and in how many
-rounds, those that were run were measured.
+rounds, those that were run were measured. Scaling, which has a figure, is in files of its own.
 """
 
 import argparse
@@ -14,13 +14,17 @@ import export_memory
 import log_det
 import nuts
 import sampling
+import scaling
 import start
 import svi_step
 from harness import environment
 
+from probattn.inference.figure_style import save_figure
+
 # Each has a function of its name, and a report of what that returns.
 BENCHMARKS = {
-    module.__name__: module for module in (log_det, svi_step, start, sampling, nuts, export_memory)
+    module.__name__: module
+    for module in (log_det, scaling, svi_step, start, sampling, nuts, export_memory)
 }
 
 parser = argparse.ArgumentParser(description="benchmarks of probattn")
@@ -35,9 +39,17 @@ update = options.only and path.exists()
 results = json.loads(path.read_text(encoding="utf-8")) if update else dict(measured)
 options.out.mkdir(parents=True, exist_ok=True)
 for name in options.only or BENCHMARKS:
-    results[name] = getattr(BENCHMARKS[name], name)(options.rounds)
-    if update:
-        results.setdefault("updated", {})[name] = measured
-    BENCHMARKS[name].report(results[name])
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-print("wrote", path)
+    module = BENCHMARKS[name]
+    found = getattr(module, name)(options.rounds)
+    module.report(found)
+    if hasattr(module, "figure"):
+        written = options.out / f"{name}.json"
+        save_figure(module.figure(found), written.with_suffix(".png"))
+        contents = measured | found
+    else:
+        results[name] = found
+        if update:
+            results.setdefault("updated", {})[name] = measured
+        written, contents = path, results
+    written.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    print("wrote", written)

@@ -5,6 +5,7 @@ from probattn.conditional_mass import conditional_mass
 from probattn.distributions import AttentionResidual, CausalAttention
 from probattn.log_det import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
 from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
+from probattn.monitoring import margin_estimate
 from probattn.proper import certificate, is_proper, surely_positive
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "is_proper",
     "jacobian_blocks",
     "log_det",
+    "margin_estimate",
     "reduced_blocks",
     "relaxed_barrier",
     "residual",

@@ -29,6 +29,7 @@ MATHEMATICS = {
         "determinants",
         "log_det",
         "margins",
+        "monitoring",
         "proper",
         "ancestral",
     )

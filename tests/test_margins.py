@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BY_NAME, CASES, SINGULAR_CASES, SINGULAR_POSITION, THIN, Case, make
+from cases import BY_NAME, CASES, LARGE_CASES, SINGULAR_CASES, SINGULAR_POSITION, THIN, Case, make
 
 import probattn as pa
 from probattn import _reference as reference
@@ -107,6 +107,27 @@ def test_infeasible_is_a_real_eigenvalue_of_the_dense_block_at_most_zero(case):
     expected = np.any(real & (eigenvalues.real <= 0), axis=-1)
     # The nearest steered block is 1e-8 from singular: well above rounding, on either side.
     np.testing.assert_array_equal(infeasible(*make(case)), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
+def test_infeasible_of_many_positions_some_of_which_need_no_eigenvalues(dtype):
+    """Those with a positive definite symmetric part, in a batch with others; mapped too."""
+    x, w_query, w_key = (jnp.asarray(array) for array in make(LARGE_CASES[0], dtype))
+    inputs = x[None], jnp.stack([w_query, 3 * w_query]), w_key[None]
+    blocks = np.asarray(pa.reduced_blocks(*(array.astype(np.float64) for array in inputs)))
+    definite = np.linalg.eigvalsh((blocks + np.swapaxes(blocks, -1, -2)) / 2)[..., 0] > 0
+    eigenvalues = np.linalg.eigvals(blocks)
+    expected = np.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
+    assert 0.2 < np.mean(definite) < 0.8
+    assert 0 < np.mean(expected) < np.mean(~definite)
+    np.testing.assert_array_equal(infeasible(*inputs), expected)
+    mapped = jax.jit(jax.vmap(margins.infeasible, in_axes=(None, 0, None)))
+    np.testing.assert_array_equal(mapped(x, inputs[1], w_key), expected)
+
+
+def test_no_position_is_infeasible_where_there_is_none():
+    weights = jnp.ones((4, 2))
+    assert infeasible(jnp.zeros((0, 5, 4)), weights, weights).shape == (0, 5)
 
 
 def test_unknown_kind_lists_the_kinds():
