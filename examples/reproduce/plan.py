@@ -15,6 +15,7 @@ from probattn.inference.config import read_tables
 from probattn.models import LanguageModelConfig
 
 HERE = Path(__file__).parent
+METHODS = HERE / "methods.toml"
 PARTS = ("paper", "sweep", "methods", "kinds")
 TUNING_SEEDS = 1
 
@@ -92,6 +93,9 @@ class Task:
         return f"{self.setting.method} {self.setting.name} seed {self.seed}"
 
 
+Methods = dict[str, list[Setting]]
+
+
 def read_scale(name: str) -> Scale:
     """Read the scale of that name, or from a TOML file.
 
@@ -102,16 +106,31 @@ def read_scale(name: str) -> Scale:
     return read_tables(path if path.exists() and name != "methods" else Path(name), Scale)
 
 
-def read_methods(path: Path = HERE / "methods.toml") -> dict[str, list[Setting]]:
-    """Read the settings that are tried, by method, in their order."""
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {
-        method: [Setting(method, _name(row), {**table["set"], **row}) for row in table["grid"]]
-        for method, table in tables.items()
-    }
+def read_methods(path: Path) -> Methods:
+    """Read the settings that are tried, by method, in their order.
+
+    Raises:
+        ValueError: if the file cannot be read, has another form, or lacks the paper's two settings.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        methods = {
+            method: [Setting(method, _name(row), {**table["set"], **row}) for row in table["grid"]]
+            for method, table in tables.items()
+        }
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the methods: {error.strerror}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a table for each method, with label, set and grid: {error!r}"
+        ) from None
+    known = {(each.method, each.name) for settings in methods.values() for each in settings}
+    if missing := [name for name in PAPER if name not in known]:
+        raise ValueError(f"{path}: lacks {' '.join(missing[0])}, which the paper's figures need")
+    return methods
 
 
-def read_labels(path: Path = HERE / "methods.toml") -> dict[str, str]:
+def read_labels(path: Path = METHODS) -> dict[str, str]:
     """Read what the table and the figures call each method."""
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     return {method: table["label"] for method, table in tables.items()}
@@ -167,14 +186,18 @@ def make_task(
 
 
 def first_tasks(
-    parts: Sequence[str], seeds: int, scale: Scale, data: DataConfig, runs: Path
+    parts: Sequence[str],
+    methods: Methods,
+    seeds: int,
+    scale: Scale,
+    data: DataConfig,
+    runs: Path,
 ) -> list[Task]:
     """Every run that does not depend on the outcome of another, each once.
 
     The paper's two, then the sweep over the weight of the barrier, then every value of every
     method's setting with the seeds that tune it.
     """
-    methods = read_methods()
     chosen: list[tuple[Setting, int]] = []
     if "paper" in parts:
         chosen += [(setting, n) for n in range(seeds) for setting in paper_settings(methods)]
@@ -190,11 +213,13 @@ def first_tasks(
     return [make_task(setting, seed, scale, data, runs) for setting, seed in distinct.values()]
 
 
-def every_task(seeds: int, scale: Scale, data: DataConfig, runs: Path) -> list[Task]:
+def every_task(
+    methods: Methods, seeds: int, scale: Scale, data: DataConfig, runs: Path
+) -> list[Task]:
     """Every setting of every method with every seed, of which not all need be run."""
     return [
         make_task(setting, seed, scale, data, runs)
-        for settings in read_methods().values()
+        for settings in methods.values()
         for setting in settings
         for seed in range(seeds)
     ]
@@ -203,13 +228,13 @@ def every_task(seeds: int, scale: Scale, data: DataConfig, runs: Path) -> list[T
 def tuned_tasks(
     tuned: dict[str, str],
     parts: Sequence[str],
+    methods: Methods,
     seeds: int,
     scale: Scale,
     data: DataConfig,
     runs: Path,
 ) -> list[Task]:
     """Every method at its tuned setting, by name, with every seed; and what costs are over."""
-    methods = read_methods()
     chosen = {*tuned.items(), REFERENCE}
     return [
         make_task(setting, seed, scale, data, runs, kinds="kinds" in parts)
@@ -220,7 +245,7 @@ def tuned_tasks(
     ]
 
 
-def paper_settings(methods: dict[str, list[Setting]]) -> list[Setting]:
+def paper_settings(methods: Methods) -> list[Setting]:
     """Cross-entropy, and the margin at the paper's weight."""
     found = {(each.method, each.name): each for rows in methods.values() for each in rows}
     return [found[key] for key in PAPER]

@@ -19,6 +19,7 @@ import figures
 from collect import write_results
 from measure import is_done
 from plan import (
+    METHODS,
     PARTS,
     TUNING_SEEDS,
     Scale,
@@ -26,6 +27,7 @@ from plan import (
     choose_data,
     every_task,
     first_tasks,
+    read_methods,
     read_scale,
     tuned_tasks,
 )
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--test", help="UTF-8 text to evaluate on; by default the end of the text")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--scale", default="small", help="small, paper, or a TOML file")
+    parser.add_argument("--methods", type=Path, default=METHODS, help="TOML file of the methods")
     parser.add_argument("--seeds", type=int, default=5, help="of every tuned setting (default 5)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
     parser.add_argument("--out", type=Path, help="tables and figures (default: RUNS/results)")
@@ -74,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     scale = read_scale(options.scale)
     data, corpus = choose_data(options.text, options.test)
     out = options.out or options.runs / "results"
-    common = (options.seeds, scale, data, options.runs)
+    common = (read_methods(options.methods), options.seeds, scale, data, options.runs)
 
     setting = _setting(options.scale, scale, data, corpus)
     # Tables are of all that was ever run in this folder, whatever part is asked for now.
