@@ -141,7 +141,8 @@ def test_tables_hold_every_report_and_point(history, command):
     assert len(curves) == 4 * 2
     assert float(curves[1]["epoch"]) == pytest.approx(20 * 4 * 8 / 4000, rel=1e-6)
     gaussian = [row for row in noise if row["kind"] == "gaussian"]
-    assert len(gaussian) == 4 * 2 * (2 + 3)  # runs, halves, levels with 0 in both units
+    # Of each run: levels in both units with 0, and on the other half those that tune.
+    assert len(gaussian) == 4 * (2 + 3 + 2)
     others = {(row["kind"], row["unit"], row["level"]) for row in noise if row not in gaussian}
     assert others == {
         *(("uniform", "relative", "0"), ("uniform", "relative", "0.5")),

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from plan import Task
+from summary import TUNED_AT
 
 from probattn.inference import Run, fit, load_run
 from probattn.inference.evaluate import text_tokens
@@ -105,7 +106,10 @@ def _measure(task: Task, run: Run, name: str) -> list[dict[str, Any]]:
             ascent_tokens=noise.ascent_tokens,
             done=lambda: None,
         )
-        if name == "gaussian":
+        if half == "tune":
+            levels = [0.0, TUNED_AT]
+            points = {"relative": sweeps.of_embeddings(["gaussian"], levels, sweeps.rms)}
+        elif name == "gaussian":
             absolute = sweeps.of_embeddings(["gaussian"], [0.0, *noise.absolute], 1.0)
             relative = sweeps.of_embeddings(["gaussian"], [0.0, *noise.relative], sweeps.rms)
             points = {"absolute": absolute, "relative": relative}
