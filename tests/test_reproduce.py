@@ -8,13 +8,16 @@ import signal
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import tiny_run
 from scipy import stats
-from small import cheap_post_hoc
 from tiny_run import tiny_text
 
-from probattn.inference import evaluate, load_run
+from probattn.inference import load_run
+from probattn.inference.perturbations import Gaussian
+from probattn.inference.scoring import Scorer
 from probattn.inference.svi import Trainer
 
 FOLDER = Path(__file__).parent.parent / "examples" / "reproduce"
@@ -76,7 +79,7 @@ def command_fixture(tmp_path_factory):
     (folder / "methods.toml").write_text(METHODS, encoding="utf-8")
     (folder / "text.txt").write_text(tiny_text(), encoding="utf-8")
     # A symbol that the other text lacks: the vocabulary is of both.
-    (folder / "test.txt").write_text(tiny_text(1500, seed=1) + "ß", encoding="utf-8")
+    (folder / "test.txt").write_text(tiny_text(1504, seed=1) + "ß", encoding="utf-8")
     named = {"text": "text.txt", "test": "test.txt", "scale": "scale.toml"}
     named |= {"methods": "methods.toml", "runs": "runs"}
     flags = [part for name, file in named.items() for part in (f"--{name}", str(folder / file))]
@@ -151,23 +154,34 @@ def test_tables_hold_every_report_and_point(history, command):
     assert {row["half"] for row in noise if row["kind"] != "gaussian"} == {"test"}
 
 
-def test_noise_is_that_of_evaluate_on_the_same_half(history, command, tmp_path, monkeypatch):
-    cheap_post_hoc(monkeypatch)
+def test_points_are_of_the_second_half_under_noise_in_its_unit(history, command):
     folder, _ = command
     text = (folder / "test.txt").read_text(encoding="utf-8")
-    half = tmp_path / "half.txt"
-    half.write_text(text[len(text) // 2 :], encoding="utf-8")
     run = load_run(folder / "runs" / "margin" / "barrier_weight=0.05" / "seed-1")
-    result = evaluate(run, text=half, noise_absolute=[0.5], noise_relative=[0.5, 1.0])
-    for unit, points in (("absolute", result.noise_absolute), ("relative", result.noise_relative)):
-        found = [
-            (float(row["bpc"]), float(row["degradation"]))
-            for row in rows_of(folder, "noise")
-            if (row["method"], row["seed"], row["half"]) == ("margin", "1", "test")
-            and (row["kind"], row["unit"]) == ("gaussian", unit)
-        ]
-        expected = [(point.bpc, point.degradation) for point in points]
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert run.config.model == tiny_run.MODEL
+    tokens = run.vocabulary.encode(text)[len(text) // 2 :]
+    block = tiny_run.BLOCK
+    assert len(tokens) % block == 1  # whole windows
+    found = {
+        (row["unit"], float(row["level"])): (float(row["bpc"]), float(row["degradation"]))
+        for row in rows_of(folder, "noise")
+        if (row["method"], row["seed"], row["half"]) == ("margin", "1", "test")
+        and row["kind"] == "gaussian"
+    }
+    windows = tokens[:-1].reshape(-1, block), tokens[1:].reshape(-1, block)
+    losses = [
+        -tiny_run.log_softmax(tiny_run.all_logits(run, inputs))[np.arange(block), targets]
+        for inputs, targets in zip(*windows, strict=True)
+    ]
+    clean = np.mean(losses) / math.log(2)
+    rms = np.sqrt(np.mean(tiny_run.embedded(run, windows[0]) ** 2))
+    scorer = Scorer(run.config.model, run.vocabulary, tokens)
+    for (unit, level), (bpc, degradation) in found.items():
+        sigma = level * {"absolute": 1.0, "relative": rms}[unit]
+        noisy = scorer.score(run.parameters, Gaussian(sigma), rng_key=jax.random.key(0)).bpc
+        assert bpc == pytest.approx(noisy, rel=1e-5)
+        assert degradation == pytest.approx(noisy / clean, rel=1e-5)
+    assert len({bpc for bpc, _ in found.values()}) == 4  # and 0 in both units
 
 
 def test_figures_and_table_are_drawn_from_the_tables_alone(history, command, scripts, tmp_path):

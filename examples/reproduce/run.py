@@ -82,11 +82,14 @@ def _run(options: argparse.Namespace) -> int:
     setting = _setting(options.scale, scale, data, corpus)
     # Tables are of all that was ever run in this folder, whatever part is asked for now.
     every = every_task(*common)
-    failed = _do(first_tasks(options.only, *common), options.jobs)
-    write_results(every, corpus, setting, out)
-    if {"methods", "kinds"} & set(options.only):
-        chosen = tuned_settings(read_results(out).noise, range(min(options.seeds, TUNING_SEEDS)))
-        failed += _do(tuned_tasks(chosen, options.only, *common), options.jobs)
+    try:
+        failed = _do(first_tasks(options.only, *common), options.jobs)
+        if {"methods", "kinds"} & set(options.only):
+            write_results(every, corpus, setting, out)
+            seeds = range(min(options.seeds, TUNING_SEEDS))
+            chosen = tuned_settings(read_results(out).noise, seeds)
+            failed += _do(tuned_tasks(chosen, options.only, *common), options.jobs)
+    finally:  # an interrupted command leaves what it has
         write_results(every, corpus, setting, out)
     for path in figures.draw(out):
         print(path)
