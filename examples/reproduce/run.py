@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     out = options.out or options.runs / "results"
     common = (read_methods(options.methods), options.seeds, scale, data, options.runs)
 
-    setting = _setting(options.scale, scale, data, corpus)
+    setting = _setting(options, scale, data, corpus)
     # Tables are of all that was ever run in this folder, whatever part is asked for now.
     every = every_task(*common)
     try:
@@ -114,16 +114,18 @@ def _do(tasks: Sequence[Task], jobs: int) -> int:
     return failures
 
 
-def _setting(name: str, scale: Scale, data: DataConfig, corpus: Corpus) -> str:
+def _setting(options: argparse.Namespace, scale: Scale, data: DataConfig, corpus: Corpus) -> str:
     """What all runs have in common, as the table's reader must know it."""
     text = corpus.description if data.source in NAMED_SOURCES else corpus.name
+    if options.text is None and data.source != "wikitext-2":
+        text += ", as WikiText-2 could not be downloaded"
     if data.validation:
         text += f", evaluated on {Path(data.validation).name}"
     versions = ", ".join(f"{each} {version(each)}" for each in ("jax", "numpyro", "optax"))
     return (
         f"Text: {text}; {len(corpus.train):,} characters to fit, "
         f"{len(corpus.validation):,} to evaluate on; checksum {corpus.sha256[:12]}.\n"
-        f"Scale {Path(name).stem}, Python {platform.python_version()}, {versions}.\n\n"
+        f"Scale {Path(options.scale).stem}, Python {platform.python_version()}, {versions}.\n\n"
         f"{format_config(scale)}"
     )
 
