@@ -1,0 +1,131 @@
+"""One run: fitted, or carried on, and measured under noise. What is done is not done again.
+
+The text to evaluate on is cut in two halves: settings are tuned on the first, and the second is
+what is reported. Points are kept in the run's summary.json, with what they were measured with.
+"""
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+from plan import Task
+from summary import TUNED_AT
+
+from probattn.inference import Run, fit, load_run
+from probattn.inference.evaluate import text_tokens
+from probattn.inference.noise_sweeps import NoisePoint, NoiseSweeps
+from probattn.inference.runs import check_same_config
+from probattn.inference.scoring import Scorer
+
+HALVES = ("tune", "test")
+SEED = 0  # of the noise: the same draws for every run
+
+
+def is_fitted(task: Task) -> bool:
+    """Whether the run is there, of this configuration, to its end.
+
+    Raises:
+        RunError: if the run is there with another configuration.
+    """
+    if not (task.out / "config.toml").exists():
+        return False
+    run = load_run(task.out)
+    check_same_config(run, task.config)
+    return "fit" in run.summary()
+
+
+def is_done(task: Task) -> bool:
+    """Whether the run is fitted, and everything that the task asks for is measured."""
+    return is_fitted(task) and not _missing(task, load_run(task.out))
+
+
+def work(task: Task) -> None:
+    """Fit the run and measure it, as far as it is not done.
+
+    Raises:
+        Interrupted: on SIGINT or SIGTERM while fitting, after the state was saved.
+        ValueError: see `fit`; and FitError, if it cannot go on.
+    """
+    if is_fitted(task):
+        run = load_run(task.out)
+    else:
+        started = time.monotonic()
+        resumed = (task.out / "config.toml").exists()
+        run = fit(task.config, task.out, resume=resumed).run
+        if not resumed:
+            _update(run, seconds=time.monotonic() - started)
+    for name in _missing(task, run):
+        _update(run, **{name: {"plan": _plan(task, name), "points": _measure(task, run, name)}})
+
+
+def measured(run: Run) -> list[dict[str, Any]]:
+    """Every point of noise that was measured of a run."""
+    kept = run.summary().get("reproduce", {})
+    return [point for name in ("gaussian", "kinds") for point in kept.get(name, _NONE)["points"]]
+
+
+_NONE: dict[str, list] = {"points": []}
+
+
+def _missing(task: Task, run: Run) -> list[str]:
+    kept = run.summary().get("reproduce", {})
+    wanted = ["gaussian", "kinds"] if task.kinds else ["gaussian"]
+    return [name for name in wanted if kept.get(name, {}).get("plan") != _plan(task, name)]
+
+
+def _plan(task: Task, name: str) -> dict[str, Any]:
+    """What the points depend on beside the run, as JSON gives it back."""
+    fields = {
+        "gaussian": ("absolute", "relative", "tokens"),
+        "kinds": ("kinds", "kinds_relative", "substituted", "tokens", "ascent_tokens"),
+    }
+    plan = {field: getattr(task.noise, field) for field in fields[name]}
+    return json.loads(json.dumps(plan))
+
+
+def _update(run: Run, **results: Any) -> None:
+    with run.lock():
+        run.update_summary(reproduce=run.summary().get("reproduce", {}) | results)
+
+
+def _measure(task: Task, run: Run, name: str) -> list[dict[str, Any]]:
+    noise, rows = task.noise, []
+    tokens, _ = text_tokens(run, None)
+    middle = len(tokens) // 2
+    for half, part in zip(HALVES, (tokens[:middle], tokens[middle:]), strict=True):
+        if name == "kinds" and half == "tune":
+            continue
+        scorer = Scorer(run.config.model, run.vocabulary, part, most_tokens=noise.tokens)
+        sweeps = NoiseSweeps(
+            run,
+            part,
+            scorer,
+            scorer.losses(run.parameters),
+            seed=SEED,
+            ascent_tokens=noise.ascent_tokens,
+            done=lambda: None,
+        )
+        if half == "tune":
+            levels = [0.0, TUNED_AT]
+            points = {"relative": sweeps.of_embeddings(["gaussian"], levels, sweeps.rms)}
+        elif name == "gaussian":
+            absolute = sweeps.of_embeddings(["gaussian"], [0.0, *noise.absolute], 1.0)
+            relative = sweeps.of_embeddings(["gaussian"], [0.0, *noise.relative], sweeps.rms)
+            points = {"absolute": absolute, "relative": relative}
+        else:
+            levels = [0.0, *noise.kinds_relative]
+            points = {
+                "relative": sweeps.of_embeddings(noise.kinds, levels, sweeps.rms),
+                "probability": sweeps.of_tokens(noise.kinds, [0.0, *noise.substituted]),
+            }
+        rows += [_row(half, unit, point) for unit, of_unit in points.items() for point in of_unit]
+    return rows
+
+
+def _row(half: str, unit: str, point: NoisePoint) -> dict[str, Any]:
+    levels = {"absolute": point.sigma, "relative": point.relative, "probability": point.probability}
+    values = dataclasses.asdict(point)
+    kept = {name: values[name] for name in ("kind", "bpc", "degradation")}
+    # As it was given: a multiple of the root mean square comes back with an error of rounding.
+    return {"half": half, "unit": unit, "level": round(levels[unit], 9), **kept}

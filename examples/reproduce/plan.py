@@ -1,0 +1,258 @@
+"""What is run: the methods, the values of their settings, the seeds, and the size of it all."""
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from summary import PAPER, REFERENCE
+
+from probattn.corpora import Corpus, DataConfig, DataError, load_corpus
+from probattn.inference import FitConfig, RunConfig
+from probattn.inference.config import read_tables
+from probattn.models import LanguageModelConfig
+
+HERE = Path(__file__).parent
+METHODS = HERE / "methods.toml"
+PARTS = ("paper", "sweep", "methods", "kinds")
+TUNING_SEEDS = 1
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Noise that every run is measured under.
+
+    Attributes:
+        absolute: Gaussian, standard deviations in the embedding's unit.
+        relative: Gaussian, standard deviations in units of the embeddings' root mean square.
+        tokens: at most so many of each half of the evaluation text, in windows spread over it.
+        kinds: further kinds of noise, for the tuned settings.
+        kinds_relative: levels of the kinds on embeddings, in units of their root mean square.
+        substituted: probabilities of a token to be replaced.
+        ascent_tokens: worst-case directions are looked for at most so many tokens.
+    """
+
+    absolute: list
+    relative: list
+    tokens: int
+    kinds: list
+    kinds_relative: list
+    substituted: list
+    ascent_tokens: int
+
+    def __post_init__(self) -> None:
+        """Refuse levels without those that settings are tuned by and tables show."""
+        for name, needed in (("absolute", {0.5}), ("relative", {0.5, 1.0})):
+            if not needed <= set(levels := getattr(self, name)):
+                raise ValueError(
+                    f"noise.{name} is {levels}: expected levels with "
+                    f"{' and '.join(map(str, sorted(needed)))} among them"
+                )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Size of the model, of its fit and of the measurements."""
+
+    noise: NoiseConfig
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method at one value of its setting.
+
+    Attributes:
+        method: which.
+        name: of the value, for tables and folders.
+        changes: fields of the configuration; a string such as "2x" multiplies what the scale has.
+    """
+
+    method: str
+    name: str
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to be made: a setting with a seed, and what is measured of it."""
+
+    setting: Setting
+    seed: int
+    config: RunConfig
+    out: Path
+    noise: NoiseConfig
+    kinds: bool = False
+
+    @property
+    def title(self) -> str:
+        """What a line of progress calls it."""
+        return f"{self.setting.method} {self.setting.name} seed {self.seed}"
+
+
+Methods = dict[str, list[Setting]]
+
+
+def read_scale(name: str) -> Scale:
+    """Read the scale of that name, or from a TOML file.
+
+    Raises:
+        ValueError: if there is no such scale, or the file has other fields.
+    """
+    path = HERE / f"{name}.toml"
+    return read_tables(path if path.exists() and name != "methods" else Path(name), Scale)
+
+
+def read_methods(path: Path) -> Methods:
+    """Read the settings that are tried, by method, in their order.
+
+    Raises:
+        ValueError: if the file cannot be read, has another form, or lacks the paper's two settings.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        methods = {
+            method: [Setting(method, _name(row), {**table["set"], **row}) for row in table["grid"]]
+            for method, table in tables.items()
+        }
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the methods: {error.strerror}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a table for each method, with label, set and grid: {error!r}"
+        ) from None
+    known = {(each.method, each.name) for settings in methods.values() for each in settings}
+    if missing := [name for name in PAPER if name not in known]:
+        raise ValueError(f"{path}: lacks {' '.join(missing[0])}, which the paper's figures need")
+    return methods
+
+
+def read_labels(path: Path = METHODS) -> dict[str, str]:
+    """Read what the table and the figures call each method."""
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {method: table["label"] for method, table in tables.items()}
+
+
+def choose_data(text: str | None, test: str | None) -> tuple[DataConfig, Corpus]:
+    """Text to fit and to evaluate on: those given, else WikiText-2, else Python's reference.
+
+    Raises:
+        DataError: if a text that was given cannot be used.
+    """
+    if text is not None:
+        data = DataConfig(text, test)
+        return data, load_corpus(data)
+    for source in ("wikitext-2", "pydoc"):
+        data = DataConfig(source, test)
+        try:
+            return data, load_corpus(data)
+        except DataError as error:
+            failed = error
+            print(f"{source}: {error}", flush=True)
+    raise failed
+
+
+def make_task(
+    setting: Setting, seed: int, scale: Scale, data: DataConfig, runs: Path, *, kinds: bool = False
+) -> Task:
+    """The run of a setting and a seed.
+
+    Raises:
+        ValueError: if the setting names a field that there is not, or a value that it cannot have.
+    """
+    base = RunConfig(data=data, model=scale.model, fit=scale.fit)
+    tables: dict[str, dict[str, Any]] = {"fit": {"seed": seed}}
+    for name, value in setting.changes.items():
+        table, _, part = name.partition(".")
+        if isinstance(value, str) and value.endswith("x"):
+            value = float(value[:-1]) * getattr(getattr(base, table), part)
+        tables.setdefault(table, {})[part] = value
+    try:
+        # At once: a weight of the barrier has no meaning without the name of its objective.
+        config = dataclasses.replace(
+            base,
+            **{
+                table: dataclasses.replace(getattr(base, table), **changes)
+                for table, changes in tables.items()
+            },
+        )
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{setting.method}: {error}: expected fields of a run") from None
+    out = runs / setting.method / setting.name.replace(" ", "_") / f"seed-{seed}"
+    return Task(setting, seed, config, out, scale.noise, kinds)
+
+
+def first_tasks(
+    parts: Sequence[str],
+    methods: Methods,
+    seeds: int,
+    scale: Scale,
+    data: DataConfig,
+    runs: Path,
+) -> list[Task]:
+    """Every run that does not depend on the outcome of another, each once.
+
+    The paper's two, then the sweep over the weight of the barrier, then every value of every
+    method's setting with the seeds that tune it.
+    """
+    chosen: list[tuple[Setting, int]] = []
+    if "paper" in parts:
+        chosen += [(setting, n) for n in range(seeds) for setting in paper_settings(methods)]
+    if "sweep" in parts:
+        reference = paper_settings(methods)[0]
+        chosen += [
+            (setting, n) for n in range(seeds) for setting in [reference, *methods["margin"]]
+        ]
+    if {"methods", "kinds"} & set(parts):
+        every = [setting for settings in methods.values() for setting in settings]
+        chosen += [(setting, n) for n in range(min(seeds, TUNING_SEEDS)) for setting in every]
+    distinct = {(each.method, each.name, seed): (each, seed) for each, seed in chosen}
+    return [make_task(setting, seed, scale, data, runs) for setting, seed in distinct.values()]
+
+
+def every_task(
+    methods: Methods, seeds: int, scale: Scale, data: DataConfig, runs: Path
+) -> list[Task]:
+    """Every setting of every method with every seed, of which not all need be run."""
+    return [
+        make_task(setting, seed, scale, data, runs)
+        for settings in methods.values()
+        for setting in settings
+        for seed in range(seeds)
+    ]
+
+
+def tuned_tasks(
+    tuned: dict[str, str],
+    parts: Sequence[str],
+    methods: Methods,
+    seeds: int,
+    scale: Scale,
+    data: DataConfig,
+    runs: Path,
+) -> list[Task]:
+    """Every method at its tuned setting, by name, with every seed; and what costs are over."""
+    chosen = {*tuned.items(), REFERENCE}
+    return [
+        make_task(setting, seed, scale, data, runs, kinds="kinds" in parts)
+        for seed in range(seeds)
+        for settings in methods.values()
+        for setting in settings
+        if (setting.method, setting.name) in chosen
+    ]
+
+
+def paper_settings(methods: Methods) -> list[Setting]:
+    """Cross-entropy, and the margin at the paper's weight."""
+    found = {(each.method, each.name): each for rows in methods.values() for each in rows}
+    return [found[key] for key in PAPER]
+
+
+def _name(row: dict[str, Any]) -> str:
+    return " ".join(
+        f"{name.partition('.')[2]}={value if isinstance(value, str) else f'{value:g}'}"
+        for name, value in row.items()
+    )

@@ -1,0 +1,153 @@
+"""Statistics over seeds of the tables that `collect` writes."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+REFERENCE = ("ce", "learning_rate=1x")
+PAPER = (REFERENCE, ("margin", "barrier_weight=0.05"))
+"""Methods and settings of the paper's Figs 7.4 and 7.5; costs are over the first."""
+
+TUNED_AT = 0.5  # of the embedding RMS: the noise that settings are tuned by, beside none
+TEXT = {"method", "setting", "half", "kind", "unit", "min_margin_kind"}
+
+Row = dict[str, str | float]
+
+
+class Interval(NamedTuple):
+    """Mean over seeds, and half the width of its 95 % interval: NaN of a single seed.
+
+    Attributes:
+        mean: over seeds.
+        half_width: of the interval of Student's t.
+        seeds: how many.
+    """
+
+    mean: float
+    half_width: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """The tables of a folder.
+
+    Attributes:
+        runs: a row for each run.
+        curves: a row for each report of a run.
+        noise: a row for each point of noise of a run.
+        setting: what they have in common.
+    """
+
+    runs: list[Row]
+    curves: list[Row]
+    noise: list[Row]
+    setting: str
+
+
+def read_results(folder: Path) -> Results:
+    """Read the tables that `collect` wrote."""
+    tables = (_read(folder / f"{name}.csv") for name in ("runs", "curves", "noise"))
+    return Results(*tables, (folder / "setting.txt").read_text(encoding="utf-8"))
+
+
+def interval(values: Iterable[float]) -> Interval:
+    """Mean and 95 % interval of Student's t over seeds."""
+    found = np.array(list(values), float)
+    if len(found) < 2:
+        return Interval(float(found.mean()) if len(found) else np.nan, np.nan, len(found))
+    error = found.std(ddof=1) / np.sqrt(len(found))
+    reach = stats.t.ppf((1 + LEVEL) / 2, len(found) - 1) * error
+    return Interval(float(found.mean()), float(reach), len(found))
+
+
+def paired_cost(values: dict[int, float], reference: dict[int, float]) -> Interval:
+    """Increase over a reference in per cent, paired by seed.
+
+    Runs of a seed share their initial network and minibatches, so that the differences spread less
+    than the values.
+
+    Args:
+        values: by seed.
+        reference: by seed; seeds that only one of the two has are left out.
+    """
+    return interval(
+        100 * (values[seed] / reference[seed] - 1) for seed in sorted(values.keys() & reference)
+    )
+
+
+def paired_difference(values: dict[int, float], reference: dict[int, float]) -> Interval:
+    """Difference from a reference, paired by seed, as in `paired_cost`."""
+    return interval(values[seed] - reference[seed] for seed in sorted(values.keys() & reference))
+
+
+def by_seed(
+    noise: Iterable[Row],
+    column: str,
+    method: str,
+    setting: str,
+    *,
+    unit: str = "relative",
+    level: float = 0.0,
+    kind: str = "gaussian",
+    half: str = "test",
+) -> dict[int, float]:
+    """A column of noise.csv at one point of noise, by seed."""
+    wanted = (method, setting, half, kind, unit)
+    return {
+        int(row["seed"]): float(row[column])
+        for row in noise
+        if (row["method"], row["setting"], row["half"], row["kind"], row["unit"]) == wanted
+        and row["level"] == level
+    }
+
+
+def settings_of(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """Settings in a table by method, in the order of their numbers."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(str(row["method"]), set()).add(str(row["setting"]))
+    return {method: sorted(names, key=numbers) for method, names in found.items()}
+
+
+def numbers(setting: str) -> list[float]:
+    """The values in a setting's name."""
+    return [float(part.partition("=")[2].rstrip("x")) for part in setting.split()]
+
+
+def tuned_settings(noise: Sequence[Row], seeds: Iterable[int]) -> dict[str, str]:
+    """The setting of each method whose mean of clean BPC and BPC at half an RMS is least.
+
+    Both are of the half of the text that settings are tuned on, and means over the given seeds. A
+    setting that lacks one of the seeds, as its fit failed, is not chosen.
+    """
+    seeds, chosen = set(seeds), {}
+    for method, names in settings_of(noise).items():
+        scores = {}
+        for name in names:
+            clean, noisy = (
+                by_seed(noise, "bpc", method, name, level=level, half="tune")
+                for level in (0.0, TUNED_AT)
+            )
+            if seeds <= clean.keys() & noisy.keys():
+                scores[name] = np.mean([(clean[n] + noisy[n]) / 2 for n in sorted(seeds)])
+        if scores:
+            chosen[method] = min(scores, key=scores.__getitem__)
+    return chosen
+
+
+def _read(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return [
+            {
+                name: value if name in TEXT else (float(value) if value else np.nan)
+                for name, value in row.items()
+            }
+            for row in csv.DictReader(stream)
+        ]

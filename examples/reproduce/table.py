@@ -1,0 +1,165 @@
+"""Tables in Markdown: the paper's numbers beside those here, all methods, and kinds of noise."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from plan import TUNING_SEEDS, read_labels
+from summary import (
+    PAPER,
+    REFERENCE,
+    Interval,
+    Results,
+    Row,
+    by_seed,
+    interval,
+    paired_cost,
+    paired_difference,
+    settings_of,
+    tuned_settings,
+)
+
+from probattn.inference.run_files import write_text
+
+_POINTS = (("absolute", 0.5), ("relative", 0.5), ("relative", 1.0))
+_MISSING = "\N{EM DASH}"
+_NOTE = (
+    "Means over seeds with 95 % intervals of Student's t; a number without one is of a single "
+    "seed. Costs and differences are paired by seed, over ce at the learning rate that all other "
+    "methods have."
+)
+
+
+def write_tables(results: Results, folder: Path) -> list[Path]:
+    """Write table.md: every part whose runs are there."""
+    there = settings_of(results.noise)
+    parts = ["# Results\n", _NOTE + "\n"]
+    if all(name in there.get(method, ()) for method, name in PAPER):
+        parts += ["## The paper's numbers\n", paper_table(results)]
+    if len(there) > 2 and REFERENCE[1] in there.get("ce", ()):
+        parts += ["## Methods\n", methods_table(results.noise)]
+    if any(row["kind"] != "gaussian" for row in results.noise):
+        parts += ["## Degradation under noise of other kinds\n", kinds_table(results.noise)]
+    parts += ["## Setting\n", "```\n" + results.setting.strip() + "\n```\n"]
+    write_text(folder / "table.md", "\n".join(parts))
+    return [folder / "table.md"]
+
+
+def paper_table(results: Results) -> str:
+    """What the paper reports of its Figs 7.4 and 7.5, beside the same here."""
+    noise, (ce, margin) = results.noise, PAPER
+    whole = [
+        {
+            int(row["seed"]): float(row["validation_bpc"])
+            for row in results.runs
+            if (row["method"], row["setting"]) == name
+        }
+        for name in PAPER
+    ]
+    rows = [
+        ("ce, clean BPC", "2.122", _shown(interval(whole[0].values()), 3)),
+        ("margin, clean BPC", "2.158", _shown(interval(whole[1].values()), 3)),
+        ("margin, clean cost", "+1.7 %", _percent(paired_cost(whole[1], whole[0]))),
+    ]
+    for unit, level in _POINTS:
+        found = [
+            by_seed(noise, "degradation", *name, unit=unit, level=level) for name in (ce, margin)
+        ]
+        paper = ("2.58", "2.46", f"{_signed(-0.12, 2)}") if unit == "absolute" else (_MISSING,) * 3
+        of_both = [_shown(interval(values.values()), 3) for values in found]
+        difference = _difference(paired_difference(found[1], found[0]))
+        at = f"degradation at {_noise(unit, level)}"
+        rows += [
+            (f"ce, {at}", paper[0], of_both[0]),
+            (f"margin, {at}", paper[1], of_both[1]),
+            (f"margin less ce, {at}", paper[2], difference),
+        ]
+    sizes = {
+        name: interval(
+            row["embedding_rms"] for row in results.runs if (row["method"], row["setting"]) == name
+        )
+        for name in PAPER
+    }
+    rows += [(f"{name[0]}, embedding RMS", _MISSING, _shown(sizes[name], 4)) for name in PAPER]
+    seeds = interval(whole[1].values()).seeds
+    return _markdown(("what", "paper", f"here, {seeds} seeds"), rows)
+
+
+def methods_table(noise: Sequence[Row]) -> str:
+    """Every method at its tuned setting: clean BPC, its cost, and degradation under noise."""
+    labels, clean = read_labels(), by_seed(noise, "bpc", *REFERENCE)
+    tuned = tuned_settings(noise, range(TUNING_SEEDS))
+    # In the order of methods.toml, and the rest after it.
+    order = [method for method in [*labels, *sorted(tuned.keys() - labels)] if method in tuned]
+    chosen = list(dict.fromkeys([REFERENCE, *((method, tuned[method]) for method in order)]))
+    rows = []
+    for method, setting in chosen:
+        bpc = by_seed(noise, "bpc", method, setting)
+        worse = [
+            interval(
+                by_seed(noise, "degradation", method, setting, unit=unit, level=level).values()
+            )
+            for unit, level in _POINTS
+        ]
+        is_reference = (method, setting) == REFERENCE
+        cost = "" if is_reference else _percent(paired_cost(bpc, clean))
+        name = (labels.get(method, method), setting.replace("_", " "))
+        rows.append((*name, str(len(bpc)), _shown(interval(bpc.values()), 3), cost))
+        rows[-1] += tuple(_shown(each, 3) for each in worse)
+    heads = ("method", "setting", "seeds", "clean BPC", "cost over ce")
+    return _markdown((*heads, *(f"at {_noise(*point)}" for point in _POINTS)), rows)
+
+
+def kinds_table(noise: Sequence[Row]) -> str:
+    """Degradation of the tuned settings under every other kind of noise."""
+    labels, tuned = read_labels(), tuned_settings(noise, range(TUNING_SEEDS))
+    points = sorted(
+        {
+            (str(row["kind"]), str(row["unit"]), float(row["level"]))
+            for row in noise
+            if row["kind"] != "gaussian" and row["level"] > 0
+        }
+    )
+    rows = []
+    for kind, unit, level in points:
+        at = {"kind": kind, "unit": unit, "level": level}
+        worse = (
+            interval(by_seed(noise, "degradation", method, setting, **at).values())
+            for method, setting in tuned.items()
+        )
+        rows.append((kind, _noise(unit, level), *(_shown(each, 3) for each in worse)))
+    return _markdown(("noise", "level", *(labels.get(each, each) for each in tuned)), rows)
+
+
+def _noise(unit: str, level: float) -> str:
+    return {"absolute": f"sigma {level:g}", "relative": f"{level:g} RMS"}.get(unit, f"{level:g}")
+
+
+def _shown(found: Interval, digits: int) -> str:
+    if math.isnan(found.mean):
+        return _MISSING
+    reach = "" if math.isnan(found.half_width) else f" ± {found.half_width:.{digits}f}"
+    return f"{found.mean:.{digits}f}{reach}"
+
+
+def _percent(found: Interval) -> str:
+    if math.isnan(found.mean):
+        return _MISSING
+    reach = "" if math.isnan(found.half_width) else f" ± {found.half_width:.1f}"
+    return f"{_signed(found.mean, 1)} %{reach}"
+
+
+def _difference(found: Interval) -> str:
+    if math.isnan(found.mean):
+        return _MISSING
+    reach = "" if math.isnan(found.half_width) else f" ± {found.half_width:.3f}"
+    return f"{_signed(found.mean, 3)}{reach}"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

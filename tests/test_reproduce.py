@@ -1,0 +1,291 @@
+"""The paper's experiments end to end at a tiny size: interrupted, carried on, drawn from tables."""
+
+import csv
+import importlib
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from scipy import stats
+from tiny_run import tiny_text
+
+from probattn.inference import load_run
+from probattn.inference.perturbations import Gaussian
+from probattn.inference.scoring import Scorer
+from probattn.inference.svi import Trainer
+
+FOLDER = Path(__file__).parent.parent / "examples" / "reproduce"
+NAMES = ("collect", "figures", "measure", "plan", "pool", "run", "summary", "table")
+SCALE = """
+[model]
+layers = 1
+heads = 2
+width = 8
+block = 8
+prior_rank = 2
+
+[fit]
+steps = 20
+batch = 4
+learning_rate = 0.03
+warmup = 2
+eval_every = 10
+checkpoint_every = 10
+
+[noise]
+absolute = [0.5]
+relative = [0.5, 1.0]
+tokens = 100_000
+kinds = ["uniform", "substitution"]
+kinds_relative = [0.5]
+substituted = [0.1]
+ascent_tokens = 64
+"""
+METHODS = """
+[ce]
+label = "ce"
+set = { "objective.name" = "ce" }
+grid = [{ "fit.learning_rate" = "1x" }]
+
+[margin]
+label = "margin"
+set = { "objective.name" = "margin" }
+grid = [{ "objective.barrier_weight" = 0.05 }]
+"""
+COMMAND_SEEDS = 2
+
+
+@pytest.fixture(scope="module", name="scripts")
+def scripts_fixture():
+    """The modules of the folder by name, as its own scripts import them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield {name: importlib.import_module(name) for name in NAMES}
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module", name="command")
+def command_fixture(tmp_path_factory):
+    """Folder, and arguments of a command in it."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    (folder / "scale.toml").write_text(SCALE, encoding="utf-8")
+    (folder / "methods.toml").write_text(METHODS, encoding="utf-8")
+    (folder / "text.txt").write_text(tiny_text(), encoding="utf-8")
+    # A symbol that the other text lacks: the vocabulary is of both.
+    (folder / "test.txt").write_text(tiny_text(1504, seed=1) + "ß", encoding="utf-8")
+    named = {"text": "text.txt", "test": "test.txt", "scale": "scale.toml"}
+    named |= {"methods": "methods.toml", "runs": "runs"}
+    flags = [part for name, file in named.items() for part in (f"--{name}", str(folder / file))]
+    return folder, [*flags, "--seeds", str(COMMAND_SEEDS)]
+
+
+@pytest.fixture(scope="module", name="history")
+def history_fixture(scripts, command):
+    """The whole command, interrupted in its second fit and given again; statuses of both."""
+    folder, arguments = command
+    fits, advance = [], Trainer.advance
+
+    def interrupting(trainer, state, start, stop):
+        if start == 0:
+            fits.append(trainer)
+        if len(fits) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(trainer, state, start, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "advance", interrupting)
+        first = scripts["run"].main(arguments)
+        files = _checkpoints(folder)
+        patch.setattr(Trainer, "advance", advance)
+        second = scripts["run"].main(arguments)
+    return first, files, second
+
+
+def _checkpoints(folder):
+    """When the checkpoints of each run that is there were written."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+        for path in (folder / "runs").glob("*/*/seed-*/checkpoints/best/*/**/*")
+        if path.is_file()
+    }
+
+
+def rows_of(folder, table):
+    with (folder / "runs" / "results" / f"{table}.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_an_interrupted_command_goes_on_and_repeats_nothing(history, command):
+    folder, _ = command
+    first, files, second = history
+    assert first == 128 + signal.SIGTERM
+    assert second == 0
+    begun = {name.rpartition("/seed-")[0] for name in files}
+    assert begun == {"runs/ce/learning_rate=1x"}
+    after = _checkpoints(folder)
+    assert {name: after[name] for name in files} == files
+    runs = rows_of(folder, "runs")
+    assert [(row["method"], row["seed"]) for row in runs] == [
+        *(("ce", "0"), ("ce", "1"), ("margin", "0"), ("margin", "1"))
+    ]
+    assert {row["steps"] for row in runs} == {"20"}
+
+
+def test_tables_hold_every_report_and_point(history, command):
+    folder, _ = command
+    curves, noise = rows_of(folder, "curves"), rows_of(folder, "noise")
+    assert len(curves) == 4 * 2
+    assert float(curves[1]["epoch"]) == pytest.approx(20 * 4 * 8 / 4000, rel=1e-6)
+    gaussian = [row for row in noise if row["kind"] == "gaussian"]
+    # Of each run: levels in both units with 0, and on the other half those that tune.
+    assert len(gaussian) == 4 * (2 + 3 + 2)
+    others = {(row["kind"], row["unit"], row["level"]) for row in noise if row not in gaussian}
+    assert others == {
+        *(("uniform", "relative", "0"), ("uniform", "relative", "0.5")),
+        *(("substitution", "probability", "0"), ("substitution", "probability", "0.1")),
+    }
+    assert {row["half"] for row in noise if row["kind"] != "gaussian"} == {"test"}
+
+
+def test_points_are_of_the_second_half_under_noise_in_its_unit(history, command):
+    folder, _ = command
+    text = (folder / "test.txt").read_text(encoding="utf-8")
+    run = load_run(folder / "runs" / "margin" / "barrier_weight=0.05" / "seed-1")
+    assert run.config.model == tiny_run.MODEL
+    tokens = run.vocabulary.encode(text)[len(text) // 2 :]
+    block = tiny_run.BLOCK
+    assert len(tokens) % block == 1  # whole windows
+    found = {
+        (row["unit"], float(row["level"])): (float(row["bpc"]), float(row["degradation"]))
+        for row in rows_of(folder, "noise")
+        if (row["method"], row["seed"], row["half"]) == ("margin", "1", "test")
+        and row["kind"] == "gaussian"
+    }
+    windows = tokens[:-1].reshape(-1, block), tokens[1:].reshape(-1, block)
+    losses = [
+        -tiny_run.log_softmax(tiny_run.all_logits(run, inputs))[np.arange(block), targets]
+        for inputs, targets in zip(*windows, strict=True)
+    ]
+    clean = np.mean(losses) / math.log(2)
+    rms = np.sqrt(np.mean(tiny_run.embedded(run, windows[0]) ** 2))
+    scorer = Scorer(run.config.model, run.vocabulary, tokens)
+    for (unit, level), (bpc, degradation) in found.items():
+        sigma = level * {"absolute": 1.0, "relative": rms}[unit]
+        noisy = scorer.score(run.parameters, Gaussian(sigma), rng_key=jax.random.key(0)).bpc
+        assert bpc == pytest.approx(noisy, rel=1e-5)
+        assert degradation == pytest.approx(noisy / clean, rel=1e-5)
+    assert len({bpc for bpc, _ in found.values()}) == 4  # and 0 in both units
+
+
+def test_figures_and_table_are_drawn_from_the_tables_alone(history, command, scripts, tmp_path):
+    folder, _ = command
+    written = folder / "runs" / "results"
+    for name in ("runs.csv", "curves.csv", "noise.csv", "setting.txt"):
+        (tmp_path / name).write_bytes((written / name).read_bytes())
+    drawn = {path.name for path in scripts["figures"].draw(tmp_path)}
+    assert drawn == {"curves.png", "noise.png", "table.md"}
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table == (written / "table.md").read_text(encoding="utf-8")
+    assert "text.txt, evaluated on test.txt" in table
+    assert str(folder) not in table
+    clean = {
+        method: [
+            float(row["validation_bpc"])
+            for row in rows_of(folder, "runs")
+            if row["method"] == method
+        ]
+        for method in ("ce", "margin")
+    }
+    ratios = 100 * (np.divide(clean["margin"], clean["ce"]) - 1)
+    low, high = stats.ttest_1samp(ratios, 0).confidence_interval()
+    cost = f"{ratios.mean():+.1f} % ± {(high - low) / 2:.1f}".replace("-", "\N{MINUS SIGN}")
+    assert f"| margin, clean cost | +1.7 % | {cost} |" in table
+
+
+def test_two_processes_do_tasks_and_tell_why_one_failed(history, command, scripts):
+    folder, _ = command
+    plan, seeds = scripts["plan"], 1
+    methods = plan.read_methods(folder / "methods.toml")
+    scale = plan.read_scale(str(folder / "scale.toml"))
+    texts = [str(folder / name) for name in ("text.txt", "test.txt")]
+    data, _ = plan.choose_data(*texts)
+    done, changed = plan.every_task(methods, seeds, scale, data, folder / "runs")
+    elsewhere = plan.dataclasses.replace(changed, out=done.out)
+    tasks = scripts["pool"].run_tasks([done, elsewhere], 2)
+    outcomes = {task.setting.method: why for task, _, why in tasks}
+    assert outcomes.keys() == {"ce", "margin"}
+    assert outcomes["ce"] == ""
+    assert "objective.name: ce -> margin" in outcomes["margin"]
+
+
+def test_bad_input_is_one_line(command, scripts, capsys):
+    folder, arguments = command
+    main = scripts["run"].main
+    for extra, message in (
+        (["--seeds", "0"], "--seeds: got 0, expected an integer >= 1"),
+        (["--scale", "huge"], "huge: cannot read the configuration"),
+        (["--text", str(folder / "none.txt")], "no such file"),
+    ):
+        assert main([*arguments, *extra]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_every_method_has_three_values_that_make_a_configuration(scripts, tmp_path):
+    plan = scripts["plan"]
+    methods = plan.read_methods(plan.METHODS)
+    assert len(methods) >= 10
+    for scale in ("small", "paper"):
+        tasks = plan.every_task(methods, 1, plan.read_scale(scale), plan.DataConfig(), tmp_path)
+        configs = {(task.setting.method, repr(task.config)) for task in tasks}
+        assert len(configs) == len({task.out for task in tasks}) == len(tasks)
+        for method in methods:
+            assert sum(name == method for name, _ in configs) >= 3
+
+
+def test_intervals_over_seeds_are_those_of_scipy(scripts):
+    summary, rng = scripts["summary"], np.random.default_rng(0)
+    a, b = rng.normal(2, 0.1, (2, 5))
+    found = summary.interval(a)
+    low, high = stats.ttest_1samp(a, 0).confidence_interval(0.95)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(
+        (low, high), rel=1e-12
+    )
+    # Pairs by seed, whatever the order and whoever is missing.
+    values, reference = dict(enumerate(a)), dict(reversed(list(enumerate([*b, 7.0]))))
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+    found = summary.paired_difference(values, reference)
+    assert found.seeds == 5
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(
+        (low, high), rel=1e-12
+    )
+    cost = summary.paired_cost(values, reference)
+    low, high = stats.ttest_1samp(100 * (a / b - 1), 0).confidence_interval(0.95)
+    assert (cost.mean - cost.half_width, cost.mean + cost.half_width) == pytest.approx(
+        (low, high), rel=1e-12
+    )
+    assert math.isnan(summary.interval([1.0]).half_width)
+
+
+def test_tuning_looks_at_clean_and_noisy_text_of_its_own_half(scripts):
+    def rows(setting, clean, noisy, *, half="tune", seed=0):
+        common = {"method": "m", "setting": setting, "half": half, "seed": seed}
+        common |= {"kind": "gaussian", "unit": "relative"}
+        return [common | {"level": 0.0, "bpc": clean}, common | {"level": 0.5, "bpc": noisy}]
+
+    noise = [
+        *rows("s=1", 2.0, 3.0),
+        *rows("s=2", 2.2, 2.4),
+        *rows("s=10", 2.1, 2.9),
+        *rows("s=1", 0.1, 0.1, half="test"),
+        *rows("s=3", 0.1, 0.1, seed=1),  # never fitted with the seed that tunes
+    ]
+    summary = scripts["summary"]
+    assert summary.tuned_settings(noise, [0]) == {"m": "s=2"}
+    assert summary.settings_of(noise) == {"m": ["s=1", "s=2", "s=3", "s=10"]}
