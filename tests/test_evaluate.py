@@ -16,6 +16,7 @@ from tiny_run import (
     embedded,
     files_of,
     fold,
+    held_by_another_process,
     log_softmax,
     logits_after,
     own_run_fixture,  # noqa: F401
@@ -383,6 +384,9 @@ def test_bad_input_is_named_and_leaves_the_run_as_it_was(
 
 def test_a_run_that_another_process_writes_to_is_left_alone(own_run):
     before = files_of(own_run.path)
-    with own_run.lock(), pytest.raises(ValueError, match="another process is writing"):
+    with (
+        held_by_another_process(own_run),
+        pytest.raises(ValueError, match="another process is writing"),
+    ):
         evaluate(own_run, noise_absolute=(), noise_relative=())
     assert files_of(own_run.path) == before

@@ -26,6 +26,7 @@ from tiny_run import (
     all_logits,
     embedded,
     files_of,
+    held_by_another_process,
     log_softmax,
     tiny_config,
     tiny_text,
@@ -689,16 +690,9 @@ def test_resuming_after_the_text_has_changed(kept, tmp_path):
 
 @pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
 def test_a_run_that_another_process_fits(config, kept, options):
-    lock = str(kept.path / "lock")
-    code = f"import filelock as f; a = f.FileLock({lock!r}); a.acquire(); print('held'); input()"
-    command = [sys.executable, "-u", "-c", code]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "held\n"
+    with held_by_another_process(kept):
         message = assert_refused(RunError, config, kept, **options)
         assert message == f"{kept.path}: another process is writing to this run"
-    finally:
-        other.communicate("\n")
 
 
 @pytest.mark.parametrize("name", ["config.toml", "data.json"])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import MODEL, files_of
+from tiny_run import MODEL, files_of, held_by_another_process
 
 from probattn.corpora import Corpus
 from probattn.inference import FitConfig, RunConfig, load_run
@@ -214,19 +214,12 @@ def test_what_an_interrupted_start_leaves_is_no_obstacle(tmp_path, left):
 
 def test_a_run_that_another_process_writes_to_is_left_alone(run):
     before = files_of(run.path)
-    lock = str(run.path / "lock")
-    code = f"import filelock as f; a = f.FileLock({lock!r}); a.acquire(); print('held'); input()"
-    command = [sys.executable, "-u", "-c", code]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "held\n"
+    with held_by_another_process(run):
         message = refusal(RunError, make_run, run.path, overwrite=True)
         assert message == f"{run.path}: another process is writing to this run"
         with pytest.raises(RunError, match="another process is writing"), run.lock():
             pass
         assert files_of(run.path) == before
-    finally:
-        other.communicate("\n")
     with run.lock():  # free again
         pass
 

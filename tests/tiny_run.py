@@ -6,6 +6,9 @@ With it an independent network in NumPy, and the matrices of every attention sta
 import functools
 import random
 import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +67,20 @@ def own_run_fixture(tiny_run, tmp_path):
 
 def copy_of(run, path):
     return load_run(shutil.copytree(run.path, path))
+
+
+@contextmanager
+def held_by_another_process(run):
+    """While another process holds the lock of a run."""
+    lock = str(run.path / "lock")
+    code = f"import filelock as f; a = f.FileLock({lock!r}); a.acquire(); print('held'); input()"
+    command = [sys.executable, "-u", "-c", code]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        yield
+    finally:
+        other.communicate("\n")
 
 
 def files_of(folder):
