@@ -324,10 +324,9 @@ def test_a_run_of_any_guide_has_one_point_of_parameters(laplace, mean_field, low
         shapes = {name: shape.shape for name, shape in run.parameter_shapes().items()}
         assert {name: value.shape for name, value in run.parameters.items()} == shapes
         assert run.summary()["fit"]["inference"] == guide
-        first, *_, last = run.metrics()
-        assert last["loss"] < first["loss"]
-        if guide != "mean_field":  # whose median stays near the prior's on so short a text
-            assert run.summary()["fit"]["validation_bpc"] < math.log2(3) - 0.03
+        # The median of the mean field stays near the prior's on so short a text.
+        gained = 0 if guide == "mean_field" else 0.03
+        assert run.summary()["fit"]["validation_bpc"] < math.log2(3) - gained
 
 
 def test_the_loss_is_minus_the_elbo_per_token(mean_field, trainer):
