@@ -6,7 +6,7 @@ from probattn.distributions import AttentionResidual, CausalAttention
 from probattn.log_det import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
 from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
 from probattn.monitoring import margin_estimate
-from probattn.proper import certificate, is_proper, surely_positive
+from probattn.proper import certificate, is_proper
 
 __all__ = [
     "AttentionResidual",
@@ -27,5 +27,4 @@ __all__ = [
     "residual",
     "stability_margin",
     "support_tokens",
-    "surely_positive",
 ]

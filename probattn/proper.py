@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float
 from probattn.attention import bounded, check_arguments, check_bound, check_weights, coupling
 
 _HIGHEST = lax.Precision.HIGHEST
-_SAFE = 0.9  # of the size at which a determinant could vanish: rounding may change no sign
 
 
 def is_proper(
@@ -98,52 +97,6 @@ def certificate(
     spread_q = _past_diameter(jnp.matmul(values, query_side, precision=_HIGHEST))
     spread_k = _past_diameter(jnp.matmul(values, key_side, precision=_HIGHEST))
     return spread_q * spread_k / 4
-
-
-def surely_positive(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
-) -> Bool[Array, "*batch"]:
-    """Whether det D_t > 0 at every position, by a bound that needs no attention weights.
-
-    With Sigma_t the attention-weighted covariance of the past and S its root, det D_t = det(I - S A
-    S). For a unit vector v, v^T S A S v = v^T S (A + A^T) S v / 2 <= ||P^(1/2) Sigma_t P^(1/2)||,
-    where P is the positive part of (A + A^T) / 2; and that is at most rho = max_s |P^(1/2) (x_s -
-    x_0)|^2, whatever the weights are. So rho < 1 leaves I - S A S a positive definite symmetric
-    part, and a positive determinant. A repulsive coupling has P = 0. (Not in the paper.)
-
-    Args:
-        x: token embeddings (..., T, d).
-        w_query: W_Q, (..., d, r).
-        w_key: W_K, (..., d, r).
-        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
-
-    Returns:
-        (...), truth values: whether rho <= 0.9, so that rounding changes no sign. False proves
-        nothing.
-
-    Raises:
-        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
-            not positive.
-    """
-    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
-    context = bounded(x, bound)
-    root = _root_of_positive_part(w_query, w_key)
-    attracted = jnp.matmul(context - context[..., :1, :], root, precision=_HIGHEST)
-    return jnp.max(jnp.sum(attracted**2, axis=-1), axis=-1) <= _SAFE
-
-
-def _root_of_positive_part(
-    w_query: Float[Array, "*batch d r"], w_key: Float[Array, "*batch d r"]
-) -> Float[Array, "*batch d m"]:
-    """Of (A + A^T) / 2: a factor F with F F^T the positive part, from a basis of its range."""
-    rank = w_query.shape[-1]
-    basis, factors = jnp.linalg.qr(jnp.concatenate([w_query, w_key], axis=-1))
-    query_side, key_side = jnp.split(factors, [rank], axis=-1)
-    core = jnp.matmul(key_side, jnp.swapaxes(query_side, -1, -2), precision=_HIGHEST)
-    core = (core + jnp.swapaxes(core, -1, -2)) / (2 * math.sqrt(rank))
-    sizes, vectors = jnp.linalg.eigh(core)
-    weighted = vectors * jnp.sqrt(jnp.maximum(sizes, 0))[..., None, :]
-    return jnp.matmul(basis, weighted, precision=_HIGHEST)
 
 
 def balanced(
