@@ -222,7 +222,7 @@ class _Loop:
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 self._fail(self.step, f"{name} is {value}")
-        if row["rejected_steps"] == self.step == fit.steps:
+        if row["rejected_steps"] == self.step == fit.steps and self._unmoved():
             self._fail(self.step, "every step would have crossed the attention barrier")
         self._state = self._state._replace(
             loss_sum=jnp.zeros_like(self._state.loss_sum),
@@ -253,6 +253,12 @@ class _Loop:
             if not _is_finite(saved[name]):
                 self._fail(self.step, f"the optimizer state is not finite ({name})")
         self.run.latest.save(self.step, saved)
+
+    def _unmoved(self) -> bool:
+        """Whether the fit is where it started: a step that was shortened does move it."""
+        start = self._trainer.guide_params(self._trainer.init())
+        now = self._trainer.guide_params(self._state)
+        return all(np.array_equal(start[name], now[name]) for name in start)
 
     def _finite_parameters(self) -> dict[str, jax.Array]:
         params = self._trainer.guide_params(self._state)

@@ -486,14 +486,19 @@ def test_a_figure_that_is_not_finite_is_not_reported(config, tmp_path, monkeypat
     assert (run.step, run.metrics(), run.stopped) == (None, [], (80, "embedding_rms is inf"))
 
 
-def test_a_fit_of_rejected_steps_alone_is_no_success(config, tmp_path, monkeypatch):
-    advance = Trainer.advance
+@pytest.mark.parametrize("moves", [False, True], ids=["taken back", "shortened"])
+def test_a_fit_that_no_step_moved_is_no_success(config, tmp_path, monkeypatch, moves):
+    advance, init = Trainer.advance, Trainer.init
 
     def rejecting_advance(self, state, start, stop):
-        state, progress = advance(self, state, start, stop)
-        return state._replace(rejected=jnp.int32(stop)), progress
+        moved, progress = advance(self, state, start, stop)
+        kept = moved.svi if moves else init(self).svi
+        return moved._replace(svi=kept, rejected=jnp.int32(stop)), progress
 
     monkeypatch.setattr(Trainer, "advance", rejecting_advance)
+    if moves:
+        assert fit(config, tmp_path / "run").run.summary()["fit"]["rejected_steps"] == 200
+        return
     message = refusal(FitError, config, tmp_path / "run")
     assert "the fit stopped at step 200: every step would have crossed the attention" in message
     run = load_run(tmp_path / "run")
