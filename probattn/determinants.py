@@ -26,6 +26,7 @@ _AT_ONCE, _AT_ONCE_ELSEWHERE = 2**18, 2**24
 # Rows at once of a long sequence: at least so many, in at most so many parts.
 _ROWS, _PARTS = 128, 4
 _CENTRED = 2**17  # numbers in centred vectors, at once
+_FEW = 2**14  # products of queries and keys that are not worth the compilation of two ways
 
 
 def of_determinants(
@@ -48,7 +49,8 @@ def of_determinants(
         array.reshape(-1, length, rank)
         for array in (projected.own, projected.queries, projected.keys)
     )
-    of = partial(_of_sequences, pointwise)
+    few = math.prod(arguments[0].shape) * length * rank <= _FEW
+    of = partial(_directly if few else _of_sequences, pointwise)
     together = _together(len(arguments[0]), length * rank**2)
     if together < len(arguments[0]):
         groups = tuple(array.reshape(-1, together, length, rank) for array in arguments)
@@ -67,6 +69,20 @@ def _together(sequences: int, numbers: int) -> int:
         for count in range(sequences, 0, -1)
         if sequences % count == 0 and (count * numbers <= most or count == 1)
     )
+
+
+def _directly(
+    pointwise: Pointwise,
+    own: Float[Array, "N T r"],
+    queries: Float[Array, "N T r"],
+    keys: Float[Array, "N T r"],
+) -> tuple[Array, Array]:
+    """Centred at every position: right everywhere, and compiled in a third of the time."""
+    sequences, length, rank = keys.shape
+    weights = causal_softmax(own, keys, jnp.arange(length))
+    covariance = centred_covariance(weights, queries, keys).reshape(-1, rank, rank)
+    found = _of_covariances(pointwise, covariance)
+    return tuple(array.reshape(sequences, length) for array in found)
 
 
 def _of_sequences(
@@ -127,8 +143,7 @@ def _by_centring(
         attending = own[sequences, positions][:, None]
         weights = causal_softmax(attending, keys[sequences], positions[:, None])
         covariance = centred_covariance(weights, queries[sequences], keys[sequences])[:, 0]
-        blocks = jnp.eye(rank, dtype=covariance.dtype) - covariance / math.sqrt(rank)
-        return _of_blocks(pointwise, jnp.moveaxis(blocks, 0, -1))
+        return _of_covariances(pointwise, covariance)
 
     def part(picked: Int[Array, " rows"]) -> tuple[Array, Array]:
         none = jnp.zeros(size, own.dtype)
@@ -138,6 +153,14 @@ def _by_centring(
     found = lax.map(part, padded.reshape(parts, size))
     back = jnp.argsort(order)
     return tuple(array.ravel()[back].reshape(fine.shape) for array in found)
+
+
+def _of_covariances(
+    pointwise: Pointwise, covariance: Float[Array, "n r r"]
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    rank = covariance.shape[-1]
+    blocks = jnp.eye(rank, dtype=covariance.dtype) - covariance / math.sqrt(rank)
+    return _of_blocks(pointwise, jnp.moveaxis(blocks, 0, -1))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

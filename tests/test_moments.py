@@ -16,6 +16,13 @@ pytestmark = pytest.mark.usefixtures("strict_promotion")
 INPUTS = (0, 1, 2)
 SHORT, LONG = 0.3, 30.0  # scales at which all products of queries and keys are short, or few are
 scales = pytest.mark.parametrize("scale", [SHORT, LONG])
+FEW = determinants._FEW
+
+
+@pytest.fixture(autouse=True)
+def two_ways(monkeypatch):
+    """However few the numbers are."""
+    monkeypatch.setattr(determinants, "_FEW", 0)
 
 
 def inputs(length, scale=1.0, dtype=np.float64, width=3, rank=3, seed=0):
@@ -84,6 +91,26 @@ def test_value_and_derivative_match_the_definition(length, scale):
     tolerance = 1e-10 if scale == SHORT else 1e-8
     np.testing.assert_allclose(value[0], expected[0], rtol=tolerance)
     for one, other in zip(value[1], expected[1], strict=True):
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
+
+
+@scales
+def test_few_numbers_take_one_way_with_the_same_result(scale, monkeypatch):
+    def of(x, w_query, w_key):
+        return jax.value_and_grad(weighted, (1, 2, 3))(log_abs, x, w_query, w_key)
+
+    def conditions():
+        return str(jax.make_jaxpr(partial(log_abs))(*arguments)).count(" cond[")
+
+    arguments = inputs(7, scale)
+    assert conditions() > 0
+    expected = jax.jit(of)(*arguments)
+    monkeypatch.setattr(determinants, "_FEW", FEW)
+    assert conditions() == 0
+    found = jax.jit(partial(of))(*arguments)
+    tolerance = 1e-10 if scale == SHORT else 1e-8
+    np.testing.assert_allclose(found[0], expected[0], rtol=tolerance)
+    for one, other in zip(found[1], expected[1], strict=True):
         np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
 
 
