@@ -41,6 +41,8 @@ from probattn.inference.segments import SegmentFolder
 from probattn.models.language_model import parameter_shapes
 from probattn.vocabulary import Vocabulary, vocabulary_from_dict
 
+_END = "\n# end\n"  # of a config.toml
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -194,8 +196,8 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
     except ValueError as error:
         raise RunError(f"damaged run: {error}") from None
     # A file that was cut off at the end of a line is still TOML, of a run with other settings.
-    if text != format_config(config):
-        raise RunError(f"{path / 'config.toml'}: damaged: it is not what was written there")
+    if not text.endswith(_END):
+        raise RunError(f"{path / 'config.toml'}: damaged: expected {_END.strip()!r} at its end")
     data = read_json(path / "data.json")
     try:
         vocabulary = vocabulary_from_dict(data["vocabulary"])
@@ -267,7 +269,7 @@ def _create(run: RunDirectory, *, overwrite: bool, start: Mapping[str, Any] | No
             with replacing(path / "start.npz") as stream:
                 np.savez(stream, allow_pickle=False, **start)
         # Last: a directory with a config.toml is a run, and must be a whole one.
-        write_text(path / "config.toml", format_config(run.config))
+        write_text(path / "config.toml", format_config(run.config) + _END)
 
 
 def check_options(path: Path, *, resume: bool, overwrite: bool) -> None:

@@ -19,6 +19,7 @@ from tiny_run import files_of, tiny_run_fixture, tiny_text  # noqa: F401
 from probattn import log_det, stability_margin
 from probattn.inference import SampleConfig, load_posterior, load_run, sample, to_datatree
 from probattn.inference.cli import main
+from probattn.inference.config import format_config
 from probattn.inference.posterior import posterior_model
 from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.run_files import RunError
@@ -186,7 +187,7 @@ def test_attributes_tell_where_it_comes_from(run, tree):
     assert tree.attrs["inference_method"] == "nuts"
     assert tree.attrs["seed"] == 0
     assert tree.attrs["tuning_steps"] == 30
-    assert tree.attrs["configuration"] == (run.path / "config.toml").read_text()
+    assert tree.attrs["configuration"] == format_config(run.config)
     assert tree.attrs["sampling_time"] > 0
     assert {f"{name}_version" for name in ("probattn", "numpyro", "jax")} <= set(tree.attrs)
 

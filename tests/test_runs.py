@@ -237,9 +237,17 @@ def test_what_is_no_run_cannot_be_opened(tmp_path):
 
 def test_a_configuration_cut_off_anywhere_is_refused(run):
     whole = (run.path / "config.toml").read_bytes()
-    for end in range(len(whole) - 1):  # but for the last newline
+    for end in range(len(whole)):
         (run.path / "config.toml").write_bytes(whole[:end])
         assert f"{run.path / 'config.toml'}: " in refusal(RunError, load_run, run.path), end
+
+
+def test_a_field_newer_than_the_run_has_its_default(run):
+    path = run.path / "config.toml"
+    line = f"weight_decay = {run.config.fit.weight_decay}\n"
+    path.write_text(path.read_text().replace(line, ""))
+    assert "weight_decay" not in path.read_text()
+    assert load_run(run.path).config == run.config
 
 
 def test_a_description_cut_off_anywhere_is_refused(run):
