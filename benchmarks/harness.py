@@ -1,5 +1,6 @@
 """Timing of alternatives in one run, rounds alternated, the first against itself as control."""
 
+import os
 import platform
 import statistics
 import time
@@ -63,7 +64,7 @@ def environment() -> dict[str, Any]:
         "device": str(jax.devices()[0].device_kind),
         "platform": jax.default_backend(),
         "machine": platform.machine(),
-        "cores": len(__import__("os").sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "jaxlib", "numpyro", "optax", "probattn")},
     }

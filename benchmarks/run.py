@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+import checkpoints
 import export_memory
 import log_det
 import nuts
@@ -24,7 +25,7 @@ from probattn.inference.figure_style import save_figure
 # Each has a function of its name, and a report of what that returns.
 BENCHMARKS = {
     module.__name__: module
-    for module in (log_det, scaling, svi_step, start, sampling, nuts, export_memory)
+    for module in (log_det, scaling, svi_step, start, checkpoints, sampling, nuts, export_memory)
 }
 
 parser = argparse.ArgumentParser(description="benchmarks of probattn")
