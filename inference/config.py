@@ -13,6 +13,7 @@ from typing import Any, Literal
 import tomli_w
 
 from probattn.corpora import DataConfig
+from probattn.download import one_line
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.models.config_checks import check_integers
 from probattn.models.transformer import Precision
@@ -157,12 +158,12 @@ def read_tables[C](path: str | os.PathLike[str], kind: type[C]) -> C:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a TOML file: {error}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, too long a number, too deep
+        raise ValueError(f"{path}: expected a TOML file: {one_line(error)}") from None
     try:
         return _from_tables(tables, kind)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except ValueError as error:  # in which names of the file may stand, with line ends in them
+        raise ValueError(f"{path}: {one_line(error)}") from None
 
 
 def format_config(config: Any) -> str:
@@ -221,6 +222,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     kind = _given(kind)
     if typing.get_origin(kind) is Literal:
         kind = str
+    if type(value) is int and value.bit_length() > 63:  # in base 16 it may have any length
+        raise ValueError(f"{name} is an integer of {value.bit_length()} bits: expected at most 63")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
