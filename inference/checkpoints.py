@@ -101,7 +101,7 @@ class CheckpointFolder:
             # Before tensorstore opens them: a file cut short can end the process there.
             _check_sizes(folder / part, expected)
             _check_files(folder / part)
-            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            with _quiet(), _checkpointer() as checkpointer:
                 description = checkpointer.metadata(folder / part).item_metadata
                 if description is None:
                     raise ValueError("what it holds is not described")
@@ -148,7 +148,7 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         WriteError: if they cannot be written.
     """
     try:
-        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+        with _quiet(), _checkpointer() as checkpointer:
             checkpointer.save(folder, dict(arrays))
         with _checksum_file(folder).open("x", encoding="utf-8") as file:
             file.write(_checksums(folder))
@@ -156,6 +156,17 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     except Exception as error:
         shutil.rmtree(folder.parent, ignore_errors=True)  # which makes room again
         raise WriteError(folder.parent.with_suffix(""), _system_error(error)) from None
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Orbax's, of this process alone: what it saves and loads is whole in its memory."""
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def _system_error(error: Exception) -> OSError:

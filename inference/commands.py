@@ -25,6 +25,7 @@ from probattn.inference.noise_sweeps import (
 from probattn.inference.paper import paper_report
 from probattn.inference.perturbations import NoiseKind
 from probattn.inference.posterior import config_of_fit, sample_run
+from probattn.inference.processes import joined, leads
 from probattn.inference.report import (
     compared_report,
     comparison_figures,
@@ -44,6 +45,7 @@ class Fit:
     """Fit a language model by MAP, or with another variational guide.
 
     --data, --objective and --guide are short for --data.source, --objective.name and --fit.guide.
+    Several processes, on one host or several, are given the same command, but for --process-id.
     """
 
     out: Path
@@ -54,6 +56,15 @@ class Fit:
     """continue the run in --out from its latest checkpoint, with its own configuration"""
     overwrite: bool = False
     """replace the run in --out"""
+    mesh: str = ""
+    """devices to spread minibatches over, data=N, and parameters too, fsdp=M, or data=N,fsdp=M; it
+    may be another one with --resume"""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, or auto where the cluster says it"""
+    num_processes: int | None = None
+    """how many processes there are"""
+    process_id: int | None = None
+    """which of them this is, from 0; the first writes and prints"""
     data: DataConfig = field(default_factory=DataConfig)
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -62,14 +73,23 @@ class Fit:
     def __call__(self, screen: Console) -> None:
         """Run the command."""
         config = RunConfig(self.data, self.model, self.objective, self.fit)
-        result = fit(config, self.out, resume=self.resume, overwrite=self.overwrite, progress=True)
-        screen.print(
-            f"{console.printable(str(self.out))}: "
-            f"validation {result.validation_bpc:.4f} bits per character "
-            f"({result.validation_cross_entropy:.4f} nats per token), "
-            f"parameters of step {result.run.step}",
-            soft_wrap=True,
-        )
+        with joined(self.coordinator, self.num_processes, self.process_id):
+            result = fit(
+                config,
+                self.out,
+                resume=self.resume,
+                overwrite=self.overwrite,
+                mesh=self.mesh,
+                progress=True,
+            )
+            if leads():
+                screen.print(
+                    f"{console.printable(str(self.out))}: "
+                    f"validation {result.validation_bpc:.4f} bits per character "
+                    f"({result.validation_cross_entropy:.4f} nats per token), "
+                    f"parameters of step {result.run.step}",
+                    soft_wrap=True,
+                )
 
 
 @dataclass(frozen=True)

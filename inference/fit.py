@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import numpy as np
 import optax
 
 from probattn.corpora import Corpus, load_corpus
-from probattn.inference.checkpoints import named_leaves, with_leaves
-from probattn.inference.config import RunConfig
+from probattn.inference.config import RunConfig, format_config
 from probattn.inference.guides import OWN_PARAMS, check_guide
 from probattn.inference.interrupts import Interrupted, deferred_interrupts
 from probattn.inference.latent_metrics import latent_metrics
+from probattn.inference.mesh import Placement
 from probattn.inference.monitor import Monitor
 from probattn.inference.optimizers import check_optimizer
+from probattn.inference.processes import agreed, check_alike, leads, wait_for_all
 from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.run_files import RunError
 from probattn.inference.run_folder import locked
@@ -32,7 +34,7 @@ from probattn.inference.runs import (
     load_fit,
 )
 from probattn.inference.scoring import Scorer
-from probattn.inference.svi import Trainer, TrainState
+from probattn.inference.svi import Trainer
 from probattn.inference.training_tokens import training_tokens
 from probattn.vocabulary import build_vocabulary
 
@@ -68,6 +70,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     optimizer: optax.GradientTransformation | None = None,
+    mesh: str = "",
     progress: bool = False,
 ) -> FitResult:
     """Fit a language model with NumPyro's SVI: by MAP, or with another guide, `config.fit.guide`.
@@ -82,6 +85,10 @@ def fit(
         overwrite: replace the run in `out`.
         optimizer: any optax transformation, by default Adam with warm-up and cosine decay. It is
             not recorded in the run: pass it again to resume.
+        mesh: devices over which minibatches ("data" and "fsdp") and parameters ("fsdp") are
+            spread, such as "data=2,fsdp=4"; by default one. It changes no more than rounding, is
+            no part of the configuration, and may be another one in a run that is resumed. Of
+            several processes (`processes.joined`) all call `fit`, and the first writes.
         progress: show a progress bar and a line per report.
 
     Returns:
@@ -89,16 +96,19 @@ def fit(
 
     Raises:
         ValueError: if the text is unusable, `out` holds something else, the configuration is not
-            the run's (the subclasses DataError, RunError and CheckpointError say which), or the
-            model is too large for the guide laplace.
+            the run's (the subclasses DataError, RunError and CheckpointError say which), the
+            model is too large for the guide laplace, or the mesh is none for these devices.
         FitError: if the loss, a parameter, the optimizer state or a reported figure is not finite
             any more. metrics.jsonl says so, see `Run.stopped`; the checkpoint before is kept.
         Interrupted: on SIGINT or SIGTERM, after the state was saved.
     """
     out = Path(out)
-    check_options(out, resume=resume, overwrite=overwrite)
+    placement = Placement(mesh, batch=config.fit.batch)
+    if leads():
+        check_options(out, resume=resume, overwrite=overwrite)
     check_optimizer(config.fit, optimizer)
     corpus = load_corpus(config.data)
+    check_alike("the options", format_config(config), corpus.sha256, mesh, resume)
     if resume:
         run = _reopen(out, config, corpus)
         train, validation = training_tokens(corpus, run.vocabulary, config)
@@ -106,19 +116,25 @@ def fit(
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
         train, validation = training_tokens(corpus, vocabulary, config)
         check_guide(config, vocabulary.size)
-    with locked(out):  # from before the run is made to its end
-        if not resume:
-            run = create_run(out, config, corpus, vocabulary, overwrite=overwrite)
-        loop = _Loop(run, train, validation, optimizer)
+    with locked(out) if leads() else nullcontext():  # from before the run is made to its end
+        if not resume and leads():
+            create_run(out, config, corpus, vocabulary, overwrite=overwrite)
+        wait_for_all("made")
+        run = load_fit(out)
+        loop = _Loop(run, train, validation, optimizer, placement)
         with progress_bar(
             f"fit {config.objective.name}",
             total=config.fit.steps,
             initial=loop.step,
             unit="step",
-            visible=progress,
+            visible=progress and leads(),
         ) as bar:
             loop.go(bar)
-        return _conclude(run, validation)
+        if leads():
+            _conclude(run, validation)
+        wait_for_all("concluded")
+    score = run.summary()["fit"]
+    return FitResult(run, score["validation_cross_entropy"], score["validation_bpc"], run.metrics())
 
 
 class _Loop:
@@ -130,10 +146,13 @@ class _Loop:
         train: np.ndarray,
         validation: np.ndarray,
         optimizer: optax.GradientTransformation | None,
+        placement: Placement,
     ) -> None:
         config = run.config
         self.run = run
-        self._trainer = Trainer(config, jnp.asarray(train), run.vocabulary.size, optimizer)
+        self._trainer = Trainer(
+            config, jnp.asarray(train), run.vocabulary.size, optimizer, placement
+        )
         self._scorers = {
             prefix: Scorer(
                 config.model,
@@ -147,17 +166,21 @@ class _Loop:
         self._monitor = Monitor(config, self._scorers[""].inputs)
         self._state = self._trainer.init()
         # An optimizer of the user's may start from infinities, such as a best loss so far.
-        self._finite = [n for n, leaf in _saved(self._state).items() if _is_finite(leaf)]
+        self._finite = [n for n, leaf in self._saved().items() if _is_finite(leaf)]
         self._seconds = 0.0
-        for folder in (run.latest, run.best):
-            folder.tidy()
         self._reported_step = self.step = run.latest.step or 0
+        check_alike("the last checkpoint", self.step)
         if self.step:
-            self._restore()
-        rows = self._reported()
-        run.write_metrics(rows)
+            self._state = self._trainer.restored(self._state, run.latest.load)
+        wait_for_all("restored")
         self._shown: dict[str, str] = {}
-        self._best = min((row["validation_cross_entropy"] for row in rows), default=math.inf)
+        self._best = math.inf
+        if leads():
+            for folder in (run.latest, run.best):
+                folder.tidy()
+            rows = self._reported()
+            run.write_metrics(rows)
+            self._best = min((row["validation_cross_entropy"] for row in rows), default=math.inf)
 
     def go(self, bar: Bar) -> None:
         """Take all steps that are left."""
@@ -175,13 +198,14 @@ class _Loop:
                 seconds = self._advance(stop, bar)
                 bar.update(done)
                 calls = max(1, min(2 * calls, round(_CALL_SECONDS * done / max(seconds, 1e-9))))
+                calls, signum = agreed(calls, interrupted())
                 last = stop == fit.steps
                 if last or stop % fit.eval_every == 0:
                     self._report(bar)
-                if last or stop % fit.checkpoint_every == 0 or interrupted():
+                if last or stop % fit.checkpoint_every == 0 or signum:
                     self._save()
-                if interrupted() and not last:
-                    raise Interrupted(interrupted())
+                if signum and not last:
+                    raise Interrupted(signum)
 
     def _advance(self, stop: int, bar: Bar) -> float:
         started, steps = time.perf_counter(), stop - self.step
@@ -199,7 +223,17 @@ class _Loop:
 
     def _report(self, bar: Bar) -> None:
         """Score training and validation text, note it, keep the parameters if they are best."""
-        parameters = self._finite_parameters()
+        guide_params = self._finite_params()
+        rejected = int(self._state.rejected)
+        if rejected == self.step == self.run.config.fit.steps and self._unmoved(guide_params):
+            self._fail(self.step, "every step would have crossed the attention barrier")
+        if leads():
+            self._write_report(bar, guide_params)
+        self._state = self._trainer.reported(self._state)
+        self._seconds, self._reported_step = 0.0, self.step
+
+    def _write_report(self, bar: Bar, guide_params: dict[str, jax.Array]) -> None:
+        parameters = self._trainer.guide.median(guide_params)
         row: dict[str, Any] = {"step": self.step}
         for prefix, scorer in self._scorers.items():
             score = scorer.score(parameters)
@@ -210,25 +244,13 @@ class _Loop:
             "loss": float(self._state.loss_sum) / max(int(self._state.loss_count), 1),
             "tokens_per_s": tokens / self._seconds if self._seconds else None,
             **self._monitor(parameters),
-            **latent_metrics(
-                self.run.config,
-                self._scorers,
-                parameters,
-                self._trainer.guide_params(self._state),
-            ),
+            **latent_metrics(self.run.config, self._scorers, parameters, guide_params),
             "rejected_steps": int(self._state.rejected),
             "embedding_rms": self._scorers[""].embedding_rms(parameters),
         }
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 self._fail(self.step, f"{name} is {value}")
-        if row["rejected_steps"] == self.step == fit.steps and self._unmoved():
-            self._fail(self.step, "every step would have crossed the attention barrier")
-        self._state = self._state._replace(
-            loss_sum=jnp.zeros_like(self._state.loss_sum),
-            loss_count=jnp.zeros_like(self._state.loss_count),
-        )
-        self._seconds, self._reported_step = 0.0, self.step
         self.run.append_metrics(row)
         self._shown = {
             "bpc": f"{row['validation_bpc']:.3f}",
@@ -242,29 +264,34 @@ class _Loop:
             self._best = row["validation_cross_entropy"]
             others = {}
             if fit.guide in OWN_PARAMS:
-                others["guide"] = self._trainer.guide_params(self._state)
+                others["guide"] = guide_params
             self.run.best.save(self.step, parameters, **others)
 
     def _save(self) -> None:
-        self._finite_parameters()
-        saved = _saved(self._state)
+        self._finite_params()
+        saved = self._saved()
         # A squared gradient may overflow where parameters and loss do not: Adam then stands still.
         for name in self._finite:
             if not _is_finite(saved[name]):
                 self._fail(self.step, f"the optimizer state is not finite ({name})")
-        self.run.latest.save(self.step, saved)
+        if leads():
+            self.run.latest.save(self.step, saved)
+        wait_for_all("saved")
 
-    def _unmoved(self) -> bool:
+    def _unmoved(self, params: dict[str, jax.Array]) -> bool:
         """Whether the fit is where it started: a step that was shortened does move it."""
         start = self._trainer.guide_params(self._trainer.init())
-        now = self._trainer.guide_params(self._state)
-        return all(np.array_equal(start[name], now[name]) for name in start)
+        return all(np.array_equal(start[name], params[name]) for name in start)
 
-    def _finite_parameters(self) -> dict[str, jax.Array]:
+    def _saved(self) -> dict[str, np.ndarray]:
+        return self._trainer.saved(self._state)
+
+    def _finite_params(self) -> dict[str, jax.Array]:
+        """The guide's parameters, and thereby those of the network."""
         params = self._trainer.guide_params(self._state)
         if not all(map(_is_finite, params.values())):
             self._fail(self.step, "the parameters are not finite")
-        return self._trainer.parameters(self._state)
+        return params
 
     def _reported(self) -> list[dict[str, Any]]:
         """The reports up to the checkpoint; those after it are made again."""
@@ -281,14 +308,9 @@ class _Loop:
             )
         return rows
 
-    def _restore(self) -> None:
-        plain = _with_key_data(self._state)
-        restored = with_leaves(plain, self.run.latest.load(_saved(self._state)))
-        key = jax.random.wrap_key_data(restored.svi.rng_key)
-        self._state = restored._replace(svi=restored.svi._replace(rng_key=key))
-
     def _fail(self, step: int, cause: str) -> None:
-        self.run.append_metrics({"step": step, "stopped": cause})
+        if leads():
+            self.run.append_metrics({"step": step, "stopped": cause})
         kept = self.run.latest.step
         good = "no checkpoint was made before it" if kept is None else f"step {kept} is kept"
         raise FitError(
@@ -298,7 +320,7 @@ class _Loop:
         )
 
 
-def _conclude(run: Run, validation: np.ndarray) -> FitResult:
+def _conclude(run: Run, validation: np.ndarray) -> None:
     scorer = Scorer(
         run.config.model, run.vocabulary, validation, precision=run.config.fit.precision
     )
@@ -316,7 +338,6 @@ def _conclude(run: Run, validation: np.ndarray) -> FitResult:
             "parameters": sum(leaf.size for leaf in run.parameters.values()),
         }
     )
-    return FitResult(run, score.cross_entropy, score.bpc, rows)
 
 
 def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
@@ -326,17 +347,7 @@ def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
     return run
 
 
-def _with_key_data(state: TrainState) -> TrainState:
-    """The state with its typed random key as plain numbers, which can be saved."""
-    return state._replace(svi=state.svi._replace(rng_key=jax.random.key_data(state.svi.rng_key)))
-
-
-def _saved(state: TrainState) -> dict[str, jax.Array]:
-    """What a checkpoint holds of the state, by name."""
-    return named_leaves(_with_key_data(state))
-
-
-def _is_finite(leaf: jax.Array) -> bool:
+def _is_finite(leaf: jax.Array | np.ndarray) -> bool:
     return bool(np.isfinite(np.asarray(leaf)).all())
 
 

@@ -5,12 +5,13 @@ check that keeps Adam from jumping over the attention barrier: a step that makes
 its minibatch non-positive is taken back and tried again at half its size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import optax
 from jaxtyping import Array, Bool, Float, Int
@@ -18,9 +19,11 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from probattn.batches import random_blocks
+from probattn.inference.checkpoints import named_leaves, with_leaves
 from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.elbo import OrderedELBO
 from probattn.inference.guides import make_guide
+from probattn.inference.mesh import PlacedOptimizer, Placement
 from probattn.inference.optimizers import default_optimizer, svi_optimizer
 from probattn.log_det import log_det
 from probattn.models import language_model, latent_guide
@@ -68,9 +71,10 @@ class Trainer:
 
     Args:
         config: model, objective and fit.
-        tokens: training text, on the device, (N,).
+        tokens: training text, (N,).
         vocabulary_size: number of symbols.
         optimizer: any optax transformation; by default `default_optimizer(config.fit)`.
+        placement: of parameters and minibatches; by default on one device.
     """
 
     def __init__(
@@ -79,8 +83,10 @@ class Trainer:
         tokens: Int[Array, " N"],
         vocabulary_size: int,
         optimizer: optax.GradientTransformation | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.config = config
+        self._placement = placement = Placement() if placement is None else placement
         root = jax.random.key(config.fit.seed)
         init_key, self._data_key = jax.random.split(root)
         self._noise_key = jax.random.fold_in(root, 2)  # the split is 0 and 1
@@ -108,51 +114,85 @@ class Trainer:
             )
         # The loss is -ELBO / N, of a point -log joint / N: nats per token, whatever the size of
         # the corpus.
+        taken = svi_optimizer(
+            default_optimizer(config.fit) if optimizer is None else optimizer, config.fit
+        )
         self._svi = SVI(
             numpyro.handlers.scale(model, 1 / count),
             numpyro.handlers.scale(guide, 1 / count),
-            svi_optimizer(
-                default_optimizer(config.fit) if optimizer is None else optimizer, config.fit
-            ),
+            taken if placement.mesh is None else PlacedOptimizer(taken, placement),
             OrderedELBO(),
         )
-        self._tokens = tokens
-        self._init = jax.jit(lambda: self._svi.init(init_key, *self.minibatch(tokens, 0)))
+        self._tokens = placement.put(tokens)
+
+        def init() -> TrainState:
+            # Each a buffer of its own, since all are donated.
+            counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+            svi = self._svi.init(init_key, *self.minibatch(tokens, 0))
+            return TrainState(svi, jnp.zeros(()), *counts)
+
+        shapes = jax.eval_shape(init)
+        spread = placement.shardings(shapes)
+        self._init = jax.jit(init, out_shardings=spread)
         # Compiled here, so that a rate of steps is one. Donated: the old parameters and moments
         # make room for the new.
-        shapes = jax.eval_shape(self.init), tokens, jnp.int32(0), jnp.int32(0)
-        self._advance = jax.jit(self._run, donate_argnums=0).lower(*shapes).compile()
+        arguments = *placement.shapes((shapes, tokens)), np.int32(0), np.int32(0)
+        with placement.context():
+            program = jax.jit(self._run, donate_argnums=0, out_shardings=(spread, None))
+            self._advance = program.lower(*arguments).compile()
 
     def init(self) -> TrainState:
         """State before the first step, which is a function of the seed."""
-        # Each a buffer of its own, since all are donated.
-        counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return TrainState(self._init(), jnp.zeros(()), *counts)
+        return self._init()
 
     def advance(self, state: TrainState, step: int, stop: int) -> tuple[TrainState, Progress]:
         """Take the steps from `step` to `stop`, fewer if a loss is not finite; `state` is used up.
 
         Every length runs the same compiled code, so cutting a fit elsewhere changes no digit.
         """
-        return self._advance(state, self._tokens, jnp.int32(step), jnp.int32(stop))
+        return self._advance(state, self._tokens, np.int32(step), np.int32(stop))
 
     def parameters(self, state: TrainState) -> dict[str, Array]:
-        """Parameters by site name: one point, the median of the guide."""
-        return self._sites(self._svi.get_params(state.svi))
+        """Parameters by site name: one point, the median of the guide, on one device."""
+        return self._sites(self.guide_params(state))
 
     def guide_params(self, state: TrainState) -> dict[str, Array]:
-        """The guide's own parameters, by the names that NumPyro gives them."""
-        return self._svi.get_params(state.svi)
+        """The guide's own parameters, by the names that NumPyro gives them, on one device."""
+        params = self._svi.optim.get_params(state.svi.optim_state)
+        return self._svi.constrain_fn(self._placement.local(params))
+
+    def reported(self, state: TrainState) -> TrainState:
+        """The state with no losses summed yet."""
+        zeros = jnp.zeros_like(state.loss_sum), jnp.zeros_like(state.loss_count)
+        return state._replace(loss_sum=zeros[0], loss_count=zeros[1])
+
+    def saved(self, state: TrainState) -> dict[str, np.ndarray]:
+        """The state's arrays by name, whole, as `restored` takes them."""
+        return self._placement.fetched(named_leaves(_with_key_data(state)))
+
+    def restored(self, state: TrainState, load: Callable[[Mapping], Mapping]) -> TrainState:
+        """A state that was saved, on whatever devices it was computed.
+
+        Args:
+            state: one of the same shapes.
+            load: from arrays by name to those that were saved, of the same names and shapes.
+        """
+        plain = _with_key_data(state)
+        found = self._placement.put(with_leaves(plain, load(named_leaves(plain))))
+        key = jax.random.wrap_key_data(found.svi.rng_key)
+        return found._replace(svi=found.svi._replace(rng_key=key))
 
     def minibatch(
         self, tokens: Int[Array, " N"], step: int | Int[Array, ""]
     ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
         """Inputs and targets of a step, a function of the seed and the step alone."""
-        return random_blocks(
-            jax.random.fold_in(self._data_key, step),
-            tokens,
-            batch=self.config.fit.batch,
-            block=self.config.model.block,
+        return self._placement.sequences(
+            random_blocks(
+                jax.random.fold_in(self._data_key, step),
+                tokens,
+                batch=self.config.fit.batch,
+                block=self.config.model.block,
+            )
         )
 
     def noise(self, step: int | Int[Array, ""]) -> dict[str, Perturb]:
@@ -164,6 +204,9 @@ class Trainer:
 
     def _sites(self, params: dict[str, Array]) -> dict[str, Array]:
         return self.guide.median(params)
+
+    def _gathered_sites(self, params: dict[str, Array]) -> dict[str, Array]:
+        return self._sites(self._placement.gathered(params))
 
     def _run(
         self, state: TrainState, tokens: Array, step: Array, stop: Array
@@ -206,17 +249,18 @@ class Trainer:
             self._svi.optim.get_params(new.optim_state),
             self._svi.optim.get_params(old.optim_state),
         )
+        sites = self._gathered_sites
         inside = partial(_inside, inputs=inputs, config=self.config)
 
         def shorten() -> tuple[dict[str, Array], Array]:
-            before = inside(self._sites(start))
+            before = inside(sites(start))
 
             def at(scale: Array) -> dict[str, Array]:
                 return jax.tree.map(lambda a, b: a + scale * (b - a), start, params)
 
             def crosses(trial: tuple[Array, Array]) -> Array:
                 _, scale = trial
-                return jnp.any(before & ~inside(self._sites(at(scale))))
+                return jnp.any(before & ~inside(sites(at(scale))))
 
             halvings, scale = jax.lax.while_loop(
                 lambda trial: (trial[0] < _HALVINGS) & crosses(trial),
@@ -230,9 +274,14 @@ class Trainer:
             return params, jnp.bool_(False)
 
         # Most steps pay for one evaluation of determinants and no more.
-        params, rejected = jax.lax.cond(jnp.all(inside(self._sites(params))), taken, shorten)
+        params, rejected = jax.lax.cond(jnp.all(inside(sites(params))), taken, shorten)
         count, (_, moments) = new.optim_state
         return new._replace(optim_state=(count, (params, moments))), rejected
+
+
+def _with_key_data(state: TrainState) -> TrainState:
+    """The state with its typed random key as plain numbers, which can be saved."""
+    return state._replace(svi=state.svi._replace(rng_key=jax.random.key_data(state.svi.rng_key)))
 
 
 def training_noise(config: FitConfig, rng_key: Array) -> dict[str, Perturb]:

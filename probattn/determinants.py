@@ -18,6 +18,7 @@ from probattn.attention import Projections, causal_softmax
 from probattn.covariance import centred_covariance
 from probattn.elimination import determinant
 from probattn.moments import Pointwise, of_rows, representable, slope_of
+from probattn.sequences import per_device
 from probattn.unanimous import unanimous
 
 # Numbers in products of queries and keys, at once: as many as a CPU's cache can hold, or as many
@@ -49,16 +50,27 @@ def of_determinants(
         array.reshape(-1, length, rank)
         for array in (projected.own, projected.queries, projected.keys)
     )
-    few = math.prod(arguments[0].shape) * length * rank <= _FEW
-    of = partial(_directly if few else _of_sequences, pointwise)
-    together = _together(len(arguments[0]), length * rank**2)
-    if together < len(arguments[0]):
-        groups = tuple(array.reshape(-1, together, length, rank) for array in arguments)
-        one = jax.checkpoint(of)
-        sign, value = lax.map(lambda group: one(*group), groups)
-    else:
-        sign, value = of(*arguments)
+    sign, value = per_device(partial(_in_groups, pointwise), *arguments)
     return sign.reshape(*leading, length), value.reshape(*leading, length)
+
+
+def _in_groups(
+    pointwise: Pointwise,
+    own: Float[Array, "N T r"],
+    queries: Float[Array, "N T r"],
+    keys: Float[Array, "N T r"],
+) -> tuple[Array, Array]:
+    sequences, length, rank = keys.shape
+    if math.prod(keys.shape) * length * rank <= _FEW:
+        return _directly(pointwise, own, queries, keys)
+    of = partial(_of_sequences, pointwise)
+    together = _together(sequences, length * rank**2)
+    if together == sequences:
+        return of(own, queries, keys)
+    groups = tuple(array.reshape(-1, together, length, rank) for array in (own, queries, keys))
+    one = jax.checkpoint(of)
+    sign, value = lax.map(lambda group: one(*group), groups)
+    return sign.reshape(sequences, length), value.reshape(sequences, length)
 
 
 def _together(sequences: int, numbers: int) -> int:
