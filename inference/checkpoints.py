@@ -51,7 +51,7 @@ class CheckpointFolder:
         return max((int(name) for name in names if name.isdecimal()), default=None)
 
     def save(self, step: int, arrays: Mapping[str, Array], **others: Mapping[str, Array]) -> None:
-        """Save named arrays, then drop the checkpoint before.
+        """Save named arrays, then drop every other checkpoint.
 
         A step that is there already is left as it is: a resumed fit comes by it again.
 
@@ -71,13 +71,15 @@ class CheckpointFolder:
                     synchronise(entry)
                 partial.rename(target)
                 synchronise(self._path)
-        self.tidy()
+        self._tidy(step)
 
     def tidy(self) -> None:
         """Remove all but the newest checkpoint: those before it, and what was not saved whole."""
-        newest = str(self.step)
+        self._tidy(self.step)
+
+    def _tidy(self, kept: int | None) -> None:
         for entry in self._path.iterdir() if self._path.is_dir() else ():
-            if entry.name != newest:
+            if entry.name != str(kept):
                 with writing(entry):
                     shutil.rmtree(entry)
 
@@ -90,40 +92,24 @@ class CheckpointFolder:
         Raises:
             CheckpointError: if there is no checkpoint, it is damaged, or it holds something else.
         """
-        step = self.step
-        if step is None:
-            raise CheckpointError(f"{self._path}: got no checkpoint, expected one to load")
         expected = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in like.items()
         }
-        folder = self._path / str(step)
-        try:
-            # Before tensorstore opens them: a file cut short can end the process there.
-            _check_sizes(folder / part, expected)
-            _check_files(folder / part)
-            with _quiet(), _checkpointer() as checkpointer:
-                description = checkpointer.metadata(folder / part).item_metadata
-                if description is None:
-                    raise ValueError("what it holds is not described")
-                kinds = {
-                    name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
-                    for name, leaf in description.tree.items()
-                }
-                _check_same(kinds, expected)
-                _check_chunks(description.tree)
-                # As NumPy arrays: JAX would round float64 where that is not enabled.
-                stored = checkpointer.restore(
-                    folder / part,
-                    {name: np.empty(kind.shape, kind.dtype) for name, kind in kinds.items()},
-                )
-        # Orbax and tensorstore raise what they meet: KeyError, OSError, JSON errors and others.
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{folder}: the checkpoint is damaged or of another model "
-                f"({reason[:200]}); restore it from a copy, or start again with --overwrite"
-            ) from None
-        return {name: jnp.asarray(leaf, expected[name].dtype) for name, leaf in stored.items()}
+        while (step := self.step) is not None:
+            folder = self._path / str(step)
+            try:
+                stored = _stored(folder / part, expected)
+            # Orbax and tensorstore raise what they meet: KeyError, OSError, JSON errors and others.
+            except Exception as error:
+                if self.step != step:  # a fit that goes on has replaced it
+                    continue
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise CheckpointError(
+                    f"{folder}: the checkpoint is damaged or of another model "
+                    f"({reason[:200]}); restore it from a copy, or start again with --overwrite"
+                ) from None
+            return {name: jnp.asarray(leaf, expected[name].dtype) for name, leaf in stored.items()}
+        raise CheckpointError(f"{self._path}: got no checkpoint, expected one to load")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -139,6 +125,26 @@ def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(
         jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)]
     )
+
+
+def _stored(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays as they were saved, which have the names and shapes that are expected."""
+    # Before tensorstore opens them: a file cut short can end the process there.
+    _check_sizes(folder, expected)
+    _check_files(folder)
+    with _quiet(), _checkpointer() as checkpointer:
+        description = checkpointer.metadata(folder).item_metadata
+        if description is None:
+            raise ValueError("what it holds is not described")
+        kinds = {
+            name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
+            for name, leaf in description.tree.items()
+        }
+        _check_same(kinds, expected)
+        _check_chunks(description.tree)
+        # As NumPy arrays: JAX would round float64 where that is not enabled.
+        empty = {name: np.empty(kind.shape, kind.dtype) for name, kind in kinds.items()}
+        return checkpointer.restore(folder, empty)
 
 
 def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,5 +1,6 @@
 """Results as a terminal shows them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from rich.text import Text
 from probattn.inference.compare import ComparedRun
 from probattn.inference.evaluate import EvaluateResult
 from probattn.inference.generate import Generated
+from probattn.inference.intervals import Estimate
 from probattn.inference.noise_sweeps import NoisePoint
 from probattn.inference.paper_data import Comparison
 from probattn.inference.report import compared_row
@@ -116,9 +118,15 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
             table.add_column(shown, justify="right")
         for stage in dict.fromkeys(each.stage for each in chosen):
             cells = [each.estimate for each in chosen if each.stage == stage]
-            table.add_row(stage, *(f"{e.value:.3f} ± {(e.high - e.low) / 2:.3f}" for e in cells))
+            table.add_row(stage, *(_interval(cell) for cell in cells))
         screen.print(table)
-    screen.print("± half the length of the 95 % interval, by a bootstrap over windows")
+    screen.print("in brackets the 95 % interval, by a bootstrap over windows")
+
+
+def _interval(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "-"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
 def print_posterior(screen: Console, tree: "xr.DataTree") -> None:

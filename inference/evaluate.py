@@ -117,8 +117,8 @@ def evaluate(
 
     Raises:
         ValueError: if a noise level is negative or not finite, a probability above 1 or a kind
-            unknown, or the text cannot be read, is shorter than two tokens or has a character that
-            the vocabulary lacks.
+            unknown, the text cannot be read, is shorter than two tokens or has a character that
+            the vocabulary lacks, or another process is writing to the run (RunError).
     """
     check_kinds("noise_kinds", noise_kinds)
     check_levels("noise_absolute", noise_absolute)
@@ -132,6 +132,7 @@ def evaluate(
         sorted({0.0, *levels}) for levels in (noise_absolute, noise_relative, substituted)
     )
     tokens, name = text_tokens(run, text)
+    run.check_free()
     prior = post_hoc_prior(run, progress=progress)
     scorer = Scorer(run.config.model, run.vocabulary, tokens)
     losses = scorer.losses(run.parameters)

@@ -181,6 +181,9 @@ class _Loop:
             rows = self._reported()
             run.write_metrics(rows)
             self._best = min((row["validation_cross_entropy"] for row in rows), default=math.inf)
+            if (run.best.step or 0) > self.step:  # of steps that are taken again
+                kept = run.best.load(run.parameter_shapes())
+                self._best = self._scorers["validation_"].score(kept).cross_entropy
 
     def go(self, bar: Bar) -> None:
         """Take all steps that are left."""

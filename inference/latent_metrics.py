@@ -48,7 +48,8 @@ def latent_metrics(
     for prefix, scorer in scorers.items():
         noise = scale * scorer.embedding_rms(parameters)
         sampled = scorer.score(parameters, Gaussian(noise), rng_key=key)
-        inputs = jnp.asarray(scorer.inputs[:_WINDOWS])
+        stride = -(-len(scorer.inputs) // _WINDOWS)
+        inputs = jnp.asarray(scorer.inputs[::stride])
         divergence = _divergence(parameters, inputs, scale, key, config=config.model)
         found[f"{prefix}sampled_cross_entropy"] = sampled.cross_entropy
         found[f"{prefix}kl"] = float(divergence)

@@ -64,12 +64,13 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
     """Read the run's post-hoc attention prior, fitted and stored by the first call.
 
     Raises:
-        ValueError: if the run has no parameters yet, its corpus is not there any more, or the
-            stored prior is damaged.
+        ValueError: if the run has no parameters yet, its corpus is not there any more, the stored
+            prior is damaged, or there is none and another process is writing to the run.
     """
     path = run.path / "post_hoc_prior.npz"
     if path.exists() and (stored := _read(path, run)) is not None:
         return stored
+    run.check_free()
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
     tokens = run.vocabulary.encode(corpus.train)

@@ -24,9 +24,10 @@ class ObjectiveConfig:
         barrier_weight: weight of the barrier; by default 0.05 for margin (the paper's) and 1 for
             full.
         residual_weight: weight of the residual; by default 0 for margin and 1 for full.
-        residual_scale: standard deviation sigma of the residual, in units of the embedding. Fixed:
-            learned, it collapses together with the embeddings. Not of "latent", whose density is
-            normalised: there sigma is a parameter of the model.
+        residual_scale: standard deviation sigma of the residual, in the unit of what the
+            attention stage sees, see `attention`. Fixed: learned, it collapses together with the
+            embeddings. Not of "latent", whose density is normalised: there sigma is a parameter of
+            the model.
         delta: determinant below which the barrier is relaxed.
         attention: "separate" puts barrier and residual on an attention stage of its own, with its
             own W_Q and W_K; "first_layer" on the heads of the first attention layer, averaged

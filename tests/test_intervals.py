@@ -6,7 +6,10 @@ from scipy import stats
 
 from probattn.inference.intervals import bootstrap, ratio, spearman
 
-RNG = np.random.default_rng(0)
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
 
 
 def windows(count, rng):
@@ -15,8 +18,8 @@ def windows(count, rng):
     return clean, clean * rng.normal(1.5, 0.2, count) + rng.gamma(2, 1, count)
 
 
-def test_ratio_is_that_of_the_sums_with_the_standard_error_of_a_paired_bootstrap():
-    clean, noisy = windows(400, RNG)
+def test_ratio_is_that_of_the_sums_with_the_standard_error_of_a_paired_bootstrap(rng):
+    clean, noisy = windows(400, rng)
     found = ratio(noisy, clean)
     assert found.value == pytest.approx(noisy.sum() / clean.sum(), rel=1e-14)
     resampled = stats.bootstrap(
@@ -32,17 +35,17 @@ def test_ratio_is_that_of_the_sums_with_the_standard_error_of_a_paired_bootstrap
     assert found.high == pytest.approx(high, abs=0.1 * (high - low))
 
 
-def test_the_interval_of_a_ratio_covers_the_truth_as_often_as_it_says():
+def test_the_interval_of_a_ratio_covers_the_truth_as_often_as_it_says(rng):
     truth, covered, samples = 1.5 + 2 / 9, 0, 2000
     for _ in range(samples):
-        clean, noisy = windows(25, RNG)
+        clean, noisy = windows(25, rng)
         found = ratio(noisy, clean)
         covered += found.low <= truth <= found.high
     assert covered / samples == pytest.approx(0.95, abs=0.02)
 
 
-def test_pairing_takes_out_what_windows_differ_in():
-    clean, _ = windows(50, RNG)
+def test_pairing_takes_out_what_windows_differ_in(rng):
+    clean, _ = windows(50, rng)
     found = ratio(1.7 * clean, clean)
     assert found.high - found.low < 1e-12
 
@@ -55,12 +58,12 @@ def test_where_there_is_no_interval_there_is_nan(noisy):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_rank_correlation_is_scipys_of_the_repeated_observations(ties):
-    x, y = RNG.normal(size=(2, 200))
+def test_rank_correlation_is_scipys_of_the_repeated_observations(ties, rng):
+    x, y = rng.normal(size=(2, 200))
     y += x
     if ties:
         x, y = x.round(), np.where(y > 1, np.inf, y)
-    weights = RNG.integers(0, 4, (5, 200))
+    weights = rng.integers(0, 4, (5, 200))
     found = spearman(x, [y, -x], weights)
     for row, repeats in enumerate(weights):
         expected = stats.spearmanr(np.repeat(x, repeats), np.repeat(y, repeats)).statistic
@@ -72,10 +75,10 @@ def test_rank_correlation_with_what_does_not_vary_is_nan():
     assert np.isnan(spearman(np.arange(5.0), [np.ones(5)], np.ones((1, 5), int))).all()
 
 
-def test_bootstrap_is_over_windows_not_over_tokens():
+def test_bootstrap_is_over_windows_not_over_tokens(rng):
     """The mean of 50 windows, each of 100 equal tokens: 50 observations, not 5,000."""
     window = np.repeat(np.arange(50), 100)
-    values = RNG.normal(size=50)[window]
+    values = rng.normal(size=50)[window]
 
     def means(counts):
         weights = counts[:, window]

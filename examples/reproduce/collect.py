@@ -58,7 +58,7 @@ def write_results(tasks: Sequence[Task], corpus: Corpus, setting: str, out: Path
             (*name, row["step"], row["step"] * epoch, *(row.get(key) for key in REPORTED))
             for row in rows
         ]
-        noise += [(*name, *(point[key] for key in NOISE)) for point in measured(run)]
+        noise += [(*name, *(point[key] for key in NOISE)) for point in measured(task, run)]
     last = ("train_bpc", "embedding_rms", "seconds")
     written = [
         write_table(out / "runs.csv", (*RUN, *FINISHED, *last), sorted(runs)),

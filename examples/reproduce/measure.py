@@ -59,19 +59,23 @@ def work(task: Task) -> None:
         _update(run, **{name: {"plan": _plan(task, name), "points": _measure(task, run, name)}})
 
 
-def measured(run: Run) -> list[dict[str, Any]]:
-    """Every point of noise that was measured of a run."""
-    kept = run.summary().get("reproduce", {})
-    return [point for name in ("gaussian", "kinds") for point in kept.get(name, _NONE)["points"]]
+def measured(task: Task, run: Run) -> list[dict[str, Any]]:
+    """Every point of noise that was measured of a run, as the task would measure it."""
+    return [point for name in _PARTS for point in _kept(task, run, name) or []]
 
 
-_NONE: dict[str, list] = {"points": []}
+_PARTS = ("gaussian", "kinds")
 
 
 def _missing(task: Task, run: Run) -> list[str]:
-    kept = run.summary().get("reproduce", {})
-    wanted = ["gaussian", "kinds"] if task.kinds else ["gaussian"]
-    return [name for name in wanted if kept.get(name, {}).get("plan") != _plan(task, name)]
+    wanted = _PARTS if task.kinds else _PARTS[:1]
+    return [name for name in wanted if _kept(task, run, name) is None]
+
+
+def _kept(task: Task, run: Run, name: str) -> list[dict[str, Any]] | None:
+    """Points that were measured, None if they were not or in another way."""
+    kept = run.summary().get("reproduce", {}).get(name, {})
+    return kept["points"] if kept.get("plan") == _plan(task, name) else None
 
 
 def _plan(task: Task, name: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from summary import read_results, tuned_settings
 from probattn.corpora import NAMED_SOURCES, Corpus, DataConfig
 from probattn.inference.compilation import keep_compiled_programs
 from probattn.inference.config import format_config
-from probattn.inference.interrupts import Ended
+from probattn.inference.interrupts import Ended, ended_by_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     keep_compiled_programs()
     try:
-        return _run(options)
+        with ended_by_signals():
+            return _run(options)
     except Ended as ended:
         print(f"{ended}; the same command goes on from here", file=sys.stderr)
         return 128 + ended.signum
