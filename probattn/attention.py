@@ -285,16 +285,31 @@ def check_bound(bound: ArrayLike | None) -> None:
     """
     if bound is None:
         return
-    if jnp.ndim(bound) != 0:
-        raise ValueError(f"bound has shape {jnp.shape(bound)}: expected one number > 0, or None")
+    shape = getattr(bound, "shape", ())
+    if shape != ():
+        raise ValueError(f"bound has shape {shape}: expected one number > 0, or None")
     if isinstance(bound, jax.core.Tracer):
         return
-    if not 0 < float(cast(float, bound)) < math.inf:
-        raise ValueError(f"bound is {bound}: expected a finite number > 0, or None")
+    if not is_positive(bound):
+        raise ValueError(f"bound is {bound!r}: expected a finite number > 0, or None")
+
+
+def is_positive(value: object) -> bool:
+    """Whether something is a finite number > 0; texts, lists and complex numbers are none."""
+    try:
+        return not isinstance(value, str | bytes) and 0 < float(cast(float, value)) < math.inf
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _floating(name: str, array: ArrayLike) -> Float[Array, "..."]:
-    array = jnp.asarray(array)
+    try:
+        array = jnp.asarray(array)
+    except (TypeError, ValueError):  # a text, an object, lists of several lengths
+        raise ValueError(
+            f"{name} is a {type(array).__name__} that is no array: expected numbers of a "
+            "floating-point dtype"
+        ) from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {array.dtype}: expected a floating-point dtype")
     # Half precision has no LAPACK, and too few digits for a determinant.
