@@ -1,4 +1,4 @@
-"""Fuzz the readers, the array functions and the command line with hostile input.
+"""Fuzz the readers and the array functions with hostile input.
 
     python benchmarks/fuzz.py [--inputs 100000] [--only configuration run ...] [--findings DIR]
 
@@ -24,7 +24,7 @@ from harness import environment
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-NAMES = ("configuration", "vocabulary", "corpus", "run", "metrics", "shapes", "values", "arguments")
+NAMES = ("configuration", "vocabulary", "corpus", "run", "metrics", "shapes", "values")
 MEMORY_DISK = Path("/dev/shm")  # where there is one, files cost little
 CRASHES = 5  # after which a target is given up
 

@@ -1,4 +1,4 @@
-"""Targets: a run directory of which files are damaged or forged, and the reader of metrics.jsonl."""
+"""Targets: a run directory whose files are damaged or forged, and the reader of metrics.jsonl."""
 
 import io
 import json
@@ -11,10 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from fuzzing.material import edited, edits, integers, json_values, same
-from fuzzing.target import Target, refused, require
 from hypothesis import strategies as st
 
+from fuzzing.material import edited, edits, integers, json_values, same
+from fuzzing.target import Target, refused, require
 from probattn.corpora import Corpus
 from probattn.inference.config import FitConfig, RunConfig, format_config
 from probattn.inference.post_hoc import post_hoc_prior

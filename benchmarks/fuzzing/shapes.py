@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fuzzing.target import Target, refused, require
 from hypothesis import strategies as st
 
 import probattn as pa
+from fuzzing.target import Target, refused, require
 
 _DTYPES = ["float32", "float64", "float16", "bfloat16", "int32", "bool", "complex64", "O", "U"]
 _LEADING = [(), (2,), (1,), (3,), (0,), (2, 1)]

@@ -4,6 +4,7 @@ from fuzzing.configurations import configuration
 from fuzzing.runs import metrics, run
 from fuzzing.shapes import shapes
 from fuzzing.texts import corpus, vocabulary
+from fuzzing.values import values
 
 TARGETS = {
     "configuration": configuration,
@@ -12,5 +13,6 @@ TARGETS = {
     "run": run,
     "metrics": metrics,
     "shapes": shapes,
+    "values": values,
 }
 """Each makes a target, of a folder that is its own."""
