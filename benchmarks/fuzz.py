@@ -1,9 +1,9 @@
-"""Fuzz the readers, the array functions and the command line with hostile input.
+"""Fuzz the readers and the array functions with hostile input.
 
     python benchmarks/fuzz.py [--inputs 100000] [--only configuration run ...] [--findings DIR]
 
 Each input must end in a right answer, by an oracle of the target's own, or in a documented error of
-one line. A tenth of the inputs is drawn by Hypothesis, the rest by atheris (libFuzzer) from the
+one line. A fiftieth of the inputs is drawn by Hypothesis, the rest by atheris (libFuzzer) from the
 same strategies, guided by the coverage of probattn; a crash or an input of half a minute ends the
 process and is a finding, as is whatever else is raised. Without atheris (`pip install atheris`)
 Hypothesis draws all. Targets are in `fuzzing/`; results go to `results/fuzz.json`, those of other
@@ -24,7 +24,7 @@ from harness import environment
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-NAMES = ("configuration", "vocabulary", "corpus", "run", "metrics", "shapes", "values", "arguments")
+NAMES = ("configuration", "vocabulary", "corpus", "run", "metrics", "shapes", "values")
 MEMORY_DISK = Path("/dev/shm")  # where there is one, files cost little
 CRASHES = 5  # after which a target is given up
 
@@ -32,7 +32,7 @@ CRASHES = 5  # after which a target is given up
 def fuzz(name: str, inputs: int, *, seed: int, findings: Path) -> dict[str, Any]:
     """Counts of one target, of both generators together."""
     guided = importlib.util.find_spec("atheris") is not None
-    shares = {"hypothesis": inputs // 10, "atheris": inputs - inputs // 10}
+    shares = {"hypothesis": inputs // 50, "atheris": inputs - inputs // 50}
     if not guided:
         shares = {"hypothesis": inputs}
     total: dict[str, Any] = {"inputs": 0, "outcomes": {}, "findings": {}, "seconds": 0.0}

@@ -91,6 +91,20 @@ def name_written(name: str) -> str:
     return match[1] if match else name
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        RunError: if it is missing, or no file that can be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RunError(f"{path}: is missing from the run") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -98,9 +112,9 @@ def read_json(path: Path) -> dict[str, Any]:
         RunError: if the file is missing, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path}: is missing from the run") from None
+        content = json.loads(read_bytes(path).decode("utf-8"))
+    except RunError:
+        raise
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too long a number, too deep
         raise RunError(f"{path}: damaged: {error}") from None
     if not isinstance(content, dict):

@@ -24,11 +24,13 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from probattn.byte_pairs import describe
 from probattn.corpora import Corpus
 from probattn.inference.checkpoints import CheckpointError, CheckpointFolder
 from probattn.inference.config import RunConfig, differences, format_config, read_tables
 from probattn.inference.run_files import (
     RunError,
+    read_bytes,
     read_json,
     replacing,
     synchronise,
@@ -160,7 +162,7 @@ class Run(RunDirectory):
         if not path.exists():
             return []
         rows = []
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = read_bytes(path).split(b"\n")[:-1]
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line.decode("utf-8"))
@@ -168,6 +170,8 @@ class Run(RunDirectory):
                 raise RunError(f"{path}, line {number}: expected JSON: {error}") from None
             if not isinstance(row, dict) or type(row.get("step")) is not int:
                 raise RunError(f"{path}, line {number}: expected an object with an integer step")
+            if not isinstance(row.get("stopped", ""), str):
+                raise RunError(f"{path}, line {number}: expected a text for why the fit stopped")
             rows.append(row)
         return rows
 
@@ -211,6 +215,9 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
     try:
         vocabulary = vocabulary_from_dict(data["vocabulary"])
         described = {name: data[name] for name in _DATA_FIELDS}
+        for name, kind in _DATA_FIELDS.items():
+            if type(described[name]) is not kind:
+                raise TypeError(f"{name} is {describe(described[name])}, expected {kind.__name__}")
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path / 'data.json'}: damaged: {error}") from None
     if isinstance(config, SampleRunConfig):
@@ -322,7 +329,13 @@ def check_same_corpus(run: RunDirectory, corpus: Corpus) -> None:
         )
 
 
-_DATA_FIELDS = ("name", "description", "sha256", "train_characters", "validation_characters")
+_DATA_FIELDS = {
+    "name": str,
+    "description": str,
+    "sha256": str,
+    "train_characters": int,
+    "validation_characters": int,
+}
 
 
 def _describe(corpus: Corpus) -> dict[str, Any]:

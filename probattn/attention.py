@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
 
@@ -133,7 +133,7 @@ def conditional_mean(
     """
     x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
     weights = geometry(x, w_query, w_key, bound).weights
-    return jnp.matmul(weights, bounded(x, bound), precision=_HIGHEST)
+    return jnp.matmul(weights, without_broken(bounded(x, bound)), precision=_HIGHEST)
 
 
 def residual(
@@ -187,7 +187,23 @@ def geometry(
     The arguments are those of `residual`, already checked by `check_arguments`.
     """
     values, own, queries, keys = projections(x, w_query, w_key, bound)
-    return Geometry(values, queries, keys, causal_softmax(own, keys))
+    weights = causal_softmax(own, keys)
+    # A token that is not finite reaches the rows after it, as NaN; not those before it, where its
+    # weight of zero would make it NaN too.
+    broken = ~(finite_rows(values) & finite_rows(queries) & finite_rows(keys))
+    reached = jnp.cumsum(broken, axis=-1) > broken
+    weights = jnp.where(reached[..., None], jnp.nan, weights)
+    return Geometry(without_broken(values), without_broken(queries), without_broken(keys), weights)
+
+
+def finite_rows(array: Float[Array, "*batch T m"]) -> Bool[Array, "*batch T"]:
+    """Whether all of a row is finite."""
+    return jnp.all(jnp.isfinite(array), axis=-1)
+
+
+def without_broken(array: Float[Array, "*batch T m"]) -> Float[Array, "*batch T m"]:
+    """The array with zeros for the rows that are not finite."""
+    return jnp.where(finite_rows(array)[..., None], array, jnp.zeros((), array.dtype))
 
 
 def projections(
@@ -285,16 +301,31 @@ def check_bound(bound: ArrayLike | None) -> None:
     """
     if bound is None:
         return
-    if jnp.ndim(bound) != 0:
-        raise ValueError(f"bound has shape {jnp.shape(bound)}: expected one number > 0, or None")
+    shape = getattr(bound, "shape", ())
+    if shape != ():
+        raise ValueError(f"bound has shape {shape}: expected one number > 0, or None")
     if isinstance(bound, jax.core.Tracer):
         return
-    if not 0 < float(cast(float, bound)) < math.inf:
-        raise ValueError(f"bound is {bound}: expected a finite number > 0, or None")
+    if not is_positive(bound):
+        raise ValueError(f"bound is {bound!r}: expected a finite number > 0, or None")
+
+
+def is_positive(value: object) -> bool:
+    """Whether something is a finite number > 0; texts, lists and complex numbers are none."""
+    try:
+        return not isinstance(value, str | bytes) and 0 < float(cast(float, value)) < math.inf
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _floating(name: str, array: ArrayLike) -> Float[Array, "..."]:
-    array = jnp.asarray(array)
+    try:
+        array = jnp.asarray(array)
+    except (TypeError, ValueError):  # a text, an object, lists of several lengths
+        raise ValueError(
+            f"{name} is a {type(array).__name__} that is no array: expected numbers of a "
+            "floating-point dtype"
+        ) from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {array.dtype}: expected a floating-point dtype")
     # Half precision has no LAPACK, and too few digits for a determinant.

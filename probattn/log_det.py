@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from probattn.attention import check_arguments, geometry, projections
+from probattn.attention import check_arguments, geometry, is_positive, projections
 from probattn.covariance import attention_covariance
 from probattn.determinants import of_determinants
 
@@ -133,8 +133,8 @@ def relaxed_barrier(
         ValueError: if delta or the bound is not positive, the shapes do not fit or the arrays are
             not floating point.
     """
-    if not (delta > 0 and math.isfinite(delta)):
-        raise ValueError(f"delta is {delta}: expected a finite number > 0")
+    if not is_positive(delta):
+        raise ValueError(f"delta is {delta!r}: expected a finite number > 0")
     arguments = check_arguments(x, w_query, w_key, bound)
     barrier = partial(_relaxed, delta=float(delta))
     return of_determinants(barrier, projections(*arguments, bound))[1]

@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.attention import bounded, check_arguments, geometry
+from probattn.attention import bounded, check_arguments, geometry, without_broken
 from probattn.covariance import attention_covariance
 from probattn.elimination import determinant
 from probattn.log_det import log_det, reduced_blocks
@@ -208,7 +208,8 @@ def both_margins(
     f = _centred_under(weights, left, values)
     g = _centred_under(weights, slope, keys)
     covariance = jnp.sum(weights * f * g, axis=-1, keepdims=True)
-    by_logit = weights * (f * g - covariance)
+    # Not f * g first, which may overflow at tokens of weight zero.
+    by_logit = weights * f * g - weights * covariance
 
     # d m_t / d x_s for s < t: minus the combination of these three vectors with these weights.
     key_side = jnp.swapaxes(w_key, -1, -2)
@@ -226,7 +227,8 @@ def both_margins(
         "...tsi,...tij,...tsj->...ts", coefficients, gram, coefficients, precision=_HIGHEST
     )
     if bound is not None:
-        past = _through_bound(past, coefficients, vectors, bounded(x, bound), bound)
+        context = without_broken(bounded(x, bound))
+        past = _through_bound(past, coefficients, vectors, context, bound)
     # d m_t / d x_t, through the query only.
     own = jnp.matmul(by_logit, keys, precision=_HIGHEST) / root
     own = jnp.matmul(own, jnp.swapaxes(w_query, -1, -2), precision=_HIGHEST)

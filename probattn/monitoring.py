@@ -51,8 +51,8 @@ def margin_estimate(
         ValueError: if iterations is negative, the shapes do not fit, the arrays are not floating
             point or the bound is not positive.
     """
-    if iterations < 0:
-        raise ValueError(f"iterations is {iterations}: expected a number >= 0")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+        raise ValueError(f"iterations is {iterations!r}: expected an integer >= 0")
     blocks = lax.stop_gradient(reduced_blocks(x, w_query, w_key, bound=bound))
     return estimated_sigma_min(eliminate(jnp.moveaxis(blocks, -3, -1)), iterations)
 

@@ -134,5 +134,5 @@ def test_has_no_derivative():
 
 def test_a_negative_number_of_iterations_is_refused():
     function = partial(inspect.unwrap(pa.margin_estimate), iterations=-1)
-    with pytest.raises(ValueError, match="iterations is -1: expected a number >= 0"):
+    with pytest.raises(ValueError, match="iterations is -1: expected an integer >= 0"):
         function(*make(BY_NAME["thin"]))

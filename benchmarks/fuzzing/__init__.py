@@ -1,1 +1,1 @@
-"""Hostile input: what the readers, the array functions and the command line are given to eat."""
+"""Hostile input: what the readers and the array functions are given to eat."""

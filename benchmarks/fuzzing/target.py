@@ -1,4 +1,4 @@
-"""A target of fuzzing: inputs, and a check that each ends in a right answer or a documented error."""
+"""A target: inputs, and a check that each ends in a right answer or a documented error."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis.strategies import SearchStrategy
 
 
-class Finding(AssertionError):
+class Finding(AssertionError):  # noqa: N818 (it is what a fuzzer finds)
     """An input that ended in neither a right answer nor a documented error."""
 
 

@@ -132,7 +132,7 @@ _bytes = st.one_of(
 
 
 def corpus(folder: Path) -> Target:
-    """Files of any bytes as a corpus and as its validation text, and every field that names them."""
+    """Files of any bytes as a corpus and its validation text, and every field that names them."""
     paths = [folder / "text", folder / "validation"]
     names = [str(path) for path in paths]
     elsewhere = st.one_of(any_text.filter(lambda name: not _exists(name)), st.just(str(folder)))
