@@ -134,9 +134,7 @@ def fit(
             _conclude(run, validation)
         wait_for_all("concluded")
     score = run.summary()["fit"]
-    return FitResult(
-        run, score["validation_cross_entropy"], score["validation_bpc"], run.metrics()
-    )
+    return FitResult(run, score["validation_cross_entropy"], score["validation_bpc"], run.metrics())
 
 
 class _Loop:
