@@ -1,4 +1,8 @@
-"""Chains of NumPyro's NUTS, compiled once and advanced by any number of iterations."""
+"""Chains of NumPyro's NUTS, compiled once and advanced by any number of iterations.
+
+Where there are several devices, chains run on all of them: chain i of method parallel on device i
+modulo their number, those of method vectorized in equal parts.
+"""
 
 import math
 import os
@@ -11,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import NUTS, init_to_sample
@@ -107,9 +112,19 @@ class Chains:
         self.state = jax.block_until_ready(starts.lower().compile()(keys))
         self._check_density()
         self._each = config.chain_method == "parallel"
-        of_all = advance if self._each else jax.vmap(advance, in_axes=(0, None))
-        example = self._chain(0) if self._each else self.state
-        self._advance = jax.jit(of_all).lower(example, jnp.int32(0)).compile()
+        self._devices = jax.local_devices()[: config.chains]
+        if self._each:
+            # For each device the same program: a chain has the same draws on any.
+            self._programs = [
+                jax.jit(advance).lower(self._chain(number), np.int32(0)).compile()
+                for number in range(len(self._devices))
+            ]
+        else:
+            self._spread = _spread(config.chains, self._devices)
+            of_all = jax.vmap(advance, in_axes=(0, None))
+            if self._spread is not None:
+                of_all = _for_own_chains(of_all, self._spread)
+            self._programs = [jax.jit(of_all).lower(self._chains(), np.int32(0)).compile()]
 
     def advance(self, count: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Iterate all chains; draws and statistics of the iterations, (chains, count, ...)."""
@@ -118,7 +133,7 @@ class Chains:
                 calls = list(pool.map(partial(self._run, count), range(self._config.chains)))
             call = jax.tree.map(lambda *leaves: jnp.stack(leaves), *calls)
         else:
-            call = self._advance(self.state, jnp.int32(count))
+            call = self._programs[0](self._chains(), np.int32(count))
         self.state = call.state
         # Copied: a view would keep the whole buffer.
         return jax.tree.map(
@@ -126,12 +141,22 @@ class Chains:
         )
 
     def _run(self, count: int, number: int) -> _Call:
+        program = self._programs[number % len(self._programs)]
         # Each thread has settings of its own.
         with jax.enable_x64(self._config.precision == "float64"):
-            return jax.block_until_ready(self._advance(self._chain(number), jnp.int32(count)))
+            call = jax.block_until_ready(program(self._chain(number), np.int32(count)))
+            return call if len(self._devices) == 1 else jax.device_put(call, self._devices[0])
 
     def _chain(self, number: int) -> HMCState:
-        return jax.tree.map(lambda leaf: leaf[number], self.state)
+        """The state of a chain, on its device."""
+        state = jax.tree.map(lambda leaf: leaf[number], self.state)
+        if len(self._devices) == 1:
+            return state
+        return jax.device_put(state, self._devices[number % len(self._devices)])
+
+    def _chains(self) -> HMCState:
+        """The state of all chains, on their devices."""
+        return self.state if self._spread is None else jax.device_put(self.state, self._spread)
 
     def _check_density(self) -> None:
         energy = np.asarray(self.state.potential_energy)
@@ -141,6 +166,25 @@ class Chains:
                 f"chain {', '.join(lost)}: 100 draws of the prior have no finite log density; "
                 "start from given values, such as a coupling of zero, or use a proper coupling"
             )
+
+
+def _spread(chains: int, devices: Sequence[jax.Device]) -> NamedSharding | None:
+    """As many chains on each of as many devices as there can be; None if that is one device."""
+    count = next(n for n in range(len(devices), 0, -1) if chains % n == 0)
+    if count == 1:
+        return None
+    return NamedSharding(Mesh(np.array(devices[:count]), ("chains",)), PartitionSpec("chains"))
+
+
+def _for_own_chains(advance: Callable, spread: NamedSharding) -> Callable:
+    """`advance` by every device for its own chains: none waits for those of another."""
+    return jax.shard_map(
+        advance,
+        mesh=spread.mesh,
+        in_specs=(spread.spec, PartitionSpec()),
+        out_specs=spread.spec,
+        check_vma=False,  # branches may return constants beside results
+    )
 
 
 def _check_size(size: int, config: SampleConfig) -> None:

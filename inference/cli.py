@@ -28,6 +28,7 @@ from probattn.inference.compilation import keep_compiled_programs
 from probattn.inference.config import RunConfig, read_config, read_tables
 from probattn.inference.console import printable
 from probattn.inference.interrupts import Ended, Interrupted, ended_by_signals
+from probattn.inference.processes import leave
 from probattn.inference.run_folder import check_folder
 from probattn.inference.sample_config import SampleRunConfig
 
@@ -48,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         143 when SIGINT or SIGTERM ended it. Errors are one line on standard error.
     """
     with ended_by_signals():
-        return _main(arguments)
+        status = _main(arguments)
+        if status:
+            leave(status)
+        return status
 
 
 def _main(arguments: Sequence[str] | None) -> int:

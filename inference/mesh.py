@@ -63,7 +63,7 @@ class Placement:
     def __init__(self, mesh: str = "", *, batch: int = 1) -> None:
         self.mesh: jax.sharding.Mesh | None = None
         if not mesh:
-            if jax.process_count() > 1:
+            if jax.distributed.is_initialized() and jax.process_count() > 1:
                 raise ValueError(
                     f"{jax.process_count()} processes and no mesh: expected one of all "
                     f"{jax.device_count()} devices, such as data={jax.device_count()}"

@@ -5,7 +5,10 @@ clock or a signal is agreed on, so that none waits for a step that another does 
 """
 
 import hashlib
+import os
 import re
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +22,8 @@ AUTOMATIC = "auto"
 
 _SILENT = 30  # seconds without a sign of life, after which a process counts as lost
 _START = 300  # seconds to wait for all processes at the start
-_END = 10  # and at the end
+_END = 30  # and at the end
+_LAST = 2  # that the first process outlives the others
 
 
 class ProcessError(RuntimeError):
@@ -59,23 +63,43 @@ def joined(
         )
     except (RuntimeError, ValueError) as error:
         raise ProcessError(f"the processes cannot be joined by {coordinator}: {error}") from None
+    process_id = jax.process_index()
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # memory: no other process has to do with it
+            raise
         raise ProcessError(
-            f"process {jax.process_index()}: another process of the fit is gone ({error})"
+            f"process {process_id}: the processes cannot go on together, as when one of them is "
+            f"gone ({error}); what was saved is as it was: go on with --resume, on as many "
+            "processes as there are, and a --mesh of their devices"
         ) from None
     jax.distributed.shutdown()
 
 
+def leave(status: int) -> None:
+    """End this process, if it has joined others, though they may be gone.
+
+    JAX would wait for them, and abort. The first process goes last: the others see that it is gone,
+    and would abort too, while they say by themselves why they end.
+    """
+    if _alone():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if leads():
+        time.sleep(_LAST)
+    os._exit(status)
+
+
 def leads() -> bool:
     """Whether this is the process that writes and prints: the first, or the only one."""
-    return jax.process_index() == 0
+    return _alone() or jax.process_index() == 0
 
 
 def agreed(calls: int, signum: int) -> tuple[int, int]:
     """How many steps come next, as the first process says; the signal that any process has got."""
-    if jax.process_count() == 1:
+    if _alone():
         return calls, signum
     every = multihost_utils.process_allgather(np.array([calls, signum]))
     return int(every[0, 0]), int(every[:, 1].max())
@@ -87,7 +111,7 @@ def check_alike(what: str, *values: Any) -> None:
     Raises:
         ProcessError: if the values differ, between any two processes.
     """
-    if jax.process_count() == 1:
+    if _alone():
         return
     digest = np.frombuffer(hashlib.sha256(repr(values).encode()).digest(), np.uint8)
     every = multihost_utils.process_allgather(digest)
@@ -102,8 +126,13 @@ def check_alike(what: str, *values: Any) -> None:
 
 def wait_for_all(what: str) -> None:
     """Wait until every process has come here."""
-    if jax.process_count() > 1:
+    if not _alone():
         multihost_utils.sync_global_devices(what)
+
+
+def _alone() -> bool:
+    # Not by the number of processes: JAX would start its devices to say it.
+    return not jax.distributed.is_initialized()
 
 
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -23,6 +23,7 @@ MATHEMATICS = {
     for name in (
         "attention",
         "unanimous",
+        "sequences",
         "covariance",
         "elimination",
         "moments",
