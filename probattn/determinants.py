@@ -7,6 +7,7 @@ derivative.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -90,11 +91,28 @@ def _directly(
     keys: Float[Array, "N T r"],
 ) -> tuple[Array, Array]:
     """Centred at every position: right everywhere, and compiled in a third of the time."""
-    sequences, length, rank = keys.shape
-    weights = causal_softmax(own, keys, jnp.arange(length))
-    covariance = centred_covariance(weights, queries, keys).reshape(-1, rank, rank)
-    found = _of_covariances(pointwise, covariance)
-    return tuple(array.reshape(sequences, length) for array in found)
+
+    def centred(own: Array, queries: Array, keys: Array) -> tuple[Array, Array]:
+        *batch, rank = keys.shape
+        weights = causal_softmax(own, keys, jnp.arange(batch[1]))
+        covariance = centred_covariance(weights, queries, keys).reshape(-1, rank, rank)
+        sign, value = _of_covariances(pointwise, covariance)
+        return sign.reshape(batch), value.reshape(batch)
+
+    return _where_whole(centred, own, queries, keys)
+
+
+def _where_whole(
+    centred: Callable[..., tuple[Array, Array]],
+    own: Float[Array, "N T r"],
+    queries: Float[Array, "N T r"],
+    keys: Float[Array, "N T r"],
+) -> tuple[Array, Array]:
+    """A token that is not finite reaches the rows after it, as NaN, and not those before it."""
+    broken = ~(finite_rows(queries) & finite_rows(keys))
+    reached = jnp.cumsum(broken, axis=-1) > broken
+    sign, value = centred(own, without_broken(queries), without_broken(keys))
+    return jnp.where(reached, jnp.nan, sign), jnp.where(reached, jnp.nan, value)
 
 
 def _of_sequences(
@@ -110,13 +128,7 @@ def _of_sequences(
     fine = finite & (lax.stop_gradient(fine) > 0)
 
     def corrected() -> tuple[Array, Array]:
-        # A token that is not finite reaches the rows after it, as NaN, and not those before it.
-        broken = ~(finite_rows(queries) & finite_rows(keys))
-        whole = without_broken(queries), without_broken(keys)
-        reached = jnp.cumsum(broken, axis=-1) > broken
-        centred = (
-            jnp.where(reached, jnp.nan, part) for part in _by_centring(pointwise, fine, own, *whole)
-        )
+        centred = _where_whole(partial(_by_centring, pointwise, fine), own, queries, keys)
         return tuple(jnp.where(fine, *parts) for parts in zip((sign, value), centred, strict=True))
 
     return lax.cond(unanimous(fine), lambda: (sign, value), corrected)

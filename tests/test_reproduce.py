@@ -209,6 +209,19 @@ def test_figures_and_table_are_drawn_from_the_tables_alone(history, command, scr
     assert f"| margin, clean cost | +1.7 % | {cost} |" in table
 
 
+def test_points_of_another_plan_are_in_no_table(history, command, scripts):
+    folder, _ = command
+    plan, measure = scripts["plan"], scripts["measure"]
+    methods = plan.read_methods(folder / "methods.toml")
+    scale = plan.read_scale(str(folder / "scale.toml"))
+    data, _ = plan.choose_data(*(str(folder / name) for name in ("text.txt", "test.txt")))
+    task = plan.every_task(methods, 1, scale, data, folder / "runs")[0]
+    run = load_run(task.out)
+    assert {point["kind"] for point in measure.measured(task, run)} >= {"gaussian"}
+    noise = plan.dataclasses.replace(task.noise, tokens=task.noise.tokens + 1)
+    assert measure.measured(plan.dataclasses.replace(task, noise=noise), run) == []
+
+
 def test_two_processes_do_tasks_and_tell_why_one_failed(history, command, scripts):
     folder, _ = command
     plan, seeds = scripts["plan"], 1

@@ -17,7 +17,7 @@ import pytest
 from tiny_run import MODEL, files_of, held_by_another_process
 
 from probattn.corpora import Corpus
-from probattn.inference import FitConfig, RunConfig, load_run
+from probattn.inference import FitConfig, RunConfig, checkpoints, load_run
 from probattn.inference.checkpoints import (
     CheckpointError,
     CheckpointFolder,
@@ -355,6 +355,26 @@ def test_a_checkpoint_comes_back_to_the_last_bit(folder):
     assert_same(folder.load(ARRAYS), ARRAYS)
     shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in ARRAYS.items()}
     assert_same(folder.load(shapes), ARRAYS)
+
+
+def test_what_is_saved_last_is_what_stays(folder):
+    """Also where a fit that goes on takes steps again that a killed one had taken."""
+    other = ARRAYS | {"count": jnp.int32(7)}
+    folder.save(2, other)
+    assert folder.step == 2
+    assert_same(folder.load(other), other)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(folder, monkeypatch):
+    other, stored = ARRAYS | {"count": jnp.int32(7)}, checkpoints._stored
+
+    def replaced_meanwhile(path, expected):
+        if path.parent.name == "3":
+            folder.save(4, other)
+        return stored(path, expected)
+
+    monkeypatch.setattr(checkpoints, "_stored", replaced_meanwhile)
+    assert_same(folder.load(other), other)
 
 
 def test_only_the_newest_checkpoint_is_kept(folder, place):

@@ -44,7 +44,6 @@ _OF_X = {
     "embedding_margin": ("T",),
     "margin_estimate": ("T",),
     "certificate": ("T",),
-    "surely_positive": (),
 }
 _OF_WEIGHTS = {"coupling": ("d", "d"), "is_proper": (), "AttentionResidual": None}
 _OF_PAIRS = {"attention_weights": ("T", "T")}
