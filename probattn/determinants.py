@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.attention import Projections, causal_softmax, finite_rows, without_broken
+from probattn.attention import Projections, causal_softmax, finite_rows, follows, without_broken
 from probattn.covariance import centred_covariance
 from probattn.elimination import determinant
 from probattn.moments import Pointwise, of_rows, representable, slope_of
@@ -85,7 +85,7 @@ def _of_sequences(
         # A token that is not finite reaches the rows after it, as NaN, and not those before it.
         broken = ~(finite_rows(queries) & finite_rows(keys))
         whole = without_broken(queries), without_broken(keys)
-        reached = jnp.cumsum(broken, axis=-1) > broken
+        reached = follows(broken)
         centred = (
             jnp.where(reached, jnp.nan, part) for part in _by_centring(pointwise, fine, own, *whole)
         )
