@@ -191,14 +191,19 @@ def geometry(
     # A token that is not finite reaches the rows after it, as NaN; not those before it, where its
     # weight of zero would make it NaN too.
     broken = ~(finite_rows(values) & finite_rows(queries) & finite_rows(keys))
-    reached = jnp.cumsum(broken, axis=-1) > broken
-    weights = jnp.where(reached[..., None], jnp.nan, weights)
+    weights = jnp.where(follows(broken)[..., None], jnp.nan, weights)
     return Geometry(without_broken(values), without_broken(queries), without_broken(keys), weights)
 
 
 def finite_rows(array: Float[Array, "*batch T m"]) -> Bool[Array, "*batch T"]:
     """Whether all of a row is finite."""
     return jnp.all(jnp.isfinite(array), axis=-1)
+
+
+def follows(broken: Bool[Array, "*batch T"]) -> Bool[Array, "*batch T"]:
+    """Whether a broken row stands before each."""
+    count = broken.astype(jnp.int32)
+    return jnp.cumsum(count, axis=-1) > count
 
 
 def without_broken(array: Float[Array, "*batch T m"]) -> Float[Array, "*batch T m"]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.attention import Projections, causal_softmax, finite_rows, without_broken
+from probattn.attention import Projections, causal_softmax, finite_rows, follows, without_broken
 from probattn.covariance import centred_covariance
 from probattn.elimination import determinant
 from probattn.moments import Pointwise, of_rows, representable, slope_of
@@ -110,7 +110,7 @@ def _where_whole(
 ) -> tuple[Array, Array]:
     """A token that is not finite reaches the rows after it, as NaN, and not those before it."""
     broken = ~(finite_rows(queries) & finite_rows(keys))
-    reached = jnp.cumsum(broken, axis=-1) > broken
+    reached = follows(broken)
     sign, value = centred(own, without_broken(queries), without_broken(keys))
     return jnp.where(reached, jnp.nan, sign), jnp.where(reached, jnp.nan, value)
 
