@@ -86,10 +86,9 @@ def _of_sequences(
         broken = ~(finite_rows(queries) & finite_rows(keys))
         whole = without_broken(queries), without_broken(keys)
         reached = follows(broken)
-        centred = (
-            jnp.where(reached, jnp.nan, part) for part in _by_centring(pointwise, fine, own, *whole)
-        )
-        return tuple(jnp.where(fine, *parts) for parts in zip((sign, value), centred, strict=True))
+        centred = _by_centring(pointwise, fine, own, *whole)
+        after = [jnp.where(reached, jnp.nan, part) for part in centred]
+        return jnp.where(fine, sign, after[0]), jnp.where(fine, value, after[1])
 
     return lax.cond(unanimous(fine), lambda: (sign, value), corrected)
 
