@@ -50,7 +50,12 @@ class CheckpointFolder:
         names = [entry.name for entry in self._path.iterdir()] if self._path.is_dir() else []
         return max((int(name) for name in names if name.isdecimal()), default=None)
 
-    def save(self, step: int, arrays: Mapping[str, Array], **others: Mapping[str, Array]) -> None:
+    def save(
+        self,
+        step: int,
+        arrays: Mapping[str, Array | np.ndarray],
+        **others: Mapping[str, Array | np.ndarray],
+    ) -> None:
         """Save named arrays, then drop every other checkpoint.
 
         A step that is there already is left as it is: a resumed fit comes by it again.

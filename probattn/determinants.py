@@ -129,7 +129,7 @@ def _of_sequences(
 
     def corrected() -> tuple[Array, Array]:
         centred = _where_whole(partial(_by_centring, pointwise, fine), own, queries, keys)
-        return tuple(jnp.where(fine, *parts) for parts in zip((sign, value), centred, strict=True))
+        return jnp.where(fine, sign, centred[0]), jnp.where(fine, value, centred[1])
 
     return lax.cond(unanimous(fine), lambda: (sign, value), corrected)
 
