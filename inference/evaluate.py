@@ -132,7 +132,8 @@ def evaluate(
         sorted({0.0, *levels}) for levels in (noise_absolute, noise_relative, substituted)
     )
     tokens, name = text_tokens(run, text)
-    run.check_free()
+    with run.lock():  # refused before the work rather than after it
+        pass
     prior = post_hoc_prior(run, progress=progress)
     scorer = Scorer(run.config.model, run.vocabulary, tokens)
     losses = scorer.losses(run.parameters)

@@ -4,7 +4,6 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import optax
 
 from probattn.corpora import Corpus, load_corpus
 from probattn.inference.config import RunConfig, format_config
+from probattn.inference.fit_result import FitError, FitResult
 from probattn.inference.guides import OWN_PARAMS, check_guide
 from probattn.inference.interrupts import Interrupted, deferred_interrupts
 from probattn.inference.latent_metrics import latent_metrics
@@ -40,27 +40,6 @@ from probattn.vocabulary import build_vocabulary
 
 _REPORT_TOKENS = 16_384  # of training and of validation text behind each line of metrics.jsonl
 _CALL_SECONDS = 0.5  # of steps between two updates of the progress bar
-
-
-class FitError(RuntimeError):
-    """A fit cannot go on: the message says at which step, why, and what to try."""
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """A finished fit.
-
-    Attributes:
-        run: the run directory; `run.parameters` are those of the best validation.
-        validation_cross_entropy: of these on the whole validation text, nats per token.
-        validation_bpc: the same in bits per character.
-        metrics: the lines of metrics.jsonl.
-    """
-
-    run: Run
-    validation_cross_entropy: float
-    validation_bpc: float
-    metrics: list[dict[str, Any]]
 
 
 def fit(

@@ -70,7 +70,8 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
     path = run.path / "post_hoc_prior.npz"
     if path.exists() and (stored := _read(path, run)) is not None:
         return stored
-    run.check_free()
+    with run.lock():  # refused before the work rather than after it
+        pass
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
     tokens = run.vocabulary.encode(corpus.train)

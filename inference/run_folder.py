@@ -38,7 +38,8 @@ _LARGEST = {
 }
 # What a run's own commands write into it, and a kill may leave under a temporary name.
 _WRITTEN = re.compile(
-    r"(figures/[a-z_]+\.(png|csv)|segments/\d+-\d+\.npz|"
+    r"(figures/((training|noise|noise_kinds|barrier|smallest_margin|support_probability)\.png|"
+    r"noise\.csv)|segments/\d+-\d+\.npz|"
     + "|".join(re.escape(name) for name in ENTRIES if "." in name)
     + ")"
 )

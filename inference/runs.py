@@ -72,15 +72,6 @@ class RunDirectory:
         summary = self.summary() | results
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def check_free(self) -> None:
-        """Refuse before long work, rather than after it, what `lock` would refuse.
-
-        Raises:
-            RunError: if another process is writing to the run.
-        """
-        with self.lock():
-            pass
-
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run's lock while writing to it.

@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
+
+from probattn.broken_tokens import finite_rows, follows, without_broken
 
 _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
 
@@ -193,22 +195,6 @@ def geometry(
     broken = ~(finite_rows(values) & finite_rows(queries) & finite_rows(keys))
     weights = jnp.where(follows(broken)[..., None], jnp.nan, weights)
     return Geometry(without_broken(values), without_broken(queries), without_broken(keys), weights)
-
-
-def finite_rows(array: Float[Array, "*batch T m"]) -> Bool[Array, "*batch T"]:
-    """Whether all of a row is finite."""
-    return jnp.all(jnp.isfinite(array), axis=-1)
-
-
-def follows(broken: Bool[Array, "*batch T"]) -> Bool[Array, "*batch T"]:
-    """Whether a broken row stands before each."""
-    count = broken.astype(jnp.int32)
-    return jnp.cumsum(count, axis=-1) > count
-
-
-def without_broken(array: Float[Array, "*batch T m"]) -> Float[Array, "*batch T m"]:
-    """The array with zeros for the rows that are not finite."""
-    return jnp.where(finite_rows(array)[..., None], array, jnp.zeros((), array.dtype))
 
 
 def projections(

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.attention import Projections, causal_softmax, finite_rows, follows, without_broken
+from probattn.attention import Projections, causal_softmax
+from probattn.broken_tokens import finite_rows, follows, without_broken
 from probattn.covariance import centred_covariance
 from probattn.elimination import determinant
 from probattn.moments import Pointwise, of_rows, representable, slope_of

@@ -13,7 +13,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.attention import bounded, check_arguments, geometry, without_broken
+from probattn.attention import bounded, check_arguments, geometry
+from probattn.broken_tokens import without_broken
 from probattn.covariance import attention_covariance
 from probattn.elimination import determinant
 from probattn.log_det import log_det, reduced_blocks
