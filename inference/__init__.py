@@ -3,7 +3,8 @@
 from probattn.inference.compare import ComparedRun, compare
 from probattn.inference.config import FitConfig, RunConfig, read_config
 from probattn.inference.evaluate import EvaluateResult, evaluate
-from probattn.inference.fit import FitError, FitResult, fit
+from probattn.inference.fit import fit
+from probattn.inference.fit_result import FitError, FitResult
 from probattn.inference.generate import Generated, generate
 from probattn.inference.guides import guide_draws
 from probattn.inference.laplace import LaplaceError
