@@ -215,6 +215,7 @@ class _Loop:
         self._seconds, self._reported_step = 0.0, self.step
 
     def _write_report(self, bar: Bar, guide_params: dict[str, jax.Array]) -> None:
+        """What the first process does of it: it alone scores and writes."""
         parameters = self._trainer.guide.median(guide_params)
         row: dict[str, Any] = {"step": self.step}
         for prefix, scorer in self._scorers.items():

@@ -111,10 +111,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         RunError: if the file is missing, or holds something else.
     """
+    stored = read_bytes(path)
     try:
-        content = json.loads(read_bytes(path).decode("utf-8"))
-    except RunError:
-        raise
+        content = json.loads(stored.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too long a number, too deep
         raise RunError(f"{path}: damaged: {error}") from None
     if not isinstance(content, dict):

@@ -114,13 +114,13 @@ class Trainer:
             )
         # The loss is -ELBO / N, of a point -log joint / N: nats per token, whatever the size of
         # the corpus.
-        taken = svi_optimizer(
+        plain = svi_optimizer(
             default_optimizer(config.fit) if optimizer is None else optimizer, config.fit
         )
         self._svi = SVI(
             numpyro.handlers.scale(model, 1 / count),
             numpyro.handlers.scale(guide, 1 / count),
-            taken if placement.mesh is None else PlacedOptimizer(taken, placement),
+            plain if placement.mesh is None else PlacedOptimizer(plain, placement),
             OrderedELBO(),
         )
         self._tokens = placement.put(tokens)

@@ -22,7 +22,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from probattn.broken_tokens import finite_rows, follows, without_broken
+from probattn.broken_tokens import reached, without_broken
 
 _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
 
@@ -192,8 +192,7 @@ def geometry(
     weights = causal_softmax(own, keys)
     # A token that is not finite reaches the rows after it, as NaN; not those before it, where its
     # weight of zero would make it NaN too.
-    broken = ~(finite_rows(values) & finite_rows(queries) & finite_rows(keys))
-    weights = jnp.where(follows(broken)[..., None], jnp.nan, weights)
+    weights = jnp.where(reached(values, queries, keys)[..., None], jnp.nan, weights)
     return Geometry(without_broken(values), without_broken(queries), without_broken(keys), weights)
 
 

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from probattn.attention import Projections, causal_softmax
-from probattn.broken_tokens import finite_rows, follows, without_broken
+from probattn.broken_tokens import reached, without_broken
 from probattn.covariance import centred_covariance
 from probattn.elimination import determinant
 from probattn.moments import Pointwise, of_rows, representable, slope_of
@@ -110,10 +110,9 @@ def _where_whole(
     keys: Float[Array, "N T r"],
 ) -> tuple[Array, Array]:
     """A token that is not finite reaches the rows after it, as NaN, and not those before it."""
-    broken = ~(finite_rows(queries) & finite_rows(keys))
-    reached = follows(broken)
+    lost = reached(queries, keys)
     sign, value = centred(own, without_broken(queries), without_broken(keys))
-    return jnp.where(reached, jnp.nan, sign), jnp.where(reached, jnp.nan, value)
+    return jnp.where(lost, jnp.nan, sign), jnp.where(lost, jnp.nan, value)
 
 
 def _of_sequences(

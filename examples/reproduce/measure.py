@@ -20,6 +20,7 @@ from probattn.inference.scoring import Scorer
 
 HALVES = ("tune", "test")
 SEED = 0  # of the noise: the same draws for every run
+_NOISE = ("gaussian", "kinds")  # what is measured together
 
 
 def is_fitted(task: Task) -> bool:
@@ -61,14 +62,11 @@ def work(task: Task) -> None:
 
 def measured(task: Task, run: Run) -> list[dict[str, Any]]:
     """Every point of noise that was measured of a run, as the task would measure it."""
-    return [point for name in _PARTS for point in _kept(task, run, name) or []]
-
-
-_PARTS = ("gaussian", "kinds")
+    return [point for name in _NOISE for point in _kept(task, run, name) or []]
 
 
 def _missing(task: Task, run: Run) -> list[str]:
-    wanted = _PARTS if task.kinds else _PARTS[:1]
+    wanted = _NOISE if task.kinds else _NOISE[:1]
     return [name for name in wanted if _kept(task, run, name) is None]
 
 
