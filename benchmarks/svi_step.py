@@ -103,8 +103,10 @@ def _hand_written(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:
         predicted = logits(params, x, heads=model.heads)
         value = optax.softmax_cross_entropy_with_integer_labels(predicted, targets).mean()
         if weight:
-            barrier = relaxed_barrier(x, params["w_query"], params["w_key"], objective.delta)
-            value += weight * barrier.mean()
+            barrier = relaxed_barrier(
+                x, params["w_query"], params["w_key"], objective.delta, summed=True
+            )
+            value += weight * barrier.mean() / model.block
         log_prior = sum(
             jnp.sum(
                 -(((params[name] - location) / scale) ** 2) / 2

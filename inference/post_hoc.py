@@ -170,7 +170,7 @@ def _objective(
     w_query, w_key, log_scale = params
     energy = jnp.mean(residual(x, w_query, w_key, bound=bound) ** 2) * jnp.exp(-2 * log_scale)
     gauss = x.shape[-1] * (log_scale + energy / 2)
-    barrier = jnp.mean(relaxed_barrier(x, w_query, w_key, bound=bound))
+    barrier = jnp.mean(relaxed_barrier(x, w_query, w_key, bound=bound, summed=True)) / x.shape[-2]
     prior = attention_prior(*w_query.shape)
     log_prior = prior.log_prob(w_query) + prior.log_prob(w_key)
     return gauss + barrier - log_prior / training_tokens

@@ -208,10 +208,10 @@ def _attention_terms(
     stage: AttentionStage, objective: ObjectiveConfig
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Barrier and ||e_t||^2 / (2 sigma^2), summed over positions and averaged over heads."""
-    barrier = relaxed_barrier(**stage, delta=objective.delta)
     if objective.one_sided:
-        barrier = jnp.maximum(barrier, 0)
-    barrier = barrier.sum(-1)
+        barrier = jnp.maximum(relaxed_barrier(**stage, delta=objective.delta), 0).sum(-1)
+    else:
+        barrier = relaxed_barrier(**stage, delta=objective.delta, summed=True)
     scaled = residual(**stage) / objective.residual_scale
     energy = jnp.sum(scaled**2, axis=(-2, -1)) / 2  # dead code, and compiled away, if not used
     heads = tuple(range(1, barrier.ndim))

@@ -19,7 +19,7 @@ from probattn.attention import Projections, causal_softmax
 from probattn.broken_tokens import reached, without_broken
 from probattn.covariance import centred_covariance
 from probattn.elimination import determinant
-from probattn.moments import Pointwise, of_rows, representable, slope_of
+from probattn.moments import Pointwise, of_rows, representable, slope_of, summed_over_rows
 from probattn.sequences import per_device
 from probattn.unanimous import unanimous
 
@@ -27,14 +27,14 @@ from probattn.unanimous import unanimous
 # as an accelerator wants.
 _AT_ONCE, _AT_ONCE_ELSEWHERE = 2**18, 2**24
 # Rows at once of a long sequence: at least so many, in at most so many parts.
-_ROWS, _PARTS = 128, 4
+_ROWS, _PARTS = 64, 4
 _CENTRED = 2**17  # numbers in centred vectors, at once
 _FEW = 2**14  # products of queries and keys that are not worth the compilation of two ways
 
 
 def of_determinants(
-    pointwise: Pointwise, projected: Projections
-) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
+    pointwise: Pointwise, projected: Projections, *, summed: bool = False
+) -> tuple[Float[Array, "*batch T"], Float[Array, "..."]]:
     """Signs of det R_t and a function of them and of log|det R_t|, at every position.
 
     The derivative is R_t^-T, in forward and reverse mode and to any order; at an exactly singular
@@ -43,36 +43,40 @@ def of_determinants(
     Args:
         pointwise: of signs (..., T) and log|det| (..., T), -inf where singular.
         projected: of sequences (..., T, d), already checked.
+        summed: whether to sum over positions: faster, since the derivative needs no second look
+            at the determinants.
 
     Returns:
-        Signs (..., T), 0 where singular, and what `pointwise` returns, (..., T).
+        Signs (..., T), 0 where singular, and what `pointwise` returns, (..., T), or its sum (...,).
     """
     *leading, length, rank = projected.keys.shape
     arguments = tuple(
         array.reshape(-1, length, rank)
         for array in (projected.own, projected.queries, projected.keys)
     )
-    sign, value = per_device(partial(_in_groups, pointwise), *arguments)
-    return sign.reshape(*leading, length), value.reshape(*leading, length)
+    sign, value = per_device(partial(_in_groups, pointwise, summed), *arguments)
+    return sign.reshape(*leading, length), value.reshape(*leading, *value.shape[1:])
 
 
 def _in_groups(
     pointwise: Pointwise,
+    summed: bool,
     own: Float[Array, "N T r"],
     queries: Float[Array, "N T r"],
     keys: Float[Array, "N T r"],
 ) -> tuple[Array, Array]:
     sequences, length, rank = keys.shape
     if math.prod(keys.shape) * length * rank <= _FEW:
-        return _directly(pointwise, own, queries, keys)
-    of = partial(_of_sequences, pointwise)
+        sign, value = _directly(pointwise, own, queries, keys)
+        return sign, jnp.sum(value, axis=-1) if summed else value
+    of = partial(_of_sequences, pointwise, summed)
     together = _together(sequences, length * rank**2)
     if together == sequences:
         return of(own, queries, keys)
     groups = tuple(array.reshape(-1, together, length, rank) for array in (own, queries, keys))
-    one = jax.checkpoint(of)
+    one = of if summed else jax.checkpoint(of)
     sign, value = lax.map(lambda group: one(*group), groups)
-    return sign.reshape(sequences, length), value.reshape(sequences, length)
+    return sign.reshape(sequences, length), value.reshape(sequences, *value.shape[2:])
 
 
 def _together(sequences: int, numbers: int) -> int:
@@ -117,19 +121,26 @@ def _where_whole(
 
 def _of_sequences(
     pointwise: Pointwise,
+    summed: bool,
     own: Float[Array, "N T r"],
     queries: Float[Array, "N T r"],
     keys: Float[Array, "N T r"],
 ) -> tuple[Array, Array]:
     finite = representable(queries, keys)
     # Without the tokens that are too long for any product.
-    kept = (jnp.where(finite[..., None], array, 0.0) for array in (own, queries, keys))
-    sign, value, fine = _by_moments(pointwise, *kept)
+    kept = [jnp.where(finite[..., None], array, 0.0) for array in (own, queries, keys)]
+    if summed:
+        sign, value, fine = _summed_by_moments(pointwise, finite, *kept)
+    else:
+        sign, value, fine = _by_moments(pointwise, *kept)
     fine = finite & (lax.stop_gradient(fine) > 0)
 
     def corrected() -> tuple[Array, Array]:
         centred = _where_whole(partial(_by_centring, pointwise, fine), own, queries, keys)
-        return jnp.where(fine, sign, centred[0]), jnp.where(fine, value, centred[1])
+        signs = jnp.where(fine, sign, centred[0])
+        if summed:
+            return signs, value + jnp.sum(jnp.where(fine, 0.0, centred[1]), axis=-1)
+        return signs, jnp.where(fine, value, centred[1])
 
     return lax.cond(unanimous(fine), lambda: (sign, value), corrected)
 
@@ -138,11 +149,8 @@ def _by_moments(pointwise: Pointwise, own: Array, queries: Array, keys: Array) -
     length = keys.shape[-2]
     if length <= _ROWS:
         return of_rows(pointwise, 0, own, queries, keys)
-    rows = max(_ROWS, -(-length // _PARTS))
     found = []
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        # A past of s < stop is all that rows start..stop attend to.
+    for start, stop in _blocks_of_rows(length):
         past = queries[..., :stop, :], keys[..., :stop, :]
         one = jax.checkpoint(partial(of_rows, pointwise, start))
         sign, value, fine = one(own[..., start:stop, :], *past)
@@ -150,6 +158,32 @@ def _by_moments(pointwise: Pointwise, own: Array, queries: Array, keys: Array) -
         value, own, queries, keys = lax.optimization_barrier((value, own, queries, keys))
         found.append((sign, value, fine))
     return tuple(jnp.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
+
+
+def _summed_by_moments(
+    pointwise: Pointwise, finite: Array, own: Array, queries: Array, keys: Array
+) -> tuple:
+    signs, values, fines = [], [], []
+    for start, stop in _blocks_of_rows(keys.shape[-2]):
+        past = queries[..., :stop, :], keys[..., :stop, :]
+        counted = finite[..., start:stop].astype(own.dtype)
+        sign, value, fine = summed_over_rows(
+            pointwise, start, counted, own[..., start:stop, :], *past
+        )
+        value, own, queries, keys = lax.optimization_barrier((value, own, queries, keys))
+        signs.append(sign)
+        values.append(value)
+        fines.append(fine)
+    return jnp.concatenate(signs, axis=-1), sum(values), jnp.concatenate(fines, axis=-1)
+
+
+def _blocks_of_rows(length: int) -> list[tuple[int, int]]:
+    """Where blocks of positions start and stop.
+
+    A past of s < stop is all that rows start..stop attend to: the rest need not be computed.
+    """
+    rows = max(_ROWS, -(-length // _PARTS))
+    return [(start, min(start + rows, length)) for start in range(0, length, rows)]
 
 
 def _by_centring(

@@ -74,8 +74,7 @@ class AttentionResidual(Transform):
         self, x: ArrayLike, y: ArrayLike, intermediates: Any = None
     ) -> Float[Array, "*batch"]:
         """log|det de/dx|, summed over positions, in nats; whether or not the map folds there."""
-        _, log_abs = log_det(x, self.w_query, self.w_key, bound=self.bound)
-        return log_abs.sum(-1)
+        return log_det(x, self.w_query, self.w_key, bound=self.bound, summed=True)[1]
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the residuals of an x of this shape."""
@@ -177,9 +176,8 @@ class CausalAttention(dist.TransformedDistribution):
                 f"T = {length}"
             )
         noise = self.base_dist.log_prob(self.transforms[0].inv(value))
-        sign, log_abs = log_det(value, self.w_query, self.w_key, bound=self.bound)
-        positive = jnp.all(sign > 0, axis=-1)
-        return jnp.where(positive, noise + log_abs.sum(-1), -jnp.inf)
+        sign, log_abs = log_det(value, self.w_query, self.w_key, bound=self.bound, summed=True)
+        return jnp.where(jnp.all(sign > 0, axis=-1), noise + log_abs, -jnp.inf)
 
 
 def _holds(condition: Callable[[np.ndarray], np.ndarray], values: ArrayLike) -> bool:

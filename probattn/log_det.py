@@ -76,8 +76,13 @@ def jacobian_blocks(
 
 
 def log_det(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
-) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
+    x: ArrayLike,
+    w_query: ArrayLike,
+    w_key: ArrayLike,
+    *,
+    bound: ArrayLike | None = None,
+    summed: bool = False,
+) -> tuple[Float[Array, "*batch T"], Float[Array, "..."]]:
     """Sign and log absolute value of det D_t at every position, exact, from the reduced blocks.
 
     The derivative is R_t^-T, exact up to the boundary, in forward and reverse mode and to any
@@ -89,18 +94,22 @@ def log_det(
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
+        summed: whether to sum log|det D_t| over positions. The derivative then comes with the
+            value, in less time and memory than that of the positions one by one.
 
     Returns:
-        The sign (+1, -1, or 0 where singular) and log|det D_t| in nats (-inf where singular),
-        each (..., T). The sequence's log-density term (paper, Corollary 3.1) is the sum over
-        positions, and stands only where every sign is +1.
+        The sign (..., T) (+1, -1, or 0 where singular) and log|det D_t| in nats (-inf where
+        singular), (..., T), or its sum, (...,): the sequence's log-density term (paper,
+        Corollary 3.1), which stands only where every sign is +1.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
             not positive.
     """
     arguments = check_arguments(x, w_query, w_key, bound)
-    return of_determinants(lambda _, log_abs: log_abs, projections(*arguments, bound))
+    return of_determinants(
+        lambda _, log_abs: log_abs, projections(*arguments, bound), summed=summed
+    )
 
 
 def relaxed_barrier(
@@ -110,7 +119,8 @@ def relaxed_barrier(
     delta: float = 1e-3,
     *,
     bound: ArrayLike | None = None,
-) -> Float[Array, "*batch T"]:
+    summed: bool = False,
+) -> Float[Array, "..."]:
     """Relaxed log-barrier on z_t = det D_t: the training penalty of every position, in nats.
 
     It is -log z for z >= delta, the exact barrier; ((z - 2 delta)^2 / delta^2 - 1) / 2 - log delta
@@ -125,9 +135,10 @@ def relaxed_barrier(
         w_key: W_K, (..., d, r).
         delta: determinant below which the barrier is relaxed, > 0.
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
+        summed: whether to sum over positions: see `log_det`.
 
     Returns:
-        (..., T); zero at positions 0 and 1, negative where det D_t > 1.
+        (..., T); zero at positions 0 and 1, negative where det D_t > 1. Or its sum, (...,).
 
     Raises:
         ValueError: if delta or the bound is not positive, the shapes do not fit or the arrays are
@@ -137,7 +148,7 @@ def relaxed_barrier(
         raise ValueError(f"delta is {delta!r}: expected a finite number > 0")
     arguments = check_arguments(x, w_query, w_key, bound)
     barrier = partial(_relaxed, delta=float(delta))
-    return of_determinants(barrier, projections(*arguments, bound))[1]
+    return of_determinants(barrier, projections(*arguments, bound), summed=summed)[1]
 
 
 def _relaxed(

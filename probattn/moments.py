@@ -73,13 +73,70 @@ def of_rows(
 
 @of_rows.defjvp
 def _of_rows_jvp(pointwise: Pointwise, start: int, primals: tuple, tangents: tuple) -> tuple:
-    own, queries, keys = primals
+    sign, value, fine, pull = _with_pullback(pointwise, start, *primals)
+    # Transposed, so that forward mode has it too; in reverse mode JAX transposes it back.
+    (change,) = jax.linear_transpose(pull, value)(tangents)
+    still = jnp.zeros_like(change)
+    return (sign, value, fine), (still, change, still)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def summed_over_rows(
+    pointwise: Pointwise,
+    start: int,
+    counted: Float[Array, "*batch rows"],
+    own: Float[Array, "*batch rows r"],
+    queries: Float[Array, "*batch past r"],
+    keys: Float[Array, "*batch past r"],
+) -> tuple[Float[Array, "*batch rows"], Float[Array, " *batch"], Float[Array, "*batch rows"]]:
+    """As `of_rows`, but the sum of the function over the positions that count.
+
+    The derivative of a sum is one number for every entry of own, queries and keys. It is computed
+    with the value, so nothing is computed anew for it and nothing of size r x r is kept.
+
+    Args:
+        pointwise: as there.
+        start: as there.
+        counted: 1 where a position may count, else 0.
+        own: as there.
+        queries: as there.
+        keys: as there.
+
+    Returns:
+        Signs; the sum; and 1 where a position counts, else 0: one that may, and is fine.
+    """
+    sign, value, fine = of_rows(pointwise, start, own, queries, keys)
+    fine *= counted
+    return sign, _sum(value, fine), fine
+
+
+@summed_over_rows.defjvp
+def _summed_over_rows_jvp(
+    pointwise: Pointwise, start: int, primals: tuple, tangents: tuple
+) -> tuple:
+    counted, *arrays = primals
+    sign, value, fine, pull = _with_pullback(pointwise, start, *arrays)
+    fine *= counted
+    change = sum(
+        jnp.sum(slope * tangent, axis=(-2, -1))
+        for slope, tangent in zip(pull(fine), tangents[1:], strict=True)
+    )
+    still = jnp.zeros_like(fine)
+    return (sign, _sum(value, fine), fine), (still, change, still)
+
+
+def _with_pullback(
+    pointwise: Pointwise, start: int, own: Array, queries: Array, keys: Array
+) -> tuple[Array, Array, Array, Callable[[Array], tuple[Array, Array, Array]]]:
+    """What `of_rows` returns, and the map from cotangents of its values to those of its arrays."""
     rank = keys.shape[-1]
     weights = _once(_weights(own, keys, start))  # (..., rows, past)
     weights_last = _last(weights)
-    own_last, queries_last, keys_last = (_last(array) for array in primals)
+    own_last, queries_last, keys_last = (_last(array) for array in (own, queries, keys))
     blocks, query_mean, key_mean, fine = _blocks(weights_last, queries_last, keys_last)
     sign, value, slope = slope_of(pointwise, blocks)
+    # Values that are not fine are used by nobody, and need not be finite.
+    slope = jnp.where(fine[..., None, None, :] > 0, slope, jnp.zeros_like(slope))
 
     # The value's derivative with respect to moments and means, (..., r * r or r, rows), then to
     # weights and logits, (..., past, rows), and to the queries that attend, (..., r, rows).
@@ -106,10 +163,11 @@ def _of_rows_jvp(pointwise: Pointwise, start: int, primals: tuple, tangents: tup
         own_queries = by_own * cotangent[..., None, :]
         return _rows(own_queries), _rows(query), _rows(key)
 
-    # Transposed, so that forward mode has it too; in reverse mode JAX transposes it back.
-    (change,) = jax.linear_transpose(pull, value)(tangents)
-    still = jnp.zeros_like(change)
-    return (sign, value, fine), (still, change, still)
+    return sign, value, fine, pull
+
+
+def _sum(value: Float[Array, "*batch rows"], counted: Float[Array, "*batch rows"]) -> Array:
+    return jnp.sum(jnp.where(counted > 0, value, jnp.zeros_like(value)), axis=-1)
 
 
 def slope_of(

@@ -174,16 +174,24 @@ def test_long_sequence_matches_dense_jacobian(t):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("heads", [(), (2,)])
-@pytest.mark.parametrize("function", [pa.log_det, pa.relaxed_barrier])
-def test_many_large_blocks_are_taken_in_turns(function, heads):
+@pytest.mark.parametrize(
+    ("function", "heads", "summed"),
+    [
+        (pa.log_det, (), False),
+        (pa.log_det, (2,), True),
+        (pa.relaxed_barrier, (2,), False),
+        (pa.relaxed_barrier, (), True),
+    ],
+)
+def test_many_large_blocks_are_taken_in_turns(function, heads, summed):
     """Sequences of which not all are formed at once: value and derivative of each alone."""
     rng = np.random.default_rng(0)
     x = 0.3 * rng.standard_normal((5, *(1 for _ in heads), 90, 6))
     w_query, w_key = rng.standard_normal((2, *heads, 6, 32))
 
     def total(x, w_query, w_key):
-        return jnp.sum(jnp.asarray(function(x, w_query, w_key)))
+        found = function(x, w_query, w_key, summed=summed)
+        return sum(jnp.sum(part) for part in jax.tree.leaves(found))
 
     value, gradients = jax.jit(jax.value_and_grad(total, EVERY_INPUT))(x, w_query, w_key)
     alone = [jax.jit(jax.value_and_grad(total, EVERY_INPUT))(one, w_query, w_key) for one in x]
