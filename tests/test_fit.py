@@ -301,7 +301,7 @@ def test_a_clock_that_jumps_loses_nothing(whole, config, tmp_path, monkeypatch, 
         if leap < 0:
             run = fit(config, copy, resume=True).run
         else:  # a save that seems to take months is given up
-            with pytest.raises(WriteError, match="cannot be written: .*timed out"):
+            with pytest.raises(WriteError, match=r"cannot be written: .*timed out"):
                 fit(config, copy, resume=True)
     gc.collect()  # here, where its warning is known
     if leap > 0:
