@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import gc
 import importlib
 import itertools
 import json
@@ -288,25 +287,14 @@ def test_a_fit_that_was_killed_goes_on_as_if_it_had_not_been(whole, config, tmp_
     assert_same_outcome(fit(config, copy.path, resume=True).run, whole)
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")  # orbax's
-@pytest.mark.parametrize("leap", [-1e7, 1e7], ids=["back", "forward"])
-def test_a_clock_that_jumps_loses_nothing(whole, config, tmp_path, monkeypatch, leap):
-    """The time of day leaps by months at every look at it, and files seem to be of the future."""
+def test_a_clock_that_goes_back_changes_nothing(whole, config, tmp_path, monkeypatch):
+    """The time of day loses months at every look at it, and files seem to be of the future."""
     copy = shutil.copytree(whole.copies[80], tmp_path / "run")
     for file in copy.rglob("*"):
         os.utime(file, (4e9, 4e9))
-    looks = itertools.count(2e9, leap)
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "time", lambda: next(looks))
-        if leap < 0:
-            run = fit(config, copy, resume=True).run
-        else:  # a save that seems to take months is given up
-            with pytest.raises(WriteError, match=r"cannot be written: .*timed out"):
-                fit(config, copy, resume=True)
-    gc.collect()  # here, where its warning is known
-    if leap > 0:
-        run = fit(config, copy, resume=True).run
-    assert_same_outcome(run, whole)
+    looks = itertools.count(2e9, -1e7)
+    monkeypatch.setattr(time, "time", lambda: next(looks))
+    assert_same_outcome(fit(config, copy, resume=True).run, whole)
 
 
 def test_a_fit_that_goes_on_remembers_its_best(whole, config, tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ def targets_fixture():
 @pytest.mark.parametrize(
     ("name", "inputs", "outcomes"),
     [
+        ("command_line", 60, {"help", "refused", "refused by the parser"}),
         ("configuration", 300, {"accepted", "ValueError"}),
         ("vocabulary", 300, {"accepted", "ValueError"}),
         ("corpus", 300, {"accepted", "DataError", "ValueError"}),
