@@ -384,7 +384,7 @@ def main() -> None:
     """Run what is asked for and write its figures."""
     commands = ("fit", "sample", "evaluate")
     parser = argparse.ArgumentParser(description="kill probattn anywhere, and go on")
-    parser.add_argument("--kills", type=int, default=200, help="of all commands together")
+    parser.add_argument("--kills", type=int, default=200, help="of all commands, shared evenly")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=commands, default=list(commands))
     parser.add_argument("--folder", type=Path, help="keeps what differs; by default a new one")
@@ -394,30 +394,31 @@ def main() -> None:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     laboratory = Laboratory(folder, options.seed)
-    results: dict[str, Any] = {"seed": options.seed}
-    started = time.perf_counter()
-    for number, name in enumerate(options.only):
-        share = (options.kills + number) // len(options.only)
-        outcome = faults(laboratory, name, share)
-        results[name] = {
-            "kills": outcome.kills.total(),
-            "runs": outcome.runs,
-            "seconds_left_alone": round(outcome.seconds, 2),
+    path = options.out / "faults.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    for name in options.only:
+        started = time.perf_counter()
+        outcome = faults(laboratory, name, -(-options.kills // len(options.only)))
+        found = {
             "torn": outcome.torn,
             "differences": outcome.differences,
             "failures": outcome.failures,
-            "killed_at": dict(sorted(outcome.kills.items())),
         }
-    found = [results[name][key] for name in options.only for key in ("torn", "differences")]
-    results |= {
-        "kills": sum(results[name]["kills"] for name in options.only),
-        "found": sum(map(len, found)) + sum(len(results[n]["failures"]) for n in options.only),
-        "seconds": round(time.perf_counter() - started),
-        "environment": environment(),
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "faults.json"
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        results[name] = {
+            "kills": outcome.kills.total(),
+            "found": sum(map(len, found.values())),
+            "runs": outcome.runs,
+            "seconds_left_alone": round(outcome.seconds, 2),
+            **found,
+            "killed_at": dict(sorted(outcome.kills.items())),
+            "seed": options.seed,
+            "seconds": round(time.perf_counter() - started),
+            "environment": environment(),
+        }
+        # Those of the other commands stay.
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(kept | {name: results[name]}, indent=2) + "\n", encoding="utf-8")
     for name in options.only:
         row = results[name]
         counts = ", ".join(f"{len(row[key])} {key}" for key in ("torn", "differences", "failures"))
@@ -425,9 +426,10 @@ def main() -> None:
         for each in itertools.chain(row["torn"], row["differences"], row["failures"]):
             print(" ", each)
     print("wrote", path)
-    if not results["found"] and options.folder is None:
+    found_any = any(row["found"] for row in results.values())
+    if not found_any and options.folder is None:
         shutil.rmtree(folder)
-    sys.exit(bool(results["found"]))
+    sys.exit(found_any)
 
 
 if __name__ == "__main__":
