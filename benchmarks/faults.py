@@ -145,7 +145,8 @@ def _arm(run: str, at: int, rng: random.Random) -> "itertools.count[int]":
             return
         if descriptor is not None and Path(str(path)).is_file():
             known = os.fstat(descriptor)
-            os.truncate(str(path), rng.randint(synced.get(known.st_ino, 0), known.st_size))
+            safe = min(synced.get(known.st_ino, 0), known.st_size)  # it may have become shorter
+            os.truncate(str(path), rng.randint(safe, known.st_size))
         relative = str(path)[len(run) + 1 :]
         print(f"\n{name} {relative}", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -216,6 +217,11 @@ def _read_netcdf(path: Path) -> None:
         tree.load()
 
 
+def _read_csv(path: Path) -> None:
+    if not path.read_bytes().endswith(b"\n"):
+        raise ValueError("no end")
+
+
 def _read_png(path: Path) -> None:
     if not path.read_bytes().endswith(b"IEND\xaeB`\x82"):
         raise ValueError("no end")
@@ -227,6 +233,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     ".jsonl": _read_lines,
     ".npz": _read_arrays,
     ".nc": _read_netcdf,
+    ".csv": _read_csv,
     ".png": _read_png,
 }
 
