@@ -24,10 +24,7 @@ from harness import environment
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-NAMES = (
-    *("command_line", "configuration", "vocabulary", "corpus", "run", "metrics"),
-    *("shapes", "values"),
-)
+NAMES = "command_line configuration vocabulary corpus run metrics shapes values".split()
 MEMORY_DISK = Path("/dev/shm")  # where there is one, files cost little
 CRASHES = 5  # after which a target is given up
 
