@@ -24,7 +24,16 @@ from harness import environment
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-NAMES = "command_line configuration vocabulary corpus run metrics shapes values".split()
+NAMES = (
+    "command_line",
+    "configuration",
+    "vocabulary",
+    "corpus",
+    "run",
+    "metrics",
+    "shapes",
+    "values",
+)
 MEMORY_DISK = Path("/dev/shm")  # where there is one, files cost little
 CRASHES = 5  # after which a target is given up
 
