@@ -13,11 +13,19 @@ import jax
 
 CONTROL = "control"
 
+# A library's threads may spin for a tenth of a second after their last work, as OpenBLAS's do, and
+# on two cores they take half the machine from whatever is timed next; and a machine that has
+# rested is slow for as long again.
+_REST, _WARM = 0.15, 0.25  # seconds
+
 
 def compare(
     alternatives: Mapping[str, Callable[[], Any]], *, rounds: int
 ) -> dict[str, dict[str, float]]:
     """Time each alternative once a round, in an order that turns, and the first twice.
+
+    Before each timing the threads of what was timed before come to rest, and the alternative runs
+    untimed, at least once.
 
     Returns:
         By name, and for the second timing of the first alternative under "control": median time
@@ -28,10 +36,17 @@ def compare(
     for run in alternatives.values():
         jax.block_until_ready(run())  # compiled and warm
 
-    def timed(run: Callable[[], Any]) -> float:
+    def seconds_of(run: Callable[[], Any]) -> float:
         started = time.perf_counter()
         jax.block_until_ready(run())
         return time.perf_counter() - started
+
+    def timed(run: Callable[[], Any]) -> float:
+        time.sleep(_REST)
+        warm = 0.0
+        while warm < _WARM:
+            warm += seconds_of(run)
+        return seconds_of(run)
 
     seconds = alternate({name: partial(timed, run) for name, run in runs.items()}, rounds=rounds)
     return {
