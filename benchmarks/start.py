@@ -1,9 +1,12 @@
-"""`probattn fit` from its start to its end after one step, with and without compiled programs."""
+"""`probattn fit` from its start to its first step, with and without compiled programs on disk."""
 
 import os
+import pty
+import re
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from functools import partial
 from pathlib import Path
@@ -15,7 +18,7 @@ MODEL = ["--model.layers", "4", "--model.width", "128", "--model.block", "64"]
 
 
 def start(rounds: int) -> dict[str, Any]:
-    """Seconds of a first start, of a second one, and their ratio."""
+    """Seconds of a first start of a fit to its first step, of a second one, and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "kept"
         runs = {
@@ -41,18 +44,30 @@ def report(results: dict[str, Any]) -> None:
 
 
 def _seconds(folder: Path, cache: Path | None = None) -> float:
-    """Of one fit of one step, imports and its report included; a cache of its own by default."""
+    """Until the progress bar counts a step, imports included; a cache of its own by default."""
     with tempfile.TemporaryDirectory(dir=folder) as own:
         environment = {key: value for key, value in os.environ.items() if key[:4] != "JAX_"}
         environment["XDG_CACHE_HOME"] = str(cache or own)
-        schedule = ["--fit.steps", "1", "--fit.warmup", "0", "--fit.eval-every", "1"]
-        command = ["fit", "--data", "pydoc", "--out", f"{own}/run", *MODEL, *schedule]
+        command = ["fit", "--data", "pydoc", "--out", f"{own}/run", *MODEL]
+        screen, terminal = pty.openpty()  # a bar is drawn on a terminal alone
+        termios.tcsetwinsize(terminal, (24, 100))
         started = time.perf_counter()
-        subprocess.run(
+        fit = subprocess.Popen(
             [sys.executable, "-m", "probattn.inference.cli", *command],
             env=environment,
             cwd=own,
-            check=True,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=terminal,
         )
-        return time.perf_counter() - started
+        os.close(terminal)
+        try:
+            shown = b""
+            while not re.search(rb" [1-9][0-9]*/[0-9]+ ", shown):
+                shown += os.read(screen, 4096)  # an error once the fit has ended
+            return time.perf_counter() - started
+        except OSError:
+            raise RuntimeError(f"fit ended before its first step: {shown[-500:]!r}") from None
+        finally:
+            fit.kill()
+            fit.wait()
+            os.close(screen)
