@@ -15,7 +15,7 @@ import tiny_run
 from scipy import stats
 from tiny_run import tiny_text
 
-from probattn.inference import load_run
+from probattn.inference import load_run, sensitivity
 from probattn.inference.perturbations import Gaussian
 from probattn.inference.scoring import Scorer
 from probattn.inference.svi import Trainer
@@ -46,6 +46,8 @@ kinds = ["uniform", "substitution"]
 kinds_relative = [0.5]
 substituted = [0.1]
 ascent_tokens = 64
+sensitivity_tokens = 800
+sensitivity_draws = 2
 """
 METHODS = """
 [ce]
@@ -187,10 +189,10 @@ def test_points_are_of_the_second_half_under_noise_in_its_unit(history, command)
 def test_figures_and_table_are_drawn_from_the_tables_alone(history, command, scripts, tmp_path):
     folder, _ = command
     written = folder / "runs" / "results"
-    for name in ("runs.csv", "curves.csv", "noise.csv", "setting.txt"):
-        (tmp_path / name).write_bytes((written / name).read_bytes())
+    for path in (*written.glob("*.csv"), written / "setting.txt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     drawn = {path.name for path in scripts["figures"].draw(tmp_path)}
-    assert drawn == {"curves.png", "noise.png", "table.md"}
+    assert drawn == {"curves.png", "noise.png", "sensitivity.png", "table.md"}
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table == (written / "table.md").read_text(encoding="utf-8")
     assert "text.txt, evaluated on test.txt" in table
@@ -207,6 +209,51 @@ def test_figures_and_table_are_drawn_from_the_tables_alone(history, command, scr
     low, high = stats.ttest_1samp(ratios, 0).confidence_interval()
     cost = f"{ratios.mean():+.1f} % ± {(high - low) / 2:.1f}".replace("-", "\N{MINUS SIGN}")
     assert f"| margin, clean cost | +1.7 % | {cost} |" in table
+
+
+def test_margins_and_harm_are_those_of_the_command_sensitivity(history, command, scripts):
+    folder, _ = command
+    [margins, comparisons, support] = (
+        rows_of(folder, name)
+        for name in ("sensitivity_margins", "sensitivity_comparisons", "support_tokens")
+    )
+    text = str(folder / "test.txt")
+    lifts = {}
+    for name, setting in (("ce", "learning_rate=1x"), ("margin", "barrier_weight=0.05")):
+        for seed in range(COMMAND_SEEDS):
+            run = load_run(folder / "runs" / name / setting / f"seed-{seed}")
+            found = sensitivity(run, text, draws=2, most_tokens=800)
+
+            def own(rows, method=name, number=str(seed)):
+                return [r for r in rows if (r["method"], r["seed"]) == (method, number)]
+
+            assert [row["stage"] for row in own(margins)] == [each.label for each in found.stages]
+            for row, stage in zip(own(margins), found.stages, strict=True):
+                later = stage.margin[found.position >= 2]
+                assert float(row["smallest"]) == pytest.approx(later.min(), rel=1e-6)
+                assert float(row["median"]) == pytest.approx(np.median(later), rel=1e-6)
+                assert float(row["negative"]) == pytest.approx(np.mean(later < 0), rel=1e-6)
+            for row, each in zip(own(comparisons), found.comparisons, strict=True):
+                keys = (row["stage"], row["statistic"], row["within"])
+                assert keys == (each.stage, each.statistic, each.within)
+                assert float(row["estimate"] or "nan") == pytest.approx(
+                    each.estimate.value, rel=1e-6, nan_ok=True
+                )
+                if keys == ("post hoc", "support", "text"):
+                    lifts.setdefault(name, []).append(each.estimate.value)
+            for stage in found.stages:
+                counts = [int(r["support"]) for r in own(support) if r["stage"] == stage.label]
+                assert sum(counts) == stage.support.sum()
+    table = (folder / "runs" / "results" / "table.md").read_text(encoding="utf-8")
+    [row] = [
+        line
+        for line in table.splitlines()
+        if line.startswith("| increase at support") and "symbol" not in line
+    ]
+    for value, shown in zip((lifts["ce"], lifts["margin"]), row.split(" | ")[1:3], strict=True):
+        low, high = stats.ttest_1samp(value, 0).confidence_interval(0.95)
+        told = f"{np.mean(value):.3f} ± {(high - low) / 2:.3f}"
+        assert shown == told
 
 
 def test_points_of_another_plan_are_in_no_table(history, command, scripts):

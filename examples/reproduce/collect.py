@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from measure import is_fitted, measured
+from measure import compared, is_fitted, measured
 from plan import Task
 
 from probattn.corpora import Corpus
@@ -27,10 +27,25 @@ REPORTED = (
     "coupling_eigenvalue_max",
 )
 NOISE = ("half", "kind", "unit", "level", "bpc", "degradation")
+COMPARED = {
+    "sensitivity_margins": ("stage", "smallest", "median", "negative", "positions"),
+    "sensitivity_comparisons": (
+        *("noise", "level", "stage", "statistic", "within"),
+        *("estimate", "low", "high"),
+    ),
+    "support_tokens": (
+        *("stage", "token", "support", "share", "share_low", "share_high"),
+        *("positions", "base"),
+    ),
+}
+"""Tables of the part sensitivity and their columns, written where there is something in them."""
 
 
 def write_results(tasks: Sequence[Task], corpus: Corpus, setting: str, out: Path) -> list[Path]:
-    """Write runs.csv, curves.csv, noise.csv and setting.txt from the tasks whose runs are finished.
+    """Write what is found in the runs of tasks that are finished.
+
+    runs.csv, curves.csv, noise.csv and setting.txt; and where margins and losses were compared,
+    sensitivity_margins.csv, sensitivity_comparisons.csv and support_tokens.csv.
 
     Args:
         tasks: a task for each run that there may be.
@@ -42,6 +57,7 @@ def write_results(tasks: Sequence[Task], corpus: Corpus, setting: str, out: Path
         RunError: if a run has another configuration than its task, or another corpus.
     """
     runs, curves, noise = [], [], []
+    tables: dict[str, list[tuple]] = {table: [] for table in COMPARED}
     for task in tasks:
         if not is_fitted(task):
             continue
@@ -59,11 +75,18 @@ def write_results(tasks: Sequence[Task], corpus: Corpus, setting: str, out: Path
             for row in rows
         ]
         noise += [(*name, *(point[key] for key in NOISE)) for point in measured(task, run)]
+        for table, found in compared(task, run).items():
+            tables[table] += [(*name, *(row[key] for key in COMPARED[table])) for row in found]
     last = ("train_bpc", "embedding_rms", "seconds")
     written = [
         write_table(out / "runs.csv", (*RUN, *FINISHED, *last), sorted(runs)),
         write_table(out / "curves.csv", (*RUN, "step", "epoch", *REPORTED), _sorted(curves, 4)),
         write_table(out / "noise.csv", (*RUN, *NOISE), _sorted(noise, 7)),
+    ]
+    written += [
+        write_table(out / f"{table}.csv", (*RUN, *COMPARED[table]), _sorted(rows, 3))
+        for table, rows in tables.items()
+        if rows
     ]
     write_text(out / "setting.txt", setting)
     return [*written, out / "setting.txt"]

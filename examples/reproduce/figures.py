@@ -24,6 +24,7 @@ from summary import (
     by_seed,
     interval,
     numbers,
+    of_stages,
     paired_cost,
     read_results,
     settings_of,
@@ -62,6 +63,8 @@ def draw(folder: Path) -> list[Path]:
         written.append(save_figure(weight_sweep(results), folder / "sweep.png"))
     if len(there) > 2 and REFERENCE[1] in there.get("ce", ()):
         written.append(save_figure(trade_off(results.noise), folder / "trade_off.png"))
+    if results.comparisons:
+        written.append(save_figure(harm_by_margin(results), folder / "sensitivity.png"))
     return written
 
 
@@ -187,6 +190,41 @@ def trade_off(noise: Sequence[Row]) -> Figure:
             title=f"noise of {level:g} RMS",
         )
         axes.yaxis.set_major_locator(MaxNLocator(6))
+    add_legend(figure, entries)
+    return figure
+
+
+@styled
+def harm_by_margin(results: Results) -> Figure:
+    """Whether noise harms most where margins are small, in every attention stage of every method.
+
+    A row for each stage; markers are means over seeds, among all tokens and among tokens of one
+    symbol. The paper's idea is left of zero in the first panel and right of it in the second.
+    """
+    stages = list(of_stages(results.comparisons, "estimate"))
+    figure = new_figure(DOUBLE, 0.9 + 0.22 * len(stages), layout="constrained")
+    panels = {
+        "margin": "rank correlation of margin and harm",
+        "support": "harm at support tokens less elsewhere (nats)",
+    }
+    entries: dict[str, Artist] = {}
+    heights = np.arange(len(stages))[::-1]
+    for place, (statistic, described) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, 2, 1 + place)
+        for number, (within, label) in enumerate(
+            {"text": "among all tokens", "token": "among tokens of one symbol"}.items()
+        ):
+            found = of_stages(results.comparisons, "estimate", statistic=statistic, within=within)
+            entries[label] = axes.errorbar(
+                [found[stage].mean for stage in stages],
+                heights + 0.13 - 0.26 * number,
+                xerr=[np.nan_to_num(found[stage].half_width) for stage in stages],
+                **look(number) | {"linestyle": "none", "elinewidth": 0.8},
+            )
+        axes.axvline(0, color="0.3", linewidth=0.8)
+        names = [f"{_label(method)}, {stage}" for method, _, stage in stages]
+        axes.set_yticks(heights, names if place == 0 else [""] * len(stages))
+        dress(axes, place, described, "")
     add_legend(figure, entries)
     return figure
 

@@ -6,21 +6,30 @@ what is reported. Points are kept in the run's summary.json, with what they were
 
 import dataclasses
 import json
+import math
 import time
 from typing import Any
 
+import numpy as np
 from plan import Task
 from summary import TUNED_AT
 
 from probattn.inference import Run, fit, load_run
 from probattn.inference.evaluate import text_tokens
+from probattn.inference.intervals import Estimate
 from probattn.inference.noise_sweeps import NoisePoint, NoiseSweeps
 from probattn.inference.runs import check_same_config
 from probattn.inference.scoring import Scorer
+from probattn.inference.sensitivity import sensitivity
 
 HALVES = ("tune", "test")
 SEED = 0  # of the noise: the same draws for every run
 _NOISE = ("gaussian", "kinds")  # what is measured together
+_PLANNED = {
+    "gaussian": ("absolute", "relative", "tokens"),
+    "kinds": ("kinds", "kinds_relative", "substituted", "tokens", "ascent_tokens"),
+    "sensitivity": ("sensitivity_tokens", "sensitivity_draws"),
+}
 
 
 def is_fitted(task: Task) -> bool:
@@ -57,7 +66,8 @@ def work(task: Task) -> None:
         if not resumed:
             _update(run, seconds=time.monotonic() - started)
     for name in _missing(task, run):
-        _update(run, **{name: {"plan": _plan(task, name), "points": _measure(task, run, name)}})
+        points = _compare(task, run) if name == "sensitivity" else _measure(task, run, name)
+        _update(run, **{name: {"plan": _plan(task, name), "points": points}})
 
 
 def measured(task: Task, run: Run) -> list[dict[str, Any]]:
@@ -65,12 +75,17 @@ def measured(task: Task, run: Run) -> list[dict[str, Any]]:
     return [point for name in _NOISE for point in _kept(task, run, name) or []]
 
 
+def compared(task: Task, run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Rows by table of what `sensitivity` found of a run, as the task would look at it."""
+    return _kept(task, run, "sensitivity") or {}
+
+
 def _missing(task: Task, run: Run) -> list[str]:
-    wanted = _NOISE if task.kinds else _NOISE[:1]
-    return [name for name in wanted if _kept(task, run, name) is None]
+    wanted = {"gaussian": True, "kinds": task.kinds, "sensitivity": task.sensitivity}
+    return [name for name in wanted if wanted[name] and _kept(task, run, name) is None]
 
 
-def _kept(task: Task, run: Run, name: str) -> list[dict[str, Any]] | None:
+def _kept(task: Task, run: Run, name: str) -> Any:
     """Points that were measured, None if they were not or in another way."""
     kept = run.summary().get("reproduce", {}).get(name, {})
     return kept["points"] if kept.get("plan") == _plan(task, name) else None
@@ -78,11 +93,7 @@ def _kept(task: Task, run: Run, name: str) -> list[dict[str, Any]] | None:
 
 def _plan(task: Task, name: str) -> dict[str, Any]:
     """What the points depend on beside the run, as JSON gives it back."""
-    fields = {
-        "gaussian": ("absolute", "relative", "tokens"),
-        "kinds": ("kinds", "kinds_relative", "substituted", "tokens", "ascent_tokens"),
-    }
-    plan = {field: getattr(task.noise, field) for field in fields[name]}
+    plan = {field: getattr(task.noise, field) for field in _PLANNED[name]}
     return json.loads(json.dumps(plan))
 
 
@@ -123,6 +134,61 @@ def _measure(task: Task, run: Run, name: str) -> list[dict[str, Any]]:
             }
         rows += [_row(half, unit, point) for unit, of_unit in points.items() for point in of_unit]
     return rows
+
+
+def _compare(task: Task, run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Margins, and how the harm of noise compares with them, over the text to evaluate on."""
+    found = sensitivity(
+        run,
+        level=TUNED_AT,
+        draws=task.noise.sensitivity_draws,
+        most_tokens=task.noise.sensitivity_tokens,
+        seed=SEED,
+    )
+    later = found.position >= 2  # before, there is no spread, and the margin is 1
+    return {
+        "sensitivity_margins": [
+            {
+                "stage": stage.label,
+                "smallest": float(np.min(stage.margin[later])),
+                "median": float(np.median(stage.margin[later])),
+                "negative": float(np.mean(stage.margin[later] < 0)),
+                "positions": int(np.sum(later)),
+            }
+            for stage in found.stages
+        ],
+        "sensitivity_comparisons": [
+            {
+                "noise": found.kind,
+                "level": found.level,
+                "stage": each.stage,
+                "statistic": each.statistic,
+                "within": each.within,
+                **_bounds(each.estimate, ("estimate", "low", "high")),
+            }
+            for each in found.comparisons
+        ],
+        "support_tokens": [
+            {
+                "stage": each.stage,
+                "token": each.token,
+                "support": each.support,
+                **_bounds(each.share, ("share", "share_low", "share_high")),
+                "positions": each.positions,
+                "base": each.base,
+            }
+            for each in found.characters
+        ],
+    }
+
+
+def _bounds(estimate: Estimate, names: tuple[str, str, str]) -> dict[str, float | None]:
+    """By name, and None where it is undefined: JSON knows no NaN."""
+    values = (float(value) for value in estimate)
+    return {
+        name: value if math.isfinite(value) else None
+        for name, value in zip(names, values, strict=True)
+    }
 
 
 def _row(half: str, unit: str, point: NoisePoint) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from probattn.models import LanguageModelConfig
 
 HERE = Path(__file__).parent
 METHODS = HERE / "methods.toml"
-PARTS = ("paper", "sweep", "methods", "kinds")
+PARTS = ("paper", "sweep", "sensitivity", "methods", "kinds")
 TUNING_SEEDS = 1
 
 
@@ -32,6 +32,8 @@ class NoiseConfig:
         kinds_relative: levels of the kinds on embeddings, in units of their root mean square.
         substituted: probabilities of a token to be replaced.
         ascent_tokens: worst-case directions are looked for at most so many tokens.
+        sensitivity_tokens: losses and margins are compared token by token at most so many tokens.
+        sensitivity_draws: of the noise there, whose losses are averaged.
     """
 
     absolute: list
@@ -41,6 +43,8 @@ class NoiseConfig:
     kinds_relative: list
     substituted: list
     ascent_tokens: int
+    sensitivity_tokens: int
+    sensitivity_draws: int
 
     def __post_init__(self) -> None:
         """Refuse levels without those that settings are tuned by and tables show."""
@@ -86,6 +90,7 @@ class Task:
     out: Path
     noise: NoiseConfig
     kinds: bool = False
+    sensitivity: bool = False
 
     @property
     def title(self) -> str:
@@ -156,7 +161,14 @@ def choose_data(text: str | None, test: str | None) -> tuple[DataConfig, Corpus]
 
 
 def make_task(
-    setting: Setting, seed: int, scale: Scale, data: DataConfig, runs: Path, *, kinds: bool = False
+    setting: Setting,
+    seed: int,
+    scale: Scale,
+    data: DataConfig,
+    runs: Path,
+    *,
+    kinds: bool = False,
+    sensitivity: bool = False,
 ) -> Task:
     """The run of a setting and a seed.
 
@@ -182,7 +194,7 @@ def make_task(
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{setting.method}: {error}: expected fields of a run") from None
     out = runs / setting.method / setting.name.replace(" ", "_") / f"seed-{seed}"
-    return Task(setting, seed, config, out, scale.noise, kinds)
+    return Task(setting, seed, config, out, scale.noise, kinds, sensitivity)
 
 
 def first_tasks(
@@ -195,22 +207,26 @@ def first_tasks(
 ) -> list[Task]:
     """Every run that does not depend on the outcome of another, each once.
 
-    The paper's two, then the sweep over the weight of the barrier, then every value of every
-    method's setting with the seeds that tune it.
+    The paper's two, which the part sensitivity looks at too, then the sweep over the weight of the
+    barrier, then every value of every method's setting with the seeds that tune it.
     """
     chosen: list[tuple[Setting, int]] = []
-    if "paper" in parts:
-        chosen += [(setting, n) for n in range(seeds) for setting in paper_settings(methods)]
+    papers = paper_settings(methods)
+    if {"paper", "sensitivity"} & set(parts):
+        chosen += [(setting, n) for n in range(seeds) for setting in papers]
     if "sweep" in parts:
-        reference = paper_settings(methods)[0]
         chosen += [
-            (setting, n) for n in range(seeds) for setting in [reference, *methods["margin"]]
+            (setting, n) for n in range(seeds) for setting in [papers[0], *methods["margin"]]
         ]
     if {"methods", "kinds"} & set(parts):
         every = [setting for settings in methods.values() for setting in settings]
         chosen += [(setting, n) for n in range(min(seeds, TUNING_SEEDS)) for setting in every]
     distinct = {(each.method, each.name, seed): (each, seed) for each, seed in chosen}
-    return [make_task(setting, seed, scale, data, runs) for setting, seed in distinct.values()]
+    looked_at = papers if "sensitivity" in parts else []
+    return [
+        make_task(setting, seed, scale, data, runs, sensitivity=setting in looked_at)
+        for setting, seed in distinct.values()
+    ]
 
 
 def every_task(

@@ -15,7 +15,10 @@ PAPER = (REFERENCE, ("margin", "barrier_weight=0.05"))
 """Methods and settings of the paper's Figs 7.4 and 7.5; costs are over the first."""
 
 TUNED_AT = 0.5  # of the embedding RMS: the noise that settings are tuned by, beside none
-TEXT = {"method", "setting", "half", "kind", "unit", "min_margin_kind"}
+TEXT = {
+    *("method", "setting", "half", "kind", "unit", "min_margin_kind"),
+    *("noise", "stage", "statistic", "within"),
+}
 
 Row = dict[str, str | float]
 
@@ -43,18 +46,24 @@ class Results:
         curves: a row for each report of a run.
         noise: a row for each point of noise of a run.
         setting: what they have in common.
+        margins: a row for each attention stage of a run that margins were looked at of.
+        comparisons: of these, a row for each comparison of margins with the harm of noise.
     """
 
     runs: list[Row]
     curves: list[Row]
     noise: list[Row]
     setting: str
+    margins: list[Row]
+    comparisons: list[Row]
 
 
 def read_results(folder: Path) -> Results:
     """Read the tables that `collect` wrote."""
     tables = (_read(folder / f"{name}.csv") for name in ("runs", "curves", "noise"))
-    return Results(*tables, (folder / "setting.txt").read_text(encoding="utf-8"))
+    setting = (folder / "setting.txt").read_text(encoding="utf-8")
+    optional = (folder / f"sensitivity_{name}.csv" for name in ("margins", "comparisons"))
+    return Results(*tables, setting, *(_read(path) if path.exists() else [] for path in optional))
 
 
 def interval(values: Iterable[float]) -> Interval:
@@ -106,6 +115,24 @@ def by_seed(
         if (row["method"], row["setting"], row["half"], row["kind"], row["unit"]) == wanted
         and row["level"] == level
     }
+
+
+def of_stages(
+    rows: Iterable[Row], column: str, **where: str
+) -> dict[tuple[str, str, str], Interval]:
+    """A column over seeds, by method, setting and attention stage, in the order of the table.
+
+    Args:
+        rows: of the table of margins or of comparisons.
+        column: to average.
+        where: text that other columns must have.
+    """
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        if all(row[name] == text for name, text in where.items()):
+            name = (str(row["method"]), str(row["setting"]), str(row["stage"]))
+            found.setdefault(name, []).append(float(row[column]))
+    return {name: interval(values) for name, values in found.items()}
 
 
 def settings_of(rows: Iterable[Row]) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from summary import (
     Row,
     by_seed,
     interval,
+    of_stages,
     paired_cost,
     paired_difference,
     settings_of,
@@ -40,6 +41,8 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
         parts += ["## Methods\n", methods_table(results.noise)]
     if any(row["kind"] != "gaussian" for row in results.noise):
         parts += ["## Degradation under noise of other kinds\n", kinds_table(results.noise)]
+    if results.margins:
+        parts += ["## Margins and the harm of noise\n", sensitivity_table(results)]
     parts += ["## Setting\n", "```\n" + results.setting.strip() + "\n```\n"]
     write_text(folder / "table.md", "\n".join(parts))
     return [folder / "table.md"]
@@ -129,6 +132,37 @@ def kinds_table(noise: Sequence[Row]) -> str:
         )
         rows.append((kind, _noise(unit, level), *(_shown(each, 3) for each in worse)))
     return _markdown(("noise", "level", *(labels.get(each, each) for each in tuned)), rows)
+
+
+def sensitivity_table(results: Results) -> str:
+    """Margins after training, and how they compare with the harm of noise; not the heads'."""
+    labels = read_labels()
+    figures = {
+        "smallest margin": (results.margins, "smallest", {}, 1),
+        "median margin": (results.margins, "median", {}, 1),
+        "positions of negative margin, %": (results.margins, "negative", {}, 100),
+    }
+    for statistic, described in {
+        "margin": "rank correlation of margin and increase of the loss",
+        "embedding_margin": "rank correlation of embedding margin and increase of the loss",
+        "support": "increase at support tokens less that elsewhere, nats",
+    }.items():
+        for within, among in {"text": "", "token": ", among tokens of one symbol"}.items():
+            where = {"statistic": statistic, "within": within}
+            figures[described + among] = (results.comparisons, "estimate", where, 1)
+    columns = [
+        name for name in of_stages(results.margins, "median") if not name[2].startswith("layer")
+    ]
+    rows = []
+    for described, (table, column, where, unit) in figures.items():
+        found = of_stages(table, column, **where)
+        scaled = (
+            Interval(unit * found[name].mean, unit * found[name].half_width, found[name].seeds)
+            for name in columns
+        )
+        rows.append((described, *(_shown(each, 2 if unit > 1 else 3) for each in scaled)))
+    heads = (f"{labels.get(method, method)}, {stage}" for method, _, stage in columns)
+    return _markdown(("what", *heads), rows)
 
 
 def _noise(unit: str, level: float) -> str:
