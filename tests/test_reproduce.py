@@ -252,8 +252,8 @@ def test_margins_and_harm_are_those_of_the_command_sensitivity(history, command,
     ]
     for value, shown in zip((lifts["ce"], lifts["margin"]), row.split(" | ")[1:3], strict=True):
         low, high = stats.ttest_1samp(value, 0).confidence_interval(0.95)
-        told = f"{np.mean(value):.3f} ± {(high - low) / 2:.3f}"
-        assert shown == told
+        mean = f"{np.mean(value):.3f}".replace("-", "\N{MINUS SIGN}")
+        assert shown == f"{mean} ± {(high - low) / 2:.3f}"
 
 
 def test_points_of_another_plan_are_in_no_table(history, command, scripts):

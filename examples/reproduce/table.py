@@ -23,7 +23,7 @@ from summary import (
 from probattn.inference.run_files import write_text
 
 _POINTS = (("absolute", 0.5), ("relative", 0.5), ("relative", 1.0))
-_MISSING = "\N{EM DASH}"
+_MISSING, _MINUS = "\N{EM DASH}", "\N{MINUS SIGN}"
 _NOTE = (
     "Means over seeds with 95 % intervals of Student's t; a number without one is of a single "
     "seed. Costs and differences are paired by seed, over ce at the learning rate that all other "
@@ -173,7 +173,7 @@ def _shown(found: Interval, digits: int) -> str:
     if math.isnan(found.mean):
         return _MISSING
     reach = "" if math.isnan(found.half_width) else f" ± {found.half_width:.{digits}f}"
-    return f"{found.mean:.{digits}f}{reach}"
+    return f"{found.mean:.{digits}f}".replace("-", _MINUS) + reach
 
 
 def _percent(found: Interval) -> str:
@@ -191,7 +191,7 @@ def _difference(found: Interval) -> str:
 
 
 def _signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:+.{digits}f}".replace("-", _MINUS)
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
