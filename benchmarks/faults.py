@@ -180,7 +180,7 @@ def check_whole(run: Path) -> list[str]:
         if path.is_dir() or name == "lock" or any(part[0] == "." for part in Path(name).parts):
             continue
         if name.startswith("checkpoints/"):
-            if path.name.startswith("SHA256SUMS") and path.parent.name.isdecimal():
+            if path.name.startswith("SHA256SUMS") and _is_newest(path.parent):
                 torn += [f"{name}: {each}" for each in _changed(path)]
             continue
         try:
@@ -188,6 +188,12 @@ def check_whole(run: Path) -> list[str]:
         except Exception as error:
             torn.append(f"{name}: {type(error).__name__} {error}")
     return torn
+
+
+def _is_newest(checkpoint: Path) -> bool:
+    """Whether it is whole by its name, and not an older one, whose removal a kill may cut short."""
+    steps = [int(each.name) for each in checkpoint.parent.iterdir() if each.name.isdecimal()]
+    return checkpoint.name.isdecimal() and int(checkpoint.name) == max(steps)
 
 
 def _changed(sums: Path) -> list[str]:
