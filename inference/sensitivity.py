@@ -158,8 +158,8 @@ def sensitivity(
     )
 
 
-def write_tables(found: Sensitivity, folder: Path) -> list[Path]:
-    """Write what was found: tokens, comparisons, and which symbols are support tokens."""
+def tables(found: Sensitivity) -> dict[str, tuple[Sequence[str], list[tuple]]]:
+    """Columns and rows by table: tokens, comparisons, and which symbols are support tokens."""
     columns = {
         "index": found.index,
         "token": found.tokens,
@@ -169,22 +169,28 @@ def write_tables(found: Sensitivity, folder: Path) -> list[Path]:
         "noisy_loss": found.noisy_loss,
         **stage_columns(found.stages),
     }
-    return [
-        write_table(folder / "sensitivity.csv", list(columns), zip(*columns.values(), strict=True)),
-        write_table(
-            folder / "sensitivity_comparisons.csv",
+    return {
+        "sensitivity": (list(columns), list(zip(*columns.values(), strict=True))),
+        "sensitivity_comparisons": (
             ["noise", "level", "stage", "statistic", "within", "estimate", "low", "high"],
             [
                 (found.kind, found.level, each.stage, each.statistic, each.within, *each.estimate)
                 for each in found.comparisons
             ],
         ),
-        write_table(
-            folder / "support_tokens.csv",
+        "support_tokens": (
             ["stage", "token", "support", "share", "share_low", "share_high", "positions", "base"],
             [
                 (each.stage, each.token, each.support, *each.share, each.positions, each.base)
                 for each in found.characters
             ],
         ),
+    }
+
+
+def write_tables(found: Sensitivity, folder: Path) -> list[Path]:
+    """Write each of the tables as a CSV file."""
+    return [
+        write_table(folder / f"{name}.csv", columns, rows)
+        for name, (columns, rows) in tables(found).items()
     ]

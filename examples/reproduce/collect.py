@@ -27,18 +27,6 @@ REPORTED = (
     "coupling_eigenvalue_max",
 )
 NOISE = ("half", "kind", "unit", "level", "bpc", "degradation")
-COMPARED = {
-    "sensitivity_margins": ("stage", "smallest", "median", "negative", "positions"),
-    "sensitivity_comparisons": (
-        *("noise", "level", "stage", "statistic", "within"),
-        *("estimate", "low", "high"),
-    ),
-    "support_tokens": (
-        *("stage", "token", "support", "share", "share_low", "share_high"),
-        *("positions", "base"),
-    ),
-}
-"""Tables of the part sensitivity and their columns, written where there is something in them."""
 
 
 def write_results(tasks: Sequence[Task], corpus: Corpus, setting: str, out: Path) -> list[Path]:
@@ -57,7 +45,7 @@ def write_results(tasks: Sequence[Task], corpus: Corpus, setting: str, out: Path
         RunError: if a run has another configuration than its task, or another corpus.
     """
     runs, curves, noise = [], [], []
-    tables: dict[str, list[tuple]] = {table: [] for table in COMPARED}
+    tables: dict[str, list[dict]] = {}
     for task in tasks:
         if not is_fitted(task):
             continue
@@ -76,7 +64,8 @@ def write_results(tasks: Sequence[Task], corpus: Corpus, setting: str, out: Path
         ]
         noise += [(*name, *(point[key] for key in NOISE)) for point in measured(task, run)]
         for table, found in compared(task, run).items():
-            tables[table] += [(*name, *(row[key] for key in COMPARED[table])) for row in found]
+            of_run = dict(zip(RUN, name, strict=True))
+            tables.setdefault(table, []).extend(of_run | row for row in found)
     last = ("train_bpc", "embedding_rms", "seconds")
     written = [
         write_table(out / "runs.csv", (*RUN, *FINISHED, *last), sorted(runs)),
@@ -84,7 +73,9 @@ def write_results(tasks: Sequence[Task], corpus: Corpus, setting: str, out: Path
         write_table(out / "noise.csv", (*RUN, *NOISE), _sorted(noise, 7)),
     ]
     written += [
-        write_table(out / f"{table}.csv", (*RUN, *COMPARED[table]), _sorted(rows, 3))
+        write_table(
+            out / f"{table}.csv", list(rows[0]), _sorted([tuple(row.values()) for row in rows], 3)
+        )
         for table, rows in tables.items()
         if rows
     ]

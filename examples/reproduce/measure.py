@@ -16,11 +16,10 @@ from summary import TUNED_AT
 
 from probattn.inference import Run, fit, load_run
 from probattn.inference.evaluate import text_tokens
-from probattn.inference.intervals import Estimate
 from probattn.inference.noise_sweeps import NoisePoint, NoiseSweeps
 from probattn.inference.runs import check_same_config
 from probattn.inference.scoring import Scorer
-from probattn.inference.sensitivity import sensitivity
+from probattn.inference.sensitivity import sensitivity, tables
 
 HALVES = ("tune", "test")
 SEED = 0  # of the noise: the same draws for every run
@@ -146,49 +145,28 @@ def _compare(task: Task, run: Run) -> dict[str, list[dict[str, Any]]]:
         seed=SEED,
     )
     later = found.position >= 2  # before, there is no spread, and the margin is 1
+    of_stages = [(stage.label, stage.margin[later]) for stage in found.stages]
+    margins = [
+        (label, np.min(margin), np.median(margin), np.mean(margin < 0), len(margin))
+        for label, margin in of_stages
+    ]
+    every = tables(found)
+    del every["sensitivity"]  # a row for each token
+    columns = ("stage", "smallest", "median", "negative", "positions")
+    every["sensitivity_margins"] = (columns, margins)
     return {
-        "sensitivity_margins": [
-            {
-                "stage": stage.label,
-                "smallest": float(np.min(stage.margin[later])),
-                "median": float(np.median(stage.margin[later])),
-                "negative": float(np.mean(stage.margin[later] < 0)),
-                "positions": int(np.sum(later)),
-            }
-            for stage in found.stages
-        ],
-        "sensitivity_comparisons": [
-            {
-                "noise": found.kind,
-                "level": found.level,
-                "stage": each.stage,
-                "statistic": each.statistic,
-                "within": each.within,
-                **_bounds(each.estimate, ("estimate", "low", "high")),
-            }
-            for each in found.comparisons
-        ],
-        "support_tokens": [
-            {
-                "stage": each.stage,
-                "token": each.token,
-                "support": each.support,
-                **_bounds(each.share, ("share", "share_low", "share_high")),
-                "positions": each.positions,
-                "base": each.base,
-            }
-            for each in found.characters
-        ],
+        name: [
+            {column: _plain(value) for column, value in zip(columns, row, strict=True)}
+            for row in rows
+        ]
+        for name, (columns, rows) in every.items()
     }
 
 
-def _bounds(estimate: Estimate, names: tuple[str, str, str]) -> dict[str, float | None]:
-    """By name, and None where it is undefined: JSON knows no NaN."""
-    values = (float(value) for value in estimate)
-    return {
-        name: value if math.isfinite(value) else None
-        for name, value in zip(names, values, strict=True)
-    }
+def _plain(value: Any) -> Any:
+    """As JSON has it, which knows no NaN."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _row(half: str, unit: str, point: NoisePoint) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Kills of `probattn` at any moment, and what must be there afterwards."""
