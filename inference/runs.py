@@ -12,6 +12,7 @@ lock             held by the process that writes
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -209,6 +210,8 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
         for name, kind in _DATA_FIELDS.items():
             if type(described[name]) is not kind:
                 raise TypeError(f"{name} is {describe(described[name])}, expected {kind.__name__}")
+        if not re.fullmatch("[0-9a-f]{64}", described["sha256"]):
+            raise ValueError(f"sha256 is {describe(described['sha256'])}, expected 64 hex digits")
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path / 'data.json'}: damaged: {error}") from None
     if isinstance(config, SampleRunConfig):
@@ -314,10 +317,15 @@ def check_same_corpus(run: RunDirectory, corpus: Corpus) -> None:
     """
     if run.data["sha256"] != corpus.sha256:
         raise RunError(
-            f"{run.path}: was fitted on {run.data['description']} with checksum "
+            f"{run.path}: was fitted on {_one_line(run.data['description'])} with checksum "
             f"{run.data['sha256'][:12]}, and that source now has {corpus.sha256[:12]}; "
             "restore the text, or start a new run"
         )
+
+
+def _one_line(text: str) -> str:
+    """A text of somebody else's, for a message."""
+    return text if text.isprintable() else repr(text)
 
 
 _DATA_FIELDS = {

@@ -14,9 +14,11 @@ from jaxtyping import TypeCheckError
 from test_runs import make_run, refusal
 
 import probattn as pa
+from probattn.corpora import Corpus
 from probattn.inference import load_run
 from probattn.inference.config import RunConfig, read_tables
 from probattn.inference.run_files import RunError
+from probattn.inference.runs import check_same_corpus
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 X = np.random.default_rng(0).normal(size=(2, 6, 3))
@@ -95,6 +97,27 @@ def test_a_description_of_other_types_is_damaged(tmp_path, sha256):
     path = run.path / "data.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"sha256": sha256}))
     assert refusal(RunError, load_run, run.path).startswith(f"{path}: damaged: sha256 is ")
+
+
+@pytest.mark.parametrize("sha256", ["", "+\x85\x9b\n", "A" * 64, "0" * 65])
+def test_a_checksum_that_is_none_is_damaged(tmp_path, sha256):
+    run = make_run(tmp_path / "run")
+    path = run.path / "data.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"sha256": sha256}))
+    message = refusal(RunError, load_run, run.path)
+    assert message.startswith(f"{path}: damaged: sha256 is ")
+    assert message.isprintable()
+
+
+def test_a_description_of_several_lines_is_told_in_one(tmp_path):
+    run = make_run(tmp_path / "run")
+    path = run.path / "data.json"
+    text = json.dumps(
+        json.loads(path.read_text("utf-8")) | {"sha256": "0" * 64, "description": "a\n\x1b[2Jb"}
+    )
+    path.write_text(text)
+    message = refusal(RunError, check_same_corpus, load_run(run.path), Corpus("", "a", "b", ""))
+    assert "was fitted on 'a\\n\\x1b[2Jb' with checksum 000000000000, and" in message
 
 
 def test_a_folder_in_place_of_a_file_of_a_run(tmp_path):

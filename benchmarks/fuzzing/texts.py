@@ -106,8 +106,11 @@ def _check_text(found: Vocabulary, text: str, *, known: bool) -> str:
 
 
 def _check_ids(found: Vocabulary, ids: Any) -> bool:
-    valid = isinstance(ids, list) and all(
-        type(token) is int and 0 <= token < found.size for token in ids
+    # To NumPy as to Python False is a zero, but an array of nothing else is one of truth values.
+    valid = (
+        isinstance(ids, list)
+        and all(isinstance(token, int) and 0 <= token < found.size for token in ids)
+        and not (ids and all(isinstance(token, bool) for token in ids))
     )
     try:
         text = found.decode(ids)
