@@ -114,21 +114,22 @@ class Trainer:
             )
         # The loss is -ELBO / N, of a point -log joint / N: nats per token, whatever the size of
         # the corpus.
-        plain = svi_optimizer(
-            default_optimizer(config.fit) if optimizer is None else optimizer, config.fit
-        )
-        self._svi = SVI(
-            numpyro.handlers.scale(model, 1 / count),
-            numpyro.handlers.scale(guide, 1 / count),
-            plain if placement.mesh is None else PlacedOptimizer(plain, placement),
-            OrderedELBO(),
-        )
+        if optimizer is None:
+            optimizer = default_optimizer(config.fit)
+        plain = svi_optimizer(optimizer, config.fit)
+        optim = plain if placement.mesh is None else PlacedOptimizer(plain, placement)
+        guide = numpyro.handlers.scale(guide, 1 / count)
+        scaled = numpyro.handlers.scale(model, 1 / count)
+        self._svi = SVI(scaled, guide, optim, OrderedELBO())
+        # The priors say what there is to learn: tracing all of the model takes long.
+        starting = SVI(lambda *_: parameters(), guide, optim, OrderedELBO())
         self._tokens = placement.put(tokens)
 
         def init() -> TrainState:
             # Each a buffer of its own, since all are donated.
             counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-            svi = self._svi.init(init_key, *self.minibatch(tokens, 0))
+            svi = starting.init(init_key, *self.minibatch(tokens, 0))
+            self._svi.constrain_fn = starting.constrain_fn
             return TrainState(svi, jnp.zeros(()), *counts)
 
         shapes = jax.eval_shape(init)
@@ -252,11 +253,13 @@ class Trainer:
         sites = self._gathered_sites
         inside = partial(_inside, inputs=inputs, config=self.config)
 
-        def shorten() -> tuple[dict[str, Array], Array]:
-            before = inside(sites(start))
+        def at(scale: Array) -> dict[str, Array]:
+            return jax.tree.map(
+                lambda a, b: jnp.where(scale == 1, b, a + scale * (b - a)), start, params
+            )
 
-            def at(scale: Array) -> dict[str, Array]:
-                return jax.tree.map(lambda a, b: a + scale * (b - a), start, params)
+        def shortened() -> Array:
+            before = inside(sites(start))
 
             def crosses(trial: tuple[Array, Array]) -> Array:
                 _, scale = trial
@@ -267,16 +270,13 @@ class Trainer:
                 lambda trial: (trial[0] + 1, trial[1] / 2),
                 (jnp.int32(0), jnp.ones(())),
             )
-            scale = jnp.where(halvings < _HALVINGS, scale, 0.0)
-            return at(scale), halvings > 0
+            return jnp.where(halvings < _HALVINGS, scale, 0.0)
 
-        def taken() -> tuple[dict[str, Array], Array]:
-            return params, jnp.bool_(False)
-
-        # Most steps pay for one evaluation of determinants and no more.
-        params, rejected = jax.lax.cond(jnp.all(inside(sites(params))), taken, shorten)
+        # Most steps pay for one evaluation of determinants and no more. The condition returns a
+        # number: parameters would be copied.
+        scale = jax.lax.cond(jnp.all(inside(sites(params))), lambda: jnp.ones(()), shortened)
         count, (_, moments) = new.optim_state
-        return new._replace(optim_state=(count, (params, moments))), rejected
+        return new._replace(optim_state=(count, (at(scale), moments))), scale < 1
 
 
 def _with_key_data(state: TrainState) -> TrainState:

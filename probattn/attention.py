@@ -204,7 +204,8 @@ def projections(
 ) -> Projections:
     """Queries and keys of a sequence; the arguments are those of `geometry`."""
     context = bounded(x, bound)
-    first = context[..., :1, :]
+    # No result depends on it, nor then does a derivative.
+    first = lax.stop_gradient(context[..., :1, :])
     values = context - first
     both = _project(values, jnp.concatenate([w_query, w_key], axis=-1))
     queries, keys = jnp.split(both, 2, axis=-1)

@@ -239,5 +239,5 @@ def _of_blocks(
 def _of_blocks_jvp(pointwise: Pointwise, primals: tuple[Array], tangents: tuple[Array]) -> tuple:
     (blocks,), (tangent,) = primals, tangents
     sign, value, slope = slope_of(pointwise, blocks, pivoting=True)
-    change = jnp.sum(slope * tangent, axis=(-3, -2))
+    change = jnp.sum(slope * jnp.swapaxes(tangent, -3, -2), axis=(-3, -2))
     return (sign, value), (jnp.zeros_like(change), change)

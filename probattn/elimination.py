@@ -67,7 +67,7 @@ def determinant(
 def eliminate(blocks: Float[Array, "*batch r r n"], pivoting: bool = False) -> Elimination:
     """Determinant and inverse; differentiable to any order. Arguments: see `determinant`."""
     pivots, inverse = _lapack(blocks) if pivoting else _guarded(blocks)
-    nearby_sign, log_abs = _sign_and_log_abs(_without_zeros(pivots, blocks))
+    nearby_sign, log_abs = _sign_and_log_abs(_without_zeros(pivots))
     return Elimination(_sign_and_log_abs(pivots)[0], nearby_sign, log_abs, inverse)
 
 
@@ -96,12 +96,10 @@ def _sign_and_log_abs(pivots: Float[Array, "*batch r n"]) -> tuple[Array, Array]
     return jnp.prod(jnp.sign(pivots), axis=-2), jnp.sum(jnp.log(jnp.abs(pivots)), axis=-2)
 
 
-def _without_zeros(
-    pivots: Float[Array, "*batch r n"], blocks: Float[Array, "*batch r r n"]
-) -> Float[Array, "*batch r n"]:
-    """Pivots, those that are zero moved by one rounding error of the block."""
-    limits = jnp.finfo(blocks.dtype)
-    size = jnp.max(jnp.abs(blocks), axis=(-3, -2))[..., None, :]
+def _without_zeros(pivots: Float[Array, "*batch r n"]) -> Float[Array, "*batch r n"]:
+    """Pivots, those that are zero moved by one rounding error of the largest."""
+    limits = jnp.finfo(pivots.dtype)
+    size = jnp.max(jnp.abs(pivots), axis=-2, keepdims=True)
     rounding = limits.eps * jnp.where(size > 0, size, jnp.ones_like(size))
     return jnp.where(_is_zero(pivots), rounding, pivots)
 
@@ -151,10 +149,10 @@ def _swept(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:
             column = _updated(column, left_by(columns, p), [other[..., p, :] for other in rows])
             row = _updated(row, left_by(rows, p), [other[..., p, :] for other in columns])
             pivot = column[..., p, :]
-            multipliers = _larger(multipliers, _without(0, p + 1, column), pivot)
             here = _between(p, p + 1, rank)[:, None]
             row = jnp.where(here, 1.0, row) / pivot[..., None, :]
             column, row = _once((jnp.where(here, -1.0, column), row))
+            multipliers = _larger(multipliers, _without(0, p + 1, column), pivot)
             columns.append(column)
             rows.append(row)
             found.append(pivot)
@@ -178,8 +176,8 @@ def _swept_pivots(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
             column = _updated(column, columns, [other[..., p, :] for other in rows])
             row = _updated(row, rows, [other[..., p, :] for other in columns])
             pivot = column[..., p, :]
-            multipliers = _larger(multipliers, _without(0, p + 1, column), pivot)
             column, row = _once((column, row / pivot[..., None, :]))
+            multipliers = _larger(multipliers, _without(0, p + 1, column), pivot)
             columns.append(column)
             rows.append(row)
             found.append(pivot)
@@ -231,7 +229,7 @@ def _lapack(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
     factors, swaps, permutation = _factors(blocks)
     diagonal = jnp.diagonal(factors, axis1=-2, axis2=-1)
     pivots = jnp.moveaxis(diagonal, -1, -2)
-    shift = _without_zeros(pivots, jnp.moveaxis(factors, -3, -1)) - pivots
+    shift = _without_zeros(pivots) - pivots
     identity = jnp.eye(blocks.shape[-2], dtype=blocks.dtype)
     solvable = factors + jnp.moveaxis(shift, -1, -2)[..., None] * identity
     solve = partial(lax.linalg.triangular_solve, solvable, left_side=True)

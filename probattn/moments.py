@@ -134,17 +134,17 @@ def _with_pullback(
     weights_last = _last(weights)
     own_last, queries_last, keys_last = (_last(array) for array in (own, queries, keys))
     blocks, query_mean, key_mean, fine = _blocks(weights_last, queries_last, keys_last)
-    sign, value, slope = slope_of(pointwise, blocks)
     # Values that are not fine are used by nobody, and need not be finite.
-    slope = jnp.where(fine[..., None, None, :] > 0, slope, jnp.zeros_like(slope))
+    sign, value, by_moment = slope_of(pointwise, blocks, factor=-fine / math.sqrt(rank))
 
     # The value's derivative with respect to moments and means, (..., r * r or r, rows), then to
-    # weights and logits, (..., past, rows), and to the queries that attend, (..., r, rows).
-    by_moment = _once(-slope / math.sqrt(rank))
-    by_mean = [_contracted(by_moment, key_mean, -2), _contracted(by_moment, query_mean, -3)]
+    # weights and logits, (..., past, rows), and to the queries that attend, (..., r, rows). Here
+    # moments are keys x queries, since the slope is that of the transposed block.
+    by_moment = _once(by_moment)
+    by_mean = [_contracted(by_moment, key_mean, -3), _contracted(by_moment, query_mean, -2)]
     by_mean = _once(-jnp.concatenate(by_mean, axis=-2))
     by_moment = _flat(by_moment)
-    products = _once(queries[..., :, None] * keys[..., None, :])
+    products = _once(keys[..., :, None] * queries[..., None, :])
     products = products.reshape(*products.shape[:-2], rank**2)
     both = jnp.concatenate([queries, keys], axis=-1)
     by_weight = _once(_matmul(products, by_moment) + _matmul(both, by_mean))
@@ -157,8 +157,8 @@ def _with_pullback(
         by_product = _once(_matmul(by_moment, scaled))  # (..., r * r, past)
         by_product = by_product.reshape(*by_product.shape[:-2], rank, rank, -1)
         query, key = jnp.split(_matmul(by_mean, scaled), 2, axis=-2)
-        query += _contracted(by_product, keys_last, -2)
-        key += _contracted(by_product, queries_last, -3)
+        query += _contracted(by_product, keys_last, -3)
+        key += _contracted(by_product, queries_last, -2)
         key += _matmul(own_last, jnp.swapaxes(by_logit * cotangent[..., None, :], -1, -2))
         own_queries = by_own * cotangent[..., None, :]
         return _rows(own_queries), _rows(query), _rows(key)
@@ -171,22 +171,27 @@ def _sum(value: Float[Array, "*batch rows"], counted: Float[Array, "*batch rows"
 
 
 def slope_of(
-    pointwise: Pointwise, blocks: Float[Array, "*batch r r T"], *, pivoting: bool = False
+    pointwise: Pointwise,
+    blocks: Float[Array, "*batch r r T"],
+    *,
+    factor: Float[Array, "*batch T"] | float = 1.0,
+    pivoting: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """Sign, value, and the value's derivative with respect to the block, (..., r, r, T).
+    """Sign, value, and a multiple of its derivative by the transposed block, (..., r, r, T).
 
-    Not by the chain rule through log|det R|: at det R = 0 the product of R^-T with a slope that
-    vanishes as fast is finite, though R^-T is not.
+    Where the factor is zero, so is the multiple, whatever the derivative is. Not by the chain rule
+    through log|det R|: at det R = 0 the product of R^-T with a slope that vanishes as fast is
+    finite, though R^-T is not.
     """
     found = eliminate(blocks, pivoting)
     value = pointwise(found.sign, jnp.where(found.sign == 0, -jnp.inf, found.log_abs))
     _, slope = jax.jvp(
         partial(pointwise, found.nearby_sign), (found.log_abs,), (jnp.ones_like(found.log_abs),)
     )
-    slope = slope[..., None, None, :]
-    transposed = jnp.swapaxes(found.inverse, -2, -3)
+    slope = jnp.where(factor == 0, jnp.zeros_like(slope), slope * factor)
+    slope = _once(slope)[..., None, None, :]
     # Where several pivots vanish so does the adjugate, and the inverse may overflow.
-    return found.sign, value, jnp.where(slope == 0, jnp.zeros_like(slope), slope * transposed)
+    return found.sign, value, jnp.where(slope == 0, jnp.zeros_like(slope), slope * found.inverse)
 
 
 def _weights(own: Array, keys: Array, start: int) -> Float[Array, "*batch rows past"]:
