@@ -119,3 +119,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunError(f"{path}: damaged: expected an object, got {type(content).__name__}")
     return content
+
+
+def one_line(text: str) -> str:
+    """A text of somebody else's, for a message."""
+    return text if text.isprintable() else repr(text)
