@@ -23,6 +23,7 @@ from numpyro.infer.hmc import HMCState
 from numpyro.infer.util import log_density
 
 from probattn import CausalAttention, log_det
+from probattn.inference.memory import gibibytes
 from probattn.inference.sample_config import SampleConfig
 
 _ITERATIONS, _VALUES = 400, 2**24  # in one call, and numbers in its buffers, at most
@@ -193,7 +194,7 @@ def _check_size(size: int, config: SampleConfig) -> None:
     if total > _LARGEST:
         raise ValueError(
             f"{config.draws} draws of {config.chains} chains of {size // config.chains:,} numbers "
-            f"take {total / 2**30:.0f} GiB: expected at most {_LARGEST // 2**30}; give a smaller "
+            f"take {gibibytes(total)}: expected at most {gibibytes(_LARGEST)}; give a smaller "
             "model, or fewer sample.draws"
         )
 

@@ -2,6 +2,8 @@
 
 import os
 
+_WRITTEN = 2**70  # bytes; sizes beyond it are not written out
+
 
 def check_memory(what: str, size: int) -> None:
     """Refuse what no memory holds, before it is allocated.
@@ -16,6 +18,12 @@ def check_memory(what: str, size: int) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise ValueError(
-            f"{what} would take {size / 2**30:,.0f} GiB: expected at most the {memory / 2**30:,.0f}"
-            " GiB of this machine's memory"
+            f"{what} would take {gibibytes(size)}: expected at most the {gibibytes(memory)} of "
+            "this machine's memory"
         )
+
+
+def gibibytes(size: int) -> str:
+    """Bytes as a text; they may be an integer that no float holds."""
+    most = f"more than {_WRITTEN / 2**30:,.0f} GiB"
+    return f"{size / 2**30:,.0f} GiB" if size < _WRITTEN else most

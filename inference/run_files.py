@@ -121,6 +121,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def one_line(text: str) -> str:
-    """A text of somebody else's, for a message."""
+def legible(text: str) -> str:
+    """A text of somebody else's for a message: quoted where it would break the line or steer."""
     return text if text.isprintable() else repr(text)

@@ -31,7 +31,7 @@ from probattn.inference.checkpoints import CheckpointError, CheckpointFolder
 from probattn.inference.config import RunConfig, differences, format_config, read_tables
 from probattn.inference.run_files import (
     RunError,
-    one_line,
+    legible,
     read_bytes,
     read_json,
     replacing,
@@ -318,7 +318,7 @@ def check_same_corpus(run: RunDirectory, corpus: Corpus) -> None:
     """
     if run.data["sha256"] != corpus.sha256:
         raise RunError(
-            f"{run.path}: was fitted on {one_line(run.data['description'])} with checksum "
+            f"{run.path}: was fitted on {legible(run.data['description'])} with checksum "
             f"{run.data['sha256'][:12]}, and that source now has {corpus.sha256[:12]}; "
             "restore the text, or start a new run"
         )

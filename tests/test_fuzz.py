@@ -16,6 +16,7 @@ from test_runs import make_run, refusal
 import probattn as pa
 from probattn.corpora import Corpus
 from probattn.inference import load_run
+from probattn.inference.cli import main
 from probattn.inference.config import RunConfig, read_tables
 from probattn.inference.run_files import RunError
 from probattn.inference.runs import check_same_corpus
@@ -180,3 +181,13 @@ for wrong in ("x", 1j, {}, -1.0):
     for line, start in zip(lines, starts, strict=True):
         assert line.startswith(start)
         assert ": expected " in line
+
+
+def test_sizes_that_no_float_holds(tmp_path, capsys):
+    length = "1" + "0" * 400
+    out = str(tmp_path / "out")
+    assert main(["sample", "--out", out, "--latent.length", length, "--data=absent"]) == 2
+    message = capsys.readouterr().err
+    assert "would take more than 1,099,511,627,776 GiB: expected at most the " in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()

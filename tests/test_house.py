@@ -277,7 +277,10 @@ def test_the_promised_names_are_public(package, promised):
         ("probattn", HEAVY),
         ("probattn.models", HEAVY),
         # Nothing that a fit does without: it is what a user waits for before the first step.
-        ("probattn.inference.cli", {"arviz", "matplotlib", "pandas", "scipy.stats", "xarray"}),
+        (
+            "probattn.inference.cli",
+            {"arviz", "matplotlib", "orbax", "pandas", "scipy.stats", "xarray"},
+        ),
     ],
 )
 def test_importing_is_light(module, absent):

@@ -315,7 +315,7 @@ def test_draws_that_no_memory_holds_leave_no_run(folder, tmp_path, capsys):
     command = ["sample", "--data", folder / "text.txt", "--out", tmp_path / "run", *FLAGS]
     status, error = error_of(capsys, *command, "--sample.draws", 10**9)
     assert status == 2
-    assert "GiB: expected at most 16; give a smaller model" in error
+    assert "GiB: expected at most 16 GiB; give a smaller model" in error
     assert not (tmp_path / "run").exists()
 
 
