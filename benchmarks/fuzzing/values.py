@@ -88,6 +88,9 @@ def values(folder: Path) -> Target:
                 raise Finding(f"{name} is {found[name]}, by definition {true}")
         return "causal and right"
 
+    for bound in (None, 1.0):  # compiles before the time of an input is taken
+        check((0, 0, 0, [], bound, (0, 0, [0.0] * _WIDTH)))
+
     numbers = st.one_of(st.sampled_from(_SPECIAL), st.floats(width=64))
     inputs = st.tuples(
         st.integers(0, 2**32 - 1),
