@@ -266,7 +266,13 @@ def _smallest_singular_value(
         basis_t = jnp.swapaxes(basis, -1, -2)
         low_rank = tuple(jnp.matmul(basis_t, factor, precision=_HIGHEST) for factor in low_rank)
     product = jnp.matmul(low_rank[0], jnp.swapaxes(low_rank[1], -1, -2), precision=_HIGHEST)
-    u, size, v = _last_singular_triple(jnp.eye(product.shape[-1], dtype=x.dtype) - product)
+    identity = jnp.eye(product.shape[-1], dtype=x.dtype)
+    # LAPACK may never return from numbers that are not finite.
+    finite = jnp.all(jnp.isfinite(product), axis=(-2, -1))[..., None]
+    whole = jnp.where(finite[..., None], identity - product, identity)
+    u, size, v = _last_singular_triple(whole)
+    u, v = (jnp.where(finite, vector, jnp.nan) for vector in (u, v))
+    size = jnp.where(finite[..., 0], size, jnp.nan)
     if 2 * rank < d:
         u = jnp.matmul(basis, u[..., None], precision=_HIGHEST)[..., 0]
         v = jnp.matmul(basis, v[..., None], precision=_HIGHEST)[..., 0]
