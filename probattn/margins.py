@@ -132,7 +132,7 @@ def _surely_positive_real_parts(blocks: Float[Array, "n r r"]) -> Bool[Array, " 
 
 
 def _has_crossed(blocks: Float[Array, "n r r"]) -> Bool[Array, " n"]:
-    eigenvalues = jnp.linalg.eigvals(blocks)
+    eigenvalues = jnp.linalg.eigvals(_finite(blocks)[1])
     return jnp.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
 
 
@@ -266,13 +266,7 @@ def _smallest_singular_value(
         basis_t = jnp.swapaxes(basis, -1, -2)
         low_rank = tuple(jnp.matmul(basis_t, factor, precision=_HIGHEST) for factor in low_rank)
     product = jnp.matmul(low_rank[0], jnp.swapaxes(low_rank[1], -1, -2), precision=_HIGHEST)
-    identity = jnp.eye(product.shape[-1], dtype=x.dtype)
-    # LAPACK may never return from numbers that are not finite.
-    finite = jnp.all(jnp.isfinite(product), axis=(-2, -1))[..., None]
-    whole = jnp.where(finite[..., None], identity - product, identity)
-    u, size, v = _last_singular_triple(whole)
-    u, v = (jnp.where(finite, vector, jnp.nan) for vector in (u, v))
-    size = jnp.where(finite[..., 0], size, jnp.nan)
+    u, size, v = _last_singular_triple(jnp.eye(product.shape[-1], dtype=x.dtype) - product)
     if 2 * rank < d:
         u = jnp.matmul(basis, u[..., None], precision=_HIGHEST)[..., 0]
         v = jnp.matmul(basis, v[..., None], precision=_HIGHEST)[..., 0]
@@ -284,15 +278,29 @@ def _smallest_singular_value(
 def _reduced_margin(blocks: Float[Array, "*batch T r r"]) -> Float[Array, "*batch T"]:
     sign, _ = determinant(jnp.moveaxis(blocks, -3, -1))
     # Without the vectors it takes half the time; JAX finds them for the derivative alone.
-    size = jnp.linalg.svd(blocks, compute_uv=False)[..., -1]
+    finite, whole = _finite(blocks)
+    size = jnp.where(finite, jnp.linalg.svd(whole, compute_uv=False)[..., -1], jnp.nan)
     return jnp.where(sign > 0, size, -size)
 
 
 def _last_singular_triple(
     blocks: Float[Array, "*batch m m"],
 ) -> tuple[Float[Array, "*batch m"], Float[Array, "*batch"], Float[Array, "*batch m"]]:
-    left, sizes, right = jnp.linalg.svd(blocks)
-    return left[..., :, -1], sizes[..., -1], right[..., -1, :]
+    finite, whole = _finite(blocks)
+    left, sizes, right = jnp.linalg.svd(whole)
+    u, v = (
+        jnp.where(finite[..., None], vector, jnp.nan)
+        for vector in (left[..., :, -1], right[..., -1, :])
+    )
+    return u, jnp.where(finite, sizes[..., -1], jnp.nan), v
+
+
+def _finite(blocks: Float[Array, "*batch m m"]) -> tuple[Bool[Array, "*batch"], Array]:
+    """Which are finite, and the identity for the others, from which LAPACK may not return."""
+    finite = jnp.all(jnp.isfinite(blocks), axis=(-2, -1))
+    return finite, jnp.where(
+        finite[..., None, None], blocks, jnp.eye(blocks.shape[-1], dtype=blocks.dtype)
+    )
 
 
 def _bilinear(
