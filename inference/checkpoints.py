@@ -6,7 +6,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _ARRAYS = "arrays"
 _CHECKSUMS = "SHA256SUMS"
 _SLACK = 2**24  # bytes of a checkpoint beside its arrays, at most
+_LATE: dict[str, Callable[[Any], None]] = {}  # the hook that is set, see `_ignore_late_callbacks`
 
 
 class CheckpointError(ValueError):
@@ -139,6 +141,7 @@ def _stored(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
     # Before tensorstore opens them: a file cut short can end the process there.
     _check_sizes(folder, expected)
     _check_files(folder)
+    _ignore_late_callbacks()
     with _quiet(), _checkpointer() as checkpointer:
         description = checkpointer.metadata(folder).item_metadata
         if description is None:
@@ -203,6 +206,25 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _ignore_late_callbacks() -> None:
+    """No tracebacks, either, of arrays that are still being read when another has failed.
+
+    Orbax closes its event loop at the first error. Tensorstore's threads call it all the same, at
+    any time after, and Python reports what nobody can catch through `sys.unraisablehook`.
+    """
+    before = sys.unraisablehook
+    if before is _LATE.get("hook"):
+        return
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not (late and unraisable.object is None):
+            before(unraisable)
+
+    sys.unraisablehook = _LATE["hook"] = hook
 
 
 def _checksums(folder: Path) -> str:

@@ -1,10 +1,13 @@
 """Runs that come from anybody: no link leads out of them, and no claim of theirs is believed."""
 
+import asyncio
 import io
 import json
 import os
 import shutil
+import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,6 +210,24 @@ def test_a_checkpoint_that_claims_what_it_is_not(folder, tmp_path, caplog, chang
     (arrays.parent / "SHA256SUMS").write_text(checkpoints._checksums(arrays), encoding="utf-8")
     assert reason in refusal(CheckpointError, folder.load, ARRAYS)
     assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_what_is_read_too_late_is_no_traceback(folder, monkeypatch):
+    """After one array has failed, tensorstore calls the event loop that orbax closed."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    folder.load(ARRAYS)
+    first = sys.unraisablehook
+    folder.load(ARRAYS)
+    assert sys.unraisablehook is first
+    closed = asyncio.new_event_loop()
+    closed.close()
+    with pytest.raises(RuntimeError) as late:
+        closed.call_soon_threadsafe(print)
+    others = [(late.value, print), (RuntimeError("another"), None), (None, None)]
+    for error, owner in [(late.value, None), *others]:
+        sys.unraisablehook(SimpleNamespace(exc_value=error, object=owner))
+    assert [(one.exc_value, one.object) for one in told] == others
 
 
 def test_a_checkpoint_too_large_for_what_it_holds(folder, tmp_path):
