@@ -24,6 +24,8 @@ _SILENT = 30  # seconds without a sign of life, after which a process counts as 
 _START = 300  # seconds to wait for all processes at the start
 _END = 30  # and at the end
 _LAST = 2  # that the first process outlives the others
+# JAX raises it as a ValueError where the program fails while it is being dispatched
+_STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 
 
 class ProcessError(RuntimeError):
@@ -66,8 +68,9 @@ def joined(
     process_id = jax.process_index()
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):  # memory: no other process has to do with it
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        of_jax = isinstance(error, RuntimeError) or _STATUS.match(str(error))
+        if not of_jax or "RESOURCE_EXHAUSTED" in str(error):  # memory: not for want of a process
             raise
         raise ProcessError(
             f"process {process_id}: the processes cannot go on together, as when one of them is "

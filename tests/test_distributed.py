@@ -19,7 +19,6 @@ from probattn.inference.config import format_config
 
 STEPS, EVERY = 240, 20
 DOUBLE = {"JAX_ENABLE_X64": "1"}  # as the tests' own process has it
-TWO = FOUR.replace("4", "2")
 RESUME = """
 import json, jax
 from probattn.inference import fit
@@ -27,6 +26,22 @@ from probattn.inference.config import read_config
 result = fit(read_config({run!r} + "/config.toml"), {run!r}, resume=True, mesh="fsdp=4")
 print(json.dumps([jax.device_count(), result.run.step]))
 """
+
+RAISED = """
+import json
+from probattn.inference.processes import ProcessError, joined
+try:
+    with joined("127.0.0.1:{port}", 1, 0):
+        raise ValueError({message!r})
+except (ProcessError, ValueError) as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def two_config(folder):
@@ -48,15 +63,14 @@ def two_config(folder):
 
 
 class Pair:
-    """Two processes of the command line, each with two devices, that fit one run."""
+    """Two processes of the command line that fit one run, each with this number of devices."""
 
-    def __init__(self, folder, *options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def __init__(self, folder, devices, *options):
         self.run = folder / "run"
         common = ["-m", "probattn.inference.cli", "fit", "--out", str(self.run), *options]
-        common += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+        address = f"127.0.0.1:{free_port()}"
+        common += ["--coordinator", address, "--num-processes", "2", "--process-id"]
+        flags = FOUR.replace("4", str(devices))
         self._errors = [folder / f"errors{number}" for number in (0, 1)]
         self.processes = []
         for number, path in enumerate(self._errors):
@@ -64,7 +78,7 @@ class Pair:
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, *common, str(number)],
-                        env={**os.environ, "XLA_FLAGS": TWO, "JAX_PLATFORMS": "cpu", **DOUBLE},
+                        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **DOUBLE},
                         stdout=subprocess.PIPE,
                         stderr=stream,
                         text=True,
@@ -101,10 +115,11 @@ def story_fixture(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     (folder / "config.toml").write_text(format_config(two_config(folder)))
     told = {}
-    pair = Pair(folder, "--config", str(folder / "config.toml"), "--mesh", "data=2,fsdp=2")
+    pair = Pair(folder, 2, "--config", str(folder / "config.toml"), "--mesh", "data=2,fsdp=2")
     pair.send(1, signal.SIGTERM, after=0)
     told["term"] = *pair.ends(), pair.errors(), load_run(pair.run).latest.step
-    pair = Pair(folder, "--resume", "--mesh", "fsdp=4")
+    # With two devices in each, one may wait for the other until JAX aborts (decision 37).
+    pair = Pair(folder, 1, "--resume", "--mesh", "fsdp=2")
     pair.send(1, signal.SIGKILL, after=told["term"][-1])
     started = time.monotonic()
     told["kill"] = *pair.ends(), pair.errors(), load_run(pair.run).latest.step
@@ -143,6 +158,20 @@ def test_the_parameters_are_those_of_one_device_without_a_kill(story, tmp_path):
         np.testing.assert_allclose(story["run"].parameters[name], value, rtol=0, atol=1e-9)
     for got, expected in zip(story["run"].metrics(), whole.metrics(), strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        # so JAX says it of a program that is lost while it is dispatched
+        ("UNKNOWN: Gloo AllGather failed", "ProcessError"),
+        ("fit.batch is 3", "ValueError"),
+    ],
+)
+def test_a_collective_that_failed_is_told_from_bad_input(message, expected):
+    kind, said = in_child(RAISED.format(port=free_port(), message=message))
+    assert kind == expected
+    assert message in said
 
 
 @pytest.mark.parametrize(
