@@ -141,7 +141,6 @@ def _stored(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
     # Before tensorstore opens them: a file cut short can end the process there.
     _check_sizes(folder, expected)
     _check_files(folder)
-    _ignore_late_callbacks()
     with _quiet(), _checkpointer() as checkpointer:
         description = checkpointer.metadata(folder).item_metadata
         if description is None:
@@ -199,6 +198,7 @@ def _system_error(error: Exception) -> OSError:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings of orbax beside the one line that an error is."""
+    _ignore_late_callbacks()
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -209,7 +209,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _ignore_late_callbacks() -> None:
-    """No tracebacks, either, of arrays that are still being read when another has failed.
+    """No tracebacks, either, of arrays still being read or written when another has failed.
 
     Orbax closes its event loop at the first error. Tensorstore's threads call it all the same, at
     any time after, and Python reports what nobody can catch through `sys.unraisablehook`.
