@@ -141,8 +141,6 @@ def _stored(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
     # Before tensorstore opens them: a file cut short can end the process there.
     _check_sizes(folder, expected)
     _check_files(folder)
-    from orbax.checkpoint.args import StandardRestore
-
     with _quiet(), _checkpointer() as checkpointer:
         description = checkpointer.metadata(folder).item_metadata
         if description is None:
@@ -155,7 +153,7 @@ def _stored(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
         _check_chunks(description.tree)
         # As NumPy arrays: JAX would round float64 where that is not enabled.
         empty = {name: np.empty(kind.shape, kind.dtype) for name, kind in kinds.items()}
-        return checkpointer.restore(folder, args=StandardRestore(empty))
+        return checkpointer.restore(folder, empty)
 
 
 def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -164,11 +162,9 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
         WriteError: if they cannot be written.
     """
-    from orbax.checkpoint.args import StandardSave
-
     try:
         with _quiet(), _checkpointer() as checkpointer:
-            checkpointer.save(folder, args=StandardSave(dict(arrays)))
+            checkpointer.save(folder, dict(arrays))
         with _checksum_file(folder).open("x", encoding="utf-8") as file:
             file.write(_checksums(folder))
     # Tensorstore raises a ValueError, which quotes the system, where a disk is full.
@@ -177,22 +173,17 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise WriteError(folder.parent.with_suffix(""), _system_error(error)) from None
 
 
-def _checkpointer() -> "ocp.Checkpointer":
-    """Orbax's, of this process alone: what it saves and loads is whole in its memory.
-
-    Not the asynchronous one, which gives up after ten minutes by the time of day: a clock that is
-    set forward would end a save.
-    """
+def _checkpointer() -> "ocp.StandardCheckpointer":
+    """Orbax's, of this process alone: what it saves and loads is whole in its memory."""
     import orbax.checkpoint as ocp  # here, since it takes an eighth of the time of all imports
 
-    options = ocp.options.MultiprocessingOptions()
-    if jax.process_count() > 1:
-        this = jax.process_index()
-        options = ocp.options.MultiprocessingOptions(
-            primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"
-        )
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def _system_error(error: Exception) -> OSError:
