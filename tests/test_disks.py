@@ -66,8 +66,9 @@ def test_a_full_disk_and_a_read_only_one_lose_nothing(tmp_path):
         (read_only, 2, "Read-only file system"),
     ):
         assert status == expected
-        (line,) = (line for line in lines if not line.startswith("step "))
-        assert f"cannot be written: {reason}; what was saved before is as it was" in line
+        errors = [line for line in lines if not line.startswith("step ")]
+        assert len(errors) == 1, errors
+        assert f"cannot be written: {reason}; what was saved before is as it was" in errors[0]
     assert resumed[0] == 0
     kept, whole = load_run(tmp_path / "kept"), fit(config, tmp_path / "whole").run
     assert kept.step == whole.step
