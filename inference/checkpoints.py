@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _ARRAYS = "arrays"
 _CHECKSUMS = "SHA256SUMS"
 _SLACK = 2**24  # bytes of a checkpoint beside its arrays, at most
-_LATE: dict[str, Callable[[Any], None]] = {}  # the hook that is set, see `_ignore_late_callbacks`
+_LATE: dict[str, Callable[[Any], None]] = {}  # the hook that is set, see `_ignore_late_errors`
 
 
 class CheckpointError(ValueError):
@@ -141,6 +141,8 @@ def _stored(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
     # Before tensorstore opens them: a file cut short can end the process there.
     _check_sizes(folder, expected)
     _check_files(folder)
+    from orbax.checkpoint.args import StandardRestore
+
     with _quiet(), _checkpointer() as checkpointer:
         description = checkpointer.metadata(folder).item_metadata
         if description is None:
@@ -153,7 +155,7 @@ def _stored(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
         _check_chunks(description.tree)
         # As NumPy arrays: JAX would round float64 where that is not enabled.
         empty = {name: np.empty(kind.shape, kind.dtype) for name, kind in kinds.items()}
-        return checkpointer.restore(folder, empty)
+        return checkpointer.restore(folder, args=StandardRestore(empty))
 
 
 def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -162,9 +164,11 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
         WriteError: if they cannot be written.
     """
+    from orbax.checkpoint.args import StandardSave
+
     try:
         with _quiet(), _checkpointer() as checkpointer:
-            checkpointer.save(folder, dict(arrays))
+            checkpointer.save(folder, args=StandardSave(dict(arrays)))
         with _checksum_file(folder).open("x", encoding="utf-8") as file:
             file.write(_checksums(folder))
     # Tensorstore raises a ValueError, which quotes the system, where a disk is full.
@@ -173,17 +177,22 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise WriteError(folder.parent.with_suffix(""), _system_error(error)) from None
 
 
-def _checkpointer() -> "ocp.StandardCheckpointer":
-    """Orbax's, of this process alone: what it saves and loads is whole in its memory."""
+def _checkpointer() -> "ocp.Checkpointer":
+    """Orbax's, of this process alone: what it saves and loads is whole in its memory.
+
+    Not the asynchronous one, which gives up after ten minutes by the time of day: a clock that is
+    set forward would end a save.
+    """
     import orbax.checkpoint as ocp  # here, since it takes an eighth of the time of all imports
 
-    if jax.process_count() == 1:
-        return ocp.StandardCheckpointer()
-    this = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"
-    )
-    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+    options = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
+        this = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"
+        )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _system_error(error: Exception) -> OSError:
@@ -198,7 +207,7 @@ def _system_error(error: Exception) -> OSError:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings of orbax beside the one line that an error is."""
-    _ignore_late_callbacks()
+    _ignore_late_errors()
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -208,12 +217,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _ignore_late_callbacks() -> None:
+def _ignore_late_errors() -> None:
     """No tracebacks, either, of arrays still being read or written when another has failed.
 
     Orbax closes its event loop at the first error. Tensorstore's threads call it all the same, at
-    any time after, and Python reports what nobody can catch through `sys.unraisablehook`.
+    any time after, and Python reports what nobody can catch through `sys.unraisablehook`. Tasks
+    that failed too are reported by asyncio's logger, when they are collected.
     """
+    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
     before = sys.unraisablehook
     if before is _LATE.get("hook"):
         return
@@ -225,6 +236,11 @@ def _ignore_late_callbacks() -> None:
             before(unraisable)
 
     sys.unraisablehook = _LATE["hook"] = hook
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether what asyncio says is not of a task whose code lies in orbax."""
+    return f"{os.sep}orbax{os.sep}" not in record.getMessage()
 
 
 def _checksums(folder: Path) -> str:

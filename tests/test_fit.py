@@ -287,14 +287,16 @@ def test_a_fit_that_was_killed_goes_on_as_if_it_had_not_been(whole, config, tmp_
     assert_same_outcome(fit(config, copy.path, resume=True).run, whole)
 
 
-def test_a_clock_that_goes_back_changes_nothing(whole, config, tmp_path, monkeypatch):
-    """The time of day loses months at every look at it, and files seem to be of the future."""
+@pytest.mark.parametrize("leap", [-1e7, 1e5], ids=["back", "forward"])
+def test_a_clock_that_leaps_changes_nothing(whole, config, tmp_path, monkeypatch, leap):
+    """The time of day leaps by a day or more at every look at it, and files are of another year."""
     copy = shutil.copytree(whole.copies[80], tmp_path / "run")
     for file in copy.rglob("*"):
-        os.utime(file, (4e9, 4e9))
-    looks = itertools.count(2e9, -1e7)
+        os.utime(file, (4e9, 4e9) if leap < 0 else (1e8, 1e8))
+    looks = itertools.count(2e9, leap)
     monkeypatch.setattr(time, "time", lambda: next(looks))
     assert_same_outcome(fit(config, copy, resume=True).run, whole)
+    assert next(looks) != 2e9  # somebody did look
 
 
 def test_a_fit_that_goes_on_remembers_its_best(whole, config, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Runs that come from anybody: no link leads out of them, and no claim of theirs is believed."""
 
 import asyncio
+import gc
 import io
 import json
 import os
@@ -228,6 +229,24 @@ def test_what_is_read_too_late_is_no_traceback(folder, monkeypatch):
     for error, owner in [(late.value, None), *others]:
         sys.unraisablehook(SimpleNamespace(exc_value=error, object=owner))
     assert [(one.exc_value, one.object) for one in told] == others
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [("/python/orbax/checkpoint/handlers.py", []), ("/python/another.py", ["asyncio"])],
+)
+def test_a_task_that_fails_second_is_no_traceback(folder, caplog, file, told):
+    """Asyncio tells of a task whose error nobody took, and names the file of its code."""
+    folder.load(ARRAYS)
+    exec(compile("async def fail(): raise OSError", file, "exec"), namespace := {})
+
+    async def forget():
+        await asyncio.wait([asyncio.create_task(namespace["fail"]())])
+
+    caplog.clear()
+    asyncio.run(forget())
+    gc.collect()
+    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == told
 
 
 def test_a_checkpoint_too_large_for_what_it_holds(folder, tmp_path):
