@@ -28,9 +28,10 @@ from probattn.inference.optimizers import default_optimizer, svi_optimizer
 from probattn.log_det import log_det
 from probattn.models import language_model, latent_guide
 from probattn.models.embedding_noise import gaussian_noise, neftune_noise
-from probattn.models.language_model import attention_stage, sample_parameters
+from probattn.models.language_model import AttentionStage, attention_stage, sample_parameters
 from probattn.models.priors import starting_point
 from probattn.models.transformer import Parameters, embed
+from probattn.positivity import surely_positive
 
 Perturb = Callable[[Array], Array]
 _HALVINGS = 10  # after which a step is not taken at all
@@ -251,7 +252,14 @@ class Trainer:
             self._svi.optim.get_params(old.optim_state),
         )
         sites = self._gathered_sites
-        inside = partial(_inside, inputs=inputs, config=self.config)
+
+        def stage(parameters: Parameters) -> AttentionStage:
+            x = embed(parameters, inputs)
+            config = self.config
+            return attention_stage(parameters, x, config=config.model, objective=config.objective)
+
+        def inside(parameters: Parameters) -> Array:
+            return log_det(**stage(parameters))[0] > 0
 
         def at(scale: Array) -> dict[str, Array]:
             return jax.tree.map(
@@ -272,9 +280,15 @@ class Trainer:
             )
             return jnp.where(halvings < _HALVINGS, scale, 0.0)
 
-        # Most steps pay for one evaluation of determinants and no more. The condition returns a
-        # number: parameters would be copied.
-        scale = jax.lax.cond(jnp.all(inside(sites(params))), lambda: jnp.ones(()), shortened)
+        def checked() -> Array:
+            return jax.lax.cond(jnp.all(inside(sites(params))), whole, shortened)
+
+        def whole() -> Array:
+            return jnp.ones(())
+
+        # Most steps pay for a sufficient condition and for no determinants. The conditions return
+        # a number: parameters would be copied.
+        scale = jax.lax.cond(jnp.all(surely_positive(**stage(sites(params)))), whole, checked)
         count, (_, moments) = new.optim_state
         return new._replace(optim_state=(count, (at(scale), moments))), scale < 1
 
@@ -291,10 +305,3 @@ def training_noise(config: FitConfig, rng_key: Array) -> dict[str, Perturb]:
     if config.neftune_alpha > 0:
         return {"perturb": partial(neftune_noise, rng_key, alpha=config.neftune_alpha)}
     return {}
-
-
-def _inside(parameters: Parameters, *, inputs: Array, config: RunConfig) -> Array:
-    """Where the determinants that carry the barrier are positive."""
-    x = embed(parameters, inputs)
-    stage = attention_stage(parameters, x, config=config.model, objective=config.objective)
-    return log_det(**stage)[0] > 0

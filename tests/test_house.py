@@ -29,6 +29,7 @@ MATHEMATICS = {
         "moments",
         "determinants",
         "log_det",
+        "positivity",
         "margins",
         "monitoring",
         "proper",
