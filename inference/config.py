@@ -44,9 +44,10 @@ class FitConfig:
             training, in units of the embeddings' root mean square.
         neftune_alpha: NEFTune's uniform noise in its place, alpha / sqrt(block * width) times
             uniform on [-1, 1], in the embedding's own unit (Jain et al. 2023).
+        noise_probability: of either noise, sequence by sequence: the others are fitted clean.
         sam_rho: radius of sharpness-aware minimisation (Foret et al. 2021): the gradient is that at
             the point this far uphill, of the same minibatch and noise, which doubles the work.
-            These four change what is fitted, and are for the guide map alone.
+            These five change what is fitted, and are for the guide map alone.
     """
 
     steps: int = 2000
@@ -61,6 +62,7 @@ class FitConfig:
     weight_decay: float = 0.0
     embedding_noise: float = 0.0
     neftune_alpha: float = 0.0
+    noise_probability: float = 1.0
     sam_rho: float = 0.0
 
     def __post_init__(self) -> None:
@@ -102,6 +104,15 @@ class FitConfig:
             raise ValueError(
                 f"fit.embedding_noise is {self.embedding_noise} and fit.neftune_alpha "
                 f"{self.neftune_alpha}: expected one kind of noise, the other 0"
+            )
+        share = self.noise_probability
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not (number and 0 < share <= 1):
+            raise ValueError(f"fit.noise_probability is {share!r}: expected a number in (0, 1]")
+        if share < 1 and self.embedding_noise == self.neftune_alpha == 0:
+            raise ValueError(
+                f"fit.noise_probability is {share} without a noise: expected 1, or "
+                "fit.embedding_noise or fit.neftune_alpha > 0"
             )
 
 

@@ -27,7 +27,7 @@ from probattn.inference.mesh import PlacedOptimizer, Placement
 from probattn.inference.optimizers import default_optimizer, svi_optimizer
 from probattn.log_det import log_det
 from probattn.models import language_model, latent_guide
-from probattn.models.embedding_noise import gaussian_noise, neftune_noise
+from probattn.models.embedding_noise import gaussian_noise, neftune_noise, some_of
 from probattn.models.language_model import AttentionStage, attention_stage, sample_parameters
 from probattn.models.priors import starting_point
 from probattn.models.transformer import Parameters, embed
@@ -301,7 +301,11 @@ def _with_key_data(state: TrainState) -> TrainState:
 def training_noise(config: FitConfig, rng_key: Array) -> dict[str, Perturb]:
     """Noise on what the network sees, as the option `perturb` of `language_model`, if any."""
     if config.embedding_noise > 0:
-        return {"perturb": partial(gaussian_noise, rng_key, scale=config.embedding_noise)}
-    if config.neftune_alpha > 0:
-        return {"perturb": partial(neftune_noise, rng_key, alpha=config.neftune_alpha)}
-    return {}
+        noise = partial(gaussian_noise, scale=config.embedding_noise)
+    elif config.neftune_alpha > 0:
+        noise = partial(neftune_noise, alpha=config.neftune_alpha)
+    else:
+        return {}
+    if config.noise_probability < 1:
+        noise = partial(some_of, noise, probability=config.noise_probability)
+    return {"perturb": partial(noise, rng_key)}

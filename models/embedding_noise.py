@@ -1,6 +1,7 @@
 """Random disturbances of the embeddings, as training uses them."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,3 +35,25 @@ def neftune_noise(
     length, width = x.shape[-2:]
     noise = jax.random.uniform(rng_key, x.shape, x.dtype, minval=-1.0, maxval=1.0)
     return x + alpha / math.sqrt(length * width) * noise
+
+
+def some_of(
+    perturb: Callable[[Array, Array], Array],
+    rng_key: Array,
+    x: Float[Array, "*batch T d"],
+    probability: float,
+) -> Float[Array, "*batch T d"]:
+    """Perturb each sequence with this probability, and leave the others as they are.
+
+    A network that sees both learns to tell them apart, and pays less for clean text than one that
+    sees noise alone.
+
+    Args:
+        perturb: of a random key and x.
+        rng_key: random key.
+        x: embeddings (..., T, d).
+        probability: of a sequence to be perturbed.
+    """
+    noise_key, chosen_key = jax.random.split(rng_key)
+    chosen = jax.random.bernoulli(chosen_key, probability, (*x.shape[:-2], 1, 1))
+    return jnp.where(chosen, perturb(noise_key, x), x)

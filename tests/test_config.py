@@ -26,7 +26,7 @@ MAP = RunConfig(
 LATENT = RunConfig(
     objective=ObjectiveConfig("latent", 0.0, 0.0, 1.0, 1e-3, "separate", False, 0.1, 2.0, True)
 )
-NEFTUNE = RunConfig(fit=FitConfig(neftune_alpha=5.0))
+NEFTUNE = RunConfig(fit=FitConfig(neftune_alpha=5.0, noise_probability=0.25))
 
 
 def written(folder, text):
@@ -148,6 +148,7 @@ REGULARISERS = ("weight_decay", "embedding_noise", "neftune_alpha", "sam_rho")
             for name in REGULARISERS
             for value in (-0.1, math.nan, math.inf, True, "1")
         ),
+        *(("noise_probability", value) for value in (0, -0.1, 1.1, math.nan, True, "1", 0.5)),
     ],
 )
 def test_fit_config_names_the_field_and_what_it_got(field, value):

@@ -150,6 +150,21 @@ def test_neftune_is_uniform_and_of_its_own_scale():
     np.testing.assert_allclose(fractions, 0.25, atol=5 * math.sqrt(0.25 * 0.75 / noise.size))
 
 
+@pytest.mark.parametrize("kind", ["embedding_noise", "neftune_alpha"])
+def test_noise_of_some_sequences_leaves_the_others_alone(kind):
+    """Those that are perturbed are perturbed whole, as without the option, and are so many."""
+    always = dataclasses.replace(FIT, **{kind: 2.0})
+    config = dataclasses.replace(always, noise_probability=0.2)
+    x = jax.random.normal(jax.random.key(1), (500, 4, 8))
+    key = jax.random.key(0)
+    noise = np.asarray(training_noise(config, key)["perturb"](x) - x)
+    noisy = np.any(noise != 0, axis=(1, 2))
+    assert np.all(noise[noisy] != 0)
+    assert abs(noisy.mean() - 0.2) < 5 * math.sqrt(0.2 * 0.8 / 500)
+    full = np.asarray(training_noise(always, key)["perturb"](x) - x)
+    assert noise[noisy].std() == pytest.approx(full.std(), rel=0.05)
+
+
 def test_no_noise_is_no_option():
     assert training_noise(FIT, jax.random.key(0)) == {}
 
