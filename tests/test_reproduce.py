@@ -309,6 +309,33 @@ def test_every_method_has_three_values_that_make_a_configuration(scripts, tmp_pa
             assert sum(name == method for name, _ in configs) >= 3
 
 
+def test_the_tuned_setting_and_whole_curves_have_every_seed(scripts, tmp_path):
+    plan = scripts["plan"]
+    methods = plan.read_methods(plan.METHODS)
+    tuned = {"sam": "sam_rho=0.05", "gaussian": "embedding_noise=0.35"}
+    scale, data = plan.read_scale("small"), plan.DataConfig()
+    tasks = plan.tuned_tasks(tuned, ["methods", "kinds"], methods, 2, scale, data, tmp_path)
+    runs = {(task.setting.method, task.setting.name, task.seed) for task in tasks}
+    assert len(runs) == len(tasks)
+    names = {("sam", "sam_rho=0.05"), ("ce", "learning_rate=1x")}
+    assert {(task.setting.method, task.setting.name) for task in tasks if task.kinds} == names | {
+        ("gaussian", "embedding_noise=0.35")
+    }
+    for method in ("gaussian", "occasional", "occasional_first_layer"):
+        names |= {(method, setting.name) for setting in methods[method]}
+    assert runs == {(*name, seed) for name in names for seed in (0, 1)}
+
+
+def test_what_is_committed_is_drawn_from_what_is_committed(scripts, tmp_path):
+    results = FOLDER / "results"
+    for path in (*results.glob("*.csv"), results / "setting.txt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    drawn = {path.name for path in scripts["figures"].draw(tmp_path)}
+    assert drawn == {path.name for path in results.iterdir() if path.suffix in (".md", ".png")}
+    tables = [(folder / "table.md").read_text(encoding="utf-8") for folder in (tmp_path, results)]
+    assert tables[0] == tables[1]
+
+
 def test_intervals_over_seeds_are_those_of_scipy(scripts):
     summary, rng = scripts["summary"], np.random.default_rng(0)
     a, b = rng.normal(2, 0.1, (2, 5))
@@ -348,4 +375,10 @@ def test_tuning_looks_at_clean_and_noisy_text_of_its_own_half(scripts):
     ]
     summary = scripts["summary"]
     assert summary.tuned_settings(noise, [0]) == {"m": "s=2"}
+    every = [row | {"half": "test", "seed": seed} for row in noise for seed in (0, 1)]
+    ce = {"method": "ce", "setting": "learning_rate=1x", "half": "test", "kind": "gaussian"}
+    reference = [ce | {"unit": "relative", "level": 0.0, "bpc": 2.0, "seed": n} for n in (0, 1)]
+    assert summary.curves_of([*every, *reference]) == {"m": ["s=1", "s=2", "s=3", "s=10"]}
+    partly = [row for row in every if (row["setting"], row["seed"]) != ("s=2", 1)]
+    assert summary.curves_of([*partly, *reference]) == {"m": ["s=1", "s=3", "s=10"]}
     assert summary.settings_of(noise) == {"m": ["s=1", "s=2", "s=3", "s=10"]}

@@ -73,11 +73,13 @@ class Setting:
         method: which.
         name: of the value, for tables and folders.
         changes: fields of the configuration; a string such as "2x" multiplies what the scale has.
+        every_seed: whether it is run with every seed, even where another value is the tuned one.
     """
 
     method: str
     name: str
     changes: dict[str, Any]
+    every_seed: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,18 @@ def read_methods(path: Path) -> Methods:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
         methods = {
-            method: [Setting(method, _name(row), {**table["set"], **row}) for row in table["grid"]]
+            method: [
+                Setting(method, _name(row), {**table["set"], **row}, table.get("every_seed", False))
+                for row in table["grid"]
+            ]
             for method, table in tables.items()
         }
     except OSError as error:
         raise ValueError(f"{path}: cannot read the methods: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected a table for each method, with label, set and grid: {error!r}"
+            f"{path}: expected a table for each method, with label, set, grid and perhaps "
+            f"every_seed: {error!r}"
         ) from None
     known = {(each.method, each.name) for settings in methods.values() for each in settings}
     if missing := [name for name in PAPER if name not in known]:
@@ -250,14 +256,18 @@ def tuned_tasks(
     data: DataConfig,
     runs: Path,
 ) -> list[Task]:
-    """Every method at its tuned setting, by name, with every seed; and what costs are over."""
+    """Every method at its tuned setting, by name, with every seed; and what costs are over.
+
+    These are measured under other kinds of noise too, where that is asked for. Settings that are
+    run with every seed for a curve are not.
+    """
     chosen = {*tuned.items(), REFERENCE}
     return [
-        make_task(setting, seed, scale, data, runs, kinds="kinds" in parts)
+        make_task(setting, seed, scale, data, runs, kinds="kinds" in parts and is_chosen)
         for seed in range(seeds)
         for settings in methods.values()
         for setting in settings
-        if (setting.method, setting.name) in chosen
+        if (is_chosen := (setting.method, setting.name) in chosen) or setting.every_seed
     ]
 
 

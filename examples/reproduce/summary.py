@@ -169,6 +169,16 @@ def tuned_settings(noise: Sequence[Row], seeds: Iterable[int]) -> dict[str, str]
     return chosen
 
 
+def curves_of(noise: Sequence[Row]) -> dict[str, list[str]]:
+    """Settings with every seed that the reference has, of methods with several of them."""
+    seeds = by_seed(noise, "bpc", *REFERENCE).keys()
+    whole = {
+        method: [name for name in names if seeds <= by_seed(noise, "bpc", method, name).keys()]
+        for method, names in settings_of(noise).items()
+    }
+    return {method: names for method, names in whole.items() if len(names) > 1}
+
+
 def _read(path: Path) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as stream:
         return [

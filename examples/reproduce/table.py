@@ -12,6 +12,7 @@ from summary import (
     Results,
     Row,
     by_seed,
+    curves_of,
     interval,
     of_stages,
     paired_cost,
@@ -39,6 +40,8 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
         parts += ["## The paper's numbers\n", paper_table(results)]
     if len(there) > 2 and REFERENCE[1] in there.get("ce", ()):
         parts += ["## Methods\n", methods_table(results.noise)]
+    if curves_of(results.noise):
+        parts += ["## Trade-off, settings with every seed\n", curves_table(results.noise)]
     if any(row["kind"] != "gaussian" for row in results.noise):
         parts += ["## Degradation under noise of other kinds\n", kinds_table(results.noise)]
     if results.margins:
@@ -90,13 +93,25 @@ def paper_table(results: Results) -> str:
 
 def methods_table(noise: Sequence[Row]) -> str:
     """Every method at its tuned setting: clean BPC, its cost, and degradation under noise."""
-    labels, clean = read_labels(), by_seed(noise, "bpc", *REFERENCE)
-    tuned = tuned_settings(noise, range(TUNING_SEEDS))
+    labels, tuned = read_labels(), tuned_settings(noise, range(TUNING_SEEDS))
     # In the order of methods.toml, and the rest after it.
     order = [method for method in [*labels, *sorted(tuned.keys() - labels)] if method in tuned]
-    chosen = list(dict.fromkeys([REFERENCE, *((method, tuned[method]) for method in order)]))
+    return _of_settings(noise, [REFERENCE, *((method, tuned[method]) for method in order)])
+
+
+def curves_table(noise: Sequence[Row]) -> str:
+    """The same of every setting that has every seed, of methods with several of these."""
+    curves = curves_of(noise)
+    order = [method for method in [*read_labels(), *sorted(curves)] if method in curves]
+    return _of_settings(
+        noise, [REFERENCE, *((method, name) for method in order for name in curves[method])]
+    )
+
+
+def _of_settings(noise: Sequence[Row], settings: Sequence[tuple[str, str]]) -> str:
+    labels, clean = read_labels(), by_seed(noise, "bpc", *REFERENCE)
     rows = []
-    for method, setting in chosen:
+    for method, setting in dict.fromkeys(settings):
         bpc = by_seed(noise, "bpc", method, setting)
         worse = [
             interval(
