@@ -18,6 +18,7 @@ from probattn.inference.optimizers import default_optimizer
 from probattn.inference.svi import Trainer
 from probattn.models import LanguageModelConfig, ObjectiveConfig, language_model
 from probattn.models.transformer import embed, logits
+from probattn.positivity import surely_positive
 
 VOCABULARY, TOKENS = 65, 1_000_000
 STEPS = 20  # in one call, as `fit` makes several
@@ -96,7 +97,12 @@ def _hand_written(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:
     optimizer = default_optimizer(fit)
 
     def inside(params: Any, inputs: jax.Array) -> jax.Array:
-        return log_det(embed(params, inputs), params["w_query"], params["w_key"])[0] > 0
+        stage = embed(params, inputs), params["w_query"], params["w_key"]
+        return jax.lax.cond(
+            jnp.all(surely_positive(*stage)),
+            lambda: jnp.bool_(True),
+            lambda: jnp.all(log_det(*stage)[0] > 0),
+        )
 
     def loss(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         x = embed(params, inputs)
@@ -125,8 +131,7 @@ def _hand_written(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:
         updates, moments = optimizer.update(gradient, moments, params)
         trial = optax.apply_updates(params, updates)
         if weight:  # the check that the trainer makes, without the retreat that it rarely needs
-            ok = jnp.all(inside(trial, inputs))
-            trial = jax.lax.cond(ok, lambda: trial, lambda: params)
+            trial = jax.lax.cond(inside(trial, inputs), lambda: trial, lambda: params)
         return trial, moments, value
 
     @jax.jit

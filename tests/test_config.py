@@ -158,8 +158,11 @@ def test_fit_config_names_the_field_and_what_it_got(field, value):
 
 
 def test_fit_config_takes_its_limits():
-    FitConfig(steps=1, warmup=0, batch=1, eval_every=1, checkpoint_every=1, seed=0)
-    FitConfig(steps=2, warmup=1, learning_rate=1e-300, seed=2**32 - 1)
+    least = {"steps": 1, "warmup": 0, "batch": 1, "eval_every": 1, "checkpoint_every": 1, "seed": 0}
+    others = {"steps": 2, "warmup": 1, "learning_rate": 1e-300, "seed": 2**32 - 1}
+    others |= {"embedding_noise": 1e-300, "noise_probability": 1e-300}
+    for fields in (least, others):
+        assert dataclasses.asdict(FitConfig(**fields)).items() >= fields.items()
 
 
 @pytest.mark.parametrize("name", REGULARISERS)

@@ -6,7 +6,7 @@ Each is drawn if its runs are there. Means are over seeds, bands and bars are th
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def draw(folder: Path) -> list[Path]:
         written.append(save_figure(weight_sweep(results), folder / "sweep.png"))
     if len(there) > 2 and REFERENCE[1] in there.get("ce", ()):
         written.append(save_figure(trade_off(results.noise), folder / "trade_off.png"))
-    if len(curves_of(results.noise).keys() - {"margin"}) > 1:
+    if len(_frontier_curves(results.noise)) > 1:
         written.append(save_figure(frontier(results.noise), folder / "frontier.png"))
     if results.comparisons:
         written.append(save_figure(harm_by_margin(results), folder / "sensitivity.png"))
@@ -168,8 +168,7 @@ def trade_off(noise: Sequence[Row]) -> Figure:
     clean = by_seed(noise, "bpc", *REFERENCE)
     figure = new_figure(DOUBLE, 3.9, layout="constrained")
     entries: dict[str, Artist] = {}
-    for place, level in enumerate((0.5, 1.0)):
-        axes = figure.add_subplot(1, 2, 1 + place)
+    for level, axes in _cost_panels(figure):
         for number, (method, names) in enumerate(tried.items()):
             style = look(number)
             seeds = range(TUNING_SEEDS)
@@ -185,13 +184,6 @@ def trade_off(noise: Sequence[Row]) -> Figure:
                     yerr=_bar(y),
                     **style | {"linestyle": "none", "elinewidth": 0.8, "markersize": 5},
                 )
-        dress(
-            axes,
-            place,
-            "clean bits per character (% over ce)",
-            _DEGRADATION,
-            title=f"noise of {level:g} RMS",
-        )
         axes.yaxis.set_major_locator(MaxNLocator(6))
     add_legend(figure, entries)
     return figure
@@ -204,12 +196,11 @@ def frontier(noise: Sequence[Row]) -> Figure:
     `margin` is left out, which is swept on its own and would hide the rest. Shaded is what halves
     the excess degradation of ce for half a per cent of clean bits per character.
     """
-    curves = {method: names for method, names in curves_of(noise).items() if method != "margin"}
+    curves = _frontier_curves(noise)
     clean = by_seed(noise, "bpc", *REFERENCE)
     figure = new_figure(DOUBLE, 3.2, layout="constrained")
     entries: dict[str, Artist] = {}
-    for place, level in enumerate((0.5, 1.0)):
-        axes = figure.add_subplot(1, 2, 1 + place)
+    for level, axes in _cost_panels(figure):
         for number, (method, names) in enumerate(curves.items()):
             style = look(number)
             points = [_both(noise, clean, method, name, level) for name in names]
@@ -221,21 +212,11 @@ def frontier(noise: Sequence[Row]) -> Figure:
                 yerr=[each.half_width for each in y],
                 **style | {"linewidth": 1.0, "elinewidth": 0.6, "markersize": 4},
             )
-        dress(
-            axes,
-            place,
-            "clean bits per character (% over ce)",
-            _DEGRADATION,
-            title=f"noise of {level:g} RMS",
-        )
-    _, half = _both(noise, clean, *REFERENCE, 0.5)
-    wanted = figure.axes[0]
-    left, right = wanted.get_xlim()
-    bottom, top = wanted.get_ylim()
-    wanted.fill_between(
-        [left, 0.5], bottom, (1 + half.mean) / 2, color="0.9", linewidth=0, zorder=0
-    )
-    wanted.set(xlim=(left, right), ylim=(bottom, top))
+    _, ce = _both(noise, clean, *REFERENCE, 0.5)
+    axes = figure.axes[0]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.fill_between([left, 0.5], bottom, (1 + ce.mean) / 2, color="0.9", linewidth=0, zorder=0)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
     add_legend(figure, entries)
     return figure
 
@@ -273,6 +254,19 @@ def harm_by_margin(results: Results) -> Figure:
         dress(axes, place, described, "")
     add_legend(figure, entries)
     return figure
+
+
+def _cost_panels(figure: Figure) -> Iterator[tuple[float, Axes]]:
+    """Panels of clean cost against degradation, at half and at one embedding RMS."""
+    for place, level in enumerate((0.5, 1.0)):
+        axes = figure.add_subplot(1, 2, 1 + place)
+        yield level, axes
+        cost = "clean bits per character (% over ce)"
+        dress(axes, place, cost, _DEGRADATION, title=f"noise of {level:g} RMS")
+
+
+def _frontier_curves(noise: Sequence[Row]) -> dict[str, list[str]]:
+    return {method: names for method, names in curves_of(noise).items() if method != "margin"}
 
 
 def _both(
