@@ -4,6 +4,7 @@ import csv
 import importlib
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -327,13 +328,55 @@ def test_the_tuned_setting_and_whole_curves_have_every_seed(scripts, tmp_path):
 
 
 def test_what_is_committed_is_drawn_from_what_is_committed(scripts, tmp_path):
-    results = FOLDER / "results"
-    for path in (*results.glob("*.csv"), results / "setting.txt"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    drawn = {path.name for path in scripts["figures"].draw(tmp_path)}
+    results, copy = FOLDER / "results", tmp_path / "results"
+    shutil.copytree(results, copy, ignore=shutil.ignore_patterns("*.md", "*.png"))
+    drawn = {path.name for path in scripts["figures"].draw(copy)}
     assert drawn == {path.name for path in results.iterdir() if path.suffix in (".md", ".png")}
-    tables = [(folder / "table.md").read_text(encoding="utf-8") for folder in (tmp_path, results)]
+    tables = [(folder / "table.md").read_text(encoding="utf-8") for folder in (copy, results)]
     assert tables[0] == tables[1]
+
+
+def test_further_seeds_and_differences_are_those_of_scipy():
+    """From the committed rows: ce, and noise on some sequences with and without the barrier."""
+    results = FOLDER / "results"
+    bpc = {}
+    for path in (results / "noise.csv", results / "confirmation" / "noise.csv"):
+        with path.open(newline="") as stream:
+            for row in csv.DictReader(stream):
+                if (row["half"], row["kind"], row["unit"]) == ("test", "gaussian", "relative"):
+                    point = row["method"], row["setting"], float(row["level"])
+                    bpc.setdefault(point, {})[int(row["seed"])] = float(row["bpc"])
+    setting = "noise_probability=0.15 embedding_noise=0.5"
+
+    def of(method, level, seeds, name=setting):
+        return np.array([bpc[method, name, level][seed] for seed in seeds])
+
+    def shown(values, digits, sign=""):
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        mean = f"{np.mean(values):{sign}.{digits}f}".replace("-", "\N{MINUS SIGN}")
+        return mean, f"{(high - low) / 2:.{digits}f}"
+
+    lines = (results / "table.md").read_text(encoding="utf-8").splitlines()
+    for seeds in (range(5), range(5, 10), range(10)):
+        ce = [of("ce", level, seeds, "learning_rate=1x") for level in (0.0, 0.5)]
+        ours = [of("occasional_first_layer", level, seeds) for level in (0.0, 0.5)]
+        cost = " % ± ".join(shown(100 * (ours[0] / ce[0] - 1), 1, "+"))
+        excess = " ± ".join(shown((ours[1] / ours[0] - 1) / (ce[1] / ce[0] - 1), 3))
+        begin = f"| occasional, first layer | {setting.replace('_', ' ')} | {len(seeds)} |"
+        assert any(
+            line.startswith(begin) and cost in line and line.endswith(f"| {excess} |")
+            for line in lines
+        )
+    ours, other, ce = (
+        of(*name)
+        for name in (
+            ("occasional_first_layer", 0.0, range(5)),
+            ("occasional", 0.0, range(5)),
+            ("ce", 0.0, range(5), "learning_rate=1x"),
+        )
+    )
+    [row] = [line for line in lines if line.count(setting.replace("_", " ")) == 2]
+    assert row.split(" | ")[1] == " ± ".join(shown(100 * (ours - other) / ce, 1, "+"))
 
 
 def test_intervals_over_seeds_are_those_of_scipy(scripts):

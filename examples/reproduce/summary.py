@@ -48,6 +48,7 @@ class Results:
         setting: what they have in common.
         margins: a row for each attention stage of a run that margins were looked at of.
         comparisons: of these, a row for each comparison of margins with the harm of noise.
+        further: as noise, of further seeds of some settings, with which nothing was chosen.
     """
 
     runs: list[Row]
@@ -56,14 +57,16 @@ class Results:
     setting: str
     margins: list[Row]
     comparisons: list[Row]
+    further: list[Row]
 
 
 def read_results(folder: Path) -> Results:
     """Read the tables that `collect` wrote."""
     tables = (_read(folder / f"{name}.csv") for name in ("runs", "curves", "noise"))
     setting = (folder / "setting.txt").read_text(encoding="utf-8")
-    optional = (folder / f"sensitivity_{name}.csv" for name in ("margins", "comparisons"))
-    return Results(*tables, setting, *(_read(path) if path.exists() else [] for path in optional))
+    optional = ("sensitivity_margins", "sensitivity_comparisons", "confirmation/noise")
+    paths = (folder / f"{name}.csv" for name in optional)
+    return Results(*tables, setting, *(_read(path) if path.exists() else [] for path in paths))
 
 
 def interval(values: Iterable[float]) -> Interval:

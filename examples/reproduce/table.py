@@ -32,6 +32,22 @@ _NOTE = (
 )
 
 
+_FURTHER = "The same of seeds with which nothing was chosen; then of these and the others together."
+_SHARED = [
+    f"noise_probability={share} embedding_noise={noise}"
+    for share, noise in (("0.15", "0.5"), ("0.5", "0.5"), ("0.5", "0.75"))
+]
+# Noise on some sequences with the barrier on the first layer, against what it is made of, and
+# against Gaussian noise on all of them.
+_PAIRS = [
+    *((("occasional_first_layer", each), ("occasional", each)) for each in _SHARED),
+    *(
+        (("occasional_first_layer", each), ("gaussian", f"embedding_noise={noise}"))
+        for each, noise in zip(_SHARED, ("0.2", "0.35", "0.5"), strict=True)
+    ),
+]
+
+
 def write_tables(results: Results, folder: Path) -> list[Path]:
     """Write table.md: every part whose runs are there."""
     there = settings_of(results.noise)
@@ -42,6 +58,11 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
         parts += ["## Methods\n", methods_table(results.noise)]
     if curves_of(results.noise):
         parts += ["## Trade-off, settings with every seed\n", curves_table(results.noise)]
+    if pairs := [pair for pair in _PAIRS if all(name in there.get(m, ()) for m, name in pair)]:
+        parts += ["## Differences, paired by seed\n", pairs_table(results.noise, pairs)]
+    if results.further:
+        parts += ["## Further seeds\n", _FURTHER + "\n"]
+        parts += further_tables(results.noise, results.further)
     if any(row["kind"] != "gaussian" for row in results.noise):
         parts += ["## Degradation under noise of other kinds\n", kinds_table(results.noise)]
     if results.margins:
@@ -108,8 +129,39 @@ def curves_table(noise: Sequence[Row]) -> str:
     )
 
 
+def pairs_table(
+    noise: Sequence[Row], pairs: Sequence[tuple[tuple[str, str], tuple[str, str]]]
+) -> str:
+    """One setting less another: clean cost in points of per cent over ce, and degradation."""
+    clean, rows = by_seed(noise, "bpc", *REFERENCE), []
+    for pair in pairs:
+        costs = [
+            {seed: 100 * (bpc / clean[seed] - 1) for seed, bpc in found.items() if seed in clean}
+            for found in (by_seed(noise, "bpc", *name) for name in pair)
+        ]
+        shown = [_difference(paired_difference(*costs), 1)]
+        for unit, level in _POINTS:
+            found = [by_seed(noise, "degradation", *n, unit=unit, level=level) for n in pair]
+            shown.append(_difference(paired_difference(*found)))
+        names = (", ".join(_named(*name)) for name in pair)
+        rows.append((" less ".join(names), *shown))
+    heads = ("what", "clean cost, points", *(f"at {_noise(*point)}" for point in _POINTS))
+    return _markdown(heads, rows)
+
+
+def further_tables(noise: Sequence[Row], further: Sequence[Row]) -> list[str]:
+    """Settings that were run with further seeds: with these alone, and with all."""
+    names = [(method, name) for method, found in settings_of(further).items() for name in found]
+    return [_of_settings(rows, [REFERENCE, *names]) for rows in (further, [*noise, *further])]
+
+
+def _named(method: str, setting: str) -> tuple[str, str]:
+    return read_labels().get(method, method), setting.replace("_", " ")
+
+
 def _of_settings(noise: Sequence[Row], settings: Sequence[tuple[str, str]]) -> str:
-    labels, clean = read_labels(), by_seed(noise, "bpc", *REFERENCE)
+    clean = by_seed(noise, "bpc", *REFERENCE)
+    at_half = by_seed(noise, "degradation", *REFERENCE, level=0.5)
     rows = []
     for method, setting in dict.fromkeys(settings):
         bpc = by_seed(noise, "bpc", method, setting)
@@ -121,11 +173,16 @@ def _of_settings(noise: Sequence[Row], settings: Sequence[tuple[str, str]]) -> s
         ]
         is_reference = (method, setting) == REFERENCE
         cost = "" if is_reference else _percent(paired_cost(bpc, clean))
-        name = (labels.get(method, method), setting.replace("_", " "))
-        rows.append((*name, str(len(bpc)), _shown(interval(bpc.values()), 3), cost))
-        rows[-1] += tuple(_shown(each, 3) for each in worse)
+        found = by_seed(noise, "degradation", method, setting, level=0.5)
+        excess = interval(
+            (found[seed] - 1) / (at_half[seed] - 1) for seed in found.keys() & at_half
+        )
+        shown = (*(_shown(each, 3) for each in worse), "" if is_reference else _shown(excess, 3))
+        name = (*_named(method, setting), str(len(bpc)))
+        rows.append((*name, _shown(interval(bpc.values()), 3), cost, *shown))
     heads = ("method", "setting", "seeds", "clean BPC", "cost over ce")
-    return _markdown((*heads, *(f"at {_noise(*point)}" for point in _POINTS)), rows)
+    noises = (f"at {_noise(*point)}" for point in _POINTS)
+    return _markdown((*heads, *noises, "excess at 0.5 RMS, of ce's"), rows)
 
 
 def kinds_table(noise: Sequence[Row]) -> str:
@@ -198,11 +255,11 @@ def _percent(found: Interval) -> str:
     return f"{_signed(found.mean, 1)} %{reach}"
 
 
-def _difference(found: Interval) -> str:
+def _difference(found: Interval, digits: int = 3) -> str:
     if math.isnan(found.mean):
         return _MISSING
-    reach = "" if math.isnan(found.half_width) else f" ± {found.half_width:.3f}"
-    return f"{_signed(found.mean, 3)}{reach}"
+    reach = "" if math.isnan(found.half_width) else f" ± {found.half_width:.{digits}f}"
+    return f"{_signed(found.mean, digits)}{reach}"
 
 
 def _signed(value: float, digits: int) -> str:
