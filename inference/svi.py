@@ -25,16 +25,16 @@ from probattn.inference.elbo import OrderedELBO
 from probattn.inference.guides import make_guide
 from probattn.inference.mesh import PlacedOptimizer, Placement
 from probattn.inference.optimizers import default_optimizer, svi_optimizer
+from probattn.inference.retreat import largest_step
 from probattn.log_det import log_det
 from probattn.models import language_model, latent_guide
 from probattn.models.embedding_noise import gaussian_noise, neftune_noise, some_of
 from probattn.models.language_model import AttentionStage, attention_stage, sample_parameters
 from probattn.models.priors import starting_point
-from probattn.models.transformer import Parameters, embed
+from probattn.models.transformer import embed
 from probattn.positivity import surely_positive
 
 Perturb = Callable[[Array], Array]
-_HALVINGS = 10  # after which a step is not taken at all
 
 
 class TrainState(NamedTuple):
@@ -67,6 +67,22 @@ class Progress(NamedTuple):
     finite: Bool[Array, ""]
 
 
+class Keys(NamedTuple):
+    """Random keys of a fit, all of them functions of its seed.
+
+    Attributes:
+        start: of the parameters that it starts from.
+        init: of NumPyro's state.
+        data: of the minibatches.
+        noise: of what `FitConfig.embedding_noise` and `FitConfig.neftune_alpha` add.
+    """
+
+    start: Array
+    init: Array
+    data: Array
+    noise: Array
+
+
 class Trainer:
     """A language model, its guide and its optimizer, ready to take steps.
 
@@ -88,9 +104,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self._placement = placement = Placement() if placement is None else placement
-        root = jax.random.key(config.fit.seed)
-        init_key, self._data_key = jax.random.split(root)
-        self._noise_key = jax.random.fold_in(root, 2)  # the split is 0 and 1
+        self._keys = _keys(np.uint32(config.fit.seed))
         sequences = tokens.shape[0] // config.model.block
         count = sequences * config.model.block
         model = partial(
@@ -102,43 +116,47 @@ class Trainer:
             precision=config.fit.precision,
         )
         parameters = partial(sample_parameters, vocabulary_size, config.model, config.objective)
-        start_key, init_key = jax.random.split(init_key)
-        start = jax.jit(partial(starting_point, parameters=parameters))(start_key)
+        start = jax.jit(partial(starting_point, parameters=parameters))(self._keys.start)
         self.guide = make_guide(config.fit.guide, parameters, start)
-        guide: Callable = self.guide
-        if config.objective.name == "latent":
-            guide = partial(
-                latent_guide,
-                parameters=self.guide,
-                objective=config.objective,
-                num_sequences=sequences,
-            )
+
+        def guide_of(parameters_guide: Callable) -> Callable:
+            if config.objective.name == "latent":
+                parameters_guide = partial(
+                    latent_guide,
+                    parameters=parameters_guide,
+                    objective=config.objective,
+                    num_sequences=sequences,
+                )
+            return numpyro.handlers.scale(parameters_guide, 1 / count)
+
         # The loss is -ELBO / N, of a point -log joint / N: nats per token, whatever the size of
         # the corpus.
         if optimizer is None:
             optimizer = default_optimizer(config.fit)
         plain = svi_optimizer(optimizer, config.fit)
         optim = plain if placement.mesh is None else PlacedOptimizer(plain, placement)
-        guide = numpyro.handlers.scale(guide, 1 / count)
         scaled = numpyro.handlers.scale(model, 1 / count)
-        self._svi = SVI(scaled, guide, optim, OrderedELBO())
-        # The priors say what there is to learn: tracing all of the model takes long.
-        starting = SVI(lambda *_: parameters(), guide, optim, OrderedELBO())
+        self._svi = SVI(scaled, guide_of(self.guide), optim, OrderedELBO())
         self._tokens = placement.put(tokens)
 
-        def init() -> TrainState:
+        def init(start: dict[str, Array], keys: Keys) -> TrainState:
+            # The priors say what there is to learn: tracing all of the model takes long. The guide
+            # is one of its own, so that where it starts is an argument.
+            guide = guide_of(make_guide(config.fit.guide, parameters, start))
+            starting = SVI(lambda *_: parameters(), guide, optim, OrderedELBO())
             # Each a buffer of its own, since all are donated.
             counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-            svi = starting.init(init_key, *self.minibatch(tokens, 0))
+            svi = starting.init(keys.init, *self.minibatch(tokens, 0, keys))
             self._svi.constrain_fn = starting.constrain_fn
             return TrainState(svi, jnp.zeros(()), *counts)
 
-        shapes = jax.eval_shape(init)
+        shapes = jax.eval_shape(init, start, self._keys)
+        jax.eval_shape(numpyro.handlers.seed(self.guide, rng_seed=0))  # sets its prototype up
         spread = placement.shardings(shapes)
-        self._init = jax.jit(init, out_shardings=spread)
+        self._init = partial(jax.jit(init, out_shardings=spread), start, self._keys)
         # Compiled here, so that a rate of steps is one. Donated: the old parameters and moments
-        # make room for the new.
-        arguments = *placement.shapes((shapes, tokens)), np.int32(0), np.int32(0)
+        # make room for the new. Of any seed it is the same program, which is compiled but once.
+        arguments = *placement.shapes((shapes, tokens)), self._keys, np.int32(0), np.int32(0)
         with placement.context():
             program = jax.jit(self._run, donate_argnums=0, out_shardings=(spread, None))
             self._advance = program.lower(*arguments).compile()
@@ -152,7 +170,7 @@ class Trainer:
 
         Every length runs the same compiled code, so cutting a fit elsewhere changes no digit.
         """
-        return self._advance(state, self._tokens, np.int32(step), np.int32(stop))
+        return self._advance(state, self._tokens, self._keys, np.int32(step), np.int32(stop))
 
     def parameters(self, state: TrainState) -> dict[str, Array]:
         """Parameters by site name: one point, the median of the guide, on one device."""
@@ -185,24 +203,31 @@ class Trainer:
         return found._replace(svi=found.svi._replace(rng_key=key))
 
     def minibatch(
-        self, tokens: Int[Array, " N"], step: int | Int[Array, ""]
+        self, tokens: Int[Array, " N"], step: int | Int[Array, ""], keys: Keys | None = None
     ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-        """Inputs and targets of a step, a function of the seed and the step alone."""
+        """Inputs and targets of a step, a function of the seed and the step alone.
+
+        Args:
+            tokens: training text, (N,).
+            step: number of the step.
+            keys: of the fit, where a program takes them; by default those of its seed.
+        """
         return self._placement.sequences(
             random_blocks(
-                jax.random.fold_in(self._data_key, step),
+                jax.random.fold_in((keys or self._keys).data, step),
                 tokens,
                 batch=self.config.fit.batch,
                 block=self.config.model.block,
             )
         )
 
-    def noise(self, step: int | Int[Array, ""]) -> dict[str, Perturb]:
+    def noise(self, step: int | Int[Array, ""], keys: Keys | None = None) -> dict[str, Perturb]:
         """The noise of a step as an option of the model, likewise of the seed and the step alone.
 
-        No noise is no option, and compiles no random numbers.
+        No noise is no option, and compiles no random numbers. Arguments: see `minibatch`.
         """
-        return training_noise(self.config.fit, jax.random.fold_in(self._noise_key, step))
+        key = jax.random.fold_in((keys or self._keys).noise, step)
+        return training_noise(self.config.fit, key)
 
     def _sites(self, params: dict[str, Array]) -> dict[str, Array]:
         return self.guide.median(params)
@@ -211,11 +236,11 @@ class Trainer:
         return self._sites(self._placement.gathered(params))
 
     def _run(
-        self, state: TrainState, tokens: Array, step: Array, stop: Array
+        self, state: TrainState, tokens: Array, keys: Keys, step: Array, stop: Array
     ) -> tuple[TrainState, Progress]:
         def body(carry: tuple[TrainState, Progress]) -> tuple[TrainState, Progress]:
             state, progress = carry
-            state, loss = self._step(state, tokens, progress.step)
+            state, loss = self._step(state, tokens, keys, progress.step)
             return state, Progress(progress.step + 1, loss, jnp.isfinite(loss))
 
         def unfinished(carry: tuple[TrainState, Progress]) -> Array:
@@ -225,9 +250,11 @@ class Trainer:
         start = Progress(step, jnp.zeros(()), jnp.bool_(True))
         return jax.lax.while_loop(unfinished, body, (state, start))
 
-    def _step(self, state: TrainState, tokens: Array, step: Array) -> tuple[TrainState, Array]:
-        inputs, targets = self.minibatch(tokens, step)
-        svi, loss = self._svi.update(state.svi, inputs, targets, **self.noise(step))
+    def _step(
+        self, state: TrainState, tokens: Array, keys: Keys, step: Array
+    ) -> tuple[TrainState, Array]:
+        inputs, targets = self.minibatch(tokens, step, keys)
+        svi, loss = self._svi.update(state.svi, inputs, targets, **self.noise(step, keys))
         rejected = jnp.bool_(False)
         if self.config.objective.has_barrier:
             svi, rejected = self._retreat(state.svi, svi, inputs)
@@ -242,55 +269,30 @@ class Trainer:
         )
 
     def _retreat(self, old: SVIState, new: SVIState, inputs: Array) -> tuple[SVIState, Array]:
-        """Shorten a step until it makes no positive determinant of the minibatch non-positive.
+        """Shorten a step until it makes no positive determinant of the minibatch non-positive."""
 
-        A position that was infeasible before the step does not count: the relaxed barrier is
-        there to lead it back, and must be allowed to.
-        """
-        params, start = (
-            self._svi.optim.get_params(new.optim_state),
-            self._svi.optim.get_params(old.optim_state),
-        )
-        sites = self._gathered_sites
-
-        def stage(parameters: Parameters) -> AttentionStage:
+        def stage(params: dict[str, Array]) -> AttentionStage:
+            config, parameters = self.config, self._gathered_sites(params)
             x = embed(parameters, inputs)
-            config = self.config
             return attention_stage(parameters, x, config=config.model, objective=config.objective)
 
-        def inside(parameters: Parameters) -> Array:
-            return log_det(**stage(parameters))[0] > 0
-
-        def at(scale: Array) -> dict[str, Array]:
-            return jax.tree.map(
-                lambda a, b: jnp.where(scale == 1, b, a + scale * (b - a)), start, params
-            )
-
-        def shortened() -> Array:
-            before = inside(sites(start))
-
-            def crosses(trial: tuple[Array, Array]) -> Array:
-                _, scale = trial
-                return jnp.any(before & ~inside(sites(at(scale))))
-
-            halvings, scale = jax.lax.while_loop(
-                lambda trial: (trial[0] < _HALVINGS) & crosses(trial),
-                lambda trial: (trial[0] + 1, trial[1] / 2),
-                (jnp.int32(0), jnp.ones(())),
-            )
-            return jnp.where(halvings < _HALVINGS, scale, 0.0)
-
-        def checked() -> Array:
-            return jax.lax.cond(jnp.all(inside(sites(params))), whole, shortened)
-
-        def whole() -> Array:
-            return jnp.ones(())
-
-        # Most steps pay for a sufficient condition and for no determinants. The conditions return
-        # a number: parameters would be copied.
-        scale = jax.lax.cond(jnp.all(surely_positive(**stage(sites(params)))), whole, checked)
+        start, stop = (self._svi.optim.get_params(each.optim_state) for each in (old, new))
+        params, share = largest_step(
+            start,
+            stop,
+            surely_inside=lambda params: surely_positive(**stage(params)),
+            inside=lambda params: log_det(**stage(params))[0] > 0,
+        )
         count, (_, moments) = new.optim_state
-        return new._replace(optim_state=(count, (at(scale), moments))), scale < 1
+        return new._replace(optim_state=(count, (params, moments))), share < 1
+
+
+@jax.jit
+def _keys(seed: Array) -> Keys:
+    root = jax.random.key(seed)
+    init, data = jax.random.split(root)
+    # A split is 0 and 1.
+    return Keys(*jax.random.split(init), data, noise=jax.random.fold_in(root, 2))
 
 
 def _with_key_data(state: TrainState) -> TrainState:

@@ -38,14 +38,15 @@ sys.exit(cli.main())
 """
 
 
-def test_programs_are_found_by_a_process_of_another_hash_seed(tmp_path):
-    """The order of a set of strings differs there: no program may depend on it."""
+def test_programs_are_found_by_a_process_of_another_hash_seed_and_a_fit_of_another_seed(tmp_path):
+    """The order of a set of strings differs there: no program may depend on it, nor on the seed."""
     (tmp_path / "tiny.toml").write_text(format_config(tiny_config(tmp_path)), encoding="utf-8")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "xdg")
     programs = []
-    for hash_seed in ("1", "2"):
-        options = ["--config", "tiny.toml", "--out", f"run{hash_seed}", "--fit.steps", "6"]
+    for number, (hash_seed, seed) in enumerate([("1", "0"), ("2", "0"), ("2", "1")]):
+        options = ["--config", "tiny.toml", "--out", f"run{number}", "--fit.steps", "6"]
+        options += ["--fit.seed", seed]
         subprocess.run(
             [sys.executable, "-c", KEEP_ALL, "fit", *options],
             env=environment | {"PYTHONHASHSEED": hash_seed},
@@ -57,10 +58,11 @@ def test_programs_are_found_by_a_process_of_another_hash_seed(tmp_path):
             {path.name for path in (tmp_path / "xdg/probattn/compiled").glob("*-cache")}
         )
     assert any("run" in name for name in programs[0])  # the steps, which take longest to compile
-    assert programs[1] == programs[0]
-    reports = [(tmp_path / f"run{seed}" / "metrics.jsonl").read_text() for seed in "12"]
+    assert programs[2] == programs[1] == programs[0]
+    reports = [(tmp_path / f"run{number}" / "metrics.jsonl").read_text() for number in "012"]
     # Up to the rate of steps, which is a time.
-    assert len({report.partition("tokens_per_s")[0] for report in reports}) == 1
+    same, other_hash, other_seed = (report.partition("tokens_per_s")[0] for report in reports)
+    assert same == other_hash != other_seed
 
 
 def test_where_the_user_keeps_them_stands(fresh, tmp_path):

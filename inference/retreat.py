@@ -1,0 +1,82 @@
+"""How far a step may go without jumping over the attention barrier.
+
+The barrier is infinite at det D_t = 0 and finite on both sides, so a step can cross it unseen. One
+that makes a positive determinant of its minibatch non-positive is tried again at half its size.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_HALVINGS = 10  # after which a step is not taken at all
+
+
+class _Trial(NamedTuple):
+    """What was found: at the whole step, at its start, at half of it, and so on.
+
+    Attributes:
+        count: trials so far.
+        whole: positions whose determinants were positive after the whole step.
+        before: the same, before it.
+        accepted: whether the last trial was of a step that crosses nowhere.
+    """
+
+    count: Int[Array, ""]
+    whole: Bool[Array, "*batch T"]
+    before: Bool[Array, "*batch T"]
+    accepted: Bool[Array, ""]
+
+
+def largest_step[Point](
+    start: Point,
+    stop: Point,
+    *,
+    surely_inside: Callable[[Point], Bool[Array, "*batch T"]],
+    inside: Callable[[Point], Bool[Array, "*batch T"]],
+) -> tuple[Point, Float[Array, ""]]:
+    """Go from a point towards another, as far as no position that was inside gets outside.
+
+    A position that was outside before does not count: the relaxed barrier is there to lead it
+    back, and must be allowed to.
+
+    Args:
+        start: a tree of arrays.
+        stop: of the same shapes.
+        surely_inside: a cheap sufficient condition: most steps pay for nothing else.
+        inside: which positions are inside.
+
+    Returns:
+        The point, and its share of the way: 1, 1/2, 1/4 and so on, or 0 after ten of them.
+    """
+
+    def at(share: Float[Array, ""]) -> Point:
+        return jax.tree.map(lambda a, b: jnp.where(share == 1, b, a + share * (b - a)), start, stop)
+
+    # One trial of everything, since a determinant takes seconds to compile.
+    def body(trial: _Trial) -> _Trial:
+        point = jax.tree.map(
+            lambda a, b: jnp.where(trial.count == 1, a, b), start, at(_share(trial.count))
+        )
+        found = inside(point)
+        whole = jnp.where(trial.count == 0, found, trial.whole)
+        before = jnp.where(trial.count == 1, found, trial.before)
+        after = jnp.where(trial.count == 1, whole, found)
+        return _Trial(trial.count + 1, whole, before, ~jnp.any(before & ~after))
+
+    def unfinished(trial: _Trial) -> Array:
+        return ~trial.accepted & (trial.count <= _HALVINGS)
+
+    sure = surely_inside(stop)
+    everywhere = jnp.ones_like(sure)
+    trial = _Trial(jnp.int32(0), everywhere, everywhere, jnp.all(sure))
+    trial = jax.lax.while_loop(unfinished, body, trial)
+    share = jnp.where(trial.accepted, _share(trial.count - 1), 0.0)
+    return at(share), share
+
+
+def _share(count: Int[Array, ""]) -> Float[Array, ""]:
+    """Of a trial: the first is of the whole step, the second of its start alone."""
+    return 2.0 ** -jnp.maximum(count - 1, 0).astype(jnp.float32)
