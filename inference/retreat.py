@@ -18,13 +18,13 @@ class _Trial(NamedTuple):
     """What was found: at the whole step, at its start, at half of it, and so on.
 
     Attributes:
-        count: trials so far.
+        number: how many there were.
         whole: positions whose determinants were positive after the whole step.
         before: the same, before it.
         accepted: whether the last trial was of a step that crosses nowhere.
     """
 
-    count: Int[Array, ""]
+    number: Int[Array, ""]
     whole: Bool[Array, "*batch T"]
     before: Bool[Array, "*batch T"]
     accepted: Bool[Array, ""]
@@ -55,28 +55,28 @@ def largest_step[Point](
     def at(share: Float[Array, ""]) -> Point:
         return jax.tree.map(lambda a, b: jnp.where(share == 1, b, a + share * (b - a)), start, stop)
 
-    # One trial of everything, since a determinant takes seconds to compile.
+    # One trial of everything, so that determinants stand in the program once.
     def body(trial: _Trial) -> _Trial:
         point = jax.tree.map(
-            lambda a, b: jnp.where(trial.count == 1, a, b), start, at(_share(trial.count))
+            lambda a, b: jnp.where(trial.number == 1, a, b), start, at(_share(trial.number))
         )
         found = inside(point)
-        whole = jnp.where(trial.count == 0, found, trial.whole)
-        before = jnp.where(trial.count == 1, found, trial.before)
-        after = jnp.where(trial.count == 1, whole, found)
-        return _Trial(trial.count + 1, whole, before, ~jnp.any(before & ~after))
+        whole = jnp.where(trial.number == 0, found, trial.whole)
+        before = jnp.where(trial.number == 1, found, trial.before)
+        after = jnp.where(trial.number == 1, whole, found)
+        return _Trial(trial.number + 1, whole, before, ~jnp.any(before & ~after))
 
     def unfinished(trial: _Trial) -> Array:
-        return ~trial.accepted & (trial.count <= _HALVINGS)
+        return ~trial.accepted & (trial.number <= _HALVINGS)
 
     sure = surely_inside(stop)
     everywhere = jnp.ones_like(sure)
     trial = _Trial(jnp.int32(0), everywhere, everywhere, jnp.all(sure))
     trial = jax.lax.while_loop(unfinished, body, trial)
-    share = jnp.where(trial.accepted, _share(trial.count - 1), 0.0)
+    share = jnp.where(trial.accepted, _share(trial.number - 1), 0.0)
     return at(share), share
 
 
-def _share(count: Int[Array, ""]) -> Float[Array, ""]:
+def _share(number: Int[Array, ""]) -> Float[Array, ""]:
     """Of a trial: the first is of the whole step, the second of its start alone."""
-    return 2.0 ** -jnp.maximum(count - 1, 0).astype(jnp.float32)
+    return 2.0 ** -jnp.maximum(number - 1, 0).astype(jnp.float32)

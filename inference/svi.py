@@ -291,8 +291,9 @@ class Trainer:
 def _keys(seed: Array) -> Keys:
     root = jax.random.key(seed)
     init, data = jax.random.split(root)
-    # A split is 0 and 1.
-    return Keys(*jax.random.split(init), data, noise=jax.random.fold_in(root, 2))
+    start, init = jax.random.split(init)
+    noise = jax.random.fold_in(root, 2)  # the split is 0 and 1
+    return Keys(start, init, data, noise)
 
 
 def _with_key_data(state: TrainState) -> TrainState:
