@@ -9,7 +9,7 @@ is what keeps the digits, and LAPACK factorises the batch instead.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -56,11 +56,11 @@ def determinant(
     found, largest = _swept_pivots(blocks)
     stable = largest <= _LARGEST_MULTIPLIER
 
-    def pivoted() -> Array:
+    def pivoted(found: Array) -> Array:
         other = _lapack_pivots(*_factors(blocks)[:2])
         return jnp.where(stable[..., None, :], found, other)
 
-    return _sign_and_log_abs(lax.cond(unanimous(stable), lambda: found, pivoted))
+    return _sign_and_log_abs(_changed_if(~unanimous(stable), pivoted, found))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -111,17 +111,27 @@ def _is_zero(pivots: Array) -> Array:
 
 def _guarded(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
     """Pivots and inverse."""
-    found, inverse, largest = _swept(blocks)
+    pivots, inverse, largest = _swept(blocks)
     stable = largest <= _LARGEST_MULTIPLIER
 
-    def pivoted() -> tuple[Array, Array]:
-        pivots, other = _lapack(blocks)
+    def pivoted(found: tuple[Array, Array]) -> tuple[Array, Array]:
+        other = _lapack(blocks)
         return (
-            jnp.where(stable[..., None, :], found, pivots),
-            jnp.where(stable[..., None, None, :], inverse, other),
+            jnp.where(stable[..., None, :], found[0], other[0]),
+            jnp.where(stable[..., None, None, :], found[1], other[1]),
         )
 
-    return lax.cond(unanimous(stable), lambda: (found, inverse), pivoted)
+    return _changed_if(~unanimous(stable), pivoted, (pivots, inverse))
+
+
+def _changed_if[Value](
+    needed: Bool[Array, ""], change: Callable[[Value], Value], value: Value
+) -> Value:
+    """Not by `lax.cond`, which copies the value where there is nothing to change."""
+    _, value = lax.while_loop(
+        lambda state: state[0], lambda state: (~state[0], change(state[1])), (needed, value)
+    )
+    return value
 
 
 def _swept(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:
