@@ -37,9 +37,12 @@ _SHARED = [
     f"noise_probability={share} embedding_noise={noise}"
     for share, noise in (("0.15", "0.5"), ("0.5", "0.5"), ("0.5", "0.75"))
 ]
+_DECAYED = f"{_SHARED[0]} weight_decay=0.1"
 # Noise on some sequences with the barrier on the first layer, against what it is made of, and
 # against Gaussian noise on all of them.
 _PAIRS = [
+    (("occasional_first_layer", _DECAYED), ("occasional_first_layer", _SHARED[0])),
+    (("occasional_first_layer", _DECAYED), ("gaussian", "embedding_noise=0.2")),
     *((("occasional_first_layer", each), ("occasional", each)) for each in _SHARED),
     *(
         (("occasional_first_layer", each), ("gaussian", f"embedding_noise={noise}"))
