@@ -1,5 +1,6 @@
 """`probattn fit` from its start to its first step, with and without compiled programs on disk."""
 
+import itertools
 import os
 import pty
 import re
@@ -18,12 +19,17 @@ MODEL = ["--model.layers", "4", "--model.width", "128", "--model.block", "64"]
 
 
 def start(rounds: int) -> dict[str, Any]:
-    """Seconds of a first start of a fit to its first step, of a second one, and their ratio."""
+    """Seconds of a first start of a fit to its first step, of a second one, and their ratio.
+
+    And of one with a seed that there was none of before.
+    """
+    seeds = itertools.count(1)
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "kept"
         runs = {
             "first": partial(_seconds, Path(folder)),
             "second": partial(_seconds, Path(folder), kept),
+            "another seed": lambda: _seconds(Path(folder), kept, seed=next(seeds)),
         }
         runs["second"]()  # which fills the cache
         seconds = alternate({**runs, CONTROL: runs["first"]}, rounds=rounds)
@@ -43,12 +49,13 @@ def report(results: dict[str, Any]) -> None:
         )
 
 
-def _seconds(folder: Path, cache: Path | None = None) -> float:
+def _seconds(folder: Path, cache: Path | None = None, *, seed: int = 0) -> float:
     """Until the progress bar counts a step, imports included; a cache of its own by default."""
     with tempfile.TemporaryDirectory(dir=folder) as own:
         environment = {key: value for key, value in os.environ.items() if key[:4] != "JAX_"}
         environment["XDG_CACHE_HOME"] = str(cache or own)
         command = ["fit", "--data", "pydoc", "--out", f"{own}/run", *MODEL]
+        command += ["--fit.seed", str(seed)]
         screen, terminal = pty.openpty()  # a bar is drawn on a terminal alone
         termios.tcsetwinsize(terminal, (24, 100))
         started = time.perf_counter()
