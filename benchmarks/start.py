@@ -19,10 +19,7 @@ MODEL = ["--model.layers", "4", "--model.width", "128", "--model.block", "64"]
 
 
 def start(rounds: int) -> dict[str, Any]:
-    """Seconds of a first start of a fit to its first step, of a second one, and their ratio.
-
-    And of one with a seed that there was none of before.
-    """
+    """Seconds to the first step of a first start, of a second, and of one with a new seed."""
     seeds = itertools.count(1)
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "kept"
@@ -54,8 +51,8 @@ def _seconds(folder: Path, cache: Path | None = None, *, seed: int = 0) -> float
     with tempfile.TemporaryDirectory(dir=folder) as own:
         environment = {key: value for key, value in os.environ.items() if key[:4] != "JAX_"}
         environment["XDG_CACHE_HOME"] = str(cache or own)
-        command = ["fit", "--data", "pydoc", "--out", f"{own}/run", *MODEL]
-        command += ["--fit.seed", str(seed)]
+        out = f"{own}/run"
+        command = ["fit", "--data", "pydoc", "--out", out, "--fit.seed", str(seed), *MODEL]
         screen, terminal = pty.openpty()  # a bar is drawn on a terminal alone
         termios.tcsetwinsize(terminal, (24, 100))
         started = time.perf_counter()

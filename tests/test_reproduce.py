@@ -385,6 +385,25 @@ def test_further_seeds_and_differences_are_those_of_scipy():
     assert row.split(" | ")[1] == " ± ".join(shown(100 * (ours - other) / ce, 1, "+"))
 
 
+def test_the_weight_decay_that_was_chosen_is_the_best_by_the_tuning_rule():
+    """Mean of clean BPC and BPC at noise of half an RMS, on the half of the text for tuning."""
+    found = {}
+    with (FOLDER / "results" / "choice.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            if row["half"] == "tune":
+                setting = tuple(float(row[name]) for name in list(row)[:4])
+                found.setdefault(setting, {}).setdefault(int(row["seed"]), []).append(row)
+    chosen = found.pop((0.01, 0.15, 0.5, 0.1))
+    assert len(found) == 6
+    for other in found.values():
+        ours, theirs = (
+            np.mean([float(row["bpc"]) for seed in other for row in of[seed]])
+            for of in (chosen, other)
+        )
+        assert all(len(rows) == 2 for rows in other.values())
+        assert ours < theirs
+
+
 def test_intervals_over_seeds_are_those_of_scipy(scripts):
     summary, rng = scripts["summary"], np.random.default_rng(0)
     a, b = rng.normal(2, 0.1, (2, 5))
