@@ -127,7 +127,7 @@ def _guarded(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
 def _changed_if[Value](
     needed: Bool[Array, ""], change: Callable[[Value], Value], value: Value
 ) -> Value:
-    """Not by `lax.cond`, which copies the value where there is nothing to change; no reverse mode."""
+    """Not by `lax.cond`, which copies what there is nothing to change in. No reverse mode."""
     _, value = lax.while_loop(
         lambda state: state[0], lambda state: (~state[0], change(state[1])), (needed, value)
     )
