@@ -48,6 +48,8 @@ class FitConfig:
         sam_rho: radius of sharpness-aware minimisation (Foret et al. 2021): the gradient is that at
             the point this far uphill, of the same minibatch and noise, which doubles the work.
             These five change what is fitted, and are for the guide map alone.
+        evaluation_tokens: at most so many tokens of the validation text are scored at the end, in
+            windows spread evenly over it; by default all.
     """
 
     steps: int = 2000
@@ -64,11 +66,14 @@ class FitConfig:
     neftune_alpha: float = 0.0
     noise_probability: float = 1.0
     sam_rho: float = 0.0
+    evaluation_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no fit."""
         check_integers(self, "fit", steps=1, batch=1, eval_every=1, checkpoint_every=1)
         check_integers(self, "fit", warmup=None, seed=None)
+        if self.evaluation_tokens is not None:
+            check_integers(self, "fit", evaluation_tokens=1)
         rate = self.learning_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float):
             raise ValueError(f"fit.learning_rate is {rate!r}: expected a number")

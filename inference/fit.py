@@ -304,15 +304,20 @@ class _Loop:
 
 
 def _conclude(run: Run, validation: np.ndarray) -> None:
+    fit = run.config.fit
     scorer = Scorer(
-        run.config.model, run.vocabulary, validation, precision=run.config.fit.precision
+        run.config.model,
+        run.vocabulary,
+        validation,
+        most_tokens=fit.evaluation_tokens,
+        precision=fit.precision,
     )
     score = scorer.score(run.parameters)
     rows = run.metrics()
     run.update_summary(
         fit={
-            "inference": run.config.fit.guide,
-            "steps": run.config.fit.steps,
+            "inference": fit.guide,
+            "steps": fit.steps,
             "best_step": run.step,
             "validation_cross_entropy": score.cross_entropy,
             "validation_bpc": score.bpc,

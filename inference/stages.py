@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from threadpoolctl import threadpool_limits
 
 from probattn import certificate, infeasible, log_det
 from probattn.batches import batched_rows
@@ -87,14 +88,17 @@ def stage_margins(run: Run, stage: Stage, inputs: Int[np.ndarray, "windows T"]) 
         heads=run.config.model.heads,
         bound=stage.bound,
     )
-    parts = [
-        measure(run.parameters, inputs[rows], stage.w_query, stage.w_key)
-        for rows in batched_rows(len(inputs), _BATCH)
-    ]
-    fields = [
-        np.concatenate([np.asarray(piece) for piece in pieces])[: len(inputs)]
-        for pieces in zip(*parts, strict=True)
-    ]
+    # XLA spreads the matrices over the cores. Threads of OpenBLAS below that share cores with each
+    # other and wait by spinning, up to a hundred times as long as the work takes.
+    with threadpool_limits(1, user_api="blas"):
+        parts = [
+            measure(run.parameters, inputs[rows], stage.w_query, stage.w_key)
+            for rows in batched_rows(len(inputs), _BATCH)
+        ]
+        fields = [
+            np.concatenate([np.asarray(piece) for piece in pieces])[: len(inputs)]
+            for pieces in zip(*parts, strict=True)
+        ]
     return StageMargins(stage.label, *fields)
 
 

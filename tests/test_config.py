@@ -21,7 +21,7 @@ OTHER = RunConfig(
 # What does not go with the guide above, or with its objective, or with each other.
 MAP = RunConfig(
     objective=ObjectiveConfig("margin", attention="normalised", one_sided=True),
-    fit=FitConfig(weight_decay=0.1, embedding_noise=0.5, sam_rho=1e-300),
+    fit=FitConfig(weight_decay=0.1, embedding_noise=0.5, sam_rho=1e-300, evaluation_tokens=1000),
 )
 LATENT = RunConfig(
     objective=ObjectiveConfig("latent", 0.0, 0.0, 1.0, 1e-3, "separate", False, 0.1, 2.0, True)
@@ -139,6 +139,7 @@ REGULARISERS = ("weight_decay", "embedding_noise", "neftune_alpha", "sam_rho")
     [
         *((name, value) for name in ("steps", "batch") for value in (0, -1, *NO_INTEGER)),
         *((name, 0) for name in ("eval_every", "checkpoint_every")),
+        *(("evaluation_tokens", value) for value in (0, -1, True, 1.5, "3")),
         *(("warmup", value) for value in (-1, 2000, 2001, *NO_INTEGER)),
         *(("learning_rate", value) for value in (0, -1e-3, math.nan, math.inf, "fast", None)),
         *(("seed", value) for value in (-1, 2**32, *NO_INTEGER)),
@@ -160,7 +161,7 @@ def test_fit_config_names_the_field_and_what_it_got(field, value):
 def test_fit_config_takes_its_limits():
     least = {"steps": 1, "warmup": 0, "batch": 1, "eval_every": 1, "checkpoint_every": 1, "seed": 0}
     others = {"steps": 2, "warmup": 1, "learning_rate": 1e-300, "seed": 2**32 - 1}
-    others |= {"embedding_noise": 1e-300, "noise_probability": 1e-300}
+    others |= {"embedding_noise": 1e-300, "noise_probability": 1e-300, "evaluation_tokens": 1}
     for fields in (least, others):
         assert dataclasses.asdict(FitConfig(**fields)).items() >= fields.items()
 

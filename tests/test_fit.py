@@ -242,6 +242,13 @@ def test_the_best_parameters_are_those_of_the_best_validation(whole):
     }
 
 
+def test_so_many_tokens_are_scored_at_the_end(config, tmp_path):
+    result = fit(with_fit(config, steps=2, warmup=0, evaluation_tokens=BLOCK + 1), tmp_path / "run")
+    expected = cross_entropy(result.run, tiny_text()[3600 : 3600 + BLOCK + 1])
+    assert result.validation_cross_entropy == pytest.approx(expected, rel=1e-12)
+    assert result.run.summary()["fit"]["validation_tokens"] == BLOCK
+
+
 def test_the_run_says_what_it_was_fitted_on(whole, config):
     run = load_run(whole.run.path)
     assert run.config == config

@@ -6,6 +6,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 from tiny_run import (
     BLOCK,
     LABELS,
@@ -268,3 +269,22 @@ def test_margins_of_normalised_embeddings(own_run):
     expected = stability_margin(*map(jnp.asarray, (x, w_query, w_key)))
     assert np.abs(expected - 1).max() > 0.01
     np.testing.assert_allclose(stage_margins(run, stage, inputs).margin, expected, rtol=1e-9)
+
+
+def test_openblas_threads_do_not_wait_for_each_other(own_run, monkeypatch):
+    """XLA's threads each call LAPACK: threads of OpenBLAS below them are a hundredfold slower."""
+    threads = []
+    monkeypatch.setattr(
+        "probattn.inference.stages._measure",
+        lambda *arguments, **_: threads.append(_blas_threads()) or [np.zeros((1, BLOCK))] * 5,
+    )
+    before = _blas_threads()
+    stage = next(stages(own_run, post_hoc_prior(own_run)))
+    stage_margins(own_run, stage, np.zeros((1, BLOCK), int))
+    assert len(before) > 0
+    assert threads == [[1] * len(before)]
+    assert _blas_threads() == before
+
+
+def _blas_threads():
+    return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
