@@ -92,7 +92,8 @@ def infeasible(
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
-        (..., T); False at positions 0 and 1.
+        (..., T); False at positions 0 and 1; True where R_t is not finite, of which nothing is
+        known to be inside.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
@@ -132,8 +133,9 @@ def _surely_positive_real_parts(blocks: Float[Array, "n r r"]) -> Bool[Array, " 
 
 
 def _has_crossed(blocks: Float[Array, "n r r"]) -> Bool[Array, " n"]:
-    eigenvalues = jnp.linalg.eigvals(_finite(blocks)[1])
-    return jnp.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
+    finite, whole = _finite(blocks)
+    eigenvalues = jnp.linalg.eigvals(whole)
+    return ~finite | jnp.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
 
 
 def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:

@@ -125,6 +125,15 @@ def test_infeasible_of_many_positions_some_of_which_need_no_eigenvalues(dtype):
     np.testing.assert_array_equal(mapped(x, inputs[1], w_key), expected)
 
 
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_position_that_is_not_finite_is_infeasible(value):
+    x, *weights = map(jnp.asarray, make(LARGE_CASES[0]))
+    broken = x.at[..., -2, :].set(value)
+    found = infeasible(broken, *weights)
+    assert found[..., -2:].all()
+    np.testing.assert_array_equal(found[..., :-2], infeasible(x, *weights)[..., :-2])
+
+
 def test_no_position_is_infeasible_where_there_is_none():
     weights = jnp.ones((4, 2))
     assert infeasible(jnp.zeros((0, 5, 4)), weights, weights).shape == (0, 5)
