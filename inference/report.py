@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_OPTIONAL = {"barrier", "noise", "noise_kinds"}  # figures of comparison_figures
+
+
 def comparison_figures(
     runs: Mapping[str, Run], evaluations: Mapping[str, EvaluateResult], folder: Path
 ) -> list[Path]:
     """Training curves, what the barrier did, and noise sweeps with their table, by label of a run.
 
     The file barrier.png is there if a run's metrics have it, noise.png if all have Gaussian noise,
-    noise_kinds.png if one has other noise.
+    noise_kinds.png if one has other noise: those of an earlier evaluation are removed.
     """
     from probattn.inference import plots, robustness_plots
 
@@ -50,7 +53,10 @@ def comparison_figures(
         for point in _points(each)
     ]
     table = write_table(folder / "noise.csv", ["run", *names], rows)
-    return [table, *_save(folder, figures)]
+    paths = [table, *_save(folder, figures)]
+    for name in _OPTIONAL - figures.keys():  # of other noise than the table's beside it
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    return paths
 
 
 def _points(result: EvaluateResult) -> tuple[NoisePoint, ...]:
