@@ -28,7 +28,8 @@ from probattn.unanimous import unanimous
 _AT_ONCE, _AT_ONCE_ELSEWHERE = 2**18, 2**24
 # Rows at once of a long sequence: at least so many, in at most so many parts.
 _ROWS, _PARTS = 64, 4
-_CENTRED = 2**17  # numbers in centred vectors, at once
+# Positions to be centred at once, mostly few: so many, or of short sequences so many numbers.
+_CENTRED, _CENTRED_NUMBERS = 16, 2**15
 _FEW = 2**14  # products of queries and keys that are not worth the compilation of two ways
 
 
@@ -197,7 +198,7 @@ def _by_centring(
     length, rank = keys.shape[-2:]
     # Those that are not fine come first, so that most of the parts have nothing to do.
     order = jnp.argsort(fine.ravel())
-    size = min(max(_CENTRED // (length * rank), 1), order.size)
+    size = min(max(_CENTRED_NUMBERS // (length * rank), _CENTRED), order.size)
     parts = -(-order.size // size)
     padded = jnp.concatenate([order, jnp.broadcast_to(order[-1], parts * size - order.size)])
 

@@ -9,7 +9,7 @@ is what keeps the digits, and LAPACK factorises the batch instead.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -56,11 +56,11 @@ def determinant(
     found, largest = _swept_pivots(blocks)
     stable = largest <= _LARGEST_MULTIPLIER
 
-    def pivoted(found: Array) -> Array:
+    def pivoted() -> Array:
         other = _lapack_pivots(*_factors(blocks)[:2])
         return jnp.where(stable[..., None, :], found, other)
 
-    return _sign_and_log_abs(_changed_if(~unanimous(stable), pivoted, found))
+    return _sign_and_log_abs(lax.cond(unanimous(stable), lambda: found, pivoted))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -114,24 +114,16 @@ def _guarded(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
     pivots, inverse, largest = _swept(blocks)
     stable = largest <= _LARGEST_MULTIPLIER
 
-    def pivoted(found: tuple[Array, Array]) -> tuple[Array, Array]:
-        other = _lapack(blocks)
+    # Not a loop of no or one round, out of which XLA would take what does not change in it: all of
+    # the work.
+    def pivoted() -> tuple[Array, Array]:
+        others, other = _lapack(blocks)
         return (
-            jnp.where(stable[..., None, :], found[0], other[0]),
-            jnp.where(stable[..., None, None, :], found[1], other[1]),
+            jnp.where(stable[..., None, :], pivots, others),
+            jnp.where(stable[..., None, None, :], inverse, other),
         )
 
-    return _changed_if(~unanimous(stable), pivoted, (pivots, inverse))
-
-
-def _changed_if[Value](
-    needed: Bool[Array, ""], change: Callable[[Value], Value], value: Value
-) -> Value:
-    """Not by `lax.cond`, which copies what there is nothing to change in. No reverse mode."""
-    _, value = lax.while_loop(
-        lambda state: state[0], lambda state: (~state[0], change(state[1])), (needed, value)
-    )
-    return value
+    return lax.cond(unanimous(stable), lambda: (pivots, inverse), pivoted)
 
 
 def _swept(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:

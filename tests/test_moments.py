@@ -1,6 +1,5 @@
 """The two ways to the determinants, and what they keep in memory, against double precision."""
 
-import re
 from functools import partial
 
 import jax
@@ -180,10 +179,9 @@ def test_mapped_is_a_larger_batch_with_one_condition(in_axes, scale):
         ]
         np.testing.assert_allclose(mapped(*batched)[number], log_abs(*own), rtol=1e-9, atol=1e-9)
     program = str(jax.make_jaxpr(mapped)(*batched))
-    # Whether any position is to be centred, and whether any of a part of them is: mapped ones would
-    # be selections instead. And of the pivots, a loop that would depend on the element.
-    assert program.count(" cond[") == 2
-    assert re.findall(r"cond_jaxpr=\{ lambda ; \w+:(bool\S*)", program) == ["bool[]"]
+    # Three in all: whether any position is to be centred, whether any of a part of them is, and of
+    # the pivots. Mapped ones would be selections instead.
+    assert program.count(" cond[") == 3
 
 
 def test_second_derivative_of_long_tokens():
