@@ -5,11 +5,11 @@ the matrices pass through memory once for several pivots; the arithmetic is that
 since inverses of pivot blocks would lose digits. One factorisation serves determinant and inverse.
 LAPACK, called matrix by matrix, takes 2 to 8 times as long on a CPU for 8 to 64 rows
 (`benchmarks/log_det.py`), but it pivots. So multipliers are watched: where one is large, pivoting
-is what keeps the digits, and LAPACK factorises the batch instead.
+is what keeps the digits, and LAPACK factorises these matrices instead.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from jaxtyping import Array, Bool, Float
 from probattn.unanimous import unanimous
 
 _LARGEST_MULTIPLIER = 8.0  # partial pivoting keeps them below 1; each may cost its size in digits
+# Matrices that are pivoted at once: mostly there is one, and an accelerator takes many as fast.
+_PIVOTED, _PIVOTED_ELSEWHERE = 16, 2**10
 
 # XLA would else compute a pivot row anew for every entry that it changes.
 _once = lax.optimization_barrier
@@ -53,14 +55,13 @@ def determinant(
     """
     if pivoting:
         return _sign_and_log_abs(_lapack_pivots(*_factors(blocks)[:2]))
-    found, largest = _swept_pivots(blocks)
-    stable = largest <= _LARGEST_MULTIPLIER
+    pivots, largest = _swept_pivots(blocks)
 
-    def pivoted() -> Array:
-        other = _lapack_pivots(*_factors(blocks)[:2])
-        return jnp.where(stable[..., None, :], found, other)
+    def lapack(blocks: Array) -> tuple[Array]:
+        return (_lapack_pivots(*_factors(blocks)[:2]),)
 
-    return _sign_and_log_abs(lax.cond(unanimous(stable), lambda: found, pivoted))
+    (pivots,) = _where_unstable(lapack, largest, blocks, (pivots,))
+    return _sign_and_log_abs(pivots)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -112,18 +113,48 @@ def _is_zero(pivots: Array) -> Array:
 def _guarded(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
     """Pivots and inverse."""
     pivots, inverse, largest = _swept(blocks)
+    pivots, inverse = _where_unstable(_lapack, largest, blocks, (pivots, inverse))
+    return pivots, inverse
+
+
+def _where_unstable(
+    pivoted: Callable[[Array], tuple[Array, ...]],
+    largest: Float[Array, "*batch n"],
+    blocks: Float[Array, "*batch r r n"],
+    found: tuple[Array, ...],
+) -> tuple[Array, ...]:
+    """What was found, (..., n), but of matrices with a large multiplier what `pivoted` finds."""
     stable = largest <= _LARGEST_MULTIPLIER
+    if stable.size == 0:
+        return found
+    most = _PIVOTED if jax.default_backend() == "cpu" else _PIVOTED_ELSEWHERE
+    size, several = min(most, stable.size), blocks.shape[-1]
 
-    # Not a loop of no or one round, out of which XLA would take what does not change in it: all of
-    # the work.
-    def pivoted() -> tuple[Array, Array]:
-        others, other = _lapack(blocks)
-        return (
-            jnp.where(stable[..., None, :], pivots, others),
-            jnp.where(stable[..., None, None, :], inverse, other),
-        )
+    # Mostly they are few: they are taken to the front and go some at a time.
+    def replaced() -> tuple[Array, ...]:
+        done = stable.ravel()
+        order, count = jnp.argsort(done), jnp.sum(~done)
+        matrices = blocks.reshape(-1, *blocks.shape[-3:])
 
-    return lax.cond(unanimous(stable), lambda: (pivots, inverse), pivoted)
+        def some(state: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+            start, values = state
+            places = lax.dynamic_slice_in_dim(order, start, size)
+            batch, last = places // several, places % several
+            others = pivoted(jnp.moveaxis(matrices[batch, ..., last], 0, -1))
+            last = jnp.where(done[places], several, last)  # out of range, and not written
+            return start + size, [
+                value.at[batch, ..., last].set(jnp.moveaxis(other, -1, 0), mode="drop")
+                for value, other in zip(values, others, strict=True)
+            ]
+
+        start = jnp.zeros_like(count)
+        values = [array.reshape(-1, *array.shape[stable.ndim - 1 :]) for array in found]
+        _, values = lax.while_loop(lambda state: state[0] < count, some, (start, values))
+        return tuple(value.reshape(array.shape) for value, array in zip(values, found, strict=True))
+
+    # Not the loop alone: sorting takes time, and out of a loop, if it has no round or one, XLA
+    # moves what does not change in it.
+    return lax.cond(unanimous(stable), lambda: found, replaced)
 
 
 def _swept(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:
