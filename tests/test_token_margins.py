@@ -6,7 +6,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 from tiny_run import (
     BLOCK,
     LABELS,
@@ -278,12 +278,14 @@ def test_openblas_threads_do_not_wait_for_each_other(own_run, monkeypatch):
         "probattn.inference.stages._measure",
         lambda *arguments, **_: threads.append(_blas_threads()) or [np.zeros((1, BLOCK))] * 5,
     )
-    before = _blas_threads()
     stage = next(stages(own_run, post_hoc_prior(own_run)))
-    stage_margins(own_run, stage, np.zeros((1, BLOCK), int))
-    assert len(before) > 0
+    with threadpool_limits(2, user_api="blas"):  # as on two cores, wherever this runs
+        before = _blas_threads()
+        stage_margins(own_run, stage, np.zeros((1, BLOCK), int))
+        after = _blas_threads()
+    assert max(before) == 2
     assert threads == [[1] * len(before)]
-    assert _blas_threads() == before
+    assert after == before
 
 
 def _blas_threads():
