@@ -22,6 +22,7 @@ from probattn.elimination import determinant
 from probattn.moments import Pointwise, of_rows, representable, slope_of, summed_over_rows
 from probattn.sequences import per_device
 from probattn.unanimous import unanimous
+from probattn.unsettled import of_unsettled
 
 # Numbers in products of queries and keys, at once: as many as a CPU's cache can hold, or as many
 # as an accelerator wants.
@@ -196,11 +197,6 @@ def _by_centring(
 ) -> tuple[Array, Array]:
     """At the positions that are not fine; elsewhere perhaps, perhaps zero."""
     length, rank = keys.shape[-2:]
-    # Those that are not fine come first, so that most of the parts have nothing to do.
-    order = jnp.argsort(fine.ravel())
-    size = min(max(_CENTRED_NUMBERS // (length * rank), _CENTRED), order.size)
-    parts = -(-order.size // size)
-    padded = jnp.concatenate([order, jnp.broadcast_to(order[-1], parts * size - order.size)])
 
     @jax.checkpoint
     def centred(picked: Int[Array, " rows"]) -> tuple[Array, Array]:
@@ -210,14 +206,7 @@ def _by_centring(
         covariance = centred_covariance(weights, queries[sequences], keys[sequences])[:, 0]
         return _of_covariances(pointwise, covariance)
 
-    def part(picked: Int[Array, " rows"]) -> tuple[Array, Array]:
-        none = jnp.zeros(size, own.dtype)
-        idle = unanimous(fine.ravel()[picked])
-        return lax.cond(idle, lambda: (none, none), lambda: centred(picked))
-
-    found = lax.map(part, padded.reshape(parts, size))
-    back = jnp.argsort(order)
-    return tuple(array.ravel()[back].reshape(fine.shape) for array in found)
+    return of_unsettled(centred, fine, max(_CENTRED_NUMBERS // (length * rank), _CENTRED))
 
 
 def _of_covariances(

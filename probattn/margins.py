@@ -18,7 +18,7 @@ from probattn.broken_tokens import without_broken
 from probattn.covariance import attention_covariance
 from probattn.elimination import determinant
 from probattn.log_det import log_det, reduced_blocks
-from probattn.unanimous import unanimous
+from probattn.unsettled import of_unsettled
 
 MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]
 
@@ -104,20 +104,12 @@ def infeasible(
     blocks = blocks.reshape(-1, rank, rank)
     if len(blocks) == 0:
         return jnp.zeros(leading, bool)
-    # Eigenvalues take 40 times as long as the proof that there is nothing to find. Positions
-    # without it come first, so that most of the parts have nothing to do.
+    # Eigenvalues take 40 times as long as the proof that there is nothing to find.
     proved = _surely_positive_real_parts(blocks)
-    order = jnp.argsort(proved)
-    size = -(-len(blocks) // _PARTS)
-    parts = -(-len(blocks) // size)
-    padded = jnp.concatenate([order, jnp.broadcast_to(order[-1], parts * size - len(order))])
-
-    def part(picked: Int[Array, " size"]) -> Bool[Array, " size"]:
-        idle = unanimous(proved[picked])
-        return lax.cond(idle, lambda: jnp.zeros(size, bool), lambda: _has_crossed(blocks[picked]))
-
-    found = lax.map(part, padded.reshape(parts, size)).ravel()
-    return found[jnp.argsort(order)].reshape(leading)
+    crossed = of_unsettled(
+        lambda picked: _has_crossed(blocks[picked]), proved, -(-len(blocks) // _PARTS)
+    )
+    return crossed.reshape(leading)
 
 
 def _surely_positive_real_parts(blocks: Float[Array, "n r r"]) -> Bool[Array, " n"]:

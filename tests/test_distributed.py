@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_mesh import FOUR, in_child
+from four_devices import FOUR, in_child
 from tiny_run import tiny_config
 
 from probattn.inference import cli, fit, load_run

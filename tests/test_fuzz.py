@@ -11,7 +11,8 @@ import hypothesis
 import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
-from test_runs import make_run, refusal
+from made_runs import make_run
+from refusals import refusal
 
 import probattn as pa
 from probattn.corpora import Corpus

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from refusals import refusal
 from tiny_run import copy_of, files_of
 
 from probattn.corpora import DataConfig
@@ -112,13 +113,6 @@ def flat(sites, axes=0):
 def guide_part(run, **shapes):
     like = {name: jax.ShapeDtypeStruct(shape, jnp.float64) for name, shape in shapes.items()}
     return {name: np.asarray(leaf) for name, leaf in run.best.load(like, part="guide").items()}
-
-
-def refusal(kind, call, *arguments, **options):
-    with pytest.raises(kind) as raises:
-        call(*arguments, **options)
-    assert "\n" not in str(raises.value)
-    return str(raises.value)
 
 
 # The objective, by hand

@@ -23,6 +23,7 @@ MATHEMATICS = {
     for name in (
         "attention",
         "unanimous",
+        "unsettled",
         "sequences",
         "covariance",
         "elimination",
@@ -190,6 +191,16 @@ def long_files(root: Path) -> list[str]:
     return [f"{path.name}: {lines} lines" for path, lines in lengths.items() if lines > LONGEST]
 
 
+def imports_among_tests(root: Path) -> list[str]:
+    """What several tests need lies in a file of its own, which pytest does not collect."""
+    return [
+        f"{path.name}: {line}"
+        for path in sorted((root / "tests").glob("*.py"))
+        for line in path.read_text("utf-8").splitlines()
+        if re.match(r"\s*(from|import) test_\w+", line)
+    ]
+
+
 RULES = [
     upward_imports,
     import_cycles,
@@ -197,6 +208,7 @@ RULES = [
     strangers,
     eager_extras,
     long_files,
+    imports_among_tests,
 ]
 
 
@@ -226,10 +238,11 @@ def test_the_house_keeps_the_rule(rule):
             "if True:\n    import tokenizers",
         ),
         (long_files, "models/transformer.py", "\n" * LONGEST),
+        (imports_among_tests, "tests/cases.py", "from test_margins import X"),
     ],
 )
 def test_each_rule_catches_a_breach(rule, file, text, tmp_path):
-    for folder in FLOORS.values():
+    for folder in (*FLOORS.values(), "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "probattn/_helper.py").write_text("import numpy\n")
     with (tmp_path / file).open("a") as broken:

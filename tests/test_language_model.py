@@ -10,12 +10,7 @@ import numpyro
 import pytest
 import scipy.special
 import scipy.stats
-from numpyro import handlers
-from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, log_likelihood
-from numpyro.infer.autoguide import AutoDelta
-from numpyro.infer.initialization import init_to_value
-from numpyro.infer.util import log_density
-from test_transformer import (
+from numpy_network import (
     BATCH,
     BLOCK,
     HEADS,
@@ -30,6 +25,11 @@ from test_transformer import (
     random_parameters,
     random_tokens,
 )
+from numpyro import handlers
+from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, log_likelihood
+from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer.initialization import init_to_value
+from numpyro.infer.util import log_density
 
 from probattn import _reference as reference
 from probattn import jacobian_blocks, residual

@@ -17,8 +17,8 @@ from numpyro.infer.autoguide import AutoDelta
 from numpyro.infer.initialization import init_to_value
 from scipy.special import log_softmax
 from scipy.stats import norm
-from test_svi import STATE, draw, log_prior, state_at
 from tiny_run import BLOCK, FIT, MODEL, RANK, WIDTH, tiny_config, tiny_text
+from tiny_trainer import STATE, draw, log_prior, state_at
 
 from probattn import _reference as reference
 from probattn import is_proper

@@ -1,19 +1,13 @@
 """Fits and chains on four devices: the same as on one. A child process has the devices."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from four_devices import in_child
 from jax.sharding import PartitionSpec
 
 from probattn.inference.mesh import Placement, parse_mesh, spread_along
 
 MESHES = ("data=4", "fsdp=4", "data=2,fsdp=2")
-FOUR = "--xla_force_host_platform_device_count=4"
 CHILD = r"""
 import json, re, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -105,19 +99,6 @@ out["chains"] = len(set(draws["parallel", 4][:, -1].tolist()))
 out["vectorized"] = [float(draws["vectorized", n].mean()) for n in (4, 1)]
 print(json.dumps(out))
 """
-
-
-def in_child(code, **environment):
-    """What a child process prints last, as JSON."""
-    child = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "XLA_FLAGS": FOUR, "JAX_PLATFORMS": "cpu", **environment},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module", name="four")

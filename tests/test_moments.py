@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from few_inputs import INPUTS, LONG, SHORT, defined, inputs, reduced_blocks
 from jax.extend.core import subjaxprs
 
 import probattn as pa
@@ -14,8 +15,6 @@ from probattn import determinants, moments
 from probattn.attention import Projections
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
-INPUTS = (0, 1, 2)
-SHORT, LONG = 0.3, 30.0  # scales at which all products of queries and keys are short, or few are
 scales = pytest.mark.parametrize("scale", [SHORT, LONG])
 FEW = determinants._FEW
 
@@ -24,26 +23,6 @@ FEW = determinants._FEW
 def two_ways(monkeypatch):
     """However few the numbers are."""
     monkeypatch.setattr(determinants, "_FEW", 0)
-
-
-def inputs(length, scale=1.0, dtype=np.float64, width=3, rank=3, seed=0):
-    rng = np.random.default_rng(seed)
-    x = scale * rng.standard_normal((length, width))
-    w_query, w_key = rng.standard_normal((2, width, rank)) / np.sqrt(width)
-    return tuple(jnp.asarray(array, dtype) for array in (x, w_query, w_key))
-
-
-def defined(x, w_query, w_key):
-    """log|det R_t| from the definition of a covariance."""
-    queries, keys = x @ w_query, x @ w_key
-    return jnp.linalg.slogdet(reduced_blocks(pa.attention_weights(queries, keys), queries, keys))[1]
-
-
-def reduced_blocks(weights, queries, keys):
-    left, right = (part - (weights @ part)[:, None] for part in (queries, keys))
-    covariance = jnp.einsum("ts,tsa,tsb->tab", weights, left, right)
-    rank = keys.shape[1]
-    return jnp.eye(rank) - covariance / np.sqrt(rank)
 
 
 def weighted(function, *arguments):

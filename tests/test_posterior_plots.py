@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from figure_parts import legend
 
 from probattn.inference import posterior_plots as plots
 
@@ -12,10 +13,6 @@ def vertical(axes):
     """Positions of the upright lines of a panel."""
     lines = (line.get_xdata() for line in axes.lines)
     return [float(x[0]) for x in lines if len(x) == 2 and x[0] == x[1]]
-
-
-def legend(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_posterior_has_unit_area_and_marks_stand_where_they_belong():

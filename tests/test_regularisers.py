@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 from scipy.special import logsumexp
-from test_svi import CE, SEQUENCES, TOKENS, VOCABULARY, assert_close, draw, log_prior, state_at
 from tiny_run import BLOCK, FIT, MODEL, WIDTH, tiny_config
+from tiny_trainer import CE, SEQUENCES, TOKENS, VOCABULARY, assert_close, draw, log_prior, state_at
 
 from probattn.inference import fit
 from probattn.inference.checkpoints import named_leaves

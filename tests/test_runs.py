@@ -1,84 +1,36 @@
-"""Run directories and checkpoints: made, opened, replaced, refused, damaged. No fit is needed."""
+"""Run directories: made, opened, replaced, refused, damaged. No fit is needed."""
 
 import dataclasses
 import json
 import os
 import pickle
 import pickletools
-import shutil
-import subprocess
-import sys
-import textwrap
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from tiny_run import MODEL, files_of, held_by_another_process
+from made_runs import (
+    CONFIG,
+    CORPUS,
+    ROWS,
+    TEXT,
+    VOCABULARY,
+    assert_same,
+    draw,
+    made_fixture,  # noqa: F401
+    make_run,
+    place_fixture,  # noqa: F401
+    run_fixture,  # noqa: F401
+)
+from refusals import refusal
+from tiny_run import files_of, held_by_another_process
 
 from probattn.corpora import Corpus
-from probattn.inference import FitConfig, RunConfig, checkpoints, load_run
+from probattn.inference import FitConfig, load_run
 from probattn.inference.checkpoints import (
     CheckpointError,
-    CheckpointFolder,
-    named_leaves,
-    with_leaves,
 )
 from probattn.inference.run_files import RunError, write_text
 from probattn.inference.runs import check_same_corpus, create_run
-from probattn.models import ObjectiveConfig
-from probattn.vocabulary import BytePairVocabulary, CharacterVocabulary
-
-TEXT = 'text with a quote ", a backslash \\, é, 🦞, \u2028 and\na newline'
-CORPUS = Corpus("book.txt", TEXT, TEXT[::-1], 'file "book".txt')
-VOCABULARY = CharacterVocabulary.from_text(TEXT)
-CONFIG = RunConfig(model=MODEL, objective=ObjectiveConfig("margin"), fit=FitConfig(steps=300))
-ROWS = [{"step": 4, "loss": 3.25, "tokens_per_s": None}, {"step": 8, "loss": 1e-300}]
-
-
-def draw(shapes, seed=0):
-    """Arrays of given shapes and dtypes, each entry different."""
-    rng = np.random.default_rng(seed)
-    return {
-        name: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for name, leaf in shapes.items()
-    }
-
-
-def make_run(path, **options):
-    """A run as a fit of eight steps leaves it."""
-    run = create_run(path, CONFIG, CORPUS, VOCABULARY, **options)
-    for row in ROWS:
-        run.append_metrics(row)
-    run.best.save(8, draw(run.parameter_shapes()))
-    run.latest.save(8, {"svi.count": jnp.int32(8), "svi.rng_key": jnp.array([1, 2], jnp.uint32)})
-    run.update_summary(fit={"steps": 8})
-    return run
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("runs") / "made")
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    """A copy of the run, to do anything with."""
-    return load_run(shutil.copytree(made.path, tmp_path / "run"))
-
-
-def assert_same(got, expected):
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (got[name].dtype, got[name].shape) == (value.dtype, value.shape)
-        assert np.asarray(got[name]).tobytes() == np.asarray(value).tobytes(), name
-
-
-def refusal(kind, function, *arguments, **options):
-    with pytest.raises(kind) as raises:
-        function(*arguments, **options)
-    assert "\n" not in str(raises.value)
-    return str(raises.value)
-
+from probattn.vocabulary import BytePairVocabulary
 
 # What is there
 
@@ -326,188 +278,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_text(path, "new")
     assert files_of(tmp_path) == {"folder/file": "old é\n".encode()}
-
-
-# Checkpoints
-
-ARRAYS = {
-    "a.b": jnp.asarray(np.random.default_rng(0).normal(size=(90, 70))),
-    "single": jnp.array([[1.5, -0.0, jnp.inf]], jnp.float32),
-    "count": jnp.int32(2**31 - 1),
-    "key": jnp.array([1, 2**32 - 1], jnp.uint32),
-}
-
-
-@pytest.fixture
-def place(tmp_path):
-    return tmp_path / "checkpoints" / "latest"
-
-
-@pytest.fixture
-def folder(place):
-    folder = CheckpointFolder(place)
-    folder.save(3, ARRAYS)
-    return folder
-
-
-def test_a_checkpoint_comes_back_to_the_last_bit(folder):
-    assert folder.step == 3
-    assert_same(folder.load(ARRAYS), ARRAYS)
-    shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in ARRAYS.items()}
-    assert_same(folder.load(shapes), ARRAYS)
-
-
-def test_what_is_saved_last_is_what_stays(folder):
-    """Also where a fit that goes on takes steps again that a killed one had taken."""
-    other = ARRAYS | {"count": jnp.int32(7)}
-    folder.save(2, other)
-    assert folder.step == 2
-    assert_same(folder.load(other), other)
-
-
-def test_a_checkpoint_that_is_replaced_while_it_is_read(folder, monkeypatch):
-    other, stored = ARRAYS | {"count": jnp.int32(7)}, checkpoints._stored
-
-    def replaced_meanwhile(path, expected):
-        if path.parent.name == "3":
-            folder.save(4, other)
-        return stored(path, expected)
-
-    monkeypatch.setattr(checkpoints, "_stored", replaced_meanwhile)
-    assert_same(folder.load(other), other)
-
-
-def test_only_the_newest_checkpoint_is_kept(folder, place):
-    newer = ARRAYS | {"count": jnp.int32(0)}
-    folder.save(20, newer)
-    assert folder.step == 20
-    assert [path.name for path in place.iterdir()] == ["20"]
-    assert_same(folder.load(ARRAYS), newer)
-
-
-def test_a_step_that_is_saved_already_is_left_as_it_is(folder, place):
-    before = files_of(place)
-    folder.save(3, ARRAYS)
-    assert files_of(place) == before
-
-
-def test_a_save_that_fails_keeps_the_checkpoint_before(folder, place):
-    gone = jnp.ones(3)
-    gone.delete()
-    with pytest.raises(RuntimeError, match="deleted"):
-        folder.save(4, ARRAYS | {"count": gone})
-    assert folder.step == 3
-    assert_same(folder.load(ARRAYS), ARRAYS)
-    folder.save(4, ARRAYS)
-    assert [path.name for path in place.iterdir()] == ["4"]
-
-
-def test_the_remains_of_an_interrupted_save_are_no_checkpoint(folder, place):
-    shutil.copytree(place / "3", place / "9.orbax-checkpoint-tmp")
-    assert folder.step == 3
-    folder.save(5, ARRAYS)
-    assert [path.name for path in place.iterdir()] == ["5"]
-
-
-def test_no_checkpoint(tmp_path):
-    folder = CheckpointFolder(tmp_path / "none")
-    assert folder.step is None
-    assert refusal(CheckpointError, folder.load, ARRAYS).startswith(f"{tmp_path / 'none'}: got no")
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("like", "reason"),
-    [
-        ({"count": jnp.zeros(2, jnp.int32)}, "array count is int32 (), expected int32 (2,)"),
-        ({"a.b": jnp.zeros((70, 90))}, "array a.b is float64 (90, 70), expected float64 (70, 90)"),
-        ({"key": jnp.zeros(2, jnp.int32)}, "array key is uint32 (2,), expected int32 (2,)"),
-        ({"more": jnp.zeros(2)}, "it differs in the arrays more"),
-        ({"key": None}, "it differs in the arrays key"),
-    ],
-)
-def test_a_checkpoint_of_another_model(folder, like, reason, place):
-    expected = {name: leaf for name, leaf in (ARRAYS | like).items() if leaf is not None}
-    message = refusal(CheckpointError, folder.load, expected)
-    assert message.startswith(f"{place / '3'}: ")
-    assert reason in message
-
-
-@pytest.mark.parametrize("damage", ["emptied", "halved", "removed", "flipped"])
-def test_a_damaged_checkpoint_is_refused(folder, damage, caplog, place):
-    for name, whole in files_of(place / "3").items():
-        path = place / "3" / name
-        middle = len(whole) // 2
-        if damage == "removed":
-            path.unlink()
-        else:
-            flipped = whole[:middle] + bytes([whole[middle] ^ 0x55]) + whole[middle + 1 :]
-            changed = {"emptied": b"", "halved": whole[:middle], "flipped": flipped}
-            path.write_bytes(changed[damage])
-        message = refusal(CheckpointError, folder.load, ARRAYS)
-        assert message.startswith(f"{place / '3'}: the checkpoint is damaged")
-        assert message.endswith("or start again with --overwrite")
-        path.write_bytes(whole)
-    assert_same(folder.load(ARRAYS), ARRAYS)
-    assert [record.getMessage() for record in caplog.records] == []  # the error is one line
-
-
-def test_a_checkpoint_with_a_file_more_is_refused(folder, place):
-    (place / "3" / "arrays" / "more").write_bytes(b"")
-    assert "checksums: arrays/more" in refusal(CheckpointError, folder.load, ARRAYS)
-
-
-def test_a_checkpoint_of_links_is_refused(folder, place, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    file = next(path for path in (place / "3" / "arrays").rglob("*") if path.is_file())
-    file.rename(elsewhere)
-    file.symlink_to(elsewhere)
-    assert f"{file.name} is a link" in refusal(CheckpointError, folder.load, ARRAYS)
-
-
-def test_checksums_are_those_of_sha256sum(folder, place):
-    checks = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
-    assert subprocess.run(checks, cwd=place / "3", capture_output=True).returncode == 0
-
-
-def test_parameters_of_a_single_precision_run_open_in_double(tmp_path):
-    """A MAP fitted as usual, opened by a script that enabled float64 to sample."""
-    run = make_run(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints")
-    single = {name: leaf.astype(jnp.float32) for name, leaf in draw(run.parameter_shapes()).items()}
-    run.best.save(8, single)
-    opened = load_run(tmp_path).parameters
-    for name, leaf in single.items():
-        np.testing.assert_array_equal(opened[name], leaf)
-
-
-def test_parameters_of_a_double_precision_run_open_in_single(made):
-    code = f"""
-        import numpy as np
-        from probattn.inference import load_run
-        run = load_run({str(made.path)!r})
-        values = run.parameters.values()
-        print({{str(value.dtype) for value in values}}, sum(np.abs(v).sum() for v in values))
-    """
-    child = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JAX_ENABLE_X64": "0"},
-    )
-    assert child.returncode == 0, child.stderr
-    dtypes, total = child.stdout.rsplit(maxsplit=1)
-    assert dtypes == "{'float32'}"
-    expected = sum(np.abs(value).sum() for value in made.parameters.values())
-    assert float(total) == pytest.approx(expected, rel=1e-5)
-
-
-def test_leaves_by_name_and_back():
-    tree = {"svi": (jnp.zeros(2), {"w": jnp.ones(3)}), "n": None, "count": jnp.int32(4)}
-    leaves = named_leaves(tree)
-    assert leaves.keys() == {"svi.0", "svi.1.w", "count"}
-    changed = with_leaves(tree, leaves | {"svi.1.w": jnp.arange(3.0)})
-    assert jax.tree.structure(changed) == jax.tree.structure(tree)
-    np.testing.assert_array_equal(changed["svi"][1]["w"], [0, 1, 2])
-    np.testing.assert_array_equal(changed["svi"][0], [0, 0])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_moments import INPUTS, LONG, SHORT, defined, inputs
+from few_inputs import INPUTS, LONG, SHORT, defined, inputs
 
 import probattn as pa
 from probattn import _reference as reference

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tensorstore
-from test_runs import ARRAYS, CONFIG, CORPUS, VOCABULARY, draw, make_run, refusal
+from made_runs import ARRAYS, CONFIG, CORPUS, VOCABULARY, draw, make_run
+from refusals import refusal
 from tiny_run import files_of
 
 from probattn.inference import checkpoints, load_run, memory
