@@ -1,8 +1,10 @@
 """Everything that runs: fit, sample, evaluate, generate, and the run directories they share."""
 
+from probattn.inference.chains import SampleError
 from probattn.inference.compare import ComparedRun, compare
 from probattn.inference.config import FitConfig, RunConfig, read_config
 from probattn.inference.evaluate import EvaluateResult, evaluate
+from probattn.inference.filtering import FilterError
 from probattn.inference.fit import fit
 from probattn.inference.fit_result import FitError, FitResult
 from probattn.inference.generate import Generated, generate
@@ -21,6 +23,7 @@ from probattn.inference.token_margins import TextMargins, text_margins
 __all__ = [
     "ComparedRun",
     "EvaluateResult",
+    "FilterError",
     "FitConfig",
     "FitError",
     "FitResult",
@@ -32,6 +35,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "SampleConfig",
+    "SampleError",
     "SampleRunConfig",
     "Sensitivity",
     "TextMargins",

@@ -101,6 +101,12 @@ class CheckpointFolder:
         Raises:
             CheckpointError: if there is no checkpoint, it is damaged, or it holds something else.
         """
+        return self.load_with_step(like, part=part)[1]
+
+    def load_with_step(
+        self, like: Mapping[str, Any], *, part: str = _ARRAYS
+    ) -> tuple[int, dict[str, Array]]:
+        """The same, and its step, which may be a later one than `step` was before."""
         expected = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in like.items()
         }
@@ -114,10 +120,13 @@ class CheckpointFolder:
                     continue
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise CheckpointError(
-                    f"{folder}: the checkpoint is damaged or of another model "
-                    f"({reason[:200]}); restore it from a copy, or start again with --overwrite"
+                    f"{folder}: the checkpoint is damaged, or of another model or optimizer "
+                    f"({reason[:200]}); give those it was made with, restore it from a copy, or "
+                    "start again with --overwrite"
                 ) from None
-            return {name: jnp.asarray(leaf, expected[name].dtype) for name, leaf in stored.items()}
+            return step, {
+                name: jnp.asarray(leaf, expected[name].dtype) for name, leaf in stored.items()
+            }
         raise CheckpointError(f"{self._path}: got no checkpoint, expected one to load")
 
 

@@ -17,8 +17,9 @@ from probattn.inference.posterior import guide_posterior, load_posterior, traini
 from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.predictive import Predictions, latent_predictions, predictions
 from probattn.inference.progress import progress_bar
+from probattn.inference.run_checks import check_same_corpus
 from probattn.inference.run_files import RunError
-from probattn.inference.runs import PosteriorRun, Run, check_same_corpus
+from probattn.inference.runs import PosteriorRun, Run
 from probattn.inference.stages import stage_margins, stages
 from probattn.inference.to_arviz import leave_one_out, to_datatree, values_of
 from probattn.models import ObjectiveConfig

@@ -138,7 +138,14 @@ class RunConfig:
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
-        """Refuse settings of a fit that its objective has no use for."""
+        """Refuse settings of a fit or a model that the objective has no use for."""
+        objective = self.objective
+        normalised = objective.trains_attention_prior and objective.attention == "normalised"
+        if self.model.bound is not None and normalised:
+            raise ValueError(
+                f"model.bound is {self.model.bound} with objective.attention normalised, whose "
+                "tokens are bounded already, by sqrt(model.width): expected none"
+            )
         if self.objective.name != "latent":
             return
         if self.fit.guide != "map":

@@ -24,7 +24,8 @@ from probattn.inference.noise_sweeps import (
 from probattn.inference.perturbations import NoiseKind
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.progress import Bar, progress_bar
-from probattn.inference.runs import Run, check_same_corpus
+from probattn.inference.run_checks import check_same_corpus
+from probattn.inference.runs import Run, fitted
 from probattn.inference.scoring import Scorer
 from probattn.inference.stages import StageMargins, stage_margins, stages
 
@@ -88,8 +89,8 @@ class EvaluateResult:
 
 def evaluate(
     run: Run,
-    *,
     text: str | os.PathLike[str] | None = None,
+    *,
     noise_absolute: Sequence[float] = NOISE_ABSOLUTE,
     noise_relative: Sequence[float] = NOISE_RELATIVE,
     noise_kinds: Sequence[NoiseKind] = ("gaussian",),
@@ -187,9 +188,10 @@ def text_tokens(run: Run, text: str | os.PathLike[str] | None) -> tuple[np.ndarr
     """Tokens of a file, or of the run's validation text, and what to call it.
 
     Raises:
-        ValueError: if the text cannot be read, is shorter than two tokens or has a character
-            that the vocabulary lacks.
+        ValueError: if the run is a sampled posterior (RunError), or the text cannot be read, is
+            shorter than two tokens or has a character that the vocabulary lacks.
     """
+    run = fitted(run)
     if text is None:
         corpus = load_corpus(run.config.data)
         check_same_corpus(run, corpus)

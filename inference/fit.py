@@ -23,16 +23,10 @@ from probattn.inference.monitor import Monitor
 from probattn.inference.optimizers import check_optimizer
 from probattn.inference.processes import agreed, check_alike, leads, wait_for_all
 from probattn.inference.progress import Bar, progress_bar
+from probattn.inference.run_checks import check_options, check_same_config, check_same_corpus
 from probattn.inference.run_files import RunError
 from probattn.inference.run_folder import locked
-from probattn.inference.runs import (
-    Run,
-    check_options,
-    check_same_config,
-    check_same_corpus,
-    create_run,
-    load_fit,
-)
+from probattn.inference.runs import Run, create_run, load_fit
 from probattn.inference.scoring import Scorer
 from probattn.inference.svi import Trainer
 from probattn.inference.training_tokens import training_tokens
@@ -129,6 +123,12 @@ class _Loop:
     ) -> None:
         config = run.config
         self.run = run
+        self._advice = (
+            f"try a smaller fit.learning_rate (now {config.fit.learning_rate:g}) or a longer "
+            f"fit.warmup (now {config.fit.warmup})"
+            if optimizer is None
+            else "try smaller steps of the optimizer"
+        )
         self._trainer = Trainer(
             config, jnp.asarray(train), run.vocabulary.size, optimizer, placement
         )
@@ -297,9 +297,8 @@ class _Loop:
         kept = self.run.latest.step
         good = "no checkpoint was made before it" if kept is None else f"step {kept} is kept"
         raise FitError(
-            f"{self.run.path}: the fit stopped at step {step}: {cause}; {good}; try a smaller "
-            f"fit.learning_rate (now {self.run.config.fit.learning_rate:g}) or a longer fit.warmup "
-            f"(now {self.run.config.fit.warmup}), with --overwrite"
+            f"{self.run.path}: the fit stopped at step {step}: {cause}; {good}; {self._advice}, "
+            "with --overwrite"
         )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from probattn.inference.evaluate import check_seed
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.progress import progress_bar
-from probattn.inference.runs import Run
+from probattn.inference.runs import Run, fitted
 from probattn.inference.stages import stage_margins, stages
 from probattn.inference.tables import write_table
 from probattn.models.transformer import Parameters, embed, logits
@@ -72,6 +72,7 @@ def generate(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: got {top_k}, expected an integer >= 1")
     check_seed(seed)
+    run = fitted(run)
     if not prompt:
         raise ValueError("prompt: got an empty text, expected at least one character")
     try:

@@ -30,7 +30,8 @@ from probattn.inference.config import GuideName, RunConfig
 from probattn.inference.laplace import LaplaceError, Text, hessian
 from probattn.inference.memory import check_memory
 from probattn.inference.progress import progress_bar
-from probattn.inference.runs import Run, check_same_corpus
+from probattn.inference.run_checks import check_same_corpus
+from probattn.inference.runs import Run, fitted
 from probattn.models.language_model import parameter_shapes, sample_parameters
 
 # Guides whose own parameters say more than their median, and are saved beside it.
@@ -112,11 +113,11 @@ def guide_draws(
         By site name, an array (1, draws, *shape of the site): the axes chain and draw of ArviZ.
 
     Raises:
-        ValueError: if the run is a MAP run, which has no draws, it has no parameters yet or they
-            are damaged, draws < 1, or, for laplace, its corpus is not there any more.
+        ValueError: if the run is a MAP run, which has no draws, or none of a fit, it has no
+            parameters yet or they are damaged, draws < 1, or, for laplace, its corpus is gone.
         LaplaceError: if the guide is laplace and the run's parameters are no mode.
     """
-    name = run.config.fit.guide
+    name = fitted(run).config.fit.guide
     if name == "map":
         raise ValueError(
             f"{run.path}: is a MAP run, a point estimate without draws; probattn fit --guide "
@@ -143,7 +144,13 @@ Sampler = Callable[[Array, Any], dict[str, Array]]
 def _variational(run: Run) -> tuple[Sampler, dict[str, Array]]:
     """How the run's guide samples, and the arguments that it does so with."""
     guide = make_guide(run.config.fit.guide, _parameters(run), run.parameters)
-    params = run.best.load(jax.eval_shape(partial(_init_params, guide)), part="guide")
+    shapes = jax.eval_shape(partial(_init_params, guide))
+    step, params = run.best.load_with_step(shapes, part="guide")
+    if step != run.step:
+        raise CheckpointError(
+            f"{run.path}: the fit has gone on to step {step} since the parameters of step "
+            f"{run.step} were read; open the run again"
+        )
     median = guide.median(params)
     # The vector of low_rank has no names in it: of another order it would be of the same shape.
     if not all(np.array_equal(median[name], value) for name, value in run.parameters.items()):

@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from probattn import coupling, infeasible, reduced_blocks, stability_margin
 from probattn.inference.config import RunConfig
+from probattn.inference.threads import one_blas_thread
 from probattn.models.language_model import attention_stage
 from probattn.models.objective import ObjectiveConfig
 from probattn.models.transformer import Parameters, embed
@@ -44,9 +45,9 @@ class Monitor:
         coupling_eigenvalue_min and _max, the extremes of A + A^T, over all heads if there are
         several.
         """
-        found = {
-            name: float(value) for name, value in self._measure(parameters, self._inputs).items()
-        }
+        with one_blas_thread():
+            measured = self._measure(parameters, self._inputs)
+            found = {name: float(value) for name, value in measured.items()}
         feasible = found["feasible"]
         return {
             "min_margin": found["min_margin"],

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from probattn.corpora import load_corpus
 from probattn.inference.intervals import ratio
 from probattn.inference.perturbations import NoiseKind, perturbation
-from probattn.inference.runs import Run, check_same_corpus
+from probattn.inference.run_checks import check_same_corpus
+from probattn.inference.runs import Run
 from probattn.inference.scoring import Scorer
 
 NOISE_ABSOLUTE = (0.0, 0.1, 0.2, 0.5)

@@ -84,7 +84,7 @@ def sample(
             (tuple(model_args), dict(model_kwargs or {}), dict(start or {})),
         )
         chains = Chains(model, arguments, config, start)
-        sampler = _Sampler(chains, config, folder, _digest(config, arguments))
+        sampler = _Sampler(chains, config, folder, _digest(config, model, arguments))
         with progress_bar(
             "sample",
             total=config.warmup + config.draws,
@@ -196,11 +196,12 @@ class _Sampler:
                 bar.update(count)
                 self._show(bar, statistics)
                 ends = self.iteration in (self._config.warmup, total)
-                if ends or unsaved >= _SAVE_SECONDS or interrupted():
+                signum = interrupted()  # once: what it ends with is saved
+                if ends or unsaved >= _SAVE_SECONDS or signum:
                     self._save()
                     unsaved = 0.0
-                if interrupted() and self.iteration < total:
-                    raise Interrupted(interrupted())
+                if signum and self.iteration < total:
+                    raise Interrupted(signum)
                 faster = round(_CALL_SECONDS * count / max(elapsed, 1e-9))
                 count = max(1, min(2 * count, faster, self._chains.most))
 
@@ -238,8 +239,8 @@ class _Sampler:
             _check_state(folder.path, segment, expected)
             if not np.array_equal(segment.digest, self._digest):
                 raise SegmentError(
-                    f"{folder.path}: the segments were made with another configuration or given "
-                    "other data; give the run's own, or name another folder"
+                    f"{folder.path}: the segments were made with another configuration or model, "
+                    "or given other data; give the run's own, or name another folder"
                 )
             self.seconds = self.kept.add_segment(folder.path, segment)
             self._saved = self.iteration = segment.stop
@@ -262,14 +263,22 @@ def _in_precision(leaf: Any, *, dtype: jnp.dtype) -> Any:
     return leaf
 
 
-def _digest(config: SampleConfig, arguments: Sequence) -> np.ndarray:
-    """SHA-256 of what draws depend on beside the model: all of the configuration but how many."""
+def _digest(config: SampleConfig, model: Callable, arguments: Sequence) -> np.ndarray:
+    """SHA-256 of what draws depend on: all of the configuration but how many, and the model.
+
+    Of that its name and what `functools.partial` binds to it; not what it does.
+    """
     digest = hashlib.sha256(repr(replace(config, draws=1)).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
+    bound = []
+    while isinstance(model, partial):
+        bound.append((model.args, model.keywords))
+        model = model.func
+    digest.update(getattr(model, "__qualname__", type(model).__qualname__).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path((arguments, bound)):
         digest.update(jax.tree_util.keystr(path).encode())
         if isinstance(leaf, jax.Array | np.ndarray):
             digest.update(f"{leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes())
-        elif not callable(leaf):
+        elif not callable(leaf) and type(leaf).__repr__ is not object.__repr__:
             digest.update(repr(leaf).encode())
     return np.frombuffer(digest.digest(), np.uint8)
 

@@ -22,8 +22,9 @@ from probattn.batches import windows
 from probattn.corpora import load_corpus
 from probattn.inference.npz_files import read_arrays
 from probattn.inference.progress import progress_bar
+from probattn.inference.run_checks import check_same_corpus
 from probattn.inference.run_files import RunError, replacing
-from probattn.inference.runs import Run, check_same_corpus
+from probattn.inference.runs import Run
 from probattn.models.priors import attention_prior
 from probattn.models.transformer import embed
 

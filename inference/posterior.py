@@ -17,17 +17,10 @@ from probattn.inference.memory import check_memory
 from probattn.inference.npz_files import read_arrays
 from probattn.inference.nuts import load_draws, sample
 from probattn.inference.posterior_result import PosteriorResult
+from probattn.inference.run_checks import check_options, check_same_config, check_same_corpus
 from probattn.inference.run_files import RunError
-from probattn.inference.run_folder import locked
-from probattn.inference.runs import (
-    PosteriorRun,
-    Run,
-    check_options,
-    check_same_config,
-    check_same_corpus,
-    create_posterior_run,
-    load_run,
-)
+from probattn.inference.run_folder import clear, locked
+from probattn.inference.runs import PosteriorRun, Run, create_posterior_run, load_run
 from probattn.inference.sample_config import SampleConfig, SampleRunConfig
 from probattn.models import language_model, latent_embeddings
 from probattn.vocabulary import Vocabulary, build_vocabulary
@@ -76,6 +69,7 @@ def sample_run(
     else:
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
         arguments = _tokens(config, corpus, vocabulary)
+    made = not out.exists()
     with locked(out):  # from before the run is made to its end
         if not resume:
             run = create_posterior_run(
@@ -93,7 +87,9 @@ def sample_run(
             )
         except (ValueError, SampleError):
             if not resume and not run.segments.ranges():
-                shutil.rmtree(run.path)  # new, and nothing was sampled: it is no run
+                clear(out)  # new, and nothing was sampled: it is no run
+                if made:
+                    shutil.rmtree(out)
             raise
     return run, result
 

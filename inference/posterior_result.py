@@ -13,6 +13,7 @@ from numpyro.handlers import seed, substitute, trace
 
 from probattn.batches import batched_rows
 from probattn.inference.sample_config import SampleConfig
+from probattn.inference.threads import one_blas_thread
 
 DRAWS_AT_ONCE = 16  # draws in one call: margins take (draws, N, T, d, 2 r) numbers
 
@@ -118,8 +119,10 @@ def site_values(
         keys = jax.random.split(rng_key, total)
         for picked in batched_rows(total, DRAWS_AT_ONCE):
             batch = slice(int(picked[0]), int(picked[-1]) + 1)
-            values = of_batch({name: row[picked] for name, row in rows.items()}, keys[picked])
-            yield batch, without_filling(values, batch)
+            with one_blas_thread():
+                values = of_batch({name: row[picked] for name, row in rows.items()}, keys[picked])
+                values = without_filling(values, batch)
+            yield batch, values
 
 
 def without_filling(values: Any, batch: slice) -> Any:

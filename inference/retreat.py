@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-_HALVINGS = 10  # after which a step is not taken at all
+_SHARES = 10  # of a step that are tried: the whole of it, and nine halvings
 
 
 class _Trial(NamedTuple):
@@ -67,7 +67,7 @@ def largest_step[Point](
         return _Trial(trial.number + 1, whole, before, ~jnp.any(before & ~after))
 
     def unfinished(trial: _Trial) -> Array:
-        return ~trial.accepted & (trial.number <= _HALVINGS)
+        return ~trial.accepted & (trial.number <= _SHARES)
 
     sure = surely_inside(stop)
     everywhere = jnp.ones_like(sure)

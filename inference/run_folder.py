@@ -6,6 +6,7 @@ it: so there are no links in a run, and no devices or pipes, which could be read
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,18 @@ def check_target(path: Path, *, overwrite: bool) -> None:
             f"{path}: holds another run; continue it with --resume, replace it with --overwrite, "
             "or choose another directory"
         )
+
+
+def clear(path: Path) -> None:
+    """Remove all that a run consists of; its folder and its lock stay.
+
+    Raises:
+        WriteError: if something cannot be removed.
+    """
+    for name in ENTRIES:
+        entry = path / name
+        with writing(entry):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
 @contextmanager

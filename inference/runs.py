@@ -13,7 +13,6 @@ lock             held by the process that writes
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +27,9 @@ from jaxtyping import Array
 from probattn.byte_pairs import describe
 from probattn.corpora import Corpus
 from probattn.inference.checkpoints import CheckpointError, CheckpointFolder
-from probattn.inference.config import RunConfig, differences, format_config, read_tables
+from probattn.inference.config import RunConfig, format_config, read_tables
 from probattn.inference.run_files import (
     RunError,
-    legible,
     read_bytes,
     read_json,
     replacing,
@@ -39,7 +37,7 @@ from probattn.inference.run_files import (
     write_text,
     writing,
 )
-from probattn.inference.run_folder import ENTRIES, check_folder, check_target, locked
+from probattn.inference.run_folder import check_folder, check_target, clear, locked
 from probattn.inference.sample_config import SampleRunConfig
 from probattn.inference.segments import SegmentFolder
 from probattn.models.language_model import parameter_shapes
@@ -105,22 +103,29 @@ class Run(RunDirectory):
 
     @property
     def step(self) -> int | None:
-        """Step at which `parameters` were saved, None before the first report."""
-        return self.best.step
+        """Step at which `parameters` were saved, None before the first report.
 
-    @cached_property
+        Once these are read it does not change, though a fit that goes on may save better ones.
+        """
+        return self._point[0] if "_point" in vars(self) else self.best.step
+
+    @property
     def parameters(self) -> dict[str, Array]:
         """Parameters of the best validation, by site name: a point estimate (of MAP, the mode).
 
         Raises:
             CheckpointError: if there are none yet or they are damaged.
         """
-        if self.step is None:
+        return self._point[1]
+
+    @cached_property
+    def _point(self) -> tuple[int, dict[str, Array]]:
+        if self.best.step is None:
             raise CheckpointError(
                 f"{self.path}: the fit has not reached its first report, so it has no parameters "
                 "yet; finish it with fit --resume"
             )
-        return self.best.load(self.parameter_shapes())
+        return self.best.load_with_step(self.parameter_shapes())
 
     def parameter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every parameter."""
@@ -226,9 +231,17 @@ def load_fit(path: str | os.PathLike[str]) -> Run:
     Raises:
         RunError: if the directory is no run of a fit, or its description is damaged.
     """
-    run = load_run(path)
+    return fitted(load_run(path))
+
+
+def fitted(run: RunDirectory) -> Run:
+    """The run, which is that of a fit.
+
+    Raises:
+        RunError: if it is not.
+    """
     if not isinstance(run, Run):
-        raise RunError(f"{path}: is a sampled posterior: expected a run of `probattn fit`")
+        raise RunError(f"{run.path}: is a sampled posterior: expected a run of `probattn fit`")
     return run
 
 
@@ -270,10 +283,7 @@ def _create(run: RunDirectory, *, overwrite: bool, start: Mapping[str, Any] | No
     check_target(path, overwrite=overwrite)
     with locked(path):
         check_target(path, overwrite=overwrite)  # again: another process may have been faster
-        for name in ENTRIES:
-            entry = path / name
-            with writing(entry):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        clear(path)
         description = {**run.data, "vocabulary": run.vocabulary.to_dict()}
         write_text(path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
         if start is not None:
@@ -281,47 +291,6 @@ def _create(run: RunDirectory, *, overwrite: bool, start: Mapping[str, Any] | No
                 np.savez(stream, allow_pickle=False, **start)
         # Last: a directory with a config.toml is a run, and must be a whole one.
         write_text(path / "config.toml", format_config(run.config) + _END)
-
-
-def check_options(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a directory for what is asked of it.
-
-    Raises:
-        ValueError: if both are asked for; RunError if a new run would damage what is there.
-    """
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other: expected at most one of them")
-    if not resume:
-        check_target(path, overwrite=overwrite)
-    elif not (path / "config.toml").exists():
-        raise RunError(f"{path}: holds no run to resume; start one without --resume")
-
-
-def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) -> None:
-    """Refuse to resume a run with another configuration than its own.
-
-    Raises:
-        RunError: if they differ; it names the fields.
-    """
-    if changed := differences(run.config, config):
-        raise RunError(
-            f"{run.path}: cannot resume with a changed configuration: {'; '.join(changed)}; "
-            "give the run's own values, or start a new run"
-        )
-
-
-def check_same_corpus(run: RunDirectory, corpus: Corpus) -> None:
-    """Refuse a corpus that is not the one the run was fitted on.
-
-    Raises:
-        RunError: if the checksums differ.
-    """
-    if run.data["sha256"] != corpus.sha256:
-        raise RunError(
-            f"{run.path}: was fitted on {legible(run.data['description'])} with checksum "
-            f"{run.data['sha256'][:12]}, and that source now has {corpus.sha256[:12]}; "
-            "restore the text, or start a new run"
-        )
 
 
 _DATA_FIELDS = {

@@ -94,8 +94,8 @@ def sensitivity(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if an argument is out of range, or the text cannot be read, fits into one
-            window or has a character that the vocabulary lacks.
+        ValueError: if an argument is out of range, or the text cannot be read, has a character
+            that the vocabulary lacks, or what is taken of it fits into one window.
     """
     substituted = noise_kind == "substitution"
     check_kinds("noise_kind", [noise_kind])
@@ -109,8 +109,9 @@ def sensitivity(
     reported = scorer.reported
     if len(reported) < 2:
         raise ValueError(
-            f"{name}: {len(tokens)} tokens in {len(reported)} window: expected at least 2 windows "
-            f"of {run.config.model.block} tokens (model.block); give a longer text"
+            f"{name}: {min(len(tokens), most_tokens)} tokens in {len(reported)} window: expected "
+            f"at least 2 windows of {run.config.model.block} tokens (model.block); "
+            + ("raise most_tokens" if most_tokens < len(tokens) else "give a longer text")
         )
     prior = post_hoc_prior(run, progress=progress)
     unit = 1.0 if substituted else scorer.embedding_rms(run.parameters)

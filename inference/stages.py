@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from threadpoolctl import threadpool_limits
 
 from probattn import certificate, infeasible, log_det
 from probattn.batches import batched_rows
 from probattn.inference.post_hoc import PostHocPrior
 from probattn.inference.runs import Run
+from probattn.inference.threads import one_blas_thread
 from probattn.margins import both_margins
 from probattn.models.language_model import attention_stage
 from probattn.models.transformer import Parameters, embed, first_layer, rms_normalised
@@ -88,9 +88,7 @@ def stage_margins(run: Run, stage: Stage, inputs: Int[np.ndarray, "windows T"]) 
         heads=run.config.model.heads,
         bound=stage.bound,
     )
-    # XLA spreads the matrices over the cores. Threads of OpenBLAS below that share cores with each
-    # other and wait by spinning, up to a hundred times as long as the work takes.
-    with threadpool_limits(1, user_api="blas"):
+    with one_blas_thread():
         parts = [
             measure(run.parameters, inputs[rows], stage.w_query, stage.w_key)
             for rows in batched_rows(len(inputs), _BATCH)

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -93,13 +94,13 @@ def latent_embeddings(
         raise ValueError(
             f"tokens have shape {jnp.shape(tokens)}: expected (sequences, length) = {shape}"
         )
-    if isinstance(tokens, np.ndarray) and not (
-        (tokens >= 0).all() and (tokens < vocabulary_size).all()
-    ):
-        raise ValueError(
-            f"tokens are {tokens.min()} to {tokens.max()}: expected symbols from 0 to "
-            f"{vocabulary_size - 1}"
-        )
+    if tokens is not None and not isinstance(tokens, jax.core.Tracer):
+        symbols = np.asarray(tokens)
+        if not ((symbols >= 0).all() and (symbols < vocabulary_size).all()):
+            raise ValueError(
+                f"tokens are {symbols.min()} to {symbols.max()}: expected symbols from 0 to "
+                f"{vocabulary_size - 1}"
+            )
     coupling = sample_coupling(config.coupling, config.width, config.context_bound)
     emission = numpyro.sample(
         "emission",

@@ -265,7 +265,8 @@ def _smallest_singular_value(
         u = jnp.matmul(basis, u[..., None], precision=_HIGHEST)[..., 0]
         v = jnp.matmul(basis, v[..., None], precision=_HIGHEST)[..., 0]
 
-    change = _bilinear(u, covariance, jnp.squeeze(v[..., None, :] @ w_scaled, -2))
+    v_scaled = jnp.matmul(v[..., None, :], w_scaled, precision=_HIGHEST)
+    change = _bilinear(u, covariance, jnp.squeeze(v_scaled, -2))
     return _signed(sign, size, -change), u, v
 
 

@@ -199,6 +199,15 @@ def test_a_latent_fit_has_a_guide_and_a_noise_of_its_own(fields, message):
     RunConfig(objective=ObjectiveConfig("latent"), fit=FitConfig(weight_decay=0.1, sam_rho=0.05))
 
 
+def test_a_stage_of_normalised_tokens_has_no_bound():
+    model = LanguageModelConfig(bound=0.5)
+    with pytest.raises(
+        ValueError, match=r"^model\.bound is 0\.5 with objective\.attention normalis"
+    ):
+        RunConfig(model=model, objective=ObjectiveConfig("margin", attention="normalised"))
+    RunConfig(model=model, objective=ObjectiveConfig("margin", attention="first_layer"))
+
+
 def test_the_posterior_of_a_latent_language_model_is_not_sampled():
     with pytest.raises(ValueError, match=r"^objective\.name is latent, .*: expected ce, margin or"):
         SampleRunConfig(model=LanguageModelConfig(), objective=ObjectiveConfig("latent"))

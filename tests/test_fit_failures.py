@@ -17,6 +17,7 @@ from whole_fit import (
 )
 
 from probattn.inference import FitError, fit, load_run
+from probattn.inference.optimizers import default_optimizer
 from probattn.inference.run_files import WriteError
 from probattn.inference.scoring import Scorer
 from probattn.inference.svi import Trainer
@@ -77,6 +78,14 @@ def test_parameters_that_are_not_finite_are_not_saved(
     run = load_run(tmp_path / "run")
     assert (run.latest.step, run.step, run.metrics()) == (kept, None, [])
     assert run.stopped == (step, "the parameters are not finite")
+
+
+def test_who_gave_the_optimizer_is_not_told_of_the_default_one(config, tmp_path, monkeypatch):
+    spoil(monkeypatch, 60, "w_query")
+    own = default_optimizer(config.fit)
+    message = refusal(FitError, fit, config, tmp_path / "run", optimizer=own)
+    assert "try smaller steps of the optimizer, with --overwrite" in message
+    assert "learning_rate" not in message
 
 
 def test_an_optimizer_state_that_is_not_finite_is_not_saved(config, tmp_path, monkeypatch):

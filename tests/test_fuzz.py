@@ -19,8 +19,8 @@ from probattn.corpora import Corpus
 from probattn.inference import load_run
 from probattn.inference.cli import main
 from probattn.inference.config import RunConfig, read_tables
+from probattn.inference.run_checks import check_same_corpus
 from probattn.inference.run_files import RunError
-from probattn.inference.runs import check_same_corpus
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 X = np.random.default_rng(0).normal(size=(2, 6, 3))

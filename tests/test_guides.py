@@ -436,6 +436,19 @@ def test_a_guide_around_another_point_is_refused(low_rank, tmp_path):
     assert message.startswith(f"{run.path}: the guide of step 401 is not centred at the run's ")
 
 
+def test_a_fit_that_went_on_since_is_no_other_run(low_rank, tmp_path):
+    """Parameters and their step are those of one time, and so is what is made of both."""
+    run = copy_of(low_rank, tmp_path / "run")
+    before, step = run.parameters, run.step
+    size = flat(before).size
+    guide = guide_part(run, auto_loc=(size,), auto_scale=(size,), auto_cov_factor=(size, 10))
+    run.best.save(step + 1, {name: value + 1 for name, value in before.items()}, guide=guide)
+    assert (run.step, run.best.step) == (step, step + 1)
+    assert flat(run.parameters).tolist() == flat(before).tolist()
+    message = refusal(CheckpointError, guide_draws, run)
+    assert f"the fit has gone on to step {step + 1} since" in message
+
+
 def test_the_parts_of_a_checkpoint_are_saved_together_or_not_at_all(tmp_path):
     folder, ones, gone = CheckpointFolder(tmp_path), {"a": jnp.ones(2)}, jnp.ones(2)
     folder.save(1, ones, guide={"b": jnp.zeros(3)})

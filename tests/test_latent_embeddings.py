@@ -197,8 +197,9 @@ def test_configurations_that_make_no_model(field, value, message):
 def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match=r"tokens have shape \(2, 5\): expected .* = \(3, 5\)"):
         latent(SMALL)(np.zeros((2, 5), int))
-    with pytest.raises(ValueError, match=r"tokens are 0 to 5: expected symbols from 0 to 4"):
-        latent(SMALL)(np.arange(15).reshape(3, 5) % 6)
+    for library in (np, jnp):
+        with pytest.raises(ValueError, match=r"tokens are 0 to 5: expected symbols from 0 to 4"):
+            latent(SMALL)(library.arange(15).reshape(3, 5) % 6)
     with pytest.raises(ValueError, match="vocabulary_size is 1: expected an integer >= 2"):
         latent_embeddings(vocabulary_size=1, config=SMALL)
     with pytest.raises(ValueError, match=r"embeddings have shape \(3, 5, 3\): expected .*5, 2"):

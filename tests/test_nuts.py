@@ -315,7 +315,7 @@ def test_segments_of_another_run(stored, tmp_path):
         ({"chains": 3}, "of another model, precision or number of chains: they differ in"),
         ({"precision": "float32"}, "of another model, precision or number of chains"),
         ({"draws": 3}, "and the configuration 4 of warm-up and 7 in all"),
-        ({"warmup": 5}, "made with another configuration or given other data"),
+        ({"warmup": 5}, "made with another configuration or model, or given other data"),
     ):
         with pytest.raises(SegmentError, match=message):
             resume(tmp_path, replace(config, **change))
@@ -323,11 +323,22 @@ def test_segments_of_another_run(stored, tmp_path):
 
 def test_segments_given_other_data_or_another_seed(stored, tmp_path):
     _, config = copied(stored, tmp_path)
-    message = "made with another configuration or given other data"
+    message = "made with another configuration or model, or given other data"
     with pytest.raises(SegmentError, match=message):
         sample(model, model_args=(DATA + 1,), config=config, out=tmp_path, resume=True)
     with pytest.raises(SegmentError, match=message):
         resume(tmp_path, replace(config, seed=5))
+
+
+def test_segments_of_a_model_with_other_arguments_bound_to_it(tmp_path):
+    def normal(scale):
+        numpyro.sample("value", dist.Normal(0.0, scale))
+
+    config = SampleConfig(chains=1, warmup=2, draws=2)
+    whole = sample(partial(normal, scale=2.0), config=config, out=tmp_path)
+    assert_same(sample(partial(normal, scale=2.0), config=config, out=tmp_path, resume=True), whole)
+    with pytest.raises(SegmentError, match="made with another configuration or model"):
+        sample(partial(normal, scale=3.0), config=config, out=tmp_path, resume=True)
 
 
 def test_a_posterior_too_large_for_memory():

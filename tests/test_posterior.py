@@ -17,12 +17,27 @@ from numpyro.handlers import seed, substitute, trace
 from tiny_run import files_of, tiny_run_fixture, tiny_text  # noqa: F401
 
 from probattn import log_det, stability_margin
-from probattn.inference import SampleConfig, load_posterior, load_run, sample, to_datatree
+from probattn.inference import (
+    SampleConfig,
+    SampleError,
+    evaluate,
+    generate,
+    guide_draws,
+    load_posterior,
+    load_run,
+    posterior,
+    sample,
+    sample_run,
+    sensitivity,
+    text_margins,
+    to_datatree,
+)
 from probattn.inference.cli import main
 from probattn.inference.config import format_config
 from probattn.inference.posterior import posterior_model
 from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.run_files import RunError
+from probattn.inference.run_folder import check_target
 from probattn.inference.to_arviz import divergence_margin, summarise
 from probattn.models.coupling import attention_weights_of
 
@@ -358,6 +373,33 @@ def test_errors_of_the_command(folder, run, tiny_run, tmp_path, capsys):
     assert "--data with --from" in line
     status, line = error_of(capsys, "sample", "--from", run.path, "--out", out)
     assert "is a sampled posterior: expected a run of `probattn fit`" in line
+
+
+@pytest.mark.parametrize("place", ["new", "empty", "link"])
+def test_a_sampler_that_cannot_start_leaves_the_place_as_it_was(run, tmp_path, monkeypatch, place):
+    def fail(*arguments, **options):
+        assert (tmp_path / "own" / "config.toml").exists()
+        raise SampleError("no start")
+
+    out = tmp_path / "own"
+    if place != "new":
+        out.mkdir()
+    if place == "link":
+        out = tmp_path / "link"
+        out.symlink_to(tmp_path / "own")
+    monkeypatch.setattr(posterior, "sample", fail)
+    with pytest.raises(SampleError, match="no start"):
+        sample_run(run.config, out)
+    assert out.exists() == (place != "new")
+    assert {path.name for path in tmp_path.rglob("*")} <= {"own", "link", "lock"}
+    monkeypatch.undo()
+    check_target(out, overwrite=False)  # free to begin again
+
+
+def test_what_is_for_fits_names_a_posterior(run):
+    for call in (evaluate, sensitivity, text_margins, guide_draws, partial(generate, prompt="a")):
+        with pytest.raises(RunError, match="is a sampled posterior: expected a run of"):
+            call(run)
 
 
 def test_an_unfinished_run_says_so(run, tmp_path):

@@ -258,13 +258,21 @@ def test_margins_and_harm_are_those_of_the_command_sensitivity(history, command,
         assert shown == f"{mean} ± {(high - low) / 2:.3f}"
 
 
+def test_seeds_asked_for_before_stay_in_the_tables(history, command, scripts):
+    folder, arguments = command
+    before = {table: rows_of(folder, table) for table in ("runs", "noise", "curves")}
+    assert scripts["run"].main([*arguments, "--seeds", "1"]) == 0
+    assert {table: rows_of(folder, table) for table in before} == before
+    assert {row["seed"] for row in before["runs"]} == {"0", "1"}
+
+
 def test_points_of_another_plan_are_in_no_table(history, command, scripts):
     folder, _ = command
     plan, measure = scripts["plan"], scripts["measure"]
     methods = plan.read_methods(folder / "methods.toml")
     scale = plan.read_scale(str(folder / "scale.toml"))
     data, _ = plan.choose_data(*(str(folder / name) for name in ("text.txt", "test.txt")))
-    task = plan.every_task(methods, 1, scale, data, folder / "runs")[0]
+    task = plan.every_task(methods, [0], scale, data, folder / "runs")[0]
     run = load_run(task.out)
     assert {point["kind"] for point in measure.measured(task, run)} >= {"gaussian"}
     noise = plan.dataclasses.replace(task.noise, tokens=task.noise.tokens + 1)
@@ -273,12 +281,12 @@ def test_points_of_another_plan_are_in_no_table(history, command, scripts):
 
 def test_two_processes_do_tasks_and_tell_why_one_failed(history, command, scripts):
     folder, _ = command
-    plan, seeds = scripts["plan"], 1
+    plan = scripts["plan"]
     methods = plan.read_methods(folder / "methods.toml")
     scale = plan.read_scale(str(folder / "scale.toml"))
     texts = [str(folder / name) for name in ("text.txt", "test.txt")]
     data, _ = plan.choose_data(*texts)
-    done, changed = plan.every_task(methods, seeds, scale, data, folder / "runs")
+    done, changed = plan.every_task(methods, [0], scale, data, folder / "runs")
     elsewhere = plan.dataclasses.replace(changed, out=done.out)
     tasks = scripts["pool"].run_tasks([done, elsewhere], 2)
     outcomes = {task.setting.method: why for task, _, why in tasks}
@@ -290,7 +298,13 @@ def test_two_processes_do_tasks_and_tell_why_one_failed(history, command, script
 def test_bad_input_is_one_line(command, scripts, capsys):
     folder, arguments = command
     main = scripts["run"].main
+    written = (folder / "methods.toml").read_text("utf-8")
+    for name, row in (("word", '"fit.guide" = "map"'), ("field", '"fit.learning_rat" = "2x"')):
+        other = f"{written}\n[other]\nset = {{}}\ngrid = [{{ {row} }}]\n"
+        (folder / f"{name}.toml").write_text(other, "utf-8")
     for extra, message in (
+        (["--methods", str(folder / "word.toml")], "fit.guide is 'map' in a grid: expected a num"),
+        (["--methods", str(folder / "field.toml")], "no attribute 'learning_rat': expected fields"),
         (["--seeds", "0"], "--seeds: got 0, expected an integer >= 1"),
         (["--scale", "huge"], "huge: cannot read the configuration"),
         (["--text", str(folder / "none.txt")], "no such file"),
@@ -304,7 +318,7 @@ def test_every_method_has_three_values_that_make_a_configuration(scripts, tmp_pa
     methods = plan.read_methods(plan.METHODS)
     assert len(methods) >= 10
     for scale in ("small", "paper"):
-        tasks = plan.every_task(methods, 1, plan.read_scale(scale), plan.DataConfig(), tmp_path)
+        tasks = plan.every_task(methods, [0], plan.read_scale(scale), plan.DataConfig(), tmp_path)
         configs = {(task.setting.method, repr(task.config)) for task in tasks}
         assert len(configs) == len({task.out for task in tasks}) == len(tasks)
         for method in methods:

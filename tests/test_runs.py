@@ -28,8 +28,9 @@ from probattn.inference import FitConfig, load_run
 from probattn.inference.checkpoints import (
     CheckpointError,
 )
+from probattn.inference.run_checks import check_same_corpus
 from probattn.inference.run_files import RunError, write_text
-from probattn.inference.runs import check_same_corpus, create_run
+from probattn.inference.runs import create_run
 from probattn.vocabulary import BytePairVocabulary
 
 # What is there

@@ -18,7 +18,8 @@ from fuzzing.target import Target, refused, require
 from probattn.corpora import Corpus
 from probattn.inference.config import FitConfig, RunConfig, format_config
 from probattn.inference.post_hoc import post_hoc_prior
-from probattn.inference.runs import Run, check_same_corpus, create_run, load_run
+from probattn.inference.run_checks import check_same_corpus
+from probattn.inference.runs import Run, create_run, load_run
 from probattn.inference.segments import Segment, SegmentFolder
 from probattn.models import LanguageModelConfig
 from probattn.vocabulary import CharacterVocabulary

@@ -8,8 +8,8 @@ from plan import Task
 
 from probattn.corpora import Corpus
 from probattn.inference import load_run
+from probattn.inference.run_checks import check_same_corpus
 from probattn.inference.run_files import write_text
-from probattn.inference.runs import check_same_corpus
 from probattn.inference.tables import write_table
 
 RUN = ("method", "setting", "seed")

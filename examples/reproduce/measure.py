@@ -17,7 +17,7 @@ from summary import TUNED_AT
 from probattn.inference import Run, fit, load_run
 from probattn.inference.evaluate import text_tokens
 from probattn.inference.noise_sweeps import NoisePoint, NoiseSweeps
-from probattn.inference.runs import check_same_config
+from probattn.inference.run_checks import check_same_config
 from probattn.inference.scoring import Scorer
 from probattn.inference.sensitivity import sensitivity, tables
 

@@ -1,8 +1,9 @@
 """What is run: the methods, the values of their settings, the seeds, and the size of it all."""
 
 import dataclasses
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ HERE = Path(__file__).parent
 METHODS = HERE / "methods.toml"
 PARTS = ("paper", "sweep", "sensitivity", "methods", "kinds")
 TUNING_SEEDS = 1
+_FACTOR = re.compile(r"\d+(\.\d+)?x")  # of what the scale has
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ def read_methods(path: Path) -> Methods:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
         methods = {
             method: [
-                Setting(method, _name(row), {**table["set"], **row}, table.get("every_seed", False))
+                Setting(
+                    method, _named(row), {**table["set"], **row}, table.get("every_seed", False)
+                )
                 for row in table["grid"]
             ]
             for method, table in tables.items()
@@ -132,7 +136,7 @@ def read_methods(path: Path) -> Methods:
         raise ValueError(f"{path}: cannot read the methods: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected a table for each method, with label, set, grid and perhaps "
+            f"{path}: expected a table for each method, with set, grid and perhaps label and "
             f"every_seed: {error!r}"
         ) from None
     known = {(each.method, each.name) for settings in methods.values() for each in settings}
@@ -142,7 +146,7 @@ def read_methods(path: Path) -> Methods:
 
 
 def read_labels(path: Path = METHODS) -> dict[str, str]:
-    """Read what the table and the figures call each method."""
+    """Read what the table and the figures call each method; those of other files by their names."""
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     return {method: table["label"] for method, table in tables.items()}
 
@@ -183,12 +187,12 @@ def make_task(
     """
     base = RunConfig(data=data, model=scale.model, fit=scale.fit)
     tables: dict[str, dict[str, Any]] = {"fit": {"seed": seed}}
-    for name, value in setting.changes.items():
-        table, _, part = name.partition(".")
-        if isinstance(value, str) and value.endswith("x"):
-            value = float(value[:-1]) * getattr(getattr(base, table), part)
-        tables.setdefault(table, {})[part] = value
     try:
+        for name, value in setting.changes.items():
+            table, _, part = name.partition(".")
+            if isinstance(value, str) and _FACTOR.fullmatch(value):
+                value = float(value[:-1]) * getattr(getattr(base, table), part)
+            tables.setdefault(table, {})[part] = value
         # At once: a weight of the barrier has no meaning without the name of its objective.
         config = dataclasses.replace(
             base,
@@ -236,14 +240,14 @@ def first_tasks(
 
 
 def every_task(
-    methods: Methods, seeds: int, scale: Scale, data: DataConfig, runs: Path
+    methods: Methods, seeds: Iterable[int], scale: Scale, data: DataConfig, runs: Path
 ) -> list[Task]:
-    """Every setting of every method with every seed, of which not all need be run."""
+    """Every setting of every method with these seeds, of which not all need be run."""
     return [
         make_task(setting, seed, scale, data, runs)
         for settings in methods.values()
         for setting in settings
-        for seed in range(seeds)
+        for seed in seeds
     ]
 
 
@@ -277,7 +281,10 @@ def paper_settings(methods: Methods) -> list[Setting]:
     return [found[key] for key in PAPER]
 
 
-def _name(row: dict[str, Any]) -> str:
+def _named(row: dict[str, Any]) -> str:
+    for name, value in row.items():
+        if type(value) not in (int, float) and not _FACTOR.fullmatch(str(value)):
+            raise ValueError(f"{name} is {value!r} in a grid: expected a number, or such as 2x")
     return " ".join(
         f"{name.partition('.')[2]}={value if isinstance(value, str) else f'{value:g}'}"
         for name, value in row.items()

@@ -78,11 +78,12 @@ def _run(options: argparse.Namespace) -> int:
     scale = read_scale(options.scale)
     data, corpus = choose_data(options.text, options.test)
     out = options.out or options.runs / "results"
-    common = (read_methods(options.methods), options.seeds, scale, data, options.runs)
+    methods, place = read_methods(options.methods), (scale, data, options.runs)
+    common = (methods, options.seeds, *place)
 
     setting = _setting(options, scale, data, corpus)
-    # Tables are of all that was ever run in this folder, whatever part is asked for now.
-    every = every_task(*common)
+    # Tables are of all runs of these methods in the folder, whatever part is asked for now.
+    every = every_task(methods, _seeds(options), *place)
     try:
         failed = _do(first_tasks(options.only, *common), options.jobs)
         if {"methods", "kinds"} & set(options.only):
@@ -97,6 +98,12 @@ def _run(options: argparse.Namespace) -> int:
     if failed:
         print(f"{failed} of the runs failed and are missing from the tables", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _seeds(options: argparse.Namespace) -> list[int]:
+    """Those asked for now, and those asked for before."""
+    found = (path.name.removeprefix("seed-") for path in options.runs.glob("*/*/seed-*"))
+    return sorted({*range(options.seeds), *(int(name) for name in found if name.isdecimal())})
 
 
 def _do(tasks: Sequence[Task], jobs: int) -> int:
