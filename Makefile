@@ -24,7 +24,7 @@ help:  ## list the targets
 
 install: $(VENV)/.installed  ## make .venv with probattn (editable) and the test tools
 
-demo: install  ## fit, evaluate and draw the small example into OUT=demo (about 3 minutes)
+demo: install  ## fit, evaluate and draw the small example into OUT=demo (about 2 minutes)
 	$(BIN)/probattn demo --out "$(OUT)"
 
 # One hash seed: programs that depend on the order of a set are then found in the compilation cache.
@@ -51,7 +51,7 @@ clean:  ## remove build products and caches; .venv and runs stay
 	find . -path "./$(VENV)" -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	echo "installing probattn and its test tools into $(VENV) (a few minutes the first time)"
+	echo "installing probattn and its test tools into $(VENV) (about a minute the first time)"
 	$(PIP) install --editable '.[test]'
 	touch $@
 

@@ -30,7 +30,7 @@ from probattn.inference.console import printable
 from probattn.inference.interrupts import Ended, Interrupted, ended_by_signals
 from probattn.inference.processes import leave
 from probattn.inference.run_folder import check_folder
-from probattn.inference.sample_config import SampleRunConfig
+from probattn.inference.sample_config import SAMPLED_DATA, SAMPLED_OBJECTIVE, SampleRunConfig
 
 _SHORT = {
     "--data": "--data.source",
@@ -119,7 +119,8 @@ def _sample_defaults(arguments: list[str]) -> Sample:
     path = _configuration(arguments, "sample")
     if path is None:
         return Sample(out=tyro.MISSING)
-    config = read_tables(path, SampleRunConfig)
+    defaults = {"data": SAMPLED_DATA, "objective": SAMPLED_OBJECTIVE}
+    config = read_tables(path, SampleRunConfig, defaults)
     kind: Literal["latent", "language"] = "language" if config.latent is None else "latent"
     return Sample(out=tyro.MISSING, kind=kind, **_tables(config))
 

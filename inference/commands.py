@@ -34,7 +34,12 @@ from probattn.inference.report import (
     sensitivity_report,
 )
 from probattn.inference.runs import load_fit, load_run
-from probattn.inference.sample_config import SampleConfig, SampleRunConfig
+from probattn.inference.sample_config import (
+    SAMPLED_DATA,
+    SAMPLED_OBJECTIVE,
+    SampleConfig,
+    SampleRunConfig,
+)
 from probattn.inference.sensitivity import sensitivity
 from probattn.inference.token_margins import text_margins
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
@@ -101,8 +106,8 @@ class Sample:
 
     out: Path
     """run directory, new or empty unless --resume or --overwrite is given"""
-    kind: Literal["latent", "language"] = "latent"
-    """which model; of a language model, --model.* and --objective.* tell the size"""
+    kind: Literal["latent", "language"] | None = None
+    """which model, by default latent; of a language model, --model.* and --objective.* tell more"""
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """run of a fit whose model is sampled, on its text, from its parameters on"""
     config: Path | None = None
@@ -111,10 +116,10 @@ class Sample:
     """go on with the run in --out, with its own configuration"""
     overwrite: bool = False
     """replace the run in --out"""
-    data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer="frequent:16"))
+    data: DataConfig = SAMPLED_DATA
     latent: LatentEmbeddingsConfig = field(default_factory=LatentEmbeddingsConfig)
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
-    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig("full"))
+    objective: ObjectiveConfig = SAMPLED_OBJECTIVE
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __call__(self, screen: Console) -> None:
@@ -122,7 +127,7 @@ class Sample:
         parameters = None
         if self.start is not None:
             plain = Sample(self.out)
-            for name in ("config", "data", "latent", "model", "objective", "resume"):
+            for name in ("config", "kind", "data", "latent", "model", "objective", "resume"):
                 if getattr(self, name) != getattr(plain, name):
                     raise ValueError(
                         f"--{name} with --from: the run that --from names brings data, model and "
@@ -130,7 +135,7 @@ class Sample:
                     )
             fitted = load_fit(self.start)
             config, parameters = config_of_fit(fitted, self.sample), fitted.parameters
-        elif self.kind == "latent":
+        elif self.kind != "language":
             config = SampleRunConfig(self.data, self.sample, latent=self.latent)
         else:
             config = SampleRunConfig(

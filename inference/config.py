@@ -170,8 +170,15 @@ def read_config(path: str | os.PathLike[str]) -> RunConfig:
     return read_tables(path, RunConfig)
 
 
-def read_tables[C](path: str | os.PathLike[str], kind: type[C]) -> C:
+def read_tables[C](
+    path: str | os.PathLike[str], kind: type[C], defaults: Mapping[str, Any] | None = None
+) -> C:
     """Read a TOML file whose tables are the fields of a dataclass of dataclasses.
+
+    Args:
+        path: of the file.
+        kind: the dataclass.
+        defaults: by table, what gives the fields that the file leaves out of it; else its class.
 
     Raises:
         ValueError: if the file cannot be read, is no TOML, or names an unknown or ill-typed field.
@@ -184,7 +191,7 @@ def read_tables[C](path: str | os.PathLike[str], kind: type[C]) -> C:
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, too long a number, too deep
         raise ValueError(f"{path}: expected a TOML file: {one_line(error)}") from None
     try:
-        return _from_tables(tables, kind)
+        return _from_tables(tables, kind, defaults or {})
     except ValueError as error:  # in which names of the file may stand, with line ends in them
         raise ValueError(f"{path}: {one_line(error)}") from None
 
@@ -218,7 +225,7 @@ def _fields(config: Any) -> dict[str, Any]:
     }
 
 
-def _from_tables[C](tables: dict[str, Any], kind: type[C]) -> C:
+def _from_tables[C](tables: dict[str, Any], kind: type[C], defaults: Mapping[str, Any]) -> C:
     kinds = {name: _given(hint) for name, hint in typing.get_type_hints(kind).items()}
     _check_names(tables, kinds, "tables")
     parts = {}
@@ -231,7 +238,10 @@ def _from_tables[C](tables: dict[str, Any], kind: type[C]) -> C:
             name: _convert(f"{table}.{name}", value, types_of[name])
             for name, value in values.items()
         }
-        parts[table] = kinds[table](**converted)
+        if table in defaults:
+            parts[table] = dataclasses.replace(defaults[table], **converted)
+        else:
+            parts[table] = kinds[table](**converted)
     return kind(**parts)
 
 

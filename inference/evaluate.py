@@ -42,7 +42,7 @@ class MarginSummary:
         label: of the stage.
         kind: of the margin.
         quantiles: margin by quantile; that at 0 is the smallest.
-        mean_log_det: mean log det D_t in nats over feasible positions.
+        mean_log_det: mean log det D_t in nats over positions of positive determinant.
         infeasible_fraction: fraction of positions at which R_t has a real eigenvalue <= 0.
         certified_fraction: fraction of positions with certificate rho_t < 1.
         positions: how many positions.

@@ -11,6 +11,7 @@ from probattn.inference.compare import QUANTILES, ComparedRun
 from probattn.inference.evaluate import EvaluateResult
 from probattn.inference.margin_comparisons import QUANTITIES, increase_by_margin
 from probattn.inference.noise_sweeps import NoisePoint
+from probattn.inference.posterior import posterior_data
 from probattn.inference.run_files import replacing_path
 from probattn.inference.runs import PosteriorRun, Run
 from probattn.inference.sensitivity import Sensitivity, write_tables
@@ -181,7 +182,8 @@ def _within_posterior(posterior: ComparedRun, compared: Sequence[ComparedRun]) -
         if run is posterior or run.smallest_margin is None or run.model != posterior.model:
             continue
         labels[run.label] = run.smallest_margin
-        of_margin = run.objective == "margin" and run.inference == "map"
+        of_margin = (run.objective, run.inference) == ("margin", "map")
+        of_margin &= run.margin_stage == posterior.margin_stage
         if of_margin and run.barrier_weight and run.barrier_weight not in weights:
             weights[run.barrier_weight] = run.smallest_margin
         else:
@@ -243,8 +245,8 @@ def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
     if smallest is not None:
         figures["smallest_margin"] = posterior_plots.smallest_margin(smallest)
     probability = values_of(tree, "support_tokens", "support_probability")
-    tokens = values_of(tree, "observed_data", "tokens")
-    if probability is not None and probability.ndim == 2 and tokens is not None:  # no heads
+    if probability is not None and probability.ndim == 2:  # no heads
+        tokens = posterior_data(run)[0]  # whose embeddings have the margins: of targets, the inputs
         symbols = [[run.vocabulary.decode([token]) for token in row] for row in tokens]
         figures["support_probability"] = posterior_plots.support_map(probability, symbols)
     with run.lock():

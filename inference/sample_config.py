@@ -58,6 +58,12 @@ class SampleConfig:
                 )
 
 
+SAMPLED_DATA = DataConfig(tokenizer="frequent:16")
+"""Few symbols, since every one has parameters that are sampled."""
+SAMPLED_OBJECTIVE = ObjectiveConfig("full")
+"""The paper's joint density: the barrier alone is none."""
+
+
 @dataclass(frozen=True)
 class SampleRunConfig:
     """Everything that determines a sampled posterior: of one of two models, and of which text.
@@ -70,7 +76,7 @@ class SampleRunConfig:
         objective: its objective, likewise.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = SAMPLED_DATA
     sample: SampleConfig = field(default_factory=SampleConfig)
     latent: LatentEmbeddingsConfig | None = None
     model: LanguageModelConfig | None = None

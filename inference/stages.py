@@ -51,7 +51,8 @@ class StageMargins:
         label: of the stage.
         margin: "sigma_min", (windows, T).
         log_det: log det D_t in nats, -inf where the determinant is not positive.
-        embedding_margin: distance to the boundary in embedding space, in the embedding's unit.
+        embedding_margin: distance to the boundary in the space of what the stage sees, and in its
+            unit: embeddings, or their normalised form, of root mean square 1.
         certificate: rho_t; below 1 the position is proved invertible.
         infeasible: whether R_t has a real eigenvalue <= 0.
     """

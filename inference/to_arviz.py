@@ -60,7 +60,8 @@ def to_datatree(
         log_likelihood: one per sequence, on request, for `az.loo` and `az.compare`.
         posterior_predictive: draws of the observed sites given each draw, on request.
         prior: draws of the prior, on request.
-        observed_data: what was observed. Factors are none, and are left out.
+        observed_data: what was observed: of a language model the targets, each a token after the
+            one whose embedding has the margin. Factors are none, and are left out.
 
     Groups of a MAP run:
         point_estimate: the parameters. Not called posterior, and without chain and draw, so that

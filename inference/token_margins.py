@@ -28,7 +28,8 @@ class TokenMargins:
         label: of the stage: "post hoc", "trained", or "layer 1 head 1" and so on.
         margin: kind "sigma_min", (N,).
         log_det: log det D_t in nats, -inf where the determinant is not positive, (N,).
-        embedding_margin: distance to the boundary in embedding space, (N,).
+        embedding_margin: distance to the boundary in the space of what the stage sees, in its
+            unit (see `stages.StageMargins`), (N,).
         certificate: rho_t, below 1 where the position is proved invertible, (N,).
         support: whether the token is the support token of its window, (N,).
     """

@@ -9,8 +9,8 @@ has no past, has mean zero.
 With a `bound` c, values and keys are those of phi(x) = x / sqrt(1 + |x|^2 / c^2), which lies
 within distance c of the origin, and only the query q_t is that of x_t itself: mu_t = sum over
 s < t of alpha_ts phi(x_s) and k_s = phi(x_s) W_K. A context so bounded has a bounded covariance,
-which is what makes the process proper (see `proper`). Not in the paper, whose process is that of
-bound = None.
+which makes the process proper where c^2 ||A||_2 < 1 (see `proper`). Not in the paper, whose process
+is that of bound = None.
 """
 
 import math

@@ -24,6 +24,7 @@ from probattn.inference import (
     guide_draws,
     load_run,
     post_hoc_prior,
+    posterior_plots,
     predictive,
     to_datatree,
 )
@@ -218,6 +219,23 @@ def test_table_and_figures(compared, tmp_path):
     assert float(rows["margin"]["bpc"]) == pytest.approx(
         compared["margin"].predictions.bpc, rel=1e-6
     )
+
+
+def test_a_curve_over_the_weight_is_of_the_stage_of_the_posterior(compared, tmp_path, monkeypatch):
+    drawn, draw = [], posterior_plots.barrier_weights
+
+    def noting(draws, weights, others):
+        drawn.append((set(weights), others))
+        return draw(draws, weights, others)
+
+    monkeypatch.setattr(posterior_plots, "barrier_weights", noting)
+    margin = compared["margin"]
+    weaker = replace(margin, label="weaker", barrier_weight=0.01)
+    heads = replace(margin, label="heads", barrier_weight=0.3, margin_stage="first layer")
+    compared_report([*compared.values(), weaker, heads], tmp_path)
+    [(weights, others)] = drawn
+    assert weights == {margin.barrier_weight, 0.01}
+    assert others["heads"] == margin.smallest_margin
 
 
 def test_the_command(runs, tmp_path, capsys):

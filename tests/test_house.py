@@ -310,16 +310,33 @@ def test_the_installed_version_is_that_of_pyproject():
     assert importlib.metadata.version("probattn") == project["version"]
 
 
-def test_the_picture_in_the_docs_shows_every_file_and_no_other():
-    picture = (ROOT / "docs/architecture.md").read_text("utf-8").split("```")[1]
-    shown, folder = set(), ""
-    for line in picture.splitlines():
+@pytest.fixture(scope="module", name="picture")
+def picture_fixture() -> list[str]:
+    """Files in the order in which the picture in the docs shows them."""
+    shown, folder = [], ""
+    for line in (ROOT / "docs/architecture.md").read_text("utf-8").split("```")[1].splitlines():
         if entry := re.match(r"(\w+)/ ", line):
             folder = entry[1]
         elif entry := re.match(r"  (\w+\.py)\b", line):
-            shown.add(f"{folder}/{entry[1]}")
+            shown.append(f"{folder}/{entry[1]}")
+    return shown
+
+
+def test_the_picture_in_the_docs_shows_every_file_and_no_other(picture):
     files = {p.relative_to(ROOT).as_posix() for p in modules(ROOT).values()}
-    assert shown == {file for file in files if not file.endswith("__init__.py")}
+    assert sorted(picture) == sorted(file for file in files if not file.endswith("__init__.py"))
+
+
+def test_the_picture_shows_every_file_below_those_that_it_imports(picture):
+    house = modules(ROOT)
+    place = {module: str(path.relative_to(ROOT)) for module, path in house.items()}
+    assert [
+        f"{file} imports {place[found.target]}"
+        for module, file in place.items()
+        for found in imports(house, module)
+        if file in picture and place.get(found.target) in picture
+        if picture.index(place[found.target]) > picture.index(file)
+    ] == []
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -1,5 +1,6 @@
 """Sampled posteriors as runs and as DataTrees: what is in them, and that ArviZ takes them."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -17,15 +18,18 @@ from numpyro.handlers import seed, substitute, trace
 from tiny_run import files_of, tiny_run_fixture, tiny_text  # noqa: F401
 
 from probattn import log_det, stability_margin
+from probattn.corpora import DataConfig
 from probattn.inference import (
     SampleConfig,
     SampleError,
+    SampleRunConfig,
     evaluate,
     generate,
     guide_draws,
     load_posterior,
     load_run,
     posterior,
+    posterior_plots,
     sample,
     sample_run,
     sensitivity,
@@ -39,6 +43,7 @@ from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.run_files import RunError
 from probattn.inference.run_folder import check_target
 from probattn.inference.to_arviz import divergence_margin, summarise
+from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.models.coupling import attention_weights_of
 
 SEQUENCES, LENGTH, WIDTH, SYMBOLS = 3, 6, 2, 6
@@ -276,8 +281,15 @@ def test_non_centred_run_has_embeddings_too(folder, tmp_path, capsys):
     assert "of 20 draws diverged" in capsys.readouterr().out
 
 
-def test_from_a_fitted_run(tiny_run, tmp_path, capsys):
+def test_from_a_fitted_run(tiny_run, tmp_path, capsys, monkeypatch):
     """The posterior of a fitted language model, on its text, from its parameters on."""
+    maps, draw_map = [], posterior_plots.support_map
+
+    def noting(probability, symbols):
+        maps.append(symbols)
+        return draw_map(probability, symbols)
+
+    monkeypatch.setattr(posterior_plots, "support_map", noting)
     out = tmp_path / "run"
     command = ["sample", "--from", str(tiny_run.path), "--out", str(out)]
     few = ["--sample.chains", "1", "--sample.warmup", "2", "--sample.draws", "3"]
@@ -290,7 +302,11 @@ def test_from_a_fitted_run(tiny_run, tmp_path, capsys):
     with np.load(out / "start.npz") as start:
         for name, value in tiny_run.parameters.items():
             np.testing.assert_array_equal(start[name], value)
-    posterior = to_datatree(run)["posterior"].to_dataset()
+    tree = to_datatree(run)
+    posterior = tree["posterior"].to_dataset()
+    # The map shows the tokens whose margins they are; observed are those that follow them.
+    followers = [list(map(run.vocabulary.decode, row[:, None])) for row in targets_of(tree)]
+    assert [row[1:] for row in maps[0]] == [row[:-1] for row in followers]
     near = np.abs(
         posterior["token_embedding"].values - np.asarray(start_of(out)["token_embedding"])
     )
@@ -301,6 +317,10 @@ def test_from_a_fitted_run(tiny_run, tmp_path, capsys):
             posterior["margin"].values[0, draw], sites["margin"]["value"], rtol=1e-6
         )
     assert posterior["attention_in"].dims[2:] == ("layer", "embed", "query_key_value")
+
+
+def targets_of(tree):
+    return tree["observed_data"]["tokens"].values
 
 
 def start_of(out):
@@ -371,6 +391,8 @@ def test_errors_of_the_command(folder, run, tiny_run, tmp_path, capsys):
     assert "--config with --from" in line
     _, line = error_of(capsys, "sample", "--from", tiny_run.path, "--data", data, "--out", out)
     assert "--data with --from" in line
+    _, line = error_of(capsys, "sample", "--from", tiny_run.path, "--model", "latent", "--out", out)
+    assert "--kind with --from" in line
     status, line = error_of(capsys, "sample", "--from", run.path, "--out", out)
     assert "is a sampled posterior: expected a run of `probattn fit`" in line
 
@@ -400,6 +422,31 @@ def test_what_is_for_fits_names_a_posterior(run):
     for call in (evaluate, sensitivity, text_margins, guide_draws, partial(generate, prompt="a")):
         with pytest.raises(RunError, match="is a sampled posterior: expected a run of"):
             call(run)
+
+
+@pytest.mark.parametrize("by", ["flags", "file"])
+def test_the_defaults_of_a_file_are_those_of_the_flags(tmp_path, monkeypatch, by):
+    """What neither names: few symbols, and the paper's joint density."""
+    asked = []
+
+    def note(config, out, **options):
+        asked.append(config)
+        raise SampleError("enough")
+
+    monkeypatch.setattr(importlib.import_module("probattn.inference.commands"), "sample_run", note)
+    (tmp_path / "a.toml").write_text("[model]\nlayers = 1\n[objective]\ndelta = 0.5\n")
+    given = {
+        "flags": ["--model", "language", "--model.layers", "1", "--objective.delta", "0.5"],
+        "file": ["--config", str(tmp_path / "a.toml")],
+    }[by]
+    assert main(["sample", "--out", str(tmp_path / "run"), *given]) == 1
+    assert asked == [
+        SampleRunConfig(
+            DataConfig(tokenizer="frequent:16"),
+            model=LanguageModelConfig(layers=1),
+            objective=ObjectiveConfig("full", delta=0.5),
+        )
+    ]
 
 
 def test_an_unfinished_run_says_so(run, tmp_path):
