@@ -120,6 +120,9 @@ class Trainer:
         self.guide = make_guide(config.fit.guide, parameters, start)
 
         def guide_of(parameters_guide: Callable) -> Callable:
+            if config.fit.guide == "map":
+                # Its density is one: to find that, every parameter would be compared with itself.
+                parameters_guide = numpyro.handlers.mask(parameters_guide, mask=False)
             if config.objective.name == "latent":
                 parameters_guide = partial(
                     latent_guide,
