@@ -182,8 +182,8 @@ def _within_posterior(posterior: ComparedRun, compared: Sequence[ComparedRun]) -
         if run is posterior or run.smallest_margin is None or run.model != posterior.model:
             continue
         labels[run.label] = run.smallest_margin
-        of_margin = (run.objective, run.inference) == ("margin", "map")
-        of_margin &= run.margin_stage == posterior.margin_stage
+        kind = run.objective, run.inference, run.margin_stage
+        of_margin = kind == ("margin", "map", posterior.margin_stage)
         if of_margin and run.barrier_weight and run.barrier_weight not in weights:
             weights[run.barrier_weight] = run.smallest_margin
         else:

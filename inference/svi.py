@@ -121,7 +121,7 @@ class Trainer:
 
         def guide_of(parameters_guide: Callable) -> Callable:
             if config.fit.guide == "map":
-                # Its density is one: to find that, every parameter would be compared with itself.
+                # Its log density is 0. NumPyro finds that by comparing every parameter with itself.
                 parameters_guide = numpyro.handlers.mask(parameters_guide, mask=False)
             if config.objective.name == "latent":
                 parameters_guide = partial(

@@ -15,6 +15,7 @@ import optax
 import pytest
 from tiny_run import (
     BLOCK,
+    START,
     WIDTH,
     all_logits,
     embedded,
@@ -43,15 +44,7 @@ def test_the_loss_falls(whole):
 
 
 def test_it_starts_a_third_as_wide_as_the_prior(whole):
-    scales = {
-        "token_embedding": 0.05,
-        "position_embedding": 0.05,
-        "attention_in": WIDTH**-0.5,
-        "attention_out": (2 * WIDTH) ** -0.5,
-        "mlp_in": WIDTH**-0.5,
-        "mlp_out": (2 * 4 * WIDTH) ** -0.5,
-    }
-    values = np.concatenate([(whole.start[n] / s).ravel() for n, s in scales.items()])
+    values = np.concatenate([(whole.start[n] / s).ravel() for n, s in START.items()])
     assert values.std() == pytest.approx(1, abs=4 / math.sqrt(2 * values.size))
     assert values.mean() == pytest.approx(0, abs=4 / math.sqrt(values.size))
     assert {value.dtype for value in whole.start.values()} == {np.dtype("float64")}

@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 from tiny_run import (
@@ -24,6 +27,8 @@ from tiny_run import (
 
 from probattn import certificate, embedding_margin, log_det, stability_margin
 from probattn.inference import post_hoc_prior, text_margins
+from probattn.inference.monitor import Monitor
+from probattn.inference.posterior_result import PosteriorResult, site_values
 from probattn.inference.stages import stage_margins, stages
 from probattn.inference.token_margins import write_csv
 from probattn.models import ObjectiveConfig
@@ -271,17 +276,39 @@ def test_margins_of_normalised_embeddings(own_run):
     np.testing.assert_allclose(stage_margins(run, stage, inputs).margin, expected, rtol=1e-9)
 
 
-def test_openblas_threads_do_not_wait_for_each_other(own_run, monkeypatch):
+@pytest.mark.parametrize("of", ["stages", "monitor", "draws"])
+def test_openblas_threads_do_not_wait_for_each_other(own_run, monkeypatch, of):
     """XLA's threads each call LAPACK: threads of OpenBLAS below them are a hundredfold slower."""
     threads = []
-    monkeypatch.setattr(
-        "probattn.inference.stages._measure",
-        lambda *arguments, **_: threads.append(_blas_threads()) or [np.zeros((1, BLOCK))] * 5,
-    )
-    stage = next(stages(own_run, post_hoc_prior(own_run)))
+
+    def noting(found):
+        threads.append(_blas_threads())
+        return found
+
+    inputs = np.zeros((1, BLOCK), int)
+    if of == "stages":
+        measured = [np.zeros((1, BLOCK))] * 5
+        monkeypatch.setattr(
+            "probattn.inference.stages._measure", lambda *_, **options: noting(measured)
+        )
+        stage = next(stages(own_run, post_hoc_prior(own_run)))
+        call = partial(stage_margins, own_run, stage, inputs)
+    elif of == "monitor":
+        monitor = Monitor(own_run.config, inputs)
+        names = ["min_margin", "mean_margin", "sum_log_det", "feasible", "infeasible_fraction"]
+        names += ["coupling_eigenvalue_min", "coupling_eigenvalue_max"]
+        monkeypatch.setattr(monitor, "_measure", lambda *_: noting(dict.fromkeys(names, 1.0)))
+        call = partial(monitor, own_run.parameters)
+    else:
+        normal = partial(numpyro.sample, "value", dist.Normal(0.0, 1.0))
+        result = PosteriorResult(method="nuts", draws={"value": np.zeros((1, 2))}, model=normal)
+        monkeypatch.setattr(
+            "probattn.inference.posterior_result.without_filling", lambda found, _: noting(found)
+        )
+        call = partial(list, site_values(result))
     with threadpool_limits(2, user_api="blas"):  # as on two cores, wherever this runs
         before = _blas_threads()
-        stage_margins(own_run, stage, np.zeros((1, BLOCK), int))
+        call()
         after = _blas_threads()
     assert max(before) == 2
     assert threads == [[1] * len(before)]

@@ -23,6 +23,15 @@ MODEL = LanguageModelConfig(layers=1, heads=HEADS, width=WIDTH, block=BLOCK, pri
 FIT = FitConfig(
     steps=200, batch=4, warmup=5, learning_rate=0.03, eval_every=100, checkpoint_every=100, seed=3
 )
+# Standard deviations that a fit starts from, of parameters other than gains, W_Q and W_K.
+START = {
+    "token_embedding": 0.05,
+    "position_embedding": 0.05,
+    "attention_in": WIDTH**-0.5,
+    "attention_out": (2 * WIDTH) ** -0.5,
+    "mlp_in": WIDTH**-0.5,
+    "mlp_out": (2 * 4 * WIDTH) ** -0.5,
+}
 ESCAPE = "\x1b[2J"  # clears a terminal that it is printed to
 WORDS = ("the token", "of a", "margin", "'and'", '"so"', "on, with", "[/i]", "\n", ESCAPE)
 LABELS = ["post hoc", "trained", "layer 1 head 1", "layer 1 head 2"]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.stats import norm
-from tiny_run import BLOCK, FIT, MODEL, WIDTH, tiny_text
+from tiny_run import BLOCK, FIT, MODEL, START, WIDTH, tiny_text
 
 from probattn.inference import RunConfig
 from probattn.inference.checkpoints import named_leaves, with_leaves
@@ -48,14 +48,6 @@ def assert_close(got, expected, rtol=1e-12, atol=1e-12):
 
 def log_prior(parameters):
     """As the module `priors` describes it: three times as wide as the start of a network."""
-    start = {
-        "token_embedding": 0.05,
-        "position_embedding": 0.05,
-        "attention_in": WIDTH**-0.5,
-        "attention_out": (2 * WIDTH) ** -0.5,
-        "mlp_in": WIDTH**-0.5,
-        "mlp_out": (2 * 4 * WIDTH) ** -0.5,
-    }
     total = 0.0
     for name, value in parameters.items():
         if "norm" in name:
@@ -63,5 +55,5 @@ def log_prior(parameters):
         elif name in ("w_query", "w_key"):
             total += norm.logpdf(value, 0.0, WIDTH**-0.5).sum()
         else:
-            total += norm.logpdf(value, 0.0, 3 * start[name]).sum()
+            total += norm.logpdf(value, 0.0, 3 * START[name]).sum()
     return total

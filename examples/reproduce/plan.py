@@ -146,7 +146,7 @@ def read_methods(path: Path) -> Methods:
 
 
 def read_labels(path: Path = METHODS) -> dict[str, str]:
-    """Read what the table and the figures call each method; those of other files by their names."""
+    """Read what tables and figures call each method; one without a label has its name."""
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     return {method: table["label"] for method, table in tables.items()}
 
