@@ -211,7 +211,7 @@ def rank_histograms(found: Mapping[str, Mapping[str, Any]]) -> Figure:
             style = look(index) | {"marker": ""}
             (line,) = axes.plot(np.arange(BINS) + 0.5, heights, **style)
             entries[quantity.replace("_", " ")] = line
-        dress(axes, number, "rank, tenths", "over expected", title=name)
+        dress(axes, number, "rank, tenths", "count / expected", title=name)
     add_legend(figure, entries)
     return figure
 

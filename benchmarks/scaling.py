@@ -15,6 +15,7 @@ import numpy as np
 from harness import CONTROL, compare
 from log_det import arguments_of, gradient_of, log_abs_of
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from probattn.inference.figure_style import (
     DOUBLE,
@@ -134,6 +135,9 @@ def figure(results: dict[str, Any]) -> Figure:
             )
             axes.set_xticks(values, [str(value) for value in values])
             axes.minorticks_off()
+            # A decade alone may hold one tick, of which no value could be read.
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
     add_legend(drawn, entries)
     return drawn
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from probattn.corpora import load_corpus
+from probattn.corpora import Corpus, load_corpus
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.posterior import guide_posterior, load_posterior, training_sequences
 from probattn.inference.posterior_result import PosteriorResult
@@ -79,8 +79,8 @@ def compare(
     `predictive` for the one token by which language models and latent models differ in it.
     Margins are taken over sequences of the training text. Those of fits are over the sequences
     that the sampled posteriors of language models among the runs are given, so that a MAP can be
-    marked in them; if there is none, over 64. Latent models share no margins with language models,
-    and their sequences may be others.
+    marked in them; if there is none, over 64, or all that the text has. Latent models share no
+    margins with language models, and their sequences may be others.
 
     Args:
         runs: by label, at least one, from `load_run`.
@@ -100,8 +100,7 @@ def compare(
         check_same_corpus(run, corpus)
     compared = []
     with progress_bar("compare", total=len(runs), unit="run", visible=progress) as bar:
-        sampled = [size for run in runs.values() if (size := _sizes(run, "language"))]
-        sequences = sampled[0][0] if sampled else _SEQUENCES
+        sequences = _sequences(runs, corpus)
         for label, run in runs.items():
             bar.show(run=label)
             held_out = run.vocabulary.encode(corpus.validation)
@@ -111,6 +110,16 @@ def compare(
                 compared.append(_fitted(label, run, held_out, sequences, seed))
             bar.update(1)
     return compared
+
+
+def _sequences(runs: Mapping[str, Run | PosteriorRun], corpus: Corpus) -> int:
+    """Over how many sequences the margins of fits are taken."""
+    for run in runs.values():
+        if size := _sizes(run, "language"):
+            return size[0]
+    tokens = len(next(iter(runs.values())).vocabulary.encode(corpus.train))
+    blocks = [run.config.model.block for run in runs.values() if isinstance(run, Run)]
+    return max(1, min([_SEQUENCES, *((tokens - 1) // block for block in blocks)]))
 
 
 def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> ComparedRun:

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 from small import LATENT_FLAGS, SAMPLE_FLAGS
-from tiny_run import BLOCK, all_logits, log_softmax, stage_arguments, tiny_run_fixture
+from tiny_run import (
+    BLOCK,
+    all_logits,
+    log_softmax,
+    stage_arguments,
+    tiny_config,
+    tiny_run_fixture,
+    tiny_text,
+)
 
 from probattn import stability_margin
 from probattn.corpora import load_corpus
@@ -155,6 +163,19 @@ def test_margins_are_over_the_sequences_of_the_posterior(runs, compared):
     draws = compared["nuts"].smallest_margin_draws
     assert draws.shape == (2, 15)
     assert compared["nuts"].smallest_margin == pytest.approx(np.median(draws))
+
+
+def test_margins_are_over_all_sequences_of_a_short_text(tmp_path):
+    config = tiny_config(tmp_path)
+    (tmp_path / "corpus.txt").write_text(tiny_text(400), encoding="utf-8")
+    run = fit(replace(config, fit=replace(config.fit, steps=10)), tmp_path / "run").run
+    (found,) = compare({"margin": run})
+    count = (len(load_corpus(config.data).train) - 1) // BLOCK
+    assert 10 < count < 64
+    arguments = stage_arguments_of(run, training_sequences(run, count)[0], "trained")
+    margin = stability_margin(*map(jnp.asarray, arguments))[:, 2:]
+    assert found.smallest_margin == pytest.approx(float(margin.min()), rel=1e-4)
+    assert found.margin_quantiles[0.5] == pytest.approx(float(np.median(margin)), rel=1e-4)
 
 
 def stage_arguments_of(run, inputs, stage):

@@ -50,12 +50,13 @@ def assert_same(one, other):
 # Moments
 
 
-def test_a_gaussian_of_known_posterior():
+@pytest.mark.parametrize("chain_method", ["parallel", "vectorized"])
+def test_a_gaussian_of_known_posterior(chain_method):
     def conjugate(observed):
         location = numpyro.sample("location", dist.Normal(0.0, 2.0))
         numpyro.sample("observed", dist.Normal(location, 0.5), obs=observed)
 
-    config = SampleConfig(chains=4, warmup=300, draws=1000)
+    config = SampleConfig(chains=4, warmup=300, draws=1000, chain_method=chain_method)
     draws = sample(conjugate, model_args=(jnp.array(1.0),), config=config).draws["location"]
     variance = 1 / (1 / 4 + 1 / 0.25)
     levels = np.arange(0.1, 1, 0.1)
@@ -169,17 +170,11 @@ def test_more_draws_are_added_to_a_finished_run(whole, tmp_path):
     assert_same(more, whole)
 
 
-def test_seed_and_chain_method(whole):
+def test_seed(whole):
     again = sample(model, model_args=(DATA,), config=FEW)
     assert_same(again, whole)
     other = sample(model, model_args=(DATA,), config=replace(FEW, seed=4))
     assert not np.array_equal(other.draws["scale"], whole.draws["scale"])
-    vectorized = sample(model, model_args=(DATA,), config=replace(FEW, chain_method="vectorized"))
-    # The same chains up to rounding, which a chaotic trajectory magnifies: compared at the start.
-    np.testing.assert_allclose(
-        vectorized.draws["scale"].mean(), whole.draws["scale"].mean(), atol=0.3
-    )
-    assert vectorized.draws["location"].shape == (2, 40, 3)
 
 
 def test_shapes_and_precision(whole):

@@ -70,6 +70,8 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
         parts += ["## Degradation under noise of other kinds\n", kinds_table(results.noise)]
     if results.margins:
         parts += ["## Margins and the harm of noise\n", sensitivity_table(results)]
+        if heads := heads_table(results.margins):
+            parts += ["## Margins of the first layer, margin less ce, paired by seed\n", heads]
     parts += ["## Setting\n", "```\n" + results.setting.strip() + "\n```\n"]
     write_text(folder / "table.md", "\n".join(parts))
     return [folder / "table.md"]
@@ -238,6 +240,35 @@ def sensitivity_table(results: Results) -> str:
         rows.append((described, *(_shown(each, 2 if unit > 1 else 3) for each in scaled)))
     heads = (f"{labels.get(method, method)}, {stage}" for method, _, stage in columns)
     return _markdown(("what", *heads), rows)
+
+
+def heads_table(margins: Sequence[Row]) -> str:
+    """What the barrier does to the margins of the first layer's heads, which it does not act on."""
+
+    def of_head(method: str, setting: str, stage: str, column: str, unit: int) -> dict[int, float]:
+        wanted = (method, setting, stage)
+        return {
+            int(row["seed"]): unit * float(row[column])
+            for row in margins
+            if (row["method"], row["setting"], row["stage"]) == wanted
+        }
+
+    ce, margin = PAPER
+    figures = {
+        "smallest margin": ("smallest", 1),
+        "median margin": ("median", 1),
+        "positions of negative margin, %": ("negative", 100),
+    }
+    stages = list(dict.fromkeys(str(row["stage"]) for row in margins))
+    heads = [stage for stage in stages if stage.startswith("layer")]
+    rows = []
+    for described, figure in figures.items():
+        found = (
+            paired_difference(of_head(*margin, head, *figure), of_head(*ce, head, *figure))
+            for head in heads
+        )
+        rows.append((described, *(_difference(each, 2 if figure[1] > 1 else 3) for each in found)))
+    return _markdown(("what", *heads), rows) if heads else ""
 
 
 def _noise(unit: str, level: float) -> str:
