@@ -134,8 +134,17 @@ def _product(
         x, weights = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
     # As matrices: of batches, XLA's CPU compiler computes what is between two products anew inside
     # the sums of their derivatives, and a training step takes twice as long.
-    rows = jnp.matmul(x.reshape(-1, x.shape[-1]), weights, preferred_element_type=result)
-    return rows.reshape(*x.shape[:-1], weights.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    if weights.shape[0] > weights.shape[1]:
+        # Transposed in memory, so that their derivative is the narrow factor, transposed, times
+        # the wide one; with the wide one transposed that product takes 1.7 times as long there.
+        narrow_first = jax.lax.optimization_barrier(weights.T)
+        product = jax.lax.dot_general(
+            rows, narrow_first, (((1,), (1,)), ((), ())), preferred_element_type=result
+        )
+    else:
+        product = jnp.matmul(rows, weights, preferred_element_type=result)
+    return product.reshape(*x.shape[:-1], weights.shape[-1])
 
 
 def _unstack(parameter: Float[Array, "layers ..."]) -> list[Array]:
