@@ -13,10 +13,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from probattn.attention import check_arguments
-from probattn.quadrature import integrate
+from probattn.quadrature import integrate_cells, quartered
 
 _NEGLIGIBLE = 1e-16  # of the mass, in one interval
-_TAILS = 9.0  # standard deviations beyond the past within which the mass is looked for
+_TAILS = 9.0  # standard deviations of the residual within which the mass is looked for
+_CELL = 2.0  # standard deviations that a residual may change by within a square
+_MOST_CELLS = 2**18
 
 
 def conditional_mass(
@@ -34,7 +36,8 @@ def conditional_mass(
     changes sign, and on an interval where it is positive the integral is a difference of normal
     distribution functions. Cuts are found by bisection, led by a bound on how fast the variance
     can change (its logarithm has slope at most |a| times the spread of the past), so that no fold
-    is overlooked. In two dimensions it is adaptive cubature.
+    is overlooked. In two dimensions it is adaptive cubature, over squares that the same bound
+    shows to hold all of the mass and no hidden peak.
 
     Args:
         past: the tokens before x_t (t, d), d = 1 or 2; t = 0 is allowed.
@@ -50,7 +53,8 @@ def conditional_mass(
     Raises:
         ValueError: if the shapes do not fit, d > 2, an argument is not finite, or scale, bound or
             tolerance is not positive.
-        RuntimeError: if the integral in two dimensions does not reach the tolerance.
+        RuntimeError: if the integral in two dimensions does not reach the tolerance, or the
+            coupling is too sharp for it.
     """
     past = np.asarray(past, dtype=np.float64)
     w_query, w_key = (np.asarray(w, dtype=np.float64) for w in (w_query, w_key))
@@ -142,9 +146,48 @@ def _mass_in_the_plane(
         squared = np.sum((x - mean) ** 2, axis=1) / scale**2
         return np.maximum(determinant, 0.0) * np.exp(-squared / 2) / (2 * math.pi * scale**2)
 
-    low, high = context.min(0) - _TAILS * scale, context.max(0) + _TAILS * scale
-    mass, _ = integrate(density, low, high, tolerance=tolerance, relative=False)
+    mass = integrate_cells(density, *_cells(context, matrix, scale), tolerance=tolerance)
+    if mass < 1 - 2 * tolerance:
+        raise RuntimeError(
+            f"the integral came out as {mass:g}, and the mass is 1 at least: ask for a smaller "
+            f"tolerance than {tolerance:g}"
+        )
     return mass
+
+
+def _cells(
+    context: Float[np.ndarray, "t 2"], matrix: Float[np.ndarray, "2 2"], scale: float
+) -> tuple[Float[np.ndarray, "cells 2"], Float[np.ndarray, " cells"]]:
+    """Squares outside of which x - mu(x) is beyond the tails, too small for a peak to hide in.
+
+    The derivative of mu is Cov(x) A. A step of length s changes the logarithm of every weight's
+    ratio to any other by at most |A| times the spread times s, and Cov by no more than that factor.
+    So within a square mu moves by at most |A| |Cov(centre)| exp(|A| spread s) s.
+    """
+    spread = math.hypot(*np.ptp(context, axis=0))
+    strength = float(np.linalg.norm(matrix, 2))
+    low, high = context.min(0) - _TAILS * scale, context.max(0) + _TAILS * scale
+    centres, halves = ((low + high) / 2)[None], np.array([np.max(high - low) / 2])
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    while len(centres):
+        if len(centres) > _MOST_CELLS:
+            raise RuntimeError(
+                f"the coupling {strength:.4g} is too sharp for scale {scale:g} and tokens "
+                f"{spread:.4g} apart: more places than can be looked at may hold mass"
+            )
+        weights = _softmax(centres @ matrix.T @ context.T)
+        mean = weights @ context
+        variance = np.sum(weights[..., None] * (context - mean[:, None, :]) ** 2, axis=(1, 2))
+        variance = np.maximum(variance, 1e-300 * spread**2)  # weights may have underflowed
+        reach = math.sqrt(2) * halves
+        with np.errstate(over="ignore"):
+            moves = (1 + strength * np.exp(strength * spread * reach) * variance) * reach
+        near = np.linalg.norm(centres - mean, axis=1) - moves < _TAILS * scale
+        small = moves < _CELL * scale
+        found.append((centres[near & small], halves[near & small]))
+        centres, halves = quartered(centres[near & ~small], halves[near & ~small])
+    whole = [np.concatenate(parts) for parts in zip(*found, strict=True)]
+    return whole[0], whole[1]
 
 
 def _softmax(logits: Float[np.ndarray, "n t"]) -> Float[np.ndarray, "n t"]:

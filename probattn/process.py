@@ -6,6 +6,7 @@ token out of the density of n + 1 tokens leaves that of n (Kolmogorov consistenc
 measured and not assumed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from jaxtyping import Array, Float
 from probattn.attention import check_arguments
 from probattn.distributions import CausalAttention
 from probattn.quadrature import integrate
+
+_PIECES = 400  # of an interval, each of which is looked at
 
 LogProb = Callable[[Array], Array]
 
@@ -37,7 +40,7 @@ class Ratio(NamedTuple):
 
 
 def marginal_ratio(
-    log_prob: LogProb, x: ArrayLike, low: float, high: float, *, tolerance: float = 1e-8
+    log_prob: LogProb, x: ArrayLike, low: float, high: float, *, tolerance: float | None = None
 ) -> Ratio:
     """Integrate the last token out by adaptive quadrature, in one dimension.
 
@@ -46,7 +49,10 @@ def marginal_ratio(
         x: the first n tokens (n, 1), n >= 1, of positive density.
         low: lower limit of the integral over token n + 1.
         high: its upper limit.
-        tolerance: relative error aimed at.
+        tolerance: relative error aimed at; by default the square root of the machine epsilon,
+            1.5e-8 in float64 and 3.5e-4 in float32.
+
+    What is narrower than about 1 / 8,000 of the interval may be overlooked.
 
     Raises:
         ValueError: if x is not (n, 1), the limits are not in order or x has density zero.
@@ -63,7 +69,10 @@ def marginal_ratio(
     def conditional(last: np.ndarray) -> np.ndarray:
         return np.asarray(longer(jnp.asarray(last, x.dtype)))
 
-    return Ratio(*integrate(conditional, low, high, tolerance=tolerance))
+    if tolerance is None:
+        tolerance = math.sqrt(jnp.finfo(x.dtype).eps)
+    edges = np.linspace(low, high, _PIECES + 1)
+    return Ratio(*integrate(conditional, edges, tolerance=tolerance))
 
 
 def marginal_ratio_monte_carlo(

@@ -103,6 +103,32 @@ def test_a_fold_along_one_direction_of_the_plane_has_the_mass_of_the_line(angle)
     assert mass == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.parametrize("scale", [0.2, 0.05, 0.01])
+def test_a_narrow_fold_of_the_plane_is_found(scale):
+    past = np.array([[-3.0, 0.0], [3.0, 0.0], [0.5, 0.0]])
+    weights = np.diag([0.3, 0.0]) * math.sqrt(2), np.eye(2)
+    expected = pa.conditional_mass(past[:, :1], 0.3 * ONE, ONE, scale)
+    assert pa.conditional_mass(past, *weights, scale) == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("spread", [2.0, 10.0])
+def test_a_repulsive_conditional_of_the_plane_has_mass_one(seed, spread):
+    rng = np.random.default_rng(seed)
+    past, weights = spread * rng.normal(size=(4, 2)), rng.normal(size=(2, 2)) / 2
+    assert pa.conditional_mass(past, weights, -weights, 1.0) == pytest.approx(1, abs=2e-6)
+
+
+def test_tokens_far_apart_in_the_plane():
+    past, coupling = np.array([[0.0, 0.0], [100.0, 3.0]]), -0.3 * math.sqrt(2) * np.eye(2)
+    assert pa.conditional_mass(past, coupling, np.eye(2), 1.0) == pytest.approx(1, abs=2e-6)
+
+
+def test_a_coupling_too_sharp_for_the_plane_is_refused():
+    with pytest.raises(RuntimeError, match=r"the coupling 5657 is too sharp for scale 1"):
+        pa.conditional_mass([[-40.0, 0.0], [36.0, 0.0]], 8e3 * np.eye(2), np.eye(2), 1.0)
+
+
 def test_mass_in_the_plane_is_that_of_the_distribution():
     """By Monte Carlo over the log density of CausalAttention, another path altogether."""
     past = jnp.array([[3.1, 3.0], [-2.7, -0.2], [0.5, -1.2], [-1.2, -0.4]])

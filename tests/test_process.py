@@ -213,4 +213,12 @@ def test_an_integral_that_does_not_converge_is_an_error():
         return jnp.sin(1e6 * x[..., -1, 0]) * (x.shape[-2] > 1)
 
     with pytest.raises(RuntimeError, match="did not reach the tolerance 1e-08"):
-        marginal_ratio(rough, jnp.array([[0.5]]), -40, 40)
+        marginal_ratio(rough, jnp.array([[0.5]]), -40, 40, tolerance=1e-8)
+
+
+def test_a_conditional_much_narrower_than_the_interval_is_found():
+    def narrow(x):
+        return pa.CausalAttention(-0.1 * ONE, ONE, 0.01, x.shape[-2]).log_prob(x)
+
+    for x, low, high in (([[0.3], [0.31]], -10, 10), ([[0.0], [0.005]], -50, 60)):
+        assert marginal_ratio(narrow, jnp.array(x), low, high).value == pytest.approx(1, abs=1e-7)
