@@ -1,5 +1,6 @@
 """Checkpoints by orbax: one folder for the latest state, one for the best parameters."""
 
+import glob
 import hashlib
 import logging
 import math
@@ -7,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,37 +155,63 @@ def _stored(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
     from orbax.checkpoint.args import StandardRestore
 
     with _quiet(), _checkpointer() as checkpointer:
-        description = checkpointer.metadata(folder).item_metadata
-        if description is None:
-            raise ValueError("what it holds is not described")
+        described = _described(checkpointer, folder)
         kinds = {
             name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
-            for name, leaf in description.tree.items()
+            for name, leaf in described.items()
         }
         _check_same(kinds, expected)
-        _check_chunks(description.tree)
+        _check_chunks(described)
         # As NumPy arrays: JAX would round float64 where that is not enabled.
         empty = {name: np.empty(kind.shape, kind.dtype) for name, kind in kinds.items()}
         return checkpointer.restore(folder, args=StandardRestore(empty))
+
+
+def _described(checkpointer: "ocp.Checkpointer", folder: Path) -> Mapping[str, Any]:
+    """What a saved folder says of its arrays: the shape, dtype and storage of each."""
+    description = checkpointer.metadata(folder).item_metadata
+    if description is None:
+        raise ValueError("what it holds is not described")
+    return description.tree
 
 
 def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Save arrays by orbax, and their checksums beside them.
 
     Raises:
-        WriteError: if they cannot be written.
+        WriteError: if they cannot be written, or what was written does not describe them.
     """
     from orbax.checkpoint.args import StandardSave
 
     try:
         with _quiet(), _checkpointer() as checkpointer:
-            checkpointer.save(folder, args=StandardSave(dict(arrays)))
+            with _literal(folder) as literal:
+                checkpointer.save(literal, args=StandardSave(dict(arrays)))
+            # Orbax reports no error where it found nothing to merge, and none could be loaded.
+            _check_same(_described(checkpointer, folder), arrays)
         with _checksum_file(folder).open("x", encoding="utf-8") as file:
             file.write(_checksums(folder))
     # Tensorstore raises a ValueError, which quotes the system, where a disk is full.
     except Exception as error:
         shutil.rmtree(folder.parent, ignore_errors=True)  # which makes room again
         raise WriteError(folder.parent.with_suffix(""), _system_error(error)) from None
+
+
+@contextmanager
+def _literal(folder: Path) -> Iterator[Path]:
+    """The folder, through a link where a glob would read its own path as a pattern.
+
+    Orbax merges what it has written by a glob on the absolute path. It finds nothing below a
+    folder named `[2024]`, and could find another run's files below one named `*`.
+    """
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="probattn-") as temporary:
+        link = Path(temporary) / "link"
+        link.symlink_to(folder.parent)
+        yield link / folder.name
 
 
 def _checkpointer() -> "ocp.Checkpointer":

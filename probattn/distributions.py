@@ -9,6 +9,7 @@ density where the process is proper (`is_proper`, `certificate`); where the map 
 some regions more than once, and its total mass exceeds one (`conditional_mass`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -61,7 +62,7 @@ class AttentionResidual(Transform):
 
     def __call__(self, x: ArrayLike) -> Float[Array, "*batch T d"]:
         """Residuals of a sequence."""
-        return residual(x, self.w_query, self.w_key, bound=self.bound)
+        return self._apply(residual, "(t,d)", x)
 
     def _inverse(self, y: ArrayLike) -> Float[Array, "*batch T d"]:
         return self.solve(y).x
@@ -74,7 +75,29 @@ class AttentionResidual(Transform):
         self, x: ArrayLike, y: ArrayLike, intermediates: Any = None
     ) -> Float[Array, "*batch"]:
         """log|det de/dx|, summed over positions, in nats; whether or not the map folds there."""
-        return log_det(x, self.w_query, self.w_key, bound=self.bound, summed=True)[1]
+        return self._sign_and_log_det(x)[1]
+
+    def _sign_and_log_det(
+        self, x: ArrayLike
+    ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch"]]:
+        """The sign of every det D_t, and log|det de/dx|, their sum in nats."""
+        return self._apply(functools.partial(log_det, summed=True), "(t),()", x)
+
+    def _apply(self, function: Callable, returns: str, x: ArrayLike) -> Any:
+        """A function of x, the weights and the bound; `returns` is its part of a gufunc signature.
+
+        A bound is one number, yet NumPyro's scan stacks it in front as it does every leaf; its
+        axes (...) are then the first of the weights' batch.
+        """
+        if self.bound is None or jnp.ndim(self.bound) == 0:
+            return function(x, self.w_query, self.w_key, bound=self.bound)
+        missing = self.w_query.ndim - 2 - jnp.ndim(self.bound)
+        bounds = jnp.reshape(self.bound, (*jnp.shape(self.bound), *(1,) * missing))
+        over_bounds = jnp.vectorize(
+            lambda x, w_query, w_key, bound: function(x, w_query, w_key, bound=bound),
+            signature=f"(t,d),(d,r),(d,r),()->{returns}",
+        )
+        return over_bounds(x, self.w_query, self.w_key, bounds)
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the residuals of an x of this shape."""
@@ -95,11 +118,18 @@ class AttentionResidual(Transform):
             return False
         if (self.bound is None) != (other.bound is None):
             return False
+        pairs: list[tuple[Any, Any]]
         pairs = [(self.w_query, other.w_query), (self.w_key, other.w_key)]
         if self.bound is not None:
-            pairs.append((jnp.asarray(self.bound), jnp.asarray(other.bound)))
+            pairs.append((self.bound, other.bound))
         if static:
-            return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+            # What is traced has no values to compare: it equals itself only, as in NumPyro. A
+            # bound that is a number has one, in the precision that a compiled function gives it.
+            with jax.ensure_compile_time_eval():
+                return all(
+                    mine is theirs or np.array_equal(jnp.asarray(mine), jnp.asarray(theirs))
+                    for mine, theirs in pairs
+                )
         return jnp.all(jnp.array([jnp.array_equal(mine, theirs) for mine, theirs in pairs]))
 
 
@@ -145,17 +175,21 @@ class CausalAttention(dist.TransformedDistribution):
         if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
             raise ValueError(f"length is {length!r}: expected an integer >= 1")
         transform = AttentionResidual(w_query, w_key, bound=bound)
-        self.w_query, self.w_key, self.bound = transform.w_query, transform.w_key, bound
-        self.scale = jnp.asarray(scale, self.w_query.dtype)
+        self.scale = jnp.asarray(scale, transform.w_query.dtype)
         if not _holds(lambda values: (values > 0) & np.isfinite(values), scale):
             raise ValueError(f"scale is {scale}: expected finite numbers > 0")
         try:
-            batch = jnp.broadcast_shapes(self.w_query.shape[:-2], self.scale.shape)
+            batch = jnp.broadcast_shapes(transform.w_query.shape[:-2], self.scale.shape)
         except ValueError:
             raise ValueError(
-                f"scale has shape {self.scale.shape} and w_query {self.w_query.shape}: "
+                f"scale has shape {self.scale.shape} and w_query {transform.w_query.shape}: "
                 "expected a scale that broadcasts with the leading axes of w_query"
             ) from None
+        # As many leading axes for each, so that those that NumPyro's scan stacks in front line up.
+        transform.w_query = _with_rank(transform.w_query, len(batch) + 2)
+        transform.w_key = _with_rank(transform.w_key, len(batch) + 2)
+        self.scale = _with_rank(self.scale, len(batch))
+        self.w_query, self.w_key, self.bound = transform.w_query, transform.w_key, bound
         shape = (*batch, int(length), self.w_query.shape[-2])
         noise = dist.Normal(jnp.zeros((), self.w_query.dtype), self.scale[..., None, None])
         super().__init__(
@@ -175,14 +209,20 @@ class CausalAttention(dist.TransformedDistribution):
                 f"value has shape {jnp.shape(value)}: expected (..., T, d) with d = {width} and "
                 f"T = {length}"
             )
-        noise = self.base_dist.log_prob(self.transforms[0].inv(value))
-        sign, log_abs = log_det(value, self.w_query, self.w_key, bound=self.bound, summed=True)
+        transform = self.transforms[0].inv
+        noise = self.base_dist.log_prob(transform(value))
+        sign, log_abs = transform._sign_and_log_det(value)
         return jnp.where(jnp.all(sign > 0, axis=-1), noise + log_abs, -jnp.inf)
 
 
 def _holds(condition: Callable[[np.ndarray], np.ndarray], values: ArrayLike) -> bool:
     """Whether a condition holds everywhere; what is traced is left to NumPyro's validation."""
     return isinstance(values, jax.core.Tracer) or bool(np.all(condition(np.asarray(values))))
+
+
+def _with_rank(array: Array, rank: int) -> Array:
+    """An array with axes of length 1 put in front, up to that many axes."""
+    return jnp.expand_dims(array, tuple(range(rank - array.ndim)))
 
 
 def _check_event(shape: tuple[int, ...], width: int) -> None:

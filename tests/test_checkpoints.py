@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,7 @@ from probattn.inference.checkpoints import (
     named_leaves,
     with_leaves,
 )
+from probattn.inference.run_files import WriteError
 
 
 @pytest.fixture
@@ -88,6 +91,34 @@ def test_a_save_that_fails_keeps_the_checkpoint_before(folder, place):
     assert_same(folder.load(ARRAYS), ARRAYS)
     folder.save(4, ARRAYS)
     assert [path.name for path in place.iterdir()] == ["4"]
+
+
+@pytest.mark.parametrize("name", ["[2024] thesis", "r[b]", "a*b?"])
+def test_a_checkpoint_below_a_folder_whose_name_is_a_pattern(tmp_path, name, monkeypatch):
+    """Orbax merges by a glob on the absolute path; it is given another one, which goes again."""
+    place, temporary = tmp_path / name / "latest", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    folder, newer = CheckpointFolder(place), {"count": jnp.int32(7)}
+    folder.save(3, ARRAYS, more={"one": jnp.ones(2)})
+    assert_same(folder.load(ARRAYS), ARRAYS)
+    assert_same(folder.load({"one": jnp.ones(2)}, part="more"), {"one": jnp.ones(2)})
+    folder.save(20, newer)
+    assert [path.name for path in place.iterdir()] == ["20"]
+    assert_same(folder.load(newer), newer)
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_save_of_what_could_not_be_loaded_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    """As orbax leaves it, without an error, where it finds nothing to merge."""
+    place = tmp_path / "[2024] thesis" / "latest"
+    folder = CheckpointFolder(place)
+    folder.save(3, ARRAYS)
+    monkeypatch.setattr(checkpoints, "_literal", nullcontext)
+    message = refusal(WriteError, folder.save, 4, ARRAYS)
+    assert message.startswith(f"{place / '4'}: cannot be written: what it holds is not described")
+    assert [path.name for path in place.iterdir()] == ["3"]
+    assert_same(folder.load(ARRAYS), ARRAYS)
 
 
 def test_the_remains_of_an_interrupted_save_are_no_checkpoint(folder, place):

@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 from cases import BY_NAME, CASES, SINGULAR_CASES, Case, make
 from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.infer import MCMC, NUTS, Predictive
 from numpyro.infer.reparam import TransformReparam
 from numpyro.infer.util import log_density
@@ -325,6 +326,41 @@ def test_non_centred_form_is_the_same_density():
     np.testing.assert_allclose(centred, other + log_dets, rtol=1e-9)
 
 
+@pytest.mark.parametrize("bound", [None, 2, 0.5, np.float32(0.5)], ids=repr)
+@pytest.mark.parametrize(
+    ("leading", "scale", "plate"),
+    [((), 0.5, 1), ((2,), 0.5, 1), ((), np.array([0.5, 2.0]), 1), ((2,), np.array(0.5), 3)],
+    ids=["none", "weights", "scale", "plate"],
+)
+def test_scan_sums_the_densities_of_its_steps(leading, scale, plate, bound):
+    """NumPyro stacks the leaves of the steps' distributions; the bound has a gradient too."""
+    w_query, w_key = weights(4, *leading)
+    batch = np.broadcast_shapes(leading, np.shape(scale))
+    x = jnp.asarray(sequences(4, *(() if plate == 1 else (plate,)), *batch))
+
+    def scanned(bound):
+        def step(carry, each):
+            p = pa.CausalAttention(*each, scale, LENGTH, bound=bound)
+            if plate == 1:
+                return carry, numpyro.sample("x", p)
+            with numpyro.plate("sequences", plate, dim=-2):
+                return carry, numpyro.sample("x", p)
+
+        return log_density(lambda: scan(step, None, (w_query, w_key)), (), {}, {"x": x})[0]
+
+    def summed(bound):
+        return sum(
+            pa.CausalAttention(*each, scale, LENGTH, bound=bound).log_prob(one).sum()
+            for *each, one in zip(w_query, w_key, x, strict=True)
+        )
+
+    if isinstance(bound, float):
+        value, expected = (jax.jit(jax.value_and_grad(f))(bound) for f in (scanned, summed))
+    else:
+        value, expected = (jax.jit(lambda f=f: f(bound))() for f in (scanned, summed))
+    np.testing.assert_allclose(value, expected, rtol=1e-10)
+
+
 def test_predictive_draws_both_forms_alike():
     for form in (model, non_centred):
         drawn = Predictive(form, num_samples=500)(KEY)
@@ -390,6 +426,17 @@ def test_transforms_are_equal_when_they_map_alike():
         t.inv,
     ):
         assert t != other
+
+
+def test_traced_transform_equals_itself_only():
+    """With its bound traced or not; of others the values cannot be compared."""
+
+    def equal(w_query, w_key, bound):
+        t = pa.AttentionResidual(w_query, w_key, bound=bound)
+        return t == t, t.inv == t.inv, t == pa.AttentionResidual(w_key, w_query, bound=bound)
+
+    assert jax.jit(equal)(*weights(), 1.0) == (True, True, False)
+    assert jax.jit(functools.partial(equal, bound=1.0))(*weights()) == (True, True, False)
 
 
 def test_log_abs_det_jacobian_matches_the_whole_jacobian():
