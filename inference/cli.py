@@ -38,6 +38,7 @@ _SHORT = {
     "--guide": "--fit.guide",
     "--model": "--kind",
 }
+_TABLES = {"latent": ("latent",), "language": ("model", "objective")}  # of each kind of `sample`
 _NO_FAULT_OF_THE_INPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 when the work is done, 1 when it failed, 2 for bad input, 130 or
         143 when SIGINT or SIGTERM ended it. Errors are one line on standard error.
     """
+    _print_what_the_encoding_holds()
     with ended_by_signals():
         status = _main(arguments)
         if status:
@@ -78,10 +80,19 @@ def _main(arguments: Sequence[str] | None) -> int:
     return 0
 
 
+def _print_what_the_encoding_holds() -> None:
+    """A question mark for what the encoding lacks, such as ±, instead of no output at all."""
+    for stream in (sys.stdout, sys.stderr):
+        # Other handlers cannot fail; surrogateescape is that of the locale C.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
 def _parse(arguments: list[str]) -> Any:
+    sampled = _sample_defaults(arguments)
     commands: Any = (
         Annotated[Fit, tyro.conf.subcommand("fit", default=_fit_defaults(arguments))]
-        | Annotated[Sample, tyro.conf.subcommand("sample", default=_sample_defaults(arguments))]
+        | Annotated[Sample, tyro.conf.subcommand("sample", default=sampled)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Margins, tyro.conf.subcommand("margins")]
         | Annotated[Sensitivity, tyro.conf.subcommand("sensitivity")]
@@ -94,7 +105,7 @@ def _parse(arguments: list[str]) -> Any:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(
+            command = tyro.cli(
                 commands,
                 prog="probattn",
                 description="Causal self-attention as a probabilistic program.",
@@ -105,6 +116,9 @@ def _parse(arguments: list[str]) -> Any:
         if not stop.code:
             raise
         raise ValueError(_unframed(stderr.getvalue())) from None
+    if isinstance(command, Sample) and command.start is None:
+        _check_kind(command.kind or "latent", sampled.kind, arguments)
+    return command
 
 
 def _fit_defaults(arguments: list[str]) -> Fit:
@@ -123,6 +137,28 @@ def _sample_defaults(arguments: list[str]) -> Sample:
     config = read_tables(path, SampleRunConfig, defaults)
     kind: Literal["latent", "language"] = "language" if config.latent is None else "latent"
     return Sample(out=tyro.MISSING, kind=kind, **_tables(config))
+
+
+def _check_kind(kind: str, of_file: str | None, arguments: list[str]) -> None:
+    """Refuse what tells of the model that is not sampled: it would be ignored.
+
+    Flags are sought among the arguments, since one that repeats a default tells of it too.
+    """
+    [other] = _TABLES.keys() - {kind}
+    if of_file == other:
+        raise ValueError(
+            f"--kind {kind} with {_configuration(arguments, 'sample')}, which describes a {other} "
+            f"model: expected --kind {other}, or a file of a {kind} model; leave one of the two out"
+        )
+    names = [argument.partition("=")[0] for argument in arguments]
+    tables = tuple(f"--{table}." for table in _TABLES[other])
+    if given := [name for name in names if name.startswith(tables)]:
+        expected = " and ".join(f"--{table}.*" for table in _TABLES[kind])
+        change = "" if of_file else f", or give --kind {other}"
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(given))} with a {kind} model: expected {expected}; leave "
+            f"{'it' if len(given) == 1 else 'them'} out{change}"
+        )
 
 
 def _configuration(arguments: list[str], command: str) -> Path | None:
@@ -164,6 +200,9 @@ def _lengthened(arguments: Sequence[str]) -> list[str]:
 def _unframed(message: str) -> str:
     """The message within tyro's frame, without its title and its pointer to --help."""
     lines = [line for line in message.splitlines() if not line.startswith("╭")]
+    bare = [line for line in lines if line.strip(" -")]
+    if lines[1:2] and lines[1] not in bare:  # the frame of an encoding without boxes
+        lines = bare[1:]
     text = " ".join(re.sub(r"[╰╯│─]+", " ", " ".join(lines)).split())
     text = re.sub(r"^Error parsing \S+: ", "", text.partition("For full helptext")[0])
     return f"{text.strip()}; see probattn --help"

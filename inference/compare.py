@@ -148,14 +148,13 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
         )
         return ComparedRun(label, "language", **found)
     inputs, _ = training_sequences(run, sequences)
-    chosen = [
-        stage
-        for stage in stages(run, post_hoc_prior(run))
-        if _label(stage.label) == _trained(objective)
-    ]
+    compared = _trained(objective)
+    # A fit takes a thousand steps and is written into the run: only where its stage is compared.
+    prior = post_hoc_prior(run) if compared == "post hoc" else None
+    chosen = [stage for stage in stages(run, prior) if _label(stage.label) == compared]
     margins = [stage_margins(run, stage, inputs).margin for stage in chosen]
     found |= _margins(np.stack(margins, axis=1)[None, None])
-    found["margin_stage"] = _trained(objective)
+    found["margin_stage"] = compared
     members = {name: np.asarray(value)[None] for name, value in run.parameters.items()}
     found["predictions"] = predictions(run.vocabulary, model, members, held_out, seed=seed)
     return ComparedRun(label, "language", **found)

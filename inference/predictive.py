@@ -64,8 +64,9 @@ class Predictions:
         bpc: the same as bits per character.
         reliability: calibration of the most probable token.
         noise_absolute: bits per character at noise of standard deviation 0.5 on what enters the
-            stack, over those without; of a language model.
-        noise_relative: the same at noise of one root mean square of what enters the stack.
+            stack, over those without; of a language model. All members see the same noise.
+        noise_relative: the same at noise of one root mean square of what enters the stack, of each
+            member its own; in that unit the noise is the same.
         unconverged: fraction of a latent model's particles that were left out because their
             equation was not solved, see `filtering.filter_tokens`.
     """
@@ -105,10 +106,13 @@ def predictions(
         math.sqrt(float(jnp.mean(embed(one, jnp.asarray(inputs)) ** 2))) for one in chosen
     ]
 
+    # The same noise for every member: the mean over members would average out noise of their own,
+    # and an ensemble look more robust than a point though nothing else differed.
+    key = jax.random.key(seed)
+
     def predicted(sigmas: Sequence[float]) -> np.ndarray:
         of_all = np.zeros((*inputs.shape, vocabulary.size))
-        for number, (one, sigma) in enumerate(zip(chosen, sigmas, strict=True)):
-            key = jax.random.fold_in(jax.random.key(seed), number)
+        for one, sigma in zip(chosen, sigmas, strict=True):
             of_all += np.exp(_log_probabilities(one, inputs, sigma, key, heads=model.heads))
         return of_all[plan.reported] / len(chosen)
 

@@ -65,12 +65,16 @@ class StageMargins:
     infeasible: Float[np.ndarray, "windows T"]
 
 
-def stages(run: Run, prior: PostHocPrior) -> Iterator[Stage]:
-    """Stages of a run: post hoc, trained where there is one, and the first layer's heads."""
+def stages(run: Run, prior: PostHocPrior | None) -> Iterator[Stage]:
+    """Stages of a run: post hoc where a prior is given, trained where there is one, first layer's.
+
+    Those of the first layer are one for each head.
+    """
     model, objective = run.config.model, run.config.objective
     embedded = jnp.zeros((1, 1, model.width))
-    matrices = jnp.asarray(prior.w_query), jnp.asarray(prior.w_key)
-    yield Stage("post hoc", *matrices, bound=model.bound)
+    if prior is not None:
+        matrices = jnp.asarray(prior.w_query), jnp.asarray(prior.w_key)
+        yield Stage("post hoc", *matrices, bound=model.bound)
     if objective.trains_attention_prior:
         trained = attention_stage(run.parameters, embedded, config=model, objective=objective)
         sees: Sight = "normalised" if objective.attention == "normalised" else "embeddings"

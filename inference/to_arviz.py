@@ -274,9 +274,10 @@ def summarise(tree: "xr.DataTree") -> list[QuantitySummary]:
 def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
     """Expected log predictive density by PSIS leave-one-out, its standard error, the largest k.
 
-    None where there is no likelihood, or no tail to smooth: fewer than 25 draws, or draws that
-    hardly moved. A Pareto k above 0.7 means that the estimate cannot be trusted (Vehtari et al.
-    2024); of a model with latent variables of every sequence, all of them often are.
+    None where there is no likelihood, or no tail to smooth: fewer than 25 draws of all chains
+    together, or draws that hardly moved. A Pareto k above 0.7 means that the estimate cannot be
+    trusted (Vehtari et al. 2024); of a model with latent variables of every sequence, all of them
+    often are.
 
     Args:
         tree: with log likelihoods of one site.
@@ -284,6 +285,11 @@ def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
     import arviz as az
 
     if "log_likelihood" not in tree.children:
+        return None
+    # The tail is at most a fifth of so few draws and needs 5; where it is empty, of fewer than 5
+    # draws, ArviZ raises an IndexError.
+    sizes = tree.children["log_likelihood"].sizes
+    if sizes["chain"] * sizes["draw"] < 25:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a large Pareto k, which is returned

@@ -5,6 +5,7 @@ identified only up to one, the prior must not choose among them.
 """
 
 import math
+from functools import partial
 from typing import Literal
 
 import jax
@@ -16,6 +17,9 @@ from jaxtyping import Array, Float
 from probattn.models.attention_sites import record_coupling
 
 Coupling = Literal["repulsive", "bounded", "free"]
+
+# An accelerator's shorter products would leave the proper regime where weights are large.
+_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def sample_coupling(
@@ -47,7 +51,7 @@ def sample_coupling(
         # The mean of L L^T is (d + 1) / d times the identity.
         repulsion = dist.WishartCholesky(width + 1.0, scale_tril=jnp.eye(width) / math.sqrt(width))
         factor = numpyro.sample("repulsion", repulsion)
-        matrix = -factor @ factor.T
+        matrix = -_matmul(factor, factor.T)
         if width > 1:
             lower = jnp.tril_indices(width, -1)
             turn = numpyro.sample("rotation", normal.expand((len(lower[0]),)).to_event(1))
@@ -56,7 +60,7 @@ def sample_coupling(
         if bound is None:
             raise ValueError("bound is None: expected a number > 0 for the coupling 'bounded'")
         direction = numpyro.sample("direction", normal.expand((width, width)).to_event(2))
-        gram = jnp.eye(width) + direction.T @ direction
+        gram = jnp.eye(width) + _matmul(direction.T, direction)
         matrix = jnp.linalg.solve(matrix_sqrt(gram), direction.T).T / bound**2
     else:
         scale = 1 / math.sqrt(width)
@@ -88,12 +92,12 @@ def proper_weights(
     """
     identity = jnp.eye(w_query.shape[-1], dtype=w_query.dtype)
     if bound is None:
-        turn = w_query.T @ w_key
-        return w_query, w_query @ (turn - turn.T - identity)
+        turn = _matmul(w_query.T, w_key)
+        return w_query, _matmul(w_query, turn - turn.T - identity)
     share = w_query.shape[-1] ** 0.25 / bound  # A carries 1 / sqrt(r)
 
     def squashed(matrix: Float[Array, "d r"]) -> Float[Array, "d r"]:
-        factor = jnp.linalg.cholesky(identity + matrix.T @ matrix)
+        factor = jnp.linalg.cholesky(identity + _matmul(matrix.T, matrix))
         return share * jax.scipy.linalg.solve_triangular(factor, matrix.T, lower=True).T
 
     return squashed(w_query), squashed(w_key)
@@ -107,7 +111,7 @@ def matrix_sqrt(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     eigendecomposition is singular there.
     """
     values, vectors = jnp.linalg.eigh(matrix)
-    return (vectors * jnp.sqrt(values)) @ vectors.T
+    return _matmul(vectors * jnp.sqrt(values), vectors.T)
 
 
 @matrix_sqrt.defjvp

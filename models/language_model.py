@@ -7,6 +7,7 @@ from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
@@ -90,7 +91,7 @@ def language_model(
         config: size of the network.
         objective: which terms to add to the likelihood; by default the likelihood alone ("ce").
         num_sequences: sequences in the whole training set, of which the B given are a random
-            minibatch; by default B. With minibatches of a text of N tokens it is N / T, so that
+            minibatch; by default B. With minibatches of a text of N tokens it is N // T, so that
             the prior counts once. NumPyro's utilities then want the model seeded, since the plate
             draws indices, although none is used.
         precision: of the network's matrix products. The barrier is float32 at least.
@@ -101,16 +102,18 @@ def language_model(
 
     Raises:
         ValueError: if inputs are not (B, T) with T <= config.block, targets differ in shape,
-            num_sequences is smaller than B, or the precision is unknown.
+            either holds what is no symbol, num_sequences is no integer or smaller than B, or the
+            precision is unknown.
     """
     objective = ObjectiveConfig("ce") if objective is None else objective
-    _check(inputs, targets, config)
+    _check(inputs, targets, vocabulary_size, config)
     sequences = inputs.shape[0]
     if num_sequences is None:
         num_sequences = sequences
-    if num_sequences < sequences:
+    if not isinstance(num_sequences, int | np.integer) or num_sequences < sequences:
         raise ValueError(
-            f"num_sequences is {num_sequences}: expected at least the {sequences} of the minibatch"
+            f"num_sequences is {num_sequences!r}: expected an integer, at least the {sequences} of "
+            "the minibatch"
         )
     parameters = sample_parameters(vocabulary_size, config, objective)
     with numpyro.plate("sequences", num_sequences, subsample_size=sequences):
@@ -218,7 +221,9 @@ def _attention_terms(
     return barrier.mean(heads), energy.mean(heads)
 
 
-def _check(inputs: Array, targets: Array | None, config: LanguageModelConfig) -> None:
+def _check(
+    inputs: Array, targets: Array | None, vocabulary_size: int, config: LanguageModelConfig
+) -> None:
     if inputs.ndim != 2 or inputs.shape[0] < 1 or not 1 <= inputs.shape[1] <= config.block:
         raise ValueError(
             f"inputs have shape {inputs.shape}: expected (B, T) with B >= 1 and 1 <= T <= block = "
@@ -228,3 +233,13 @@ def _check(inputs: Array, targets: Array | None, config: LanguageModelConfig) ->
         raise ValueError(
             f"targets have shape {targets.shape}: expected that of inputs, {inputs.shape}"
         )
+    for name, symbols in (("inputs", inputs), ("targets", targets)):
+        # JAX would take the nearest symbol there is. Of traced ones nothing is known.
+        if symbols is None or isinstance(symbols, jax.core.Tracer):
+            continue
+        lowest, highest = np.asarray(symbols).min(), np.asarray(symbols).max()
+        if lowest < 0 or highest >= vocabulary_size:
+            raise ValueError(
+                f"{name} are {lowest} to {highest}: expected symbols from 0 to vocabulary_size - 1 "
+                f"= {vocabulary_size - 1}"
+            )

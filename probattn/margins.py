@@ -9,6 +9,7 @@ import math
 from typing import Literal, get_args
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
@@ -58,7 +59,7 @@ def stability_margin(
 
     Returns:
         (..., T), without unit except for "log_det" (nats). Always 1 (or 0 nats) at positions 0
-        and 1, whose past has no spread.
+        and 1, whose past has no spread. NaN where a token of the past is not finite.
 
     Raises:
         ValueError: if the kind is unknown, the shapes do not fit, the arrays are not floating point
@@ -75,7 +76,7 @@ def stability_margin(
     sign, log_abs = log_det(x, w_query, w_key, bound=bound)
     if kind == "det":
         return sign * jnp.exp(log_abs)
-    return jnp.where(sign > 0, log_abs, jnp.full_like(log_abs, -jnp.inf))
+    return jnp.where(sign <= 0, jnp.full_like(log_abs, -jnp.inf), log_abs)
 
 
 def infeasible(
@@ -134,7 +135,7 @@ def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
     """Positions of the k smallest margins, smallest first (paper, Definition 3.1).
 
     Positions 0 and 1 have no spread in their past and are never support tokens. Ties go to the
-    earliest position.
+    earliest position. A margin that is NaN comes first, since nothing is known to be smaller.
 
     Args:
         margin: (..., T), of any kind.
@@ -144,7 +145,7 @@ def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
         (..., k) integer positions >= 2. The sequence's margin is the margin at the first of them.
 
     Raises:
-        ValueError: if T <= 2 or k is out of range.
+        ValueError: if T <= 2, or k is no integer or out of range.
     """
     margin = jnp.asarray(margin)
     if margin.ndim < 1 or margin.shape[-1] <= 2:
@@ -152,9 +153,12 @@ def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
             f"margin has shape {margin.shape}: expected (..., T) with T >= 3, "
             "since positions 0 and 1 are never support tokens"
         )
-    if not 1 <= k <= margin.shape[-1] - 2:
-        raise ValueError(f"k is {k}: expected 1 <= k <= T - 2 = {margin.shape[-1] - 2}")
-    return jnp.argsort(margin[..., 2:], axis=-1, stable=True)[..., :k] + 2
+    most = margin.shape[-1] - 2
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most:
+        raise ValueError(f"k is {k!r}: expected an integer, 1 <= k <= T - 2 = {most}")
+    inner = margin[..., 2:]
+    inner = jnp.where(jnp.isnan(inner), -jnp.inf, inner)
+    return jnp.argsort(inner, axis=-1, stable=True)[..., :k] + 2
 
 
 def embedding_margin(

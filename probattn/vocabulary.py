@@ -192,10 +192,12 @@ class FrequentVocabulary:
         """The vocabulary of `size` symbols, the last of them for what is not kept.
 
         Raises:
-            ValueError: if the text has fewer than `size` distinct characters.
+            ValueError: if size < 2, or the text has fewer than `size` distinct characters.
             UnknownCharacter: if it holds a lone surrogate.
         """
         check_text(text)
+        if size < 2:
+            raise ValueError(f"size is {size}: expected at least 2, a character and all others")
         counts = Counter(text)
         del counts[OTHER]
         if len(counts) < size:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -254,6 +255,21 @@ def test_evaluate_prints_and_stores(probattn, own_run):
         percent = f"{100 * summary['infeasible_fraction']:.2f} %"
         assert shown[f"{label}: infeasible"] == percent
     assert stored["margins"][0]["infeasible_fraction"] > 0
+
+
+@pytest.mark.parametrize("handler", ["strict", "surrogateescape"])
+def test_evaluate_prints_in_any_encoding(own_run, monkeypatch, handler):
+    """Of a locale or a pipe that holds ASCII alone."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=handler)
+    monkeypatch.setattr(sys, "stdout", stream)
+    levels = ["--noise-absolute", "0.3", "--noise-relative"]
+    assert main(["evaluate", str(own_run.path), *levels]) == 0
+    stream.flush()
+    printed = stream.buffer.getvalue().decode("ascii")
+    point = load_run(own_run.path).summary()["evaluate"]["noise_absolute"][-1]
+    reach = (point["degradation_high"] - point["degradation_low"]) / 2
+    assert f"{point['degradation']:.3f} ? {reach:.3f}" in printed
+    assert f"wrote {own_run.path / 'figures' / 'noise.png'}" in printed
 
 
 def test_evaluate_leaves_figures_and_the_table_of_noise(probattn, own_run):

@@ -1,9 +1,11 @@
 """How the command line fails: in one line, with a status, and nothing changed."""
 
 import importlib
+import io
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tiny_run import (
     tiny_run_fixture,  # noqa: F401
 )
 
+from probattn.inference.cli import main
 from probattn.inference.fit import FitError
 from probattn.inference.interrupts import Interrupted
 
@@ -78,6 +81,40 @@ ERRORS = {
     "a posterior that no memory holds": (
         ["sample", "--out", "OUT", "--latent.width", "100000000"],
         ["chains of [latent] would take", "of this machine's memory"],
+    ),
+    "flags of a language model for the latent one": (
+        ["sample", "--out", "OUT", "--objective", "margin", "--model.layers", "1"],
+        [
+            "--objective.name, --model.layers with a latent model: expected --latent.*",
+            "leave them out, or give --kind language",
+        ],
+    ),
+    "a default of a language model for the latent one": (
+        ["sample", "--out", "OUT", "--model", "latent", "--objective=full"],
+        ["--objective.name with a latent model", "leave it out, or give --kind language"],
+    ),
+    "flags of the latent model for a language model": (
+        ["sample", "--out", "OUT", "--kind", "language", "--latent.sequences=3"],
+        [
+            "--latent.sequences with a language model: expected --model.* and --objective.*",
+            "leave it out, or give --kind latent",
+        ],
+    ),
+    "flags of a language model beside a file of the latent one": (
+        ["sample", "--out", "OUT", "--config", "LATENT", "--model.prior_rank", "3"],
+        ["--model.prior_rank with a latent model: expected --latent.*; leave it out"],
+    ),
+    "flags of the latent model beside a file of a language model": (
+        ["sample", "--out", "OUT", "--config", "LANGUAGE", "--latent.width", "3"],
+        ["--latent.width with a language model: expected --model.* and --objective.*; leave it"],
+    ),
+    "a file of the latent model for a language model": (
+        ["sample", "--out", "OUT", "--config", "LATENT", "--kind", "language"],
+        ["--kind language with", "latent.toml, which describes a latent model"],
+    ),
+    "a file of a language model for the latent one": (
+        ["sample", "--out", "OUT", "--config", "LANGUAGE", "--model=latent"],
+        ["--kind latent with", "language.toml, which describes a language model"],
     ),
     "no such configuration": (
         ["fit", "--out", "OUT", "--config", "nowhere.toml"],
@@ -144,6 +181,8 @@ def test_bad_input_is_one_line_and_status_2(probattn, tiny_run, tmp_path, case):
         "single.txt": "a" * 2000,
         "unknown.toml": "[model]\nlayres = 2\n",
         "typed.toml": '[model]\nlayers = "2"\n',
+        "latent.toml": "[latent]\n",
+        "language.toml": "[model]\n[objective]\n",
         "folder/inside.txt": "mine",
     }
     for name, content in files.items():
@@ -162,6 +201,24 @@ def test_bad_input_is_one_line_and_status_2(probattn, tiny_run, tmp_path, case):
     assert not set("╭╮╰╯│─") & set(message)
     assert (files_of(tiny_run.path), files_of(tmp_path)) == before
     assert not (tmp_path / "out").exists()
+
+
+def test_a_message_is_shown_in_any_encoding(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["evaluate", "nowhere Ω"]) == 2
+    stream.flush()
+    assert "nowhere ?: expected" in error_line(stream.buffer.getvalue().decode())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["fti"], ["fit", "--out", "run", "--model.width", "2"], ["fit", "--out"]]
+)
+def test_a_message_has_no_frame_in_any_encoding(probattn, monkeypatch, arguments):
+    _, _, framed = probattn(*arguments)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    _, _, plain = probattn(*arguments)
+    assert error_line(plain) == error_line(framed)
 
 
 def test_a_message_is_whole_on_a_narrow_terminal(probattn, monkeypatch):

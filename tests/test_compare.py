@@ -16,6 +16,7 @@ from small import LATENT_FLAGS, SAMPLE_FLAGS
 from tiny_run import (
     BLOCK,
     all_logits,
+    files_of,
     log_softmax,
     stage_arguments,
     tiny_config,
@@ -134,6 +135,29 @@ def test_an_ensemble_predicts_with_the_mean_of_probabilities(tiny_run):
     assert noisier.noise_absolute != both.noise_absolute
 
 
+@pytest.mark.parametrize("copies", [2, 7])
+def test_copies_of_one_member_score_as_the_member(tiny_run, copies):
+    """Noisy ones too: noise of their own would be averaged away by the mean over members."""
+    tokens = held_out(tiny_run)
+    assert len(tokens) > (predictive._BATCH + 1) * BLOCK  # of more than one call
+    one = {name: np.asarray(value)[None] for name, value in tiny_run.parameters.items()}
+    single, several = (
+        predictions(
+            tiny_run.vocabulary,
+            tiny_run.config.model,
+            {name: np.repeat(value, count, axis=0) for name, value in one.items()},
+            tokens,
+            seed=0,
+        )
+        for count in (1, copies)
+    )
+    assert (single.members, several.members) == (1, copies)
+    for name in ("log_predictive_density", "bpc", "noise_absolute", "noise_relative"):
+        assert getattr(several, name) == pytest.approx(getattr(single, name), rel=1e-10), name
+    assert single.noise_absolute > 1.01
+    assert single.noise_relative > 1.01
+
+
 def test_reliability_by_hand():
     probabilities = np.array([[0.9, 0.1], [0.55, 0.45], [0.52, 0.48], [0.08, 0.92]])
     found = reliability(probabilities, np.array([0, 1, 0, 1]))
@@ -176,6 +200,21 @@ def test_margins_are_over_all_sequences_of_a_short_text(tmp_path):
     margin = stability_margin(*map(jnp.asarray, arguments))[:, 2:]
     assert found.smallest_margin == pytest.approx(float(margin.min()), rel=1e-4)
     assert found.margin_quantiles[0.5] == pytest.approx(float(np.median(margin)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "stage"), [("separate", "trained"), ("first_layer", "first layer")]
+)
+def test_a_run_whose_own_stage_is_compared_is_not_written_to(tmp_path, attention, stage):
+    config = tiny_config(tmp_path)
+    objective = replace(config.objective, attention=attention)
+    config = replace(config, objective=objective, fit=replace(config.fit, steps=10))
+    run = fit(config, tmp_path / "run").run
+    before = files_of(run.path)
+    (found,) = compare({"run": run})
+    assert found.margin_stage == stage
+    assert files_of(run.path) == before
+    assert "post_hoc_prior.npz" not in before
 
 
 def stage_arguments_of(run, inputs, stage):

@@ -439,6 +439,22 @@ def test_fewer_sequences_than_the_minibatch_are_refused(count):
         abstract_trace(model_of("margin", num_sequences=count), INPUTS, TARGETS)
 
 
+@pytest.mark.parametrize(("name", "symbol"), [("inputs", VOCABULARY), ("targets", -1)])
+def test_what_is_no_symbol_is_refused(name, symbol):
+    tokens = {which: np.zeros((2, BLOCK), np.int32) for which in ("inputs", "targets")}
+    tokens[name][1, 2] = symbol
+    with pytest.raises(
+        ValueError, match=f"{name} are .*: expected symbols from 0 to .* = {VOCABULARY - 1}"
+    ):
+        language_model(**tokens, vocabulary_size=VOCABULARY, config=CONFIG)
+
+
+def test_a_count_of_sequences_that_is_no_integer_is_refused():
+    inputs = np.zeros((2, BLOCK), np.int32)
+    with pytest.raises(ValueError, match=r"num_sequences is 16\.0: expected an integer"):
+        language_model(inputs, vocabulary_size=VOCABULARY, config=CONFIG, num_sequences=16.0)
+
+
 def test_a_batch_of_no_sequences_is_refused():
     with pytest.raises(ValueError, match=rf"inputs have shape \(0, {BLOCK}\): expected"):
         abstract_trace(model_of("margin"), INPUTS[:0])

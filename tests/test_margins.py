@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from typing import get_args
 
 import hypothesis
 import hypothesis.strategies as st
@@ -273,6 +274,25 @@ def test_support_tokens_break_ties_to_the_earliest():
     np.testing.assert_array_equal(pa.support_tokens(margin, k=5), [3, 4, 5, 2, 6])
     infinite = np.array([0.0, 0.0, 1.0, -np.inf, -np.inf])
     np.testing.assert_array_equal(pa.support_tokens(infinite, k=2), [3, 4])
+
+
+def test_support_tokens_put_what_is_not_known_first():
+    margin = np.array([1.0, 1.0, 0.5, np.nan, -np.inf, 0.2])
+    np.testing.assert_array_equal(pa.support_tokens(margin, k=4), [3, 4, 5, 2])
+
+
+@pytest.mark.parametrize("kind", get_args(margins.MarginKind))
+def test_a_margin_after_a_token_that_is_not_finite_is_not_known(kind):
+    x = np.ones((5, 2), np.float32)
+    x[2] = np.nan
+    weights = np.eye(2, dtype=np.float32)
+    known = np.isfinite(pa.stability_margin(x, weights, weights, kind=kind))
+    np.testing.assert_array_equal(known, [True, True, False, False, False])
+
+
+def test_support_tokens_refuse_a_count_that_is_no_integer():
+    with pytest.raises(ValueError, match="k is True: expected an integer"):
+        pa.support_tokens(np.ones(5), k=True)
 
 
 def test_support_tokens_of_a_batch_under_jit_and_vmap():

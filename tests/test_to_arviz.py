@@ -19,6 +19,7 @@ from tiny_run import (
 
 from probattn import stability_margin
 from probattn.inference import post_hoc_prior, read_config, to_datatree
+from probattn.inference.to_arviz import leave_one_out
 
 SEQUENCES = 6
 SIZES = {
@@ -154,3 +155,22 @@ def test_a_short_text_is_all_of_it(run):
 def test_fewer_than_one_sequence_is_refused(run, sequences):
     with pytest.raises(ValueError, match=f"sequences: got {sequences}, expected an integer >= 1"):
         to_datatree(run, sequences=sequences)
+
+
+@pytest.mark.parametrize(("chains", "draws"), [(1, 1), (1, 2), (2, 1), (1, 5), (2, 12)])
+def test_too_few_draws_have_no_leave_one_out(chains, draws):
+    assert leave_one_out(of_draws(chains, draws)) is None
+
+
+def test_leave_one_out_of_enough_draws():
+    tree = of_draws(2, 13)
+    elpd, error, _ = leave_one_out(tree)
+    found = az.loo(tree)
+    assert (elpd, error) == (found.elpd, found.se)
+
+
+def of_draws(chains, draws):
+    """A tree of log likelihoods of six sequences."""
+    values = np.random.default_rng(0).normal(size=(chains, draws, SEQUENCES))
+    tokens = xr.Dataset({"tokens": (("chain", "draw", "sequence"), values)})
+    return xr.DataTree.from_dict({"posterior": tokens, "log_likelihood": tokens})

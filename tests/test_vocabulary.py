@@ -16,6 +16,7 @@ from probattn.vocabulary import (
     MAX_TOKEN_BYTES,
     BytePairVocabulary,
     CharacterVocabulary,
+    FrequentVocabulary,
     UnknownCharacter,
     build_vocabulary,
     parse_tokenizer,
@@ -143,6 +144,12 @@ def test_sizes_that_no_vocabulary_has(tokenizer):
 
 
 # Frequent characters
+
+
+@pytest.mark.parametrize("size", [-1, 0, 1])
+def test_fewer_symbols_than_one_and_all_others_are_refused(size):
+    with pytest.raises(ValueError, match=f"size is {size}: expected at least 2"):
+        FrequentVocabulary.from_text("aaabbc", size)
 
 
 def test_frequent_characters_are_kept_and_all_others_are_one_symbol():
