@@ -9,7 +9,6 @@ import math
 from typing import Literal, get_args
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
@@ -154,7 +153,7 @@ def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
             "since positions 0 and 1 are never support tokens"
         )
     most = margin.shape[-1] - 2
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most:
+    if isinstance(k, bool) or not hasattr(k, "__index__") or not 1 <= k <= most:
         raise ValueError(f"k is {k!r}: expected an integer, 1 <= k <= T - 2 = {most}")
     inner = margin[..., 2:]
     inner = jnp.where(jnp.isnan(inner), -jnp.inf, inner)
