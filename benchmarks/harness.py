@@ -31,8 +31,14 @@ def compare(
         By name, and for the second timing of the first alternative under "control": median time
         in seconds, and median and quartiles over rounds of its ratio to the first.
     """
-    first = next(iter(alternatives))
-    runs = {**alternatives, CONTROL: alternatives[first]}
+    return ratios(timed_in_turn(alternatives, rounds=rounds))
+
+
+def timed_in_turn(
+    alternatives: Mapping[str, Callable[[], Any]], *, rounds: int
+) -> dict[str, list[float]]:
+    """What `compare` compares: by name, the seconds of each round."""
+    runs = {**alternatives, CONTROL: next(iter(alternatives.values()))}
     for run in alternatives.values():
         jax.block_until_ready(run())  # compiled and warm
 
@@ -48,7 +54,12 @@ def compare(
             warm += seconds_of(run)
         return seconds_of(run)
 
-    seconds = alternate({name: partial(timed, run) for name, run in runs.items()}, rounds=rounds)
+    return alternate({name: partial(timed, run) for name, run in runs.items()}, rounds=rounds)
+
+
+def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """What `compare` returns, of the seconds of each round."""
+    first = next(iter(seconds))
     return {
         name: {"seconds": statistics.median(own), **ratio(own, seconds[first])}
         for name, own in seconds.items()
