@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from probattn.corpora import Corpus, load_corpus
+from probattn.corpora import load_corpus
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.posterior import guide_posterior, load_posterior, training_sequences
 from probattn.inference.posterior_result import PosteriorResult
@@ -100,7 +100,7 @@ def compare(
         check_same_corpus(run, corpus)
     compared = []
     with progress_bar("compare", total=len(runs), unit="run", visible=progress) as bar:
-        sequences = _sequences(runs, corpus)
+        sequences = _sequences(runs)
         for label, run in runs.items():
             bar.show(run=label)
             held_out = run.vocabulary.encode(corpus.validation)
@@ -112,14 +112,10 @@ def compare(
     return compared
 
 
-def _sequences(runs: Mapping[str, Run | PosteriorRun], corpus: Corpus) -> int:
-    """Over how many sequences the margins of fits are taken."""
-    for run in runs.values():
-        if size := _sizes(run, "language"):
-            return size[0]
-    tokens = len(next(iter(runs.values())).vocabulary.encode(corpus.train))
-    blocks = [run.config.model.block for run in runs.values() if isinstance(run, Run)]
-    return max(1, min([_SEQUENCES, *((tokens - 1) // block for block in blocks)]))
+def _sequences(runs: Mapping[str, Run | PosteriorRun]) -> int:
+    """Over how many sequences, at most, the margins of fits are taken."""
+    sizes = (_sizes(run, "language") for run in runs.values())
+    return next((size[0] for size in sizes if size), _SEQUENCES)
 
 
 def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> ComparedRun:

@@ -25,6 +25,7 @@ from probattn.inference.perturbations import NoiseKind
 from probattn.inference.post_hoc import post_hoc_prior
 from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.run_checks import check_same_corpus
+from probattn.inference.run_folder import LOCK_SECONDS
 from probattn.inference.runs import Run, fitted
 from probattn.inference.scoring import Scorer
 from probattn.inference.stages import StageMargins, stage_margins, stages
@@ -63,6 +64,7 @@ class EvaluateResult:
 
     Attributes:
         text: which text.
+        step: of the fit, after which the parameters were as they are here.
         cross_entropy: nats per token.
         bpc: bits per character.
         tokens: predicted tokens.
@@ -76,6 +78,7 @@ class EvaluateResult:
     """
 
     text: str
+    step: int
     cross_entropy: float
     bpc: float
     tokens: int
@@ -159,6 +162,7 @@ def evaluate(
         margins = _margins(run, prior, tokens, bar)
     result = EvaluateResult(
         text=name,
+        step=run.step or 0,
         cross_entropy=clean.cross_entropy,
         bpc=clean.bpc,
         tokens=clean.tokens,
@@ -169,7 +173,7 @@ def evaluate(
         margins=margins,
         post_hoc_converged=prior.converged,
     )
-    with run.lock():
+    with run.lock(wait=LOCK_SECONDS):
         run.update_summary(evaluate=_plain(asdict(result)))
     return result
 

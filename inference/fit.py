@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from probattn.inference.processes import agreed, check_alike, leads, wait_for_al
 from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.run_checks import check_options, check_same_config, check_same_corpus
 from probattn.inference.run_files import RunError
-from probattn.inference.run_folder import locked
+from probattn.inference.run_folder import is_replacing, locked, room_for_run
 from probattn.inference.runs import Run, create_run, load_fit
 from probattn.inference.scoring import Scorer
 from probattn.inference.svi import Trainer
@@ -89,9 +89,12 @@ def fit(
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
         train, validation = training_tokens(corpus, vocabulary, config)
         check_guide(config, vocabulary.size)
-    with locked(out) if leads() else nullcontext():  # from before the run is made to its end
-        if not resume and leads():
-            create_run(out, config, corpus, vocabulary, overwrite=overwrite)
+    with ExitStack() as held:
+        if leads():
+            held.enter_context(locked(out))  # from before the run is made to its end
+        if leads() and not resume:
+            held.enter_context(room_for_run(out, overwrite=overwrite))
+            create_run(out, config, corpus, vocabulary)
         wait_for_all("made")
         run = load_fit(out)
         loop = _Loop(run, train, validation, optimizer, placement)
@@ -296,6 +299,8 @@ class _Loop:
             self.run.append_metrics({"step": step, "stopped": cause})
         kept = self.run.latest.step
         good = "no checkpoint was made before it" if kept is None else f"step {kept} is kept"
+        if is_replacing(self.run.path):
+            good += ", and the run that it was to replace stays"
         raise FitError(
             f"{self.run.path}: the fit stopped at step {step}: {cause}; {good}; {self._advice}, "
             "with --overwrite"

@@ -24,6 +24,7 @@ from probattn.inference.npz_files import read_arrays
 from probattn.inference.progress import progress_bar
 from probattn.inference.run_checks import check_same_corpus
 from probattn.inference.run_files import RunError, replacing
+from probattn.inference.run_folder import LOCK_SECONDS
 from probattn.inference.runs import Run
 from probattn.models.priors import attention_prior
 from probattn.models.transformer import embed
@@ -85,8 +86,11 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
         seed=run.config.fit.seed,
         progress=progress,
     )
-    with run.lock(), replacing(path) as stream:
-        np.savez(stream, of_step=run.step or 0, **vars(prior))
+    with run.lock(wait=LOCK_SECONDS):
+        if path.exists() and (stored := _read(path, run)) is not None:  # another was faster
+            return stored
+        with replacing(path) as stream:
+            np.savez(stream, of_step=run.step or 0, **vars(prior))
     return prior
 
 

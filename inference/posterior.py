@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from probattn.inference.nuts import load_draws, sample
 from probattn.inference.posterior_result import PosteriorResult
 from probattn.inference.run_checks import check_options, check_same_config, check_same_corpus
 from probattn.inference.run_files import RunError
-from probattn.inference.run_folder import clear, locked
+from probattn.inference.run_folder import clear, locked, room_for_run
 from probattn.inference.runs import PosteriorRun, Run, create_posterior_run, load_run
 from probattn.inference.sample_config import SampleConfig, SampleRunConfig
 from probattn.models import language_model, latent_embeddings
@@ -70,11 +71,10 @@ def sample_run(
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
         arguments = _tokens(config, corpus, vocabulary)
     made = not out.exists()
-    with locked(out):  # from before the run is made to its end
+    room = nullcontext() if resume else room_for_run(out, overwrite=overwrite)
+    with locked(out), room:  # from before the run is made to its end
         if not resume:
-            run = create_posterior_run(
-                out, config, corpus, vocabulary, start=start, overwrite=overwrite
-            )
+            run = create_posterior_run(out, config, corpus, vocabulary, start=start)
         try:
             result = sample(
                 posterior_model(config, run.vocabulary),
@@ -138,8 +138,8 @@ def guide_posterior(
         run: of a guide other than map.
         draws: how many.
         seed: of the draws.
-        sequences: of model.block tokens, spread evenly over the training text: margins and log
-            likelihoods are taken of these.
+        sequences: at most so many of model.block tokens, spread evenly over the training text:
+            margins and log likelihoods are taken of these.
         progress: show a progress bar.
 
     Raises:
@@ -155,16 +155,17 @@ def guide_posterior(
     )
 
 
-def training_sequences(run: Run, count: int) -> tuple[np.ndarray, ...]:
+def training_sequences(run: Run, at_most: int) -> tuple[np.ndarray, ...]:
     """Inputs and targets (count, model.block) from the training text of a fitted run.
 
     Raises:
-        ValueError: if its text is not there any more, or too short.
+        ValueError: if its text is not there any more, or too short for one.
     """
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
-    config = config_of_fit(run, SampleConfig(sequences=count))
-    return _tokens(config, corpus, run.vocabulary)
+    tokens, length = run.vocabulary.encode(corpus.train), run.config.model.block
+    count = max(min(at_most, (len(tokens) - 1) // length), 1)
+    return _spread(tokens, corpus, count=count, length=length, shifts=2)
 
 
 def posterior_data(run: PosteriorRun) -> tuple[np.ndarray, ...]:
@@ -198,11 +199,17 @@ def _tokens(
     """Arguments of the model: sequences from the training text, spread evenly over it."""
     tokens = vocabulary.encode(corpus.train)
     if config.latent is not None:
-        count, length, shifts = config.latent.sequences, config.latent.length, 1
-    else:
-        assert config.model is not None
-        count, length, shifts = config.sample.sequences, config.model.block, 2
-    usable = (len(tokens) - 1) // length * length  # the same for both, which may be compared
+        count, length = config.latent.sequences, config.latent.length
+        return _spread(tokens, corpus, count=count, length=length, shifts=1)
+    assert config.model is not None
+    count, length = config.sample.sequences, config.model.block
+    return _spread(tokens, corpus, count=count, length=length, shifts=2)
+
+
+def _spread(
+    tokens: np.ndarray, corpus: Corpus, *, count: int, length: int, shifts: int
+) -> tuple[np.ndarray, ...]:
+    usable = (len(tokens) - 1) // length * length  # whatever the shifts: models may be compared
     if usable < count * length:
         raise DataError(
             f"corpus {corpus.name!r}: the training text has {len(tokens)} tokens: expected at "

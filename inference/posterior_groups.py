@@ -10,13 +10,11 @@ from numpyro.handlers import seed as seeded
 from numpyro.handlers import trace
 
 from probattn import support_tokens
-from probattn.batches import batched_rows
 from probattn.inference.posterior_result import (
-    DRAWS_AT_ONCE,
     PosteriorResult,
     observed_sites,
+    of_each,
     site_values,
-    without_filling,
 )
 
 if TYPE_CHECKING:  # xarray takes half a second to load
@@ -176,16 +174,12 @@ def _prior(result: PosteriorResult, count: int, rng_key: Array) -> dict[str, np.
         }
 
     tables = _Tables((1, count))
-    with jax.enable_x64(result.precision == "float64"):
-        of_batch = jax.jit(jax.vmap(draw))
-        keys = jax.random.split(rng_key, count)
-        for picked in batched_rows(count, DRAWS_AT_ONCE):
-            batch = slice(int(picked[0]), int(picked[-1]) + 1)
-            values = without_filling(of_batch(keys[picked]), batch)
-            values.pop("certificate", None)
-            if "margin" in values and values["margin"].ndim >= 3:
-                values |= _smallest(values["margin"])
-            tables.add("prior", batch, values)
+    keys = jax.random.split(rng_key, count)
+    for batch, values in of_each(draw, keys, precision=result.precision):
+        values.pop("certificate", None)
+        if "margin" in values and values["margin"].ndim >= 3:
+            values |= _smallest(values["margin"])
+        tables.add("prior", batch, values)
     return tables.groups["prior"]
 
 

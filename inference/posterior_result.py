@@ -1,6 +1,7 @@
 """Draws of a posterior, the model that they are of, and what the model says of each draw."""
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ from probattn.batches import batched_rows
 from probattn.inference.sample_config import SampleConfig
 from probattn.inference.threads import one_blas_thread
 
-DRAWS_AT_ONCE = 16  # draws in one call: margins take (draws, N, T, d, 2 r) numbers
+# Most draws in one call, and most memory that it may take beside them: margins alone take
+# (draws, N, T, d, 2 r) numbers.
+_DRAWS_AT_ONCE, _BYTES_AT_ONCE = 16, 2**30
 
 
 @dataclass(frozen=True)
@@ -113,19 +116,45 @@ def site_values(
             {n: site["fn"].sample(keys[n]) for n, site in observed.items()} if predictive else {},
         )
 
-    with jax.enable_x64(result.precision == "float64"):
-        of_batch = jax.jit(jax.vmap(of_one))
-        total = chains * draws
-        keys = jax.random.split(rng_key, total)
-        for picked in batched_rows(total, DRAWS_AT_ONCE):
+    keys = jax.random.split(rng_key, chains * draws)
+    yield from of_each(of_one, rows, keys, precision=result.precision)
+
+
+def of_each(of_one: Callable, *rows: Any, precision: str) -> Iterator[tuple[slice, Any]]:
+    """Call a function for every row, for as many at once as there is room for.
+
+    Args:
+        of_one: of one row of each.
+        rows: trees of arrays with a common leading axis.
+        precision: "float64" to compile it with 64-bit numbers.
+
+    Yields:
+        Rows, and the values of the function, NumPy arrays with the rows as the leading axis.
+    """
+    total = len(jax.tree.leaves(rows)[0])
+    with jax.enable_x64(precision == "float64"):
+        count, of_batch = _compiled(jax.jit(jax.vmap(of_one)), rows, min(_DRAWS_AT_ONCE, total))
+        for picked in batched_rows(total, count):
             batch = slice(int(picked[0]), int(picked[-1]) + 1)
             with one_blas_thread():
-                values = of_batch({name: row[picked] for name, row in rows.items()}, keys[picked])
-                values = without_filling(values, batch)
+                values = of_batch(*jax.tree.map(operator.itemgetter(picked), rows))
+                values = _without_filling(values, batch)
             yield batch, values
 
 
-def without_filling(values: Any, batch: slice) -> Any:
+def _compiled(of_batch: Any, rows: tuple, count: int) -> tuple[int, Callable]:
+    """The function for a batch, and how many rows that is: fewer where they take much memory."""
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), rows
+    )
+    compiled = of_batch.lower(*shapes).compile()
+    size = compiled.memory_analysis().temp_size_in_bytes
+    if size <= _BYTES_AT_ONCE or count == 1:
+        return count, compiled
+    return _compiled(of_batch, rows, max(min(count - 1, count * _BYTES_AT_ONCE // size), 1))
+
+
+def _without_filling(values: Any, batch: slice) -> Any:
     """Arrays of a batch without the rows that `batched_rows` filled it up with."""
     count = batch.stop - batch.start
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], values)

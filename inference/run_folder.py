@@ -30,6 +30,12 @@ ENTRIES = (
 )
 """What a run directory consists of, beside its lock."""
 
+LOCK_SECONDS = 60.0
+"""To wait for the lock with work that is done: but for fits and samplers nobody holds it long."""
+
+# Where the entries of a run that is being replaced lie: those moved so far, and then all of them.
+_PUT_ASIDE, _REPLACED = "put-aside", "replaced"
+
 # Most bytes of what is read in one go; a million reports are within.
 _LARGEST = {
     "config.toml": 2**20,
@@ -89,7 +95,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     if not path.is_dir():
         raise RunError(f"{path}: expected a directory for the run, got a file")
     names = (name_written(entry.name) for entry in path.iterdir())
-    others = sorted(name for name in names if name not in (*ENTRIES, "lock"))
+    others = sorted(name for name in names if name not in (*ENTRIES, "lock", _PUT_ASIDE, _REPLACED))
     if others:
         raise RunError(
             f"{path}: holds {', '.join(others[:3])}, which is no part of a run; "
@@ -116,8 +122,64 @@ def clear(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def room_for_run(path: Path, *, overwrite: bool) -> Iterator[None]:
+    """Put aside the run that a new one replaces, under the lock that the caller holds.
+
+    It is removed after the block. But it comes back if the block raises, or a kill ends it, before
+    the new run has a checkpoint or draws.
+
+    Raises:
+        RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
+        WriteError: if something cannot be moved.
+    """
+    check_target(path, overwrite=overwrite)
+    entries = [path / name for name in ENTRIES if (path / name).exists()]
+    if not entries:
+        yield
+        return
+    with writing(path):
+        (path / _PUT_ASIDE).mkdir()
+        for entry in entries:
+            entry.rename(path / _PUT_ASIDE / entry.name)
+        (path / _PUT_ASIDE).rename(path / _REPLACED)
+    try:
+        yield
+    except BaseException:
+        _end_replacement(path)
+        raise
+    with writing(path):
+        shutil.rmtree(path / _REPLACED)
+
+
+def is_replacing(path: Path) -> bool:
+    """Whether the run that was there before would come back if the new one ended now."""
+    return (path / _REPLACED).exists() and not _has_begun(path)
+
+
+def _has_begun(path: Path) -> bool:
+    saved = *path.glob("checkpoints/*/*"), *path.glob("segments/*.npz")
+    return any(re.fullmatch(r"\d+|\d+-\d+\.npz", entry.name) for entry in saved)
+
+
+def _end_replacement(path: Path) -> None:
+    """Of a run by one that ended; a kill at any moment here leaves it to the next time."""
+    with writing(path):
+        if is_replacing(path):
+            clear(path)
+            (path / _REPLACED).rename(path / _PUT_ASIDE)
+        for entry in (path / _PUT_ASIDE).glob("*"):
+            entry.rename(path / entry.name)
+        for folder in (_PUT_ASIDE, _REPLACED):
+            shutil.rmtree(path / folder, ignore_errors=not (path / folder).exists())
+
+
+@contextmanager
+def locked(path: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Hold the lock of a run directory, which is made if need be; a thread may hold it twice.
+
+    Args:
+        path: of the run.
+        wait: seconds to wait for whoever else holds it.
 
     Raises:
         RunError: if another process or thread holds it.
@@ -127,7 +189,7 @@ def locked(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path.resolve() / "lock", timeout=0, is_singleton=True)
     try:
-        lock.acquire()
+        lock.acquire(timeout=wait)
     except filelock.Timeout:
         raise RunError(f"{path}: another process is writing to this run") from None
     except OSError as error:
@@ -149,3 +211,4 @@ def _tidy(path: Path) -> None:
             if name != entry.name and _WRITTEN.fullmatch(written):
                 with writing(entry):
                     entry.unlink()
+    _end_replacement(path)

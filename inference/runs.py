@@ -37,7 +37,7 @@ from probattn.inference.run_files import (
     write_text,
     writing,
 )
-from probattn.inference.run_folder import check_folder, check_target, clear, locked
+from probattn.inference.run_folder import check_folder, check_target, clear, locked, room_for_run
 from probattn.inference.sample_config import SampleRunConfig
 from probattn.inference.segments import SegmentFolder
 from probattn.models.language_model import parameter_shapes
@@ -73,13 +73,16 @@ class RunDirectory:
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, wait: float = 0.0) -> Iterator[None]:
         """Hold the run's lock while writing to it.
 
+        Args:
+            wait: seconds to wait for another process that holds it.
+
         Raises:
-            RunError: if another process holds it.
+            RunError: if it holds it still.
         """
-        with locked(self.path):
+        with locked(self.path, wait=wait):
             yield
 
 
@@ -281,16 +284,19 @@ def create_posterior_run(
 def _create(run: RunDirectory, *, overwrite: bool, start: Mapping[str, Any] | None = None) -> None:
     path = run.path
     check_target(path, overwrite=overwrite)
-    with locked(path):
-        check_target(path, overwrite=overwrite)  # again: another process may have been faster
-        clear(path)
-        description = {**run.data, "vocabulary": run.vocabulary.to_dict()}
-        write_text(path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
-        if start is not None:
-            with replacing(path / "start.npz") as stream:
-                np.savez(stream, allow_pickle=False, **start)
-        # Last: a directory with a config.toml is a run, and must be a whole one.
-        write_text(path / "config.toml", format_config(run.config) + _END)
+    # The room checks the target again: another process may have been faster.
+    with locked(path), room_for_run(path, overwrite=overwrite):
+        try:
+            description = {**run.data, "vocabulary": run.vocabulary.to_dict()}
+            write_text(path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
+            if start is not None:
+                with replacing(path / "start.npz") as stream:
+                    np.savez(stream, allow_pickle=False, **start)
+            # Last: a directory with a config.toml is a run, and must be a whole one.
+            write_text(path / "config.toml", format_config(run.config) + _END)
+        except BaseException:
+            clear(path)
+            raise
 
 
 _DATA_FIELDS = {

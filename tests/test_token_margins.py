@@ -303,7 +303,7 @@ def test_openblas_threads_do_not_wait_for_each_other(own_run, monkeypatch, of):
         normal = partial(numpyro.sample, "value", dist.Normal(0.0, 1.0))
         result = PosteriorResult(method="nuts", draws={"value": np.zeros((1, 2))}, model=normal)
         monkeypatch.setattr(
-            "probattn.inference.posterior_result.without_filling", lambda found, _: noting(found)
+            "probattn.inference.posterior_result._without_filling", lambda found, _: noting(found)
         )
         call = partial(list, site_values(result))
     with threadpool_limits(2, user_api="blas"):  # as on two cores, wherever this runs
