@@ -102,5 +102,6 @@ for name, figures in results["steps"].items():
         f"x {figures['ratio']:.3f} ({figures['ratio_low']:.3f} to {figures['ratio_high']:.3f})"
     )
 path = options.out / "nanogpt.json"
+path.parent.mkdir(parents=True, exist_ok=True)
 path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 print("wrote", path)

@@ -165,8 +165,8 @@ def print_compared(screen: Console, compared: Sequence[ComparedRun]) -> None:
             if any(value is not None for value in values):
                 table.add_row(shown, *(_cell(value) for value in values))
         screen.print(table)
-    if any(run.pareto_k is not None and run.pareto_k > 0.7 for run in compared):
-        screen.print("a Pareto k above 0.7: the estimate elpd_loo of that run cannot be trusted")
+    if any(run.pareto_k is not None and not run.pareto_k <= 0.7 for run in compared):
+        screen.print("a Pareto k not below 0.7: the elpd_loo of that run cannot be trusted")
 
 
 def _cell(value: object) -> str:

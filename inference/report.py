@@ -13,6 +13,7 @@ from probattn.inference.margin_comparisons import QUANTITIES, increase_by_margin
 from probattn.inference.noise_sweeps import NoisePoint
 from probattn.inference.posterior import posterior_data
 from probattn.inference.run_files import replacing_path
+from probattn.inference.run_folder import LOCK_SECONDS
 from probattn.inference.runs import PosteriorRun, Run
 from probattn.inference.sensitivity import Sensitivity, write_tables
 from probattn.inference.tables import write_table
@@ -238,7 +239,7 @@ def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
 
     tree = to_datatree(run, log_likelihood=True)
     path = run.path / "posterior.nc"
-    with run.lock(), replacing_path(path) as temporary:
+    with run.lock(wait=LOCK_SECONDS), replacing_path(path) as temporary:
         tree.to_netcdf(temporary)
     figures = {}
     smallest = values_of(tree, "posterior", "smallest_margin")
@@ -249,7 +250,7 @@ def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
         tokens = posterior_data(run)[0]  # whose embeddings have the margins: of targets, the inputs
         symbols = [[run.vocabulary.decode([token]) for token in row] for row in tokens]
         figures["support_probability"] = posterior_plots.support_map(probability, symbols)
-    with run.lock():
+    with run.lock(wait=LOCK_SECONDS):
         return tree, [path, *_save(run.path / "figures", figures)]
 
 

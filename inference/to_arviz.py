@@ -76,8 +76,8 @@ def to_datatree(
 
     Args:
         source: a run from `load_run`, `fit` or `sample_run`, or the result of `sample`.
-        sequences: of a fitted run, windows spread evenly over the text: of a MAP run at most so
-            many of the validation text, of another guide so many of the training text.
+        sequences: of a fitted run, at most so many windows spread evenly over the text: of a MAP
+            run over the validation text, of another guide over the training text.
         draws: of a guide other than map.
         log_likelihood: add the log likelihoods.
         posterior_predictive: add draws of the observed sites.
@@ -203,7 +203,9 @@ def _versions() -> dict[str, str]:
 
 
 def _symbols(run: RunDirectory) -> list[str]:
-    return [run.vocabulary.decode([token]) for token in range(run.vocabulary.size)]
+    # A file of netCDF holds no NUL in a text; the picture of one (U+2400) stands for it.
+    symbols = (run.vocabulary.decode([token]) for token in range(run.vocabulary.size))
+    return [symbol.replace("\0", "\N{SYMBOL FOR NULL}") for symbol in symbols]
 
 
 @dataclass(frozen=True)

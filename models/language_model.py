@@ -1,6 +1,5 @@
 """A GPT language model whose embeddings pass through an attention barrier, or are latent."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
@@ -13,6 +12,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
 from probattn import CausalAttention, coupling, relaxed_barrier, residual
+from probattn.attention import is_positive
 from probattn.models import priors, transformer
 from probattn.models.attention_sites import record_coupling, record_margins
 from probattn.models.config_checks import check_integers
@@ -44,9 +44,9 @@ class LanguageModelConfig:
     def __post_init__(self) -> None:
         """Refuse sizes of which no network can be made."""
         check_integers(self, "model", layers=1, heads=1, width=1, block=3, prior_rank=1)
-        if self.bound is not None and not (self.bound > 0 and math.isfinite(self.bound)):
+        if self.bound is not None and not is_positive(self.bound):
             raise ValueError(
-                f"model.bound is {self.bound}: expected a finite number > 0, or none at all"
+                f"model.bound is {self.bound!r}: expected a finite number > 0, or none at all"
             )
         if self.width % self.heads:
             raise ValueError(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from numpyro.infer.reparam import TransformReparam
 
 from probattn import CausalAttention
+from probattn.attention import is_positive
 from probattn.models.attention_sites import record_margins
 from probattn.models.config_checks import check_integers
 from probattn.models.coupling import Coupling, attention_weights_of, sample_coupling
@@ -51,8 +52,8 @@ class LatentEmbeddingsConfig:
                 f"latent.coupling is {self.coupling!r}: "
                 f"expected one of {', '.join(get_args(Coupling))}"
             )
-        if not (self.bound > 0 and math.isfinite(self.bound)):
-            raise ValueError(f"latent.bound is {self.bound}: expected a finite number > 0")
+        if not is_positive(self.bound):
+            raise ValueError(f"latent.bound is {self.bound!r}: expected a finite number > 0")
 
     @property
     def context_bound(self) -> float | None:

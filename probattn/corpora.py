@@ -219,7 +219,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{str(path)!r}: no such file, expected a UTF-8 text file") from None
+        where = "" if file.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"{str(path)!r}: no such file{where}, expected a UTF-8 text file") from None
     except IsADirectoryError:
         raise DataError(f"{str(path)!r}: got a directory, expected a UTF-8 text file") from None
     except (OSError, RuntimeError, ValueError) as error:  # ~ without a home; a NUL in the path

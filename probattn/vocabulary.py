@@ -297,7 +297,7 @@ def vocabulary_from_dict(values: Mapping[str, Any]) -> Vocabulary:
     """Read a vocabulary back from what its `to_dict` gave; nothing in it is trusted.
 
     Raises:
-        ValueError: if the values are not a vocabulary: see the two classes for what is checked.
+        ValueError: if the values are not a vocabulary: see the classes for what is checked.
     """
     keys = set(values) if isinstance(values, Mapping) else set()
     if keys == {"kind", "symbols"} and values["kind"] in ("character", "frequent"):

@@ -187,6 +187,7 @@ def test_another_unit_is_another_name_for_the_same_model():
         ("coupling", "strong", "expected one of repulsive, bounded, free"),
         ("bound", 0.0, "latent.bound is 0.0: expected a finite number > 0"),
         ("bound", np.inf, "latent.bound is inf: expected a finite number > 0"),
+        ("bound", None, "latent.bound is None: expected a finite number > 0"),
     ],
 )
 def test_configurations_that_make_no_model(field, value, message):

@@ -1,10 +1,15 @@
 """The export: a point estimate that says so, with named dimensions, as files hold it."""
 
+import dataclasses
+
 import arviz as az
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 import xarray as xr
+from made_runs import make_run
 from tiny_run import (
     BLOCK,
     LABELS,
@@ -19,7 +24,9 @@ from tiny_run import (
 
 from probattn import stability_margin
 from probattn.inference import post_hoc_prior, read_config, to_datatree
-from probattn.inference.to_arviz import leave_one_out
+from probattn.inference.posterior_result import PosteriorResult, site_values
+from probattn.inference.to_arviz import _symbols, leave_one_out
+from probattn.vocabulary import CharacterVocabulary
 
 SEQUENCES = 6
 SIZES = {
@@ -174,3 +181,32 @@ def of_draws(chains, draws):
     values = np.random.default_rng(0).normal(size=(chains, draws, SEQUENCES))
     tokens = xr.Dataset({"tokens": (("chain", "draw", "sequence"), values)})
     return xr.DataTree.from_dict({"posterior": tokens, "log_likelihood": tokens})
+
+
+@pytest.mark.parametrize("budget", [2**24, 2**30])
+def test_draws_go_together_as_far_as_memory_allows(monkeypatch, budget):
+    """Each takes 4 MiB to sort a million numbers; the values are the same in any case."""
+
+    def model():
+        value = numpyro.sample("value", dist.Normal(0.0, 1.0))
+        ordered = jnp.sort(value * jnp.arange(2.0**20))
+        numpyro.deterministic("median", ordered[2**19])
+
+    draws = np.random.default_rng(0).normal(size=(2, 15)).astype(np.float32)
+    result = PosteriorResult(method="nuts", draws={"value": draws}, model=model)
+    monkeypatch.setattr("probattn.inference.posterior_result._BYTES_AT_ONCE", budget)
+    parts = list(site_values(result))
+    largest = max(rows.stop - rows.start for rows, _ in parts)
+    assert 1 <= largest <= 4 if budget == 2**24 else largest == 16
+    medians = np.concatenate([values.deterministic["median"] for _, values in parts])
+    positions = np.where(draws.ravel() > 0, 2**19, 2**19 - 1)  # of negative ones the order turns
+    np.testing.assert_allclose(medians, draws.ravel() * positions, rtol=1e-6)
+
+
+def test_a_vocabulary_with_the_character_nul_can_be_saved(tmp_path):
+    run = make_run(tmp_path / "run")
+    run = dataclasses.replace(run, vocabulary=CharacterVocabulary(("\0", "a")))
+    labels = _symbols(run)
+    tree = xr.DataTree(xr.Dataset(coords={"vocab": labels}))
+    tree.to_netcdf(tmp_path / "tree.nc")
+    assert list(xr.open_datatree(tmp_path / "tree.nc").vocab.values) == ["\N{SYMBOL FOR NULL}", "a"]
