@@ -33,6 +33,7 @@ from probattn.inference.report import (
     posterior_report,
     sensitivity_report,
 )
+from probattn.inference.run_folder import LOCK_SECONDS
 from probattn.inference.runs import load_fit, load_run
 from probattn.inference.sample_config import (
     SAMPLED_DATA,
@@ -192,7 +193,7 @@ class Evaluate:
         )
         label = self.run.resolve().name
         console.print_evaluations(screen, {label: result})
-        with run.lock():
+        with run.lock(wait=LOCK_SECONDS):
             figures = comparison_figures({label: run}, {label: result}, run.path / "figures")
         console.print_paths(screen, figures)
 
