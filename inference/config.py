@@ -16,7 +16,7 @@ import tomli_w
 from probattn.corpora import DataConfig
 from probattn.download import one_line
 from probattn.models import LanguageModelConfig, ObjectiveConfig
-from probattn.models.config_checks import check_integers
+from probattn.models.checks import check_integers
 from probattn.models.transformer import Precision
 
 GuideName = Literal["map", "laplace", "mean_field", "low_rank"]

@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from probattn.ancestral import solve_token
 from probattn.attention import bounded, check_bound
 from probattn.batches import batched_rows
+from probattn.models.checks import check_symbols
 from probattn.models.coupling import attention_weights_of
 
 PARTICLES = 128  # of each sequence
@@ -196,10 +197,7 @@ def _checked(
             f"tokens have shape {np.shape(tokens)} and dtype {np.asarray(tokens).dtype}: expected "
             "integers (N, T) with N >= 1 and T >= 1"
         )
-    if tokens.min() < 0 or tokens.max() >= size:
-        raise ValueError(
-            f"tokens are {tokens.min()} to {tokens.max()}: expected symbols from 0 to {size - 1}"
-        )
+    check_symbols("tokens", tokens, size)
     if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
         raise ValueError(f"particles is {particles!r}: expected an integer >= 1")
     first, second, third = (array.astype(dtype) for array in arrays)

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from probattn.corpora import DataConfig
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
-from probattn.models.config_checks import check_integers
+from probattn.models.checks import check_integers
 
 ChainMethod = Literal["parallel", "vectorized"]
 SamplePrecision = Literal["float64", "float32"]

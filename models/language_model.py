@@ -15,7 +15,7 @@ from probattn import CausalAttention, coupling, relaxed_barrier, residual
 from probattn.attention import is_positive
 from probattn.models import priors, transformer
 from probattn.models.attention_sites import record_coupling, record_margins
-from probattn.models.config_checks import check_integers
+from probattn.models.checks import check_integers, check_symbols
 from probattn.models.coupling import proper_weights
 from probattn.models.objective import ObjectiveConfig
 
@@ -234,12 +234,5 @@ def _check(
             f"targets have shape {targets.shape}: expected that of inputs, {inputs.shape}"
         )
     for name, symbols in (("inputs", inputs), ("targets", targets)):
-        # JAX would take the nearest symbol there is. Of traced ones nothing is known.
-        if symbols is None or isinstance(symbols, jax.core.Tracer):
-            continue
-        lowest, highest = np.asarray(symbols).min(), np.asarray(symbols).max()
-        if lowest < 0 or highest >= vocabulary_size:
-            raise ValueError(
-                f"{name} are {lowest} to {highest}: expected symbols from 0 to vocabulary_size - 1 "
-                f"= {vocabulary_size - 1}"
-            )
+        if symbols is not None:
+            check_symbols(name, symbols, vocabulary_size)

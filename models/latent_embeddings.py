@@ -5,9 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import get_args
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
@@ -16,7 +14,7 @@ from numpyro.infer.reparam import TransformReparam
 from probattn import CausalAttention
 from probattn.attention import is_positive
 from probattn.models.attention_sites import record_margins
-from probattn.models.config_checks import check_integers
+from probattn.models.checks import check_integers, check_symbols
 from probattn.models.coupling import Coupling, attention_weights_of, sample_coupling
 
 _EMISSION_SCALE = 2.0  # logits of a token then differ by a few units, for embeddings of order one
@@ -95,13 +93,8 @@ def latent_embeddings(
         raise ValueError(
             f"tokens have shape {jnp.shape(tokens)}: expected (sequences, length) = {shape}"
         )
-    if tokens is not None and not isinstance(tokens, jax.core.Tracer):
-        symbols = np.asarray(tokens)
-        if not ((symbols >= 0).all() and (symbols < vocabulary_size).all()):
-            raise ValueError(
-                f"tokens are {symbols.min()} to {symbols.max()}: expected symbols from 0 to "
-                f"{vocabulary_size - 1}"
-            )
+    if tokens is not None:
+        check_symbols("tokens", tokens, vocabulary_size)
     coupling = sample_coupling(config.coupling, config.width, config.context_bound)
     emission = numpyro.sample(
         "emission",

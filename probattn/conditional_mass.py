@@ -18,7 +18,7 @@ from probattn.quadrature import integrate_cells, quartered
 _NEGLIGIBLE = 1e-16  # of the mass, in one interval
 _TAILS = 9.0  # standard deviations of the residual within which the mass is looked for
 _CELL = 2.0  # standard deviations that a residual may change by within a square
-_MOST_CELLS = 2**18
+_MOST_SQUARES = 2**18
 
 
 def conditional_mass(
@@ -170,7 +170,7 @@ def _cells(
     centres, halves = ((low + high) / 2)[None], np.array([np.max(high - low) / 2])
     found: list[tuple[np.ndarray, np.ndarray]] = []
     while len(centres):
-        if len(centres) > _MOST_CELLS:
+        if len(centres) > _MOST_SQUARES:
             raise RuntimeError(
                 f"the coupling {strength:.4g} is too sharp for scale {scale:g} and tokens "
                 f"{spread:.4g} apart: more places than can be looked at may hold mass"
