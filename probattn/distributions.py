@@ -138,7 +138,8 @@ class CausalAttention(dist.TransformedDistribution):
 
     The event is a sequence (length, d); leading axes of the weights and of the scale are the
     batch. Being a TransformedDistribution of normal residuals, it has the non-centred form of
-    NumPyro's TransformReparam: the residuals are sampled and the sequence solved for.
+    NumPyro's TransformReparam: the residuals are sampled and the sequence solved for. A sequence
+    for which no solution is found, which `is_proper` rules out but for rounding, is NaN from there.
 
     Args:
         w_query: W_Q, (..., d, r).
