@@ -3,11 +3,13 @@
 import errno
 import math
 import os
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from refusals import refusal
+from tiny_run import files_of
 from whole_fit import (
     LOOP,
     assert_same_outcome,
@@ -78,6 +80,17 @@ def test_parameters_that_are_not_finite_are_not_saved(
     run = load_run(tmp_path / "run")
     assert (run.latest.step, run.step, run.metrics()) == (kept, None, [])
     assert run.stopped == (step, "the parameters are not finite")
+
+
+def test_a_fit_that_fails_early_leaves_the_run_that_it_was_to_replace(
+    whole, config, tmp_path, monkeypatch
+):
+    copy = shutil.copytree(whole.run.path, tmp_path / "run")
+    before = files_of(copy)
+    spoil(monkeypatch, 60, "w_query")
+    message = refusal(FitError, fit, config, copy, overwrite=True)
+    assert "no checkpoint was made before it, and the run that it was to replace stays" in message
+    assert files_of(copy) == before
 
 
 def test_who_gave_the_optimizer_is_not_told_of_the_default_one(config, tmp_path, monkeypatch):

@@ -213,6 +213,19 @@ def test_first_call_fits_the_training_text_and_later_calls_read(unfitted_run, mo
     assert files_of(unfitted_run.path) == before
 
 
+def test_of_two_that_fit_at_once_the_first_to_end_is_kept(unfitted_run, monkeypatch):
+    other = dataclasses.replace(FAKE, scale=0.75)
+
+    def overtaken(x, **options):
+        monkeypatch.setattr(post_hoc, "fit_attention_prior", lambda x, **options: other)
+        assert post_hoc_prior(load_run(unfitted_run.path)) is other
+        return FAKE
+
+    monkeypatch.setattr(post_hoc, "fit_attention_prior", overtaken)
+    assert post_hoc_prior(unfitted_run).scale == 0.75
+    assert post_hoc_prior(load_run(unfitted_run.path)).scale == 0.75
+
+
 def test_parameters_of_a_later_step_get_a_prior_of_their_own(own_run, monkeypatch):
     # Evaluated when it was interrupted, then resumed: its best parameters are others by then.
     monkeypatch.setattr(post_hoc, "fit_attention_prior", lambda x, **options: FAKE)

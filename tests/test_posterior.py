@@ -1,5 +1,6 @@
 """Sampled posteriors as runs and as DataTrees: what is in them, and that ArviZ takes them."""
 
+import dataclasses
 import importlib
 import shutil
 import subprocess
@@ -416,6 +417,16 @@ def test_a_sampler_that_cannot_start_leaves_the_place_as_it_was(run, tmp_path, m
     assert {path.name for path in tmp_path.rglob("*")} <= {"own", "link", "lock"}
     monkeypatch.undo()
     check_target(out, overwrite=False)  # free to begin again
+
+
+def test_a_sampler_that_cannot_start_leaves_the_run_that_it_was_to_replace(run, tmp_path):
+    out = shutil.copytree(run.path, tmp_path / "run")
+    before = files_of(out)
+    sampler = dataclasses.replace(run.config.sample, draws=10**12)
+    config = dataclasses.replace(run.config, sample=sampler)
+    with pytest.raises(ValueError, match="GiB"):
+        sample_run(config, out, overwrite=True)
+    assert files_of(out) == before
 
 
 def test_what_is_for_fits_names_a_posterior(run):

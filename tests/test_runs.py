@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import pickletools
+import threading
 
 import pytest
 from made_runs import (
@@ -163,6 +164,13 @@ def test_below_a_file_is_no_place_for_a_run(tmp_path, place):
 def test_what_an_interrupted_start_leaves_is_no_obstacle(tmp_path, left):
     (tmp_path / left).write_text("")
     assert load_run(make_run(tmp_path).path).step == 8
+
+
+def test_work_that_is_done_waits_for_the_lock(run):
+    with held_by_another_process(run) as other:
+        threading.Timer(0.5, other.terminate).start()
+        with run.lock(wait=60):
+            assert other.wait(60) != 0  # it was terminated, and not at the end of this test
 
 
 def test_a_run_that_another_process_writes_to_is_left_alone(run):

@@ -87,7 +87,7 @@ def held_by_another_process(run):
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        yield
+        yield other
     finally:
         other.communicate("\n")
 
