@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array
@@ -132,8 +133,9 @@ def of_each(of_one: Callable, *rows: Any, precision: str) -> Iterator[tuple[slic
         Rows, and the values of the function, NumPy arrays with the rows as the leading axis.
     """
     total = len(jax.tree.leaves(rows)[0])
+    most = max(min(_DRAWS_AT_ONCE, total), 1)
     with jax.enable_x64(precision == "float64"):
-        count, of_batch = _compiled(jax.jit(jax.vmap(of_one)), rows, min(_DRAWS_AT_ONCE, total))
+        count, of_batch = _compiled(jax.jit(jax.vmap(of_one)), rows, most)
         for picked in batched_rows(total, count):
             batch = slice(int(picked[0]), int(picked[-1]) + 1)
             with one_blas_thread():
@@ -145,13 +147,20 @@ def of_each(of_one: Callable, *rows: Any, precision: str) -> Iterator[tuple[slic
 def _compiled(of_batch: Any, rows: tuple, count: int) -> tuple[int, Callable]:
     """The function for a batch, and how many rows that is: fewer where they take much memory."""
     shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), rows
+        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), _dtype(leaf)), rows
     )
     compiled = of_batch.lower(*shapes).compile()
     size = compiled.memory_analysis().temp_size_in_bytes
     if size <= _BYTES_AT_ONCE or count == 1:
         return count, compiled
     return _compiled(of_batch, rows, max(min(count - 1, count * _BYTES_AT_ONCE // size), 1))
+
+
+def _dtype(leaf: Any) -> Any:
+    """That of the array in a compiled program; random keys keep theirs."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf.dtype
+    return jax.dtypes.canonicalize_dtype(leaf.dtype)
 
 
 def _without_filling(values: Any, batch: slice) -> Any:

@@ -125,52 +125,51 @@ def clear(path: Path) -> None:
 def room_for_run(path: Path, *, overwrite: bool) -> Iterator[None]:
     """Put aside the run that a new one replaces, under the lock that the caller holds.
 
-    It is removed after the block. But it comes back if the block raises, or a kill ends it, before
-    the new run has a checkpoint or draws.
+    It is removed after the block. But it comes back if the block raises before the new run has a
+    checkpoint to resume from or draws, or a kill ends it before the new one is a run at all.
 
     Raises:
         RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
         WriteError: if something cannot be moved.
     """
     check_target(path, overwrite=overwrite)
-    entries = [path / name for name in ENTRIES if (path / name).exists()]
-    if not entries:
+    if not (path / "config.toml").exists():  # what there may be is no run
+        clear(path)
         yield
         return
-    with writing(path):
-        (path / _PUT_ASIDE).mkdir()
-        for entry in entries:
-            entry.rename(path / _PUT_ASIDE / entry.name)
-        (path / _PUT_ASIDE).rename(path / _REPLACED)
     try:
+        with writing(path):
+            (path / _PUT_ASIDE).mkdir()
+            for entry in [path / name for name in ENTRIES if (path / name).exists()]:
+                entry.rename(path / _PUT_ASIDE / entry.name)
+            (path / _PUT_ASIDE).rename(path / _REPLACED)
         yield
     except BaseException:
-        _end_replacement(path)
+        _end_replacement(path, back=is_replacing(path))
         raise
-    with writing(path):
-        shutil.rmtree(path / _REPLACED)
+    _end_replacement(path, back=False)
 
 
 def is_replacing(path: Path) -> bool:
-    """Whether the run that was there before would come back if the new one ended now."""
-    return (path / _REPLACED).exists() and not _has_begun(path)
+    """Whether the run that was there before would come back if the new one failed now."""
+    saved = *path.glob("checkpoints/latest/*"), *path.glob("segments/*.npz")
+    begun = any(re.fullmatch(r"\d+|\d+-\d+\.npz", entry.name) for entry in saved)
+    return (path / _REPLACED).is_dir() and not begun
 
 
-def _has_begun(path: Path) -> bool:
-    saved = *path.glob("checkpoints/*/*"), *path.glob("segments/*.npz")
-    return any(re.fullmatch(r"\d+|\d+-\d+\.npz", entry.name) for entry in saved)
-
-
-def _end_replacement(path: Path) -> None:
-    """Of a run by one that ended; a kill at any moment here leaves it to the next time."""
+def _end_replacement(path: Path, *, back: bool) -> None:
+    """Bring back the run that was put aside, or drop it; one only half put aside comes back."""
     with writing(path):
-        if is_replacing(path):
-            clear(path)
-            (path / _REPLACED).rename(path / _PUT_ASIDE)
-        for entry in (path / _PUT_ASIDE).glob("*"):
-            entry.rename(path / entry.name)
-        for folder in (_PUT_ASIDE, _REPLACED):
-            shutil.rmtree(path / folder, ignore_errors=not (path / folder).exists())
+        if (path / _REPLACED).is_dir():
+            if back:
+                clear(path)
+                (path / _REPLACED).rename(path / _PUT_ASIDE)
+            else:
+                shutil.rmtree(path / _REPLACED)
+        if (path / _PUT_ASIDE).is_dir():
+            for entry in (path / _PUT_ASIDE).iterdir():
+                entry.rename(path / entry.name)
+            (path / _PUT_ASIDE).rmdir()
 
 
 @contextmanager
@@ -211,4 +210,5 @@ def _tidy(path: Path) -> None:
             if name != entry.name and _WRITTEN.fullmatch(written):
                 with writing(entry):
                     entry.unlink()
-    _end_replacement(path)
+    # A new run that is whole stays: it is what --resume goes on with.
+    _end_replacement(path, back=not (path / "config.toml").exists())

@@ -80,9 +80,14 @@ class RunDirectory:
             wait: seconds to wait for another process that holds it.
 
         Raises:
-            RunError: if it holds it still.
+            RunError: if it holds it still, or another run has been made there.
         """
         with locked(self.path, wait=wait):
+            there = load_run(self.path)
+            if (there.config, there.data) != (self.config, self.data):
+                raise RunError(
+                    f"{self.path}: holds another run than when it was opened; open that one"
+                )
             yield
 
 

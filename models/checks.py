@@ -32,7 +32,7 @@ def check_symbols(name: str, symbols: Any, vocabulary_size: int) -> None:
         return
     symbols = np.asarray(symbols)  # of JAX's even these would be traced within a jit
     lowest, highest = symbols.min(), symbols.max()
-    if lowest < 0 or highest >= vocabulary_size:
+    if not (lowest >= 0 and highest < vocabulary_size):  # nor NaN
         raise ValueError(
             f"{name} are {lowest} to {highest}: expected symbols from 0 to {vocabulary_size - 1}, "
             f"of {vocabulary_size} that there are"
