@@ -4,7 +4,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -64,9 +64,7 @@ class _Figures(NamedTuple):
     ess_of: dict[str, float]
 
 
-def nuts(
-    rounds: int, config: SampleConfig | None = None, methods: Sequence[str] = METHODS
-) -> dict[str, Any]:
+def nuts(rounds: int, config: SampleConfig | None = None) -> dict[str, Any]:
     """Seconds, leapfrog steps and the smallest bulk effective sample size of identified quantities.
 
     Both samplers have the same chains, iterations, target acceptance, depth and diagonal mass
@@ -78,13 +76,13 @@ def nuts(
     with jax.enable_x64(True):
         return {
             "blackjax": version("blackjax"),
+            "rounds": rounds,
             "chains": config.chains,
             "warmup": config.warmup,
             "draws": config.draws,
             "target_accept": config.target_accept,
             "models": {
-                name: _compare(problem, config, rounds, methods)
-                for name, problem in _problems().items()
+                name: _compare(problem, config, rounds) for name, problem in _problems().items()
             },
         }
 
@@ -135,33 +133,29 @@ def _simulated(model: Callable, name: str) -> np.ndarray:
     return np.asarray(jax.jit(draw)(jax.random.key(0)))
 
 
-def _compare(
-    problem: _Problem, config: SampleConfig, rounds: int, methods: Sequence[str]
-) -> dict[str, Any]:
+def _compare(problem: _Problem, config: SampleConfig, rounds: int) -> dict[str, Any]:
     seeds = count()
     measure = _measure(problem, config)
     runs: dict[str, Callable[[int], _Outcome]] = {}
-    for method in methods:
+    for method in METHODS:
         own = replace(config, chain_method=method)
         runs[f"{method} sample"] = partial(_sample, problem, own)
         runs[f"{method} blackjax"] = _blackjax(problem, own)
         # Slices and stacks of the state compile on first use, within the seconds of `sample`.
         _sample(problem, replace(own, warmup=1, draws=1), 0)
-    if "parallel" in methods:
-        runs[CONTROL] = runs["parallel sample"]
+    runs[CONTROL] = runs["parallel sample"]
     figures = alternate(
         {name: lambda run=run: measure(run(next(seeds))) for name, run in runs.items()},
         rounds=rounds,
     )
     results = {}
-    for method in methods:
+    for method in METHODS:
         found = {name: figures[f"{method} {name}"] for name in ("sample", "blackjax")}
         pairs = [("sample", "blackjax")]
         if method == "parallel":
             found[CONTROL] = figures[CONTROL]
             pairs.append((CONTROL, "sample"))
         results[method] = {
-            "rounds": rounds,
             "samplers": {name: _summary(each) for name, each in found.items()},
             "ratios": {
                 f"{name} / {reference}": {

@@ -12,6 +12,7 @@ from scipy import stats
 
 from probattn import _reference, certificate, log_det, stability_margin
 from probattn.models import LatentEmbeddingsConfig, latent_embeddings, observed_embeddings
+from probattn.models.checks import check_symbols
 from probattn.models.coupling import attention_weights_of
 
 SYMBOLS = 5
@@ -207,3 +208,8 @@ def test_arguments_that_do_not_fit():
         observed_embeddings(np.zeros((3, 5, 3)), config=SMALL)
     with pytest.raises(ValueError, match=r"unit is 0\.0: expected a finite number > 0"):
         observed_embeddings(config=SMALL, unit=0.0)
+
+
+def test_not_a_number_is_no_symbol():
+    with pytest.raises(ValueError, match="tokens are nan to nan: expected symbols from 0 to 2"):
+        check_symbols("tokens", np.array([0.0, np.nan]), 3)

@@ -19,7 +19,7 @@ from numpyro.handlers import seed, substitute, trace
 from tiny_run import files_of, tiny_run_fixture, tiny_text  # noqa: F401
 
 from probattn import log_det, stability_margin
-from probattn.corpora import DataConfig
+from probattn.corpora import DataConfig, load_corpus
 from probattn.inference import (
     SampleConfig,
     SampleError,
@@ -427,6 +427,16 @@ def test_a_sampler_that_cannot_start_leaves_the_run_that_it_was_to_replace(run, 
     with pytest.raises(ValueError, match="GiB"):
         sample_run(config, out, overwrite=True)
     assert files_of(out) == before
+
+
+def test_a_short_text_gives_the_sequences_that_it_has(tiny_run):
+    fitted = load_run(tiny_run.path)
+    tokens = fitted.vocabulary.encode(load_corpus(fitted.config.data).train)
+    block = fitted.config.model.block
+    count = (len(tokens) - 1) // block
+    inputs, targets = posterior.training_sequences(fitted, 10**6)
+    np.testing.assert_array_equal(inputs.ravel(), tokens[: count * block])
+    np.testing.assert_array_equal(targets.ravel(), tokens[1 : count * block + 1])
 
 
 def test_what_is_for_fits_names_a_posterior(run):
