@@ -278,11 +278,14 @@ def create_posterior_run(
     vocabulary: Vocabulary,
     *,
     start: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
 ) -> PosteriorRun:
-    """Make the run directory of a sampled posterior, with what its chains start from."""
+    """Make the run directory of a sampled posterior, with what its chains start from.
+
+    Raises:
+        RunError: if the path holds a run, or anything else.
+    """
     run = PosteriorRun(Path(path), config, _describe(corpus), vocabulary)
-    _create(run, overwrite=overwrite, start=start)
+    _create(run, overwrite=False, start=start)
     return run
 
 
