@@ -4,29 +4,31 @@ Where there are several devices, chains run on all of them: chain i of method pa
 modulo their number, those of method vectorized in equal parts.
 """
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
-from numpyro.handlers import seed, substitute, trace
-from numpyro.infer import NUTS, init_to_sample
+from numpyro.infer import NUTS
 from numpyro.infer.hmc import HMCState
-from numpyro.infer.util import log_density
 
-from probattn import CausalAttention, log_det
+from probattn.inference.checkpoints import named_leaves, with_leaves
 from probattn.inference.memory import gibibytes
+from probattn.inference.rounds import rounds_ahead
 from probattn.inference.sample_config import SampleConfig
+from probattn.inference.starts import check_start, start_at
 
+_CALL_SECONDS = 2.0  # of all chains, between two updates of a progress bar
 _ITERATIONS, _VALUES = 400, 2**24  # in one call, and numbers in its buffers, at most
+_CALLS_AHEAD = 4  # that a chain may have begun before the slowest ends its own
 _LARGEST = 16 * 2**30  # bytes of all draws
 
 # What ArviZ calls the fields of NumPyro's state.
@@ -44,12 +46,19 @@ class SampleError(RuntimeError):
     """A sampler cannot start or go on: the message says why, and what to try."""
 
 
+class Iterations(NamedTuple):
+    """Iterations of all chains, one after another; every array is (chains, iterations, ...)."""
+
+    draws: dict[str, np.ndarray]
+    statistics: dict[str, np.ndarray]
+
+
 class _Call(NamedTuple):
-    """What one call of a chain gives back: buffers of which the first `count` rows are filled."""
+    """What one call gives back; of the compiled program, buffers whose first rows are filled."""
 
     state: HMCState
-    draws: dict[str, Array]
-    statistics: dict[str, Array]
+    draws: dict[str, Any]
+    statistics: dict[str, Any]
 
 
 class Chains:
@@ -76,9 +85,9 @@ class Chains:
             model,
             target_accept_prob=config.target_accept,
             max_tree_depth=config.max_tree_depth,
-            init_strategy=partial(_start_at, start),
+            init_strategy=partial(start_at, start),
         )
-        _check_start(model, args, kwargs, start)
+        check_start(model, args, kwargs, start)
 
         def init(rng_key: Array) -> HMCState:
             return kernel.init(rng_key, config.warmup, model_args=args, model_kwargs=kwargs)
@@ -100,7 +109,7 @@ class Chains:
 
             shapes = jax.eval_shape(recorded, state)
             empty = jax.tree.map(
-                lambda leaf: jnp.zeros((self.most, *leaf.shape), leaf.dtype), shapes
+                lambda leaf: jnp.zeros((self._most, *leaf.shape), leaf.dtype), shapes
             )
             state, (draws, statistics) = jax.lax.fori_loop(0, count, body, (state, empty))
             return _Call(state, draws, statistics)
@@ -109,64 +118,155 @@ class Chains:
         starts = jax.jit(jax.vmap(init)).trace(keys)
         size = sum(leaf.size for leaf in jax.tree.leaves(starts.out_info.z))  # of all chains
         _check_size(size, config)
-        self.most = max(1, min(_ITERATIONS, _VALUES // size))
-        self.state = jax.block_until_ready(starts.lower().compile()(keys))
-        self._check_density()
+        self._most = max(1, min(_ITERATIONS, _VALUES // size))
+        state = jax.block_until_ready(starts.lower().compile()(keys))
+        _check_density(np.asarray(state.potential_energy))
         self._each = config.chain_method == "parallel"
-        self._devices = jax.local_devices()[: config.chains]
-        if self._each:
-            # For each device the same program: a chain has the same draws on any.
-            self._programs = [
-                jax.jit(advance).lower(self._chain(number), np.int32(0)).compile()
-                for number in range(len(self._devices))
-            ]
-        else:
-            self._spread = _spread(config.chains, self._devices)
+        devices = jax.local_devices()[: config.chains]
+        self._spread = None if self._each else _spread(config.chains, devices)
+        self._devices = devices if self._each else devices[:1]
+        # Of each chain, or of all in one: they are advanced, and go on, independently.
+        self._states = self._placed(state)
+        of_all = advance
+        if not self._each:
             of_all = jax.vmap(advance, in_axes=(0, None))
             if self._spread is not None:
                 of_all = _for_own_chains(of_all, self._spread)
-            self._programs = [jax.jit(of_all).lower(self._chains(), np.int32(0)).compile()]
+        # For each device the same program: a chain has the same draws on any.
+        self._programs = [
+            jax.jit(of_all).lower(state, np.int32(0)).compile()
+            for state in self._states[: len(self._devices)]
+        ]
 
-    def advance(self, count: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Iterate all chains; draws and statistics of the iterations, (chains, count, ...)."""
+    def advance(self, first: int, stops: Sequence[int]) -> Generator[Iterations]:
+        """Iterate all chains, from iteration `first` to the last of `stops`.
+
+        Every chain goes on in threads of its own without waiting for slower ones, a few calls
+        ahead of them; what all have done comes as soon as it is. Of what comes, no part crosses
+        one of `stops`. Closing the iterator ends the threads, and the chains stand where what came
+        last ended.
+        """
+        threads = min(len(self._states), os.cpu_count() or 1)
+        pace = _Pace(first, stops, self._most, len(self._states) / threads)
+        latest = list(self._states)
+
+        def work(member: int, count: int) -> _Call:
+            # Each thread has settings of its own.
+            with jax.enable_x64(self._config.precision == "float64"):
+                started = time.perf_counter()
+                program = self._programs[member % len(self._programs)]
+                call = jax.block_until_ready(program(latest[member], np.int32(count)))
+                pace.took(count, time.perf_counter() - started)
+            latest[member] = call.state
+            # Copied: a view would keep the whole buffer.
+            filled = (None, slice(count)) if self._each else (slice(None), slice(count))
+            draws, statistics = jax.tree.map(
+                lambda rows: np.asarray(rows)[filled].copy(), (call.draws, call.statistics)
+            )
+            return _Call(call.state, draws, statistics)
+
+        rounds = rounds_ahead(
+            work,
+            pace.next,
+            members=len(latest),
+            threads=threads,
+            ahead=_CALLS_AHEAD if self._each else 1,
+        )
+        with closing(rounds):
+            for calls in rounds:
+                self._states = [call.state for call in calls]
+                yield Iterations(
+                    *jax.tree.map(
+                        lambda *parts: np.concatenate(parts),
+                        *[(call.draws, call.statistics) for call in calls],
+                    )
+                )
+
+    def saved(self) -> dict[str, np.ndarray]:
+        """Leaves of the state by name, (chains, ...): where `advance` stands, to go on from."""
+        states = [jax.tree.map(np.asarray, _plain(state)) for state in self._states]
         if self._each:
-            with ThreadPoolExecutor(min(self._config.chains, os.cpu_count() or 1)) as pool:
-                calls = list(pool.map(partial(self._run, count), range(self._config.chains)))
-            call = jax.tree.map(lambda *leaves: jnp.stack(leaves), *calls)
-        else:
-            call = self._programs[0](self._chains(), np.int32(count))
-        self.state = call.state
-        # Copied: a view would keep the whole buffer.
-        return jax.tree.map(
-            lambda rows: np.asarray(rows)[:, :count].copy(), (call.draws, call.statistics)
+            return named_leaves(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
+        return named_leaves(states[0])
+
+    def restore(self, leaves: Mapping[str, np.ndarray]) -> None:
+        """Go on from leaves of a state that was saved, of the names and shapes of `saved`."""
+        first = self._states[0]
+        plain = with_leaves(
+            _plain(first), {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+        )
+        self._states = self._placed(
+            jax.tree.map(
+                lambda old, new: jax.random.wrap_key_data(new) if _is_key(old) else new,
+                first,
+                plain,
+            )
         )
 
-    def _run(self, count: int, number: int) -> _Call:
-        program = self._programs[number % len(self._programs)]
-        # Each thread has settings of its own.
-        with jax.enable_x64(self._config.precision == "float64"):
-            call = jax.block_until_ready(program(self._chain(number), np.int32(count)))
-            return call if len(self._devices) == 1 else jax.device_put(call, self._devices[0])
-
-    def _chain(self, number: int) -> HMCState:
-        """The state of a chain, on its device."""
-        state = jax.tree.map(lambda leaf: leaf[number], self.state)
+    def _placed(self, state: HMCState) -> list[HMCState]:
+        """A state of all chains as those of each that is advanced, on their devices."""
+        if not self._each:
+            return [state if self._spread is None else jax.device_put(state, self._spread)]
+        chains = _each_of(state, self._config.chains)
         if len(self._devices) == 1:
-            return state
-        return jax.device_put(state, self._devices[number % len(self._devices)])
+            return chains
+        return [
+            jax.device_put(chain, self._devices[number % len(self._devices)])
+            for number, chain in enumerate(chains)
+        ]
 
-    def _chains(self) -> HMCState:
-        """The state of all chains, on their devices."""
-        return self.state if self._spread is None else jax.device_put(self.state, self._spread)
 
-    def _check_density(self) -> None:
-        energy = np.asarray(self.state.potential_energy)
-        if not np.isfinite(energy).all():
-            lost = [str(number) for number in np.flatnonzero(~np.isfinite(energy))]
-            raise SampleError(
-                f"chain {', '.join(lost)}: 100 draws of the prior have no finite log density; "
-                "start from given values, such as a coupling of zero, or use a proper coupling"
-            )
+class _Pace:
+    """Iterations of each call: few at first, then as many as take `_CALL_SECONDS`.
+
+    Args:
+        first: iteration before them.
+        stops: iterations that no call goes across; the last ends them.
+        most: in one call.
+        turns: calls that each thread makes until all chains have made one.
+    """
+
+    def __init__(self, first: int, stops: Sequence[int], most: int, turns: float) -> None:
+        self._at, self._stops, self._most, self._turns = first, stops, most, turns
+        self._count, self._rate = 0, 0.0  # iterations, and those per second of all chains
+
+    def next(self, number: int) -> int | None:
+        """Iterations of the next call; None if there is none."""
+        stop = next((stop for stop in self._stops if stop > self._at), None)
+        if stop is None:
+            return None
+        wanted = min(2 * self._count, self._rate * _CALL_SECONDS, self._most)
+        self._count = max(1, round(wanted))
+        count = min(self._count, stop - self._at)
+        self._at += count
+        return count
+
+    def took(self, count: int, seconds: float) -> None:
+        """Note the seconds of a call."""
+        self._rate = count / (max(seconds, 1e-9) * self._turns)
+
+
+@partial(jax.jit, static_argnums=1)
+def _each_of(state: HMCState, chains: int) -> list[HMCState]:
+    return [jax.tree.map(itemgetter(number), state) for number in range(chains)]
+
+
+def _is_key(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(state: HMCState) -> HMCState:
+    """The state with its random keys as numbers, which can be saved."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
+
+
+def _check_density(energy: np.ndarray) -> None:
+    if not np.isfinite(energy).all():
+        lost = [str(number) for number in np.flatnonzero(~np.isfinite(energy))]
+        raise SampleError(
+            f"chain {', '.join(lost)}: 100 draws of the prior have no finite log density; "
+            "start from given values, such as a coupling of zero, or use a proper coupling"
+        )
 
 
 def _spread(chains: int, devices: Sequence[jax.Device]) -> NamedSharding | None:
@@ -197,66 +297,3 @@ def _check_size(size: int, config: SampleConfig) -> None:
             f"take {gibibytes(total)}: expected at most {gibibytes(_LARGEST)}; give a smaller "
             "model, or fewer sample.draws"
         )
-
-
-def _start_at(values: Mapping[str, Any], site: dict | None = None) -> Any:
-    """NumPyro initialisation: the values given, and draws from the prior for other sites."""
-    if site is None:
-        return partial(_start_at, values)
-    if site["type"] == "sample" and site["name"] in values:
-        return jnp.asarray(values[site["name"]])
-    return init_to_sample(site)
-
-
-def _check_start(model: Callable, args: tuple, kwargs: dict, start: Mapping) -> None:
-    """Refuse a start that the model lacks or whose density is zero."""
-    if not start:
-        return
-
-    def latent() -> dict[str, Array]:
-        sites = trace(seed(model, jax.random.key(0))).get_trace(*args, **kwargs)
-        return {
-            name: site["value"]
-            for name, site in sites.items()
-            if site["type"] == "sample" and not site["is_observed"]
-        }
-
-    shapes = {name: leaf.shape for name, leaf in jax.eval_shape(latent).items()}
-    if unknown := sorted(set(start) - set(shapes)):
-        raise ValueError(
-            f"start names {', '.join(unknown)}: expected sample sites of the model, "
-            f"{', '.join(sorted(shapes))}"
-        )
-    for name, value in start.items():
-        if jnp.shape(value) != shapes[name]:
-            raise ValueError(
-                f"start has {name} of shape {jnp.shape(value)}: expected {shapes[name]}"
-            )
-    if set(start) != set(shapes):
-        return  # the rest is drawn, until the density is positive
-    density = jax.jit(lambda values: log_density(model, args, kwargs, values)[0])(start)
-    if not np.isfinite(density):
-        raise ValueError(
-            f"the start has a log density of {float(density)}"
-            f"{_infeasible(model, args, kwargs, start)}; "
-            "start from smaller couplings or embeddings, or from the prior"
-        )
-
-
-def _infeasible(model: Callable, args: tuple, kwargs: dict, start: Mapping) -> str:
-    """How many tokens of attention processes lie outside the feasible region."""
-    sites = trace(seed(substitute(model, start), jax.random.key(0))).get_trace(*args, **kwargs)
-    outside, smallest = 0, math.inf
-    for site in sites.values():
-        process = site.get("fn")
-        if isinstance(process, dist.ExpandedDistribution):
-            process = process.base_dist
-        if site["type"] == "sample" and isinstance(process, CausalAttention):
-            sign, log_abs = log_det(
-                site["value"], process.w_query, process.w_key, bound=process.bound
-            )
-            outside += int(jnp.sum(sign <= 0))
-            smallest = min(smallest, float(jnp.min(sign * jnp.exp(log_abs))))
-    if not outside:
-        return ""
-    return f": {outside} tokens have a determinant <= 0, the smallest of {smallest:.3g}"

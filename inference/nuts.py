@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
-from numpyro.infer.hmc import HMCState
 
 from probattn.inference.chains import Chains
-from probattn.inference.checkpoints import named_leaves, with_leaves
 from probattn.inference.interrupts import Interrupted, deferred_interrupts
 from probattn.inference.memory import check_memory
 from probattn.inference.posterior_result import PosteriorResult
@@ -31,7 +29,6 @@ from probattn.inference.progress import Bar, progress_bar
 from probattn.inference.sample_config import SampleConfig
 from probattn.inference.segments import Segment, SegmentError, SegmentFolder
 
-_CALL_SECONDS = 2.0  # of iterations between two updates of the progress bar
 _SAVE_SECONDS = 30.0  # between two segments
 
 
@@ -179,39 +176,33 @@ class _Sampler:
 
     def go(self, bar: Bar) -> None:
         """Iterate to the end, saving as it goes."""
-        total = self._config.warmup + self._config.draws
-        count, unsaved = 1, 0.0
-        with deferred_interrupts() as interrupted:
-            while self.iteration < total:
-                # A call is warm-up or not, so that a segment is too.
-                warm = self.iteration < self._config.warmup
-                stop = self._config.warmup if warm else total
-                count = min(count, stop - self.iteration)
-                started = time.perf_counter()
-                draws, statistics = self._chains.advance(count)
-                elapsed = time.perf_counter() - started
-                self.seconds += elapsed
-                unsaved += elapsed
-                self._record(count, draws, statistics)
-                bar.update(count)
+        warmup, total = self._config.warmup, self._config.warmup + self._config.draws
+        started = time.perf_counter() - self.seconds
+        saved = self.seconds
+        with (
+            deferred_interrupts() as interrupted,
+            # Each part is of the warm-up or not, so that a segment is too.
+            closing(self._chains.advance(self.iteration, (warmup, total))) as parts,
+        ):
+            for draws, statistics in parts:
+                self.seconds = time.perf_counter() - started
+                self._record(draws, statistics)
                 self._show(bar, statistics)
-                ends = self.iteration in (self._config.warmup, total)
+                ends = self.iteration in (warmup, total)
                 signum = interrupted()  # once: what it ends with is saved
-                if ends or unsaved >= _SAVE_SECONDS or signum:
+                if ends or self.seconds - saved >= _SAVE_SECONDS or signum:
                     self._save()
-                    unsaved = 0.0
+                    saved = self.seconds
                 if signum and self.iteration < total:
                     raise Interrupted(signum)
-                faster = round(_CALL_SECONDS * count / max(elapsed, 1e-9))
-                count = max(1, min(2 * count, faster, self._chains.most))
 
-    def _record(self, count: int, draws: dict, statistics: dict) -> None:
+    def _record(self, draws: dict, statistics: dict) -> None:
         self.kept.add(self.iteration, draws, statistics)
         if self.iteration < self._config.warmup:
             draws = {name: values[:, :0] for name, values in draws.items()}
         if self._folder is not None:
             self._pending.append((draws, statistics))
-        self.iteration += count
+        self.iteration += statistics["n_steps"].shape[1]
 
     def _save(self) -> None:
         if self._folder is None or not self._pending:
@@ -220,21 +211,20 @@ class _Sampler:
         statistics["seconds"] = np.full(
             (self._config.chains, self.iteration - self._saved), self.seconds
         )
-        state = named_leaves(_plain(self._chains.state))
         self._folder.save(
             Segment(
                 self._saved,
                 self.iteration,
                 draws,
                 statistics,
-                {name: np.asarray(leaf) for name, leaf in state.items()},
+                self._chains.saved(),
                 self._digest,
             )
         )
         self._saved, self._pending = self.iteration, []
 
     def _restore(self, folder: SegmentFolder) -> None:
-        expected = named_leaves(_plain(self._chains.state))
+        expected = self._chains.saved()
         for segment in folder.load():
             _check_state(folder.path, segment, expected)
             if not np.array_equal(segment.digest, self._digest):
@@ -244,9 +234,10 @@ class _Sampler:
                 )
             self.seconds = self.kept.add_segment(folder.path, segment)
             self._saved = self.iteration = segment.stop
-            self._chains.state = _restored(self._chains.state, segment.state)
+            self._chains.restore(segment.state)
 
     def _show(self, bar: Bar, statistics: dict[str, np.ndarray]) -> None:
+        bar.update(statistics["n_steps"].shape[1])
         kept = self.kept.statistics.get("diverging")
         drawn = max(self.iteration - self._config.warmup, 0)
         bar.show(
@@ -281,23 +272,6 @@ def _digest(config: SampleConfig, model: Callable, arguments: Sequence) -> np.nd
         elif not callable(leaf) and type(leaf).__repr__ is not object.__repr__:
             digest.update(repr(leaf).encode())
     return np.frombuffer(digest.digest(), np.uint8)
-
-
-def _is_key(leaf: Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _plain(state: HMCState) -> HMCState:
-    """The state with its random keys as numbers, which can be saved."""
-    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
-
-
-def _restored(state: HMCState, leaves: Mapping[str, np.ndarray]) -> HMCState:
-    """The state with leaves that were saved; it says which of them are random keys."""
-    plain = with_leaves(_plain(state), {name: jnp.asarray(leaf) for name, leaf in leaves.items()})
-    return jax.tree.map(
-        lambda old, new: jax.random.wrap_key_data(new) if _is_key(old) else new, state, plain
-    )
 
 
 def _check_state(path: Path, segment: Segment, expected: Mapping[str, Any]) -> None:

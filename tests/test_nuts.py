@@ -130,15 +130,14 @@ def test_moments_agree_with_quadrature(coupling):
 
 
 def interrupt_after(monkeypatch, calls):
-    """SIGTERM while the sampler is in its call of that number."""
+    """SIGTERM once all chains have ended their call of that number."""
     advance = nuts_module.Chains.advance
-    made = []
 
-    def counted(self, count):
-        made.append(count)
-        if len(made) == calls:
-            signal.raise_signal(signal.SIGTERM)
-        return advance(self, count)
+    def counted(self, first, stops):
+        for number, part in enumerate(advance(self, first, stops), 1):
+            if number == calls:
+                signal.raise_signal(signal.SIGTERM)
+            yield part
 
     monkeypatch.setattr(nuts_module.Chains, "advance", counted)
 
@@ -159,7 +158,7 @@ def test_interrupted_and_resumed_ends_as_uninterrupted(whole, tmp_path, monkeypa
 def test_a_finished_run_is_read_and_not_sampled_again(whole, tmp_path, monkeypatch):
     arguments = {"model_args": (DATA,), "config": FEW, "out": tmp_path}
     assert_same(sample(model, **arguments), whole)
-    monkeypatch.setattr(nuts_module.Chains, "advance", None)
+    interrupt_after(monkeypatch, 1)
     assert_same(sample(model, **arguments, resume=True), whole)
 
 

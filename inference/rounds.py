@@ -1,0 +1,119 @@
+"""Rounds of several members, each of which goes on without waiting for the others."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+
+
+def rounds_ahead[Task, Result](
+    work: Callable[[int, Task], Result],
+    task: Callable[[int], Task | None],
+    *,
+    members: int,
+    threads: int,
+    ahead: int,
+) -> Generator[list[Result]]:
+    """Results of `work(member, task(number))` of all members, for rounds 0, 1, ... in order.
+
+    A member works on one round after another. It begins the next as soon as a thread is free,
+    those of the fewest rounds first, so that none waits for a slower one, and the caller's own
+    work between two rounds costs nothing.
+
+    Args:
+        work: what a member does, in any of the threads.
+        task: of a round; None ends the rounds. Called once for each, when its first member begins
+            it, and by one thread at a time.
+        members: their number.
+        threads: how many members work at once.
+        ahead: rounds that a member may have begun and the caller not been given.
+
+    Yields:
+        Results of a round, by member.
+
+    Raises:
+        Exception: what `work` or `task` raises. The threads end before it does, and before
+            the iterator is closed; rounds that they had begun are lost.
+    """
+    rounds = _Rounds(work, task, members, ahead)
+    with ThreadPoolExecutor(threads) as pool:
+        workers = [pool.submit(rounds.work_on) for _ in range(threads)]
+        try:
+            while (results := rounds.next()) is not None:
+                yield results
+        finally:
+            rounds.close()
+    for worker in workers:
+        worker.result()
+
+
+class _Rounds[Task, Result]:
+    """What the threads share; all of it changes under one lock."""
+
+    def __init__(
+        self,
+        work: Callable[[int, Task], Result],
+        task: Callable[[int], Task | None],
+        members: int,
+        ahead: int,
+    ) -> None:
+        self._work, self._task, self._ahead = work, task, ahead
+        self._changed = threading.Condition()
+        self._tasks: list[Task | None] = []
+        self._begun = [0] * members
+        self._idle = set(range(members))
+        self._done: list[deque[Result]] = [deque() for _ in range(members)]
+        self._given = 0
+        self._closed = False
+
+    def work_on(self) -> None:
+        """In a thread: rounds, until there are no more or the rounds are closed."""
+        try:
+            while (begun := self._begin()) is not None:
+                member, task = begun
+                result = self._work(member, task)
+                with self._changed:
+                    self._done[member].append(result)
+                    self._idle.add(member)
+                    self._changed.notify_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def next(self) -> list[Result] | None:
+        """The results of the next round, once there are; None after the last."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or all(self._done) or self._ended())
+            if not all(self._done):
+                return None
+            self._given += 1
+            self._changed.notify_all()
+            return [results.popleft() for results in self._done]
+
+    def close(self) -> None:
+        """Let the threads begin no more rounds."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _begin(self) -> tuple[int, Task] | None:
+        """A member and its next task, once one may begin it; None if none will."""
+        with self._changed:
+            while not self._closed:
+                member = min(self._idle, key=self._begun.__getitem__, default=None)
+                if member is not None and self._begun[member] < self._given + self._ahead:
+                    number = self._begun[member]
+                    if number == len(self._tasks):
+                        self._tasks.append(self._task(number))
+                    if (task := self._tasks[number]) is None:
+                        self._changed.notify_all()
+                        return None
+                    self._begun[member] += 1
+                    self._idle.remove(member)
+                    return member, task
+                self._changed.wait()
+            return None
+
+    def _ended(self) -> bool:
+        """Whether all rounds there are were given."""
+        return bool(self._tasks) and self._tasks[-1] is None and self._given == len(self._tasks) - 1
