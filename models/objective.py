@@ -1,11 +1,14 @@
 """What a language model is fitted to: cross-entropy, and an attention barrier or process."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 ObjectiveName = Literal["ce", "margin", "full", "latent"]
 AttentionStage = Literal["separate", "first_layer", "normalised"]
+
+_OF_BARRIER = ("residual_scale", "delta", "attention", "one_sided")
+_OF_LATENT = ("beta", "guide_scale", "learn_guide_scale")
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,23 @@ class ObjectiveConfig:
                     f"objective.{field} is {weight} with objective {self.name}, which has no such "
                     "term: expected 0, or another objective.name"
                 )
-        if self.one_sided and not self.has_barrier:
-            raise ValueError(
-                f"objective.one_sided is set with objective {self.name}, which has no barrier: "
-                "expected objective.name margin or full"
-            )
-        if self.name == "latent" and self.attention != "separate":
-            raise ValueError(
-                f"objective.attention is {self.attention!r} with objective latent, whose process "
-                "is that of the embeddings themselves: expected separate"
-            )
         for field in ("residual_scale", "delta", "beta", "guide_scale"):
             value = getattr(self, field)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"objective.{field} is {value}: expected a finite number > 0")
+        self._check_use(_OF_BARRIER, self.has_barrier, "margin or full")
+        self._check_use(_OF_LATENT, self.name == "latent", "latent")
+
+    def _check_use(self, names: tuple[str, ...], used: bool, by: str) -> None:
+        """Refuse a setting that the objective named has no use for."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in names:
+            value, default = getattr(self, name), defaults[name]
+            if not used and value != default:
+                raise ValueError(
+                    f"objective.{name} is {value!r} with objective {self.name}, which has no use "
+                    f"for it: expected the default, {default!r}, or objective.name {by}"
+                )
 
     @property
     def weights(self) -> tuple[float, float]:

@@ -59,7 +59,6 @@ def test_replacing_the_name_keeps_weights_given():
     ("name", "attention", "trains"),
     [
         ("ce", "separate", False),
-        ("ce", "first_layer", False),
         ("margin", "separate", True),
         ("margin", "first_layer", False),
         ("full", "separate", True),
@@ -105,17 +104,27 @@ def test_a_weight_of_what_an_objective_has_not_is_refused(name, field):
     assert "expected 0, or another objective.name" in message
 
 
-@pytest.mark.parametrize("name", ["ce", "latent"])
-def test_one_side_of_no_barrier_is_refused(name):
-    message = refusal(name=name, one_sided=True)
-    assert message.startswith(f"objective.one_sided is set with objective {name}")
-
-
-@pytest.mark.parametrize("attention", ["first_layer", "normalised"])
-def test_latent_embeddings_have_no_other_stage(attention):
-    message = refusal(name="latent", attention=attention)
-    assert message.startswith(f"objective.attention is {attention!r} with objective latent")
-    assert message.endswith("expected separate")
+@pytest.mark.parametrize(
+    ("field", "value", "default", "names", "by"),
+    [
+        ("residual_scale", 2.0, 1.0, ["ce", "latent"], "margin or full"),
+        ("delta", 0.01, 0.001, ["ce", "latent"], "margin or full"),
+        ("attention", "first_layer", "separate", ["ce", "latent"], "margin or full"),
+        ("attention", "normalised", "separate", ["ce", "latent"], "margin or full"),
+        ("one_sided", True, False, ["ce", "latent"], "margin or full"),
+        ("beta", 0.1, 1.0, ["ce", "margin", "full"], "latent"),
+        ("guide_scale", 0.25, 0.5, ["ce", "margin", "full"], "latent"),
+        ("learn_guide_scale", True, False, ["ce", "margin", "full"], "latent"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(field, value, default, names, by):
+    for name in names:
+        assert refusal(name=name, **{field: value}) == (
+            f"objective.{field} is {value!r} with objective {name}, which has no use for it: "
+            f"expected the default, {default!r}, or objective.name {by}"
+        )
+    for name in set(NAMES) - set(names):
+        assert getattr(ObjectiveConfig(name, **{field: value}), field) == value
 
 
 @pytest.mark.parametrize("field", ["residual_scale", "delta", "beta", "guide_scale"])
