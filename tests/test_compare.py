@@ -27,6 +27,7 @@ from tiny_run import (
 from probattn import stability_margin
 from probattn.corpora import load_corpus
 from probattn.inference import (
+    ComparedRun,
     compare,
     console,
     fit,
@@ -354,6 +355,13 @@ def test_a_latent_model_is_compared_beside_language_models_of_another_block(
     console.print_compared(Console(width=100), [found["margin"], found["latent"]])
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "noise 0.5" in line)
     assert line.split("│")[3].strip() == "-"
+
+
+@pytest.mark.parametrize(("pareto_k", "warned"), [(0.71, 1), (math.nan, 1), (0.7, 0), (None, 0)])
+def test_an_estimate_that_cannot_be_trusted_is_said_to_be_none(pareto_k, warned, capsys):
+    runs = [ComparedRun("a", "language"), ComparedRun("b", "latent", pareto_k=pareto_k)]
+    console.print_compared(Console(width=100), runs)
+    assert capsys.readouterr().out.count("cannot be trusted") == warned
 
 
 def test_a_latent_model_is_given_its_own_draws(runs, latent, monkeypatch):

@@ -203,6 +203,28 @@ def test_draws_go_together_as_far_as_memory_allows(monkeypatch, budget):
     np.testing.assert_allclose(medians, draws.ravel() * positions, rtol=1e-6)
 
 
+def test_draws_of_several_types():
+    """Double precision and whole numbers beside the single precision that a result is of."""
+
+    def model():
+        value = numpyro.sample("value", dist.Normal(0.0, 1.0))
+        scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+        count = numpyro.sample("count", dist.Poisson(3.0))
+        numpyro.deterministic("product", value * scale * count)
+
+    rng = np.random.default_rng(0)
+    draws = {
+        "value": rng.normal(size=(2, 5)).astype(np.float32),
+        "scale": rng.random((2, 5)),
+        "count": rng.integers(9, size=(2, 5)),
+    }
+    result = PosteriorResult(method="nuts", draws=draws, model=model)
+    ((_, values),) = site_values(result)
+    product = values.deterministic["product"]
+    assert product.dtype == np.float32
+    np.testing.assert_allclose(product, np.prod([*draws.values()], 0).ravel(), rtol=1e-6)
+
+
 def test_a_vocabulary_with_the_character_nul_can_be_saved(tmp_path):
     run = make_run(tmp_path / "run")
     run = dataclasses.replace(run, vocabulary=CharacterVocabulary(("\0", "a")))
