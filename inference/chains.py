@@ -28,7 +28,7 @@ from probattn.inference.starts import check_start, start_at
 
 _CALL_SECONDS = 2.0  # of all chains, between two updates of a progress bar
 _ITERATIONS, _VALUES = 400, 2**24  # in one call, and numbers in its buffers, at most
-_CALLS_AHEAD = 4  # that a chain may have begun before the slowest ends its own
+_CALLS_AHEAD = 4  # that a chain may have begun and no one been given; so many buffers are kept
 _LARGEST = 16 * 2**30  # bytes of all draws
 
 # What ArviZ calls the fields of NumPyro's state.
@@ -141,14 +141,14 @@ class Chains:
     def advance(self, first: int, stops: Sequence[int]) -> Generator[Iterations]:
         """Iterate all chains, from iteration `first` to the last of `stops`.
 
-        Every chain goes on in threads of its own without waiting for slower ones, a few calls
-        ahead of them; what all have done comes as soon as it is. Of what comes, no part crosses
-        one of `stops`. Closing the iterator ends the threads, and the chains stand where what came
+        A chain, in any of the threads, does not wait for slower ones but goes a few calls ahead of
+        them; what all have done comes as soon as it is, and no part crosses one of `stops`.
+        Closing the iterator waits for the calls in progress, and leaves the chains where what came
         last ended.
         """
         threads = min(len(self._states), os.cpu_count() or 1)
-        pace = _Pace(first, stops, self._most, len(self._states) / threads)
         latest = list(self._states)
+        pace = _Pace(first, stops, self._most, len(latest), threads)
 
         def work(member: int, count: int) -> _Call:
             # Each thread has settings of its own.
@@ -156,7 +156,7 @@ class Chains:
                 started = time.perf_counter()
                 program = self._programs[member % len(self._programs)]
                 call = jax.block_until_ready(program(latest[member], np.int32(count)))
-                pace.took(count, time.perf_counter() - started)
+                pace.took(member, count, time.perf_counter() - started)
             latest[member] = call.state
             # Copied: a view would keep the whole buffer.
             filled = (None, slice(count)) if self._each else (slice(None), slice(count))
@@ -217,33 +217,44 @@ class Chains:
 
 
 class _Pace:
-    """Iterations of each call: few at first, then as many as take `_CALL_SECONDS`.
+    """Iterations of each call: few at first, then so many that a round takes `_CALL_SECONDS`.
+
+    The slowest chain sets the pace: a round takes that where all are as slow, and where none of
+    its calls was as long yet, no one's is much longer than its last.
 
     Args:
         first: iteration before them.
         stops: iterations that no call goes across; the last ends them.
         most: in one call.
-        turns: calls that each thread makes until all chains have made one.
+        members: that are advanced each by itself.
+        threads: that share them.
     """
 
-    def __init__(self, first: int, stops: Sequence[int], most: int, turns: float) -> None:
-        self._at, self._stops, self._most, self._turns = first, stops, most, turns
-        self._count, self._rate = 0, 0.0  # iterations, and those per second of all chains
+    def __init__(
+        self, first: int, stops: Sequence[int], most: int, members: int, threads: int
+    ) -> None:
+        self._at, self._stops, self._most = first, stops, most
+        # Of each one's last call: iterations, and seconds of an iteration.
+        self._counts, self._seconds = [0] * members, [0.0] * members
+        self._turns = members / threads
+        self._count = 0
 
     def next(self, number: int) -> int | None:
         """Iterations of the next call; None if there is none."""
         stop = next((stop for stop in self._stops if stop > self._at), None)
         if stop is None:
             return None
-        wanted = min(2 * self._count, self._rate * _CALL_SECONDS, self._most)
-        self._count = max(1, round(wanted))
+        wanted = min(2 * self._count, 4 * min(self._counts), self._most)
+        if slowest := max(self._seconds):
+            wanted = min(wanted, round(_CALL_SECONDS / (slowest * self._turns)))
+        self._count = max(1, wanted)
         count = min(self._count, stop - self._at)
         self._at += count
         return count
 
-    def took(self, count: int, seconds: float) -> None:
-        """Note the seconds of a call."""
-        self._rate = count / (max(seconds, 1e-9) * self._turns)
+    def took(self, member: int, count: int, seconds: float) -> None:
+        """Note the seconds of a call, from any thread."""
+        self._counts[member], self._seconds[member] = count, seconds / count
 
 
 @partial(jax.jit, static_argnums=1)

@@ -1,7 +1,7 @@
 """Full posteriors by NumPyro's NUTS, in segments that are saved as they come.
 
-The kernel is NumPyro's. Chains start from draws of the prior, or from given values; each runs on a
-thread of its own, or all in one vectorised call. A chain is a function of the seed alone: where it
+The kernel is NumPyro's. Chains start from draws of the prior, or from given values; each goes its
+own way in threads, or all in one vectorised call. A chain is a function of the seed alone: where it
 is cut into segments changes no digit, so an interrupted run that is resumed ends as one that was
 not.
 """

@@ -3,7 +3,8 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 
 
 def rounds_ahead[Task, Result](
@@ -20,6 +21,10 @@ def rounds_ahead[Task, Result](
     those of the fewest rounds first, so that none waits for a slower one, and the caller's own
     work between two rounds costs nothing.
 
+    Close the iterator (`contextlib.closing`) unless it comes to its end: the threads wait for
+    that. Closing waits for what is in progress; rounds that were not given are lost, and an error
+    in one of them is dropped.
+
     Args:
         work: what a member does, in any of the threads.
         task: of a round; None ends the rounds. Called once for each, when its first member begins
@@ -32,13 +37,14 @@ def rounds_ahead[Task, Result](
         Results of a round, by member.
 
     Raises:
-        Exception: what `work` or `task` raises. The threads end before it does, and before
-            the iterator is closed; rounds that they had begun are lost.
+        Exception: what `work` or `task` raises, after the rounds that were whole before and after
+            the threads have ended.
     """
-    rounds = _Rounds(work, task, members, ahead)
+    rounds = _Rounds(work, task, members=members, threads=threads, ahead=ahead)
+    workers: list[Future] = []
     with ThreadPoolExecutor(threads) as pool:
-        workers = [pool.submit(rounds.work_on) for _ in range(threads)]
         try:
+            workers.extend(pool.submit(rounds.work_on) for _ in range(threads))
             while (results := rounds.next()) is not None:
                 yield results
         finally:
@@ -48,57 +54,64 @@ def rounds_ahead[Task, Result](
 
 
 class _Rounds[Task, Result]:
-    """What the threads share; all of it changes under one lock."""
+    """What the threads share; all of it changes under one lock.
+
+    The caller's thread takes no more than that lock and a queue, neither of them written in
+    Python: a signal whose handler raises leaves both as they were.
+    """
 
     def __init__(
         self,
         work: Callable[[int, Task], Result],
         task: Callable[[int], Task | None],
+        *,
         members: int,
+        threads: int,
         ahead: int,
     ) -> None:
         self._work, self._task, self._ahead = work, task, ahead
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._tasks: list[Task | None] = []
         self._begun = [0] * members
         self._idle = set(range(members))
         self._done: list[deque[Result]] = [deque() for _ in range(members)]
+        self._whole: SimpleQueue[list[Result] | None] = SimpleQueue()
         self._given = 0
+        self._threads = threads
         self._closed = False
 
     def work_on(self) -> None:
         """In a thread: rounds, until there are no more or the rounds are closed."""
         try:
             while (begun := self._begin()) is not None:
-                member, task = begun
-                result = self._work(member, task)
-                with self._changed:
-                    self._done[member].append(result)
-                    self._idle.add(member)
-                    self._changed.notify_all()
+                self._end(begun[0], self._work(*begun))
         except BaseException:
             self.close()
             raise
+        finally:
+            with self._lock:
+                self._threads -= 1
+                if not self._threads:
+                    self._whole.put(None)
 
     def next(self) -> list[Result] | None:
         """The results of the next round, once there are; None after the last."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or all(self._done) or self._ended())
-            if not all(self._done):
-                return None
+        results = self._whole.get()
+        with self._lock:
             self._given += 1
             self._changed.notify_all()
-            return [results.popleft() for results in self._done]
+        return results
 
     def close(self) -> None:
         """Let the threads begin no more rounds."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
     def _begin(self) -> tuple[int, Task] | None:
         """A member and its next task, once one may begin it; None if none will."""
-        with self._changed:
+        with self._lock:
             while not self._closed:
                 member = min(self._idle, key=self._begun.__getitem__, default=None)
                 if member is not None and self._begun[member] < self._given + self._ahead:
@@ -106,7 +119,6 @@ class _Rounds[Task, Result]:
                     if number == len(self._tasks):
                         self._tasks.append(self._task(number))
                     if (task := self._tasks[number]) is None:
-                        self._changed.notify_all()
                         return None
                     self._begun[member] += 1
                     self._idle.remove(member)
@@ -114,6 +126,10 @@ class _Rounds[Task, Result]:
                 self._changed.wait()
             return None
 
-    def _ended(self) -> bool:
-        """Whether all rounds there are were given."""
-        return bool(self._tasks) and self._tasks[-1] is None and self._given == len(self._tasks) - 1
+    def _end(self, member: int, result: Result) -> None:
+        with self._lock:
+            self._done[member].append(result)
+            if all(self._done):
+                self._whole.put([results.popleft() for results in self._done])
+            self._idle.add(member)
+            self._changed.notify_all()

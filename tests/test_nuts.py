@@ -1,6 +1,7 @@
 """Sampling: right moments, the same draws however a run is cut, and clear refusals."""
 
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from numpyro.handlers import seed, trace
 from scipy.special import ndtri
 
 from probattn.inference import SampleConfig, sample
+from probattn.inference import chains as chains_module
 from probattn.inference import nuts as nuts_module
 from probattn.inference.chains import SampleError
 from probattn.inference.interrupts import Interrupted
@@ -142,11 +144,23 @@ def interrupt_after(monkeypatch, calls):
     monkeypatch.setattr(nuts_module.Chains, "advance", counted)
 
 
+def hold(monkeypatch, chain):
+    """Make every call of that chain take longer than several of the others."""
+    took = chains_module._Pace.took
+
+    def held(self, member, count, seconds):
+        time.sleep(0.03 * (member == chain))
+        took(self, member, count, seconds)
+
+    monkeypatch.setattr(chains_module._Pace, "took", held)
+
+
 @pytest.mark.parametrize("calls", [1, 4, 6])
 def test_interrupted_and_resumed_ends_as_uninterrupted(whole, tmp_path, monkeypatch, calls):
     arguments = {"model_args": (DATA,), "config": FEW, "out": tmp_path}
     with monkeypatch.context() as patch:
         interrupt_after(patch, calls)
+        hold(patch, 1)  # so that the other chain is ahead of what is saved
         with pytest.raises(Interrupted, match="ended by SIGTERM; what was done is saved"):
             sample(model, **arguments)
     done = SegmentFolder(tmp_path).ranges()[-1][1]
@@ -206,6 +220,32 @@ def test_lp_is_the_log_density_of_each_draw(whole):
         - 3 * np.log(scale * np.sqrt(2 * np.pi))
     )
     np.testing.assert_allclose(whole.statistics["lp"], expected, rtol=1e-9)
+
+
+def test_the_slowest_chain_sets_the_pace(monkeypatch):
+    monkeypatch.setattr(chains_module, "_CALL_SECONDS", 6.0)
+    pace = chains_module._Pace(0, (50, 90), most=12, members=3, threads=2)
+    counts, number = [], 0
+    while (count := pace.next(number)) is not None:
+        counts.append(count)
+        number += 1
+        slow = 1.0 if number < 6 else 0.1  # seconds of an iteration
+        for member, seconds in ((0, 0.01), (2, slow), (1, 0.02)):
+            pace.took(member, count, seconds * count)
+    # Three calls on two threads take 1.5 times one: four iterations, and soon twelve, the most.
+    assert counts == [1, 2, 4, 4, 4, 4, 8, 12, 11, 12, 12, 12, 4]
+    assert sum(counts[:9]) == 50
+
+
+def test_calls_do_not_become_long_before_the_slowest_chain_has_ended_any():
+    pace = chains_module._Pace(0, (1000,), most=400, members=2, threads=2)
+    counts = []
+    for number in range(8):
+        counts.append(pace.next(number))
+        pace.took(0, counts[-1], 0.001)
+        if number == 3:
+            pace.took(1, 2, 0.001)
+    assert counts == [1, 1, 1, 1, 2, 4, 8, 8]
 
 
 # Where chains start

@@ -117,7 +117,7 @@ def test_a_weight_of_what_an_objective_has_not_is_refused(name, field):
         ("learn_guide_scale", True, False, ["ce", "margin", "full"], "latent"),
     ],
 )
-def test_a_setting_without_effect_is_refused(field, value, default, names, by):
+def test_a_setting_of_another_objective_is_refused(field, value, default, names, by):
     for name in names:
         assert refusal(name=name, **{field: value}) == (
             f"objective.{field} is {value!r} with objective {name}, which has no use for it: "

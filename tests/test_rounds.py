@@ -1,5 +1,7 @@
 """Rounds of members that do not wait for each other."""
 
+import faulthandler
+import os
 import threading
 import time
 from contextlib import closing
@@ -9,6 +11,17 @@ import pytest
 from probattn.inference.rounds import rounds_ahead
 
 WAIT = 30.0  # seconds until a thread that does not come is a failure
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_ever(capfd):
+    """Where threads wait for each other, the process ends and says where they stand."""
+    with capfd.disabled():
+        stderr = os.dup(2)
+    faulthandler.dump_traceback_later(2 * WAIT, exit=True, file=stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    os.close(stderr)
 
 
 def few(count):
@@ -67,11 +80,10 @@ def test_a_member_goes_ahead_of_a_slower_one_and_of_the_caller_so_far_and_no_fur
         held.set()
         first.join(WAIT)
         deadline = time.monotonic() + WAIT
-        while (1, 3) not in begun and time.monotonic() < deadline:
+        while len(begun) < 8 and time.monotonic() < deadline:
             time.sleep(0.001)  # one round was given: each may begin one more, the caller away
         time.sleep(0.05)
-        assert max(task for _, task in begun) == 3
-        assert len(begun) == 8
+        assert sorted(begun) == [(member, task) for member in range(2) for task in range(4)]
 
 
 def test_the_members_of_the_fewest_rounds_come_first():
@@ -96,6 +108,7 @@ def test_what_a_member_raises_reaches_the_caller_and_ends_the_threads(threads):
     with pytest.raises(RuntimeError, match="lost"):
         found.extend(rounds_ahead(work, few(9), members=3, threads=threads, ahead=2))
     assert threading.active_count() == before
+    assert found == [[0] * 3, [1] * 3]  # what was whole is not lost
 
 
 def test_what_the_plan_raises_reaches_the_caller():
@@ -122,3 +135,33 @@ def test_closing_ends_the_threads_and_begins_no_round():
     assert threading.active_count() == before
     time.sleep(0.05)
     assert len(begun) == count <= 6
+
+
+def test_what_the_caller_raises_ends_the_threads():
+    def consume():
+        rounds = rounds_ahead(lambda _, task: task, lambda n: n, members=3, threads=2, ahead=2)
+        with closing(rounds):
+            for number, _ in enumerate(rounds):
+                if number == 5:
+                    raise OSError("no space")
+
+    before = threading.active_count()
+    with pytest.raises(OSError, match="no space"):
+        consume()
+    assert threading.active_count() == before
+
+
+def test_a_thread_that_cannot_start_ends_the_others(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def limited(self):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        next(rounds_ahead(lambda _, task: time.sleep(0.1), few(9), members=3, threads=3, ahead=2))
+    assert threading.active_count() == before
