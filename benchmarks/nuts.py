@@ -141,8 +141,6 @@ def _compare(problem: _Problem, config: SampleConfig, rounds: int) -> dict[str, 
         own = replace(config, chain_method=method)
         runs[f"{method} sample"] = partial(_sample, problem, own)
         runs[f"{method} blackjax"] = _blackjax(problem, own)
-        # Slices and stacks of the state compile on first use, within the seconds of `sample`.
-        _sample(problem, replace(own, warmup=1, draws=1), 0)
     runs[CONTROL] = runs["parallel sample"]
     figures = alternate(
         {name: lambda run=run: measure(run(next(seeds))) for name, run in runs.items()},
@@ -192,7 +190,7 @@ def _sample(problem: _Problem, config: SampleConfig, number: int) -> _Outcome:
             problem.model,
             model_args=problem.args,
             config=replace(config, seed=number),
-            out=folder,  # which costs none of its seconds, and tells the steps of the warm-up
+            out=folder,  # which tells the steps of the warm-up; chains go on while it is written
         )
         elapsed = time.perf_counter() - started
         steps = [segment.statistics["n_steps"] for segment in SegmentFolder(folder).load()]

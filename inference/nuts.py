@@ -224,7 +224,7 @@ class _Sampler:
         self._saved, self._pending = self.iteration, []
 
     def _restore(self, folder: SegmentFolder) -> None:
-        expected = self._chains.saved()
+        expected, last = self._chains.saved(), None
         for segment in folder.load():
             _check_state(folder.path, segment, expected)
             if not np.array_equal(segment.digest, self._digest):
@@ -234,7 +234,9 @@ class _Sampler:
                 )
             self.seconds = self.kept.add_segment(folder.path, segment)
             self._saved = self.iteration = segment.stop
-            self._chains.restore(segment.state)
+            last = segment.state
+        if last is not None:
+            self._chains.restore(last)
 
     def _show(self, bar: Bar, statistics: dict[str, np.ndarray]) -> None:
         bar.update(statistics["n_steps"].shape[1])
