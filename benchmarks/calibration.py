@@ -29,11 +29,11 @@ from scipy.stats import binom, chisquare
 from tqdm import tqdm
 
 from probattn import log_det
-from probattn.inference.figure_style import (
+from probattn.inference.figures.style import (
     DOUBLE,
     add_legend,
-    dress,
-    look,
+    label_axes,
+    line_style,
     new_figure,
     save_figure,
     styled,
@@ -208,10 +208,10 @@ def rank_histograms(found: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.axhspan(low, high, color="0.9", linewidth=0)
         for index, (quantity, row) in enumerate(found[name]["quantities"].items()):
             heights = np.array(row["counts"]) * BINS / replications
-            style = look(index) | {"marker": ""}
+            style = line_style(index) | {"marker": ""}
             (line,) = axes.plot(np.arange(BINS) + 0.5, heights, **style)
             entries[quantity.replace("_", " ")] = line
-        dress(axes, number, "rank, tenths", "count / expected", title=name)
+        label_axes(axes, number, "rank, tenths", "count / expected", title=name)
     add_legend(figure, entries)
     return figure
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from probattn.corpora import DataConfig
 from probattn.inference import FitConfig, RunConfig, fit
-from probattn.inference.checkpoints import CheckpointFolder
+from probattn.inference.runs.checkpoints import CheckpointFolder
+from probattn.text.corpora import DataConfig
 
 
 def checkpoints(rounds: int) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from harness import CONTROL, compare
 
 from probattn import attention_weights
 from probattn import log_det as ours
-from probattn.elimination import eliminate
-from probattn.monitoring import estimated_sigma_min
+from probattn.blocks.elimination import eliminate
 
 # Sequences, tokens, embedding dimensions and rank.
 TRAINING, LONG = (12, 64, 128, 16), (4, 256, 256, 32)
 SMALL = (16, 32, 3, 3)  # a posterior's, in double precision
 MATRICES = ((16384, 8), (768, 16), (1024, 32), (256, 64))  # how many, and their rank
-APART = ("elimination", "sigma_min")  # of matrices alone
+APART = ("elimination",)  # of matrices alone
 
 
 def log_det(rounds: int) -> dict[str, Any]:
@@ -63,10 +62,6 @@ def log_det(rounds: int) -> dict[str, Any]:
         for count, rank in MATRICES
         for blocks in [_blocks(count, rank)]
     }
-    results["sigma_min"] = {
-        f"{count} x {rank}": _smallest_singular_values(_blocks(count, rank), rounds)
-        for count, rank in MATRICES
-    }
     return results
 
 
@@ -74,7 +69,6 @@ def report(results: dict[str, Any]) -> None:
     """Print a table of what `log_det` returns."""
     tables = {size: table for size, table in results.items() if size not in APART}
     tables |= {size: {"times": times} for size, times in results["elimination"].items()}
-    tables |= {f"sigma {size}": table for size, table in results["sigma_min"].items()}
     for size, table in tables.items():
         for name, figures in table["times"].items():
             label = f"{next(iter(table['times']))} again" if name == CONTROL else name
@@ -85,8 +79,6 @@ def report(results: dict[str, Any]) -> None:
                 f"x {figures['ratio']:.3f} "
                 f"({figures['ratio_low']:.3f} to {figures['ratio_high']:.3f}){told}"
             )
-        for name, error in table.get("relative_error", {}).items():
-            print(f"log det, {size:12s} estimate, {name} relative error {error:.1e}")
 
 
 def arguments_of(size: tuple[int, ...], dtype: type) -> tuple[jax.Array, ...]:
@@ -143,29 +135,6 @@ def _jacobian(x: jax.Array, w_query: jax.Array, w_key: jax.Array) -> jax.Array:
 def _blocks(count: int, rank: int) -> jax.Array:
     noise = np.random.default_rng(0).standard_normal((count, rank, rank)) / math.sqrt(rank)
     return jnp.asarray(np.eye(rank) - 0.3 * noise, jnp.float32)
-
-
-def _smallest_singular_values(blocks: jax.Array, rounds: int) -> dict[str, Any]:
-    """Power iterations on the inverse, at hand or not, against the decomposition of each block."""
-    found = jax.jit(eliminate)(jnp.moveaxis(blocks, 0, -1))
-    estimate = jax.jit(estimated_sigma_min)
-    exact = np.linalg.svd(np.asarray(blocks, np.float64), compute_uv=False)[:, -1]
-    error = np.abs(np.abs(estimate(found)) / exact - 1)
-    times = compare(
-        {
-            "svd": partial(jax.jit(partial(jnp.linalg.svd, compute_uv=False)), blocks),
-            "estimate": partial(estimate, found),
-            "with inverse": partial(
-                jax.jit(lambda blocks: estimated_sigma_min(eliminate(blocks))),
-                jnp.moveaxis(blocks, 0, -1),
-            ),
-        },
-        rounds=rounds,
-    )
-    return {
-        "times": times,
-        "relative_error": {"median": float(np.median(error)), "largest": float(error.max())},
-    }
 
 
 def _lapack(blocks: jax.Array) -> tuple:

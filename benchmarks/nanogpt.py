@@ -25,7 +25,7 @@ import numpy as np
 from harness import CONTROL, alternate, environment, ratio
 
 from probattn.inference.config import RunConfig
-from probattn.inference.svi import Trainer
+from probattn.inference.fitting.svi import Trainer
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 
 STEPS, WARM = 120, 20  # of a round, and those of them that are not counted

@@ -24,7 +24,7 @@ from numpyro.infer import init_to_sample
 from numpyro.infer.util import constrain_fn, initialize_model
 
 from probattn.inference import SampleConfig, sample
-from probattn.inference.segments import SegmentFolder
+from probattn.inference.runs.segments import SegmentFolder
 from probattn.models import LatentEmbeddingsConfig, latent_embeddings, observed_embeddings
 
 SEQUENCES, LENGTH, SYMBOLS = 8, 16, 8

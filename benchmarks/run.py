@@ -20,7 +20,7 @@ import start
 import svi_step
 from harness import environment
 
-from probattn.inference.figure_style import save_figure
+from probattn.inference.figures.style import save_figure
 
 # Each has a function of its name, and a report of what that returns.
 BENCHMARKS = {

@@ -17,11 +17,11 @@ from log_det import arguments_of, gradient_of, log_abs_of
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from probattn.inference.figure_style import (
+from probattn.inference.figures.style import (
     DOUBLE,
     add_legend,
-    dress,
-    look,
+    label_axes,
+    line_style,
     new_figure,
     styled,
 )
@@ -122,11 +122,11 @@ def figure(results: dict[str, Any]) -> Figure:
             upper = values[-results["fitted_to_the_upper"] :]
             # Through the mean of the logarithms, as a least-squares line goes.
             height = np.exp(np.log(measured[-len(upper) :]).mean() - power * np.log(upper).mean())
-            axes.loglog(values, measured, **look(2) | {"linestyle": ""})
+            axes.loglog(values, measured, **line_style(2) | {"linestyle": ""})
             entries["measured"] = axes.lines[-1]
             axes.loglog(upper, height * upper**power, color="0.4", linewidth=1.2)
             entries["power law through the upper values"] = axes.lines[-1]
-            dress(
+            label_axes(
                 axes,
                 row * len(along) + column,
                 name if row else "",

@@ -16,13 +16,13 @@ import optax
 from harness import CONTROL, ratios, timed_in_turn
 
 from probattn import log_det, relaxed_barrier
-from probattn.batches import random_blocks
 from probattn.inference.config import RunConfig
-from probattn.inference.optimizers import default_optimizer
-from probattn.inference.svi import Trainer
+from probattn.inference.fitting.optimizers import default_optimizer
+from probattn.inference.fitting.svi import Trainer
 from probattn.models import ObjectiveConfig, language_model
 from probattn.models.transformer import embed, logits
-from probattn.positivity import surely_positive
+from probattn.positivity import certainly_positive
+from probattn.text.batches import random_blocks
 
 VOCABULARY, TOKENS = 65, 1_000_000
 STEPS = 20  # in one call, as `fit` makes several
@@ -44,7 +44,7 @@ def svi_step(rounds: int) -> dict[str, Any]:
 def _pooled(parts: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
     """As `harness.ratios` of all rounds, with the median ratio of each process."""
     first = next(iter(parts[0]))
-    joined = {name: [second for part in parts for second in part[name]] for name in parts[0]}
+    distributed = {name: [second for part in parts for second in part[name]] for name in parts[0]}
     return {
         name: figures
         | {
@@ -52,7 +52,7 @@ def _pooled(parts: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, Any]
                 statistics.median(map(operator.truediv, part[name], part[first])) for part in parts
             ]
         }
-        for name, figures in ratios(joined).items()
+        for name, figures in ratios(distributed).items()
     }
 
 
@@ -119,7 +119,7 @@ def _hand_written(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:
     def inside(params: Any, inputs: jax.Array) -> jax.Array:
         stage = embed(params, inputs), params["w_query"], params["w_key"]
         return jax.lax.cond(
-            jnp.all(surely_positive(*stage)),
+            jnp.all(certainly_positive(*stage)),
             lambda: jnp.bool_(True),
             lambda: jnp.all(log_det(*stage)[0] > 0),
         )

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from probattn.corpora import load_corpus
 from probattn.inference import FitConfig, RunConfig, evaluate, fit, text_margins
-from probattn.inference.report import margin_figures
+from probattn.inference.figures.report import margin_figures
 from probattn.models import LanguageModelConfig, ObjectiveConfig
+from probattn.text.corpora import load_corpus
 
 parser = argparse.ArgumentParser(description="fit a language model and inspect its margins")
 parser.add_argument("--steps", type=int, default=300)

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from probattn.inference import SampleConfig, compare, fit, load_run, read_config, sample_run
-from probattn.inference.posterior import config_of_fit
-from probattn.inference.report import compared_report, posterior_report
+from probattn.inference.figures.report import compared_report, posterior_report
+from probattn.inference.sampling.posterior_runs import config_of_fit
 from probattn.models import ObjectiveConfig
 
 parser = argparse.ArgumentParser(description="point estimates within a full posterior")

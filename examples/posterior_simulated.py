@@ -19,8 +19,8 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoNormal
 
 from probattn.inference import SampleConfig, sample, to_datatree
-from probattn.inference.plots import save_figure
-from probattn.inference.posterior_plots import smallest_margin
+from probattn.inference.figures.posterior import smallest_margin
+from probattn.inference.figures.style import save_figure
 from probattn.models import LatentEmbeddingsConfig, latent_embeddings
 
 parser = argparse.ArgumentParser(description="posterior of simulated latent embeddings")

@@ -17,10 +17,10 @@ import optax
 from numpyro.infer import SVI, Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoDelta
 
-from probattn.corpora import DataConfig
 from probattn.inference import SampleConfig, SampleRunConfig, load_run, sample_run, to_datatree
-from probattn.inference.report import posterior_report
+from probattn.inference.figures.report import posterior_report
 from probattn.models import LatentEmbeddingsConfig
+from probattn.text.corpora import DataConfig
 
 parser = argparse.ArgumentParser(description="posterior of latent embeddings of a text")
 parser.add_argument("--sequences", type=int, default=16)

@@ -1,24 +1,24 @@
 """Everything that runs: fit, sample, evaluate, generate, and the run directories they share."""
 
-from probattn.inference.chains import SampleError
-from probattn.inference.compare import ComparedRun, compare
-from probattn.inference.config import FitConfig, RunConfig, read_config
-from probattn.inference.evaluate import EvaluateResult, evaluate
-from probattn.inference.filtering import FilterError
-from probattn.inference.fit import fit
-from probattn.inference.fit_result import FitError, FitResult
-from probattn.inference.generate import Generated, generate
-from probattn.inference.guides import guide_draws
-from probattn.inference.laplace import LaplaceError
-from probattn.inference.nuts import sample
-from probattn.inference.post_hoc import PostHocPrior, post_hoc_prior
-from probattn.inference.posterior import load_posterior, sample_run
-from probattn.inference.posterior_result import PosteriorResult
-from probattn.inference.runs import PosteriorRun, Run, load_run
-from probattn.inference.sample_config import SampleConfig, SampleRunConfig
-from probattn.inference.sensitivity import Sensitivity, sensitivity
-from probattn.inference.to_arviz import to_datatree
-from probattn.inference.token_margins import TextMargins, text_margins
+from probattn.inference.comparison.compare import ComparedRun, compare
+from probattn.inference.comparison.particle_filter import FilterError
+from probattn.inference.config import FitConfig, RunConfig, SampleConfig, SampleRunConfig
+from probattn.inference.config_files import read_config
+from probattn.inference.evaluation.evaluate import EvaluateResult, evaluate
+from probattn.inference.evaluation.generation import Generated, generate
+from probattn.inference.evaluation.post_hoc import PostHocPrior, post_hoc_prior
+from probattn.inference.evaluation.sensitivity import Sensitivity, sensitivity
+from probattn.inference.evaluation.token_margins import TextMargins, text_margins
+from probattn.inference.export.to_arviz import to_datatree
+from probattn.inference.fitting.fit import fit
+from probattn.inference.fitting.guide_draws import guide_draws
+from probattn.inference.fitting.laplace import LaplaceError
+from probattn.inference.fitting.result import FitError, FitResult
+from probattn.inference.runs.run import PosteriorRun, Run, load_run
+from probattn.inference.sampling.chains import SampleError
+from probattn.inference.sampling.nuts import sample
+from probattn.inference.sampling.posterior_runs import load_posterior, sample_run
+from probattn.inference.sampling.result import PosteriorResult
 
 __all__ = [
     "ComparedRun",

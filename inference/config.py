@@ -1,23 +1,14 @@
 """Configuration of a run: frozen dataclasses, read from and written to TOML."""
 
-import dataclasses
 import math
-import os
-import tomllib
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
-import tomli_w
-
-from probattn.corpora import DataConfig
-from probattn.download import one_line
-from probattn.models import LanguageModelConfig, ObjectiveConfig
+from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.models.checks import check_integers
 from probattn.models.transformer import Precision
+from probattn.text.corpora import DataConfig
 
 GuideName = Literal["map", "laplace", "mean_field", "low_rank"]
 
@@ -162,111 +153,92 @@ class RunConfig:
                 )
 
 
-def read_config(path: str | os.PathLike[str]) -> RunConfig:
-    """Read a TOML file whose tables are the fields of `RunConfig`; what it leaves out is default.
+ChainMethod = Literal["parallel", "vectorized"]
 
-    Raises:
-        ValueError: see `read_tables`.
+
+SamplePrecision = Literal["float64", "float32"]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How a posterior is sampled.
+
+    Attributes:
+        chains: number of chains.
+        warmup: iterations of each in which step size and mass matrix are adapted; not kept.
+        draws: iterations of each that are kept.
+        seed: of the chains.
+        target_accept: acceptance probability that the step size is adapted to.
+        max_tree_depth: an iteration takes at most 2^max_tree_depth - 1 leapfrog steps.
+        sequences: of model.block tokens, for a language model; a latent model has
+            latent.sequences.
+        chain_method: "parallel", a thread for each chain, for CPUs; or "vectorized", all chains in
+            one call, in step with the slowest, for GPUs.
+        precision: of all numbers.
     """
-    return read_tables(path, RunConfig)
+
+    chains: int = 4
+    warmup: int = 1000
+    draws: int = 1000
+    seed: int = 0
+    target_accept: float = 0.8
+    max_tree_depth: int = 10
+    sequences: int = 16
+    chain_method: ChainMethod = "parallel"
+    precision: SamplePrecision = "float64"
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sample."""
+        check_integers(
+            self, "sample", chains=1, warmup=0, draws=1, seed=0, max_tree_depth=1, sequences=1
+        )
+        if self.seed >= 2**32:
+            raise ValueError(f"sample.seed is {self.seed}: expected an integer below 2^32")
+        if not 0 < self.target_accept < 1:
+            raise ValueError(
+                f"sample.target_accept is {self.target_accept}: expected a number between 0 and 1"
+            )
+        for name, choices in (("chain_method", ChainMethod), ("precision", SamplePrecision)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"sample.{name} is {getattr(self, name)!r}: "
+                    f"expected one of {', '.join(get_args(choices))}"
+                )
 
 
-def read_tables[C](
-    path: str | os.PathLike[str], kind: type[C], defaults: Mapping[str, Any] | None = None
-) -> C:
-    """Read a TOML file whose tables are the fields of a dataclass of dataclasses.
+SAMPLED_DATA = DataConfig(tokenizer="frequent:16")
+"""Few symbols, since every one has parameters that are sampled."""
 
-    Args:
-        path: of the file.
-        kind: the dataclass.
-        defaults: by table, what gives the fields that the file leaves out of it; else its class.
 
-    Raises:
-        ValueError: if the file cannot be read, is no TOML, or names an unknown or ill-typed field.
+SAMPLED_OBJECTIVE = ObjectiveConfig("full")
+"""The paper's joint density: the barrier alone is none."""
+
+
+@dataclass(frozen=True)
+class SampleRunConfig:
+    """Everything that determines a sampled posterior: of one of two models, and of which text.
+
+    Attributes:
+        data: which text; sequences are taken from its training part, spread evenly.
+        sample: how the posterior is sampled.
+        latent: the model `latent_embeddings`, and how much text; None for a language model.
+        model: the model `language_model`; None for latent embeddings.
+        objective: its objective, likewise.
     """
-    path = Path(path)
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, too long a number, too deep
-        raise ValueError(f"{path}: expected a TOML file: {one_line(error)}") from None
-    try:
-        return _from_tables(tables, kind, defaults or {})
-    except ValueError as error:  # in which names of the file may stand, with line ends in them
-        raise ValueError(f"{path}: {one_line(error)}") from None
 
+    data: DataConfig = SAMPLED_DATA
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    latent: LatentEmbeddingsConfig | None = None
+    model: LanguageModelConfig | None = None
+    objective: ObjectiveConfig | None = None
 
-def format_config(config: Any) -> str:
-    """Write a configuration as TOML, without tables and fields that are None."""
-    tables = {
-        table: {name: value for name, value in fields.items() if value is not None}
-        for table, fields in dataclasses.asdict(config).items()
-        if fields is not None
-    }
-    return tomli_w.dumps(tables)
-
-
-def differences(old: Any, new: Any) -> list[str]:
-    """Fields in which two configurations differ, as "table.field: old -> new"."""
-    before, after = _fields(old), _fields(new)
-    return [
-        f"{name}: {before.get(name)} -> {after.get(name)}"
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {
-        f"{table}.{name}": value
-        for table, fields in dataclasses.asdict(config).items()
-        if fields is not None
-        for name, value in fields.items()
-    }
-
-
-def _from_tables[C](tables: dict[str, Any], kind: type[C], defaults: Mapping[str, Any]) -> C:
-    kinds = {name: _given(hint) for name, hint in typing.get_type_hints(kind).items()}
-    _check_names(tables, kinds, "tables")
-    parts = {}
-    for table, values in tables.items():
-        if not isinstance(values, dict):
-            raise ValueError(f"{table} is {values!r}: expected a table, [{table}]")
-        types_of = typing.get_type_hints(kinds[table])
-        _check_names(values, types_of, f"fields of [{table}]")
-        converted = {
-            name: _convert(f"{table}.{name}", value, types_of[name])
-            for name, value in values.items()
-        }
-        if table in defaults:
-            parts[table] = dataclasses.replace(defaults[table], **converted)
-        else:
-            parts[table] = kinds[table](**converted)
-    return kind(**parts)
-
-
-def _check_names(given: dict[str, Any], known: dict[str, Any], what: str) -> None:
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"unknown {what}: {', '.join(unknown)}; expected {', '.join(known)}")
-
-
-def _convert(name: str, value: Any, kind: Any) -> Any:
-    """Value as the declared type: only int to float is converted, and nothing guessed."""
-    kind = _given(kind)
-    if typing.get_origin(kind) is Literal:
-        kind = str
-    if type(value) is int and value.bit_length() > 63:  # in base 16 it may have any length
-        raise ValueError(f"{name} is an integer of {value.bit_length()} bits: expected at most 63")
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{name} is {value!r}: expected {kind.__name__}")
-    return value
-
-
-def _given(kind: Any) -> Any:
-    """The type of what may be None where it is not."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        (kind,) = [option for option in typing.get_args(kind) if option is not type(None)]
-    return kind
+    def __post_init__(self) -> None:
+        """Refuse none or both of the two models."""
+        language = self.model is not None and self.objective is not None
+        if (self.latent is None) != language or (self.model is None) != (self.objective is None):
+            raise ValueError("expected either the table latent, or both tables model and objective")
+        if self.objective is not None and self.objective.name == "latent":
+            raise ValueError(
+                "objective.name is latent, whose embeddings belong to the sequences of a fit: "
+                "expected ce, margin or full, or the model latent"
+            )

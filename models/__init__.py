@@ -1,12 +1,12 @@
 """NumPyro models: plain functions that any NumPyro inference takes."""
 
-from probattn.models.language_model import LanguageModelConfig, language_model
-from probattn.models.latent_embeddings import (
+from probattn.models.language import LanguageModelConfig, language_model
+from probattn.models.latent import (
     LatentEmbeddingsConfig,
     latent_embeddings,
     observed_embeddings,
 )
-from probattn.models.latent_guide import latent_guide
+from probattn.models.latent_language_guide import latent_guide
 from probattn.models.objective import ObjectiveConfig
 
 __all__ = [

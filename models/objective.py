@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 ObjectiveName = Literal["ce", "margin", "full", "latent"]
-AttentionStage = Literal["separate", "first_layer", "normalised"]
+AttentionPlacement = Literal["separate", "first_layer", "normalised"]
 
 _OF_BARRIER = ("residual_scale", "delta", "attention", "one_sided")
 _OF_LATENT = ("beta", "guide_scale", "learn_guide_scale")
@@ -49,7 +49,7 @@ class ObjectiveConfig:
     residual_weight: float | None = None
     residual_scale: float = 1.0
     delta: float = 1e-3
-    attention: AttentionStage = "separate"
+    attention: AttentionPlacement = "separate"
     one_sided: bool = False
     beta: float = 1.0
     guide_scale: float = 0.5
@@ -59,7 +59,7 @@ class ObjectiveConfig:
         """Refuse names and numbers that make no objective."""
         for field, choices in (
             ("name", get_args(ObjectiveName)),
-            ("attention", get_args(AttentionStage)),
+            ("attention", get_args(AttentionPlacement)),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(

@@ -1,12 +1,11 @@
 """Causal self-attention as a probabilistic program: exact log-determinants, margins, inference."""
 
 from probattn.attention import attention_weights, conditional_mean, coupling, residual
-from probattn.conditional_mass import conditional_mass
 from probattn.distributions import AttentionResidual, CausalAttention
-from probattn.log_det import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
+from probattn.log_determinants import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
 from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
-from probattn.monitoring import margin_estimate
 from probattn.proper import certificate, is_proper
+from probattn.total_mass import conditional_mass
 
 __all__ = [
     "AttentionResidual",
@@ -21,7 +20,6 @@ __all__ = [
     "is_proper",
     "jacobian_blocks",
     "log_det",
-    "margin_estimate",
     "reduced_blocks",
     "relaxed_barrier",
     "residual",

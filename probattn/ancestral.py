@@ -16,8 +16,10 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.attention import bounded, check_arguments, geometry, residual
-from probattn.covariance import attention_covariance
+from probattn.arguments import check_arguments
+from probattn.attention import residual
+from probattn.blocks.covariance import attention_covariance
+from probattn.blocks.geometry import bounded, geometry
 
 _HIGHEST = lax.Precision.HIGHEST
 _MOST_TRIALS = 1000  # antisymmetric couplings of norm 10 need up to 460, of norm 20 up to 800

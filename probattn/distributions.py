@@ -27,8 +27,9 @@ from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 
 from probattn.ancestral import AncestralSolution, solve_residual
-from probattn.attention import check_bound, check_weights, residual
-from probattn.log_det import log_det
+from probattn.arguments import check_bound, check_weights
+from probattn.attention import residual
+from probattn.log_determinants import log_det
 
 
 class AttentionResidual(Transform):

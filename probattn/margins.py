@@ -13,12 +13,13 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.attention import bounded, check_arguments, geometry
-from probattn.broken_tokens import without_broken
-from probattn.covariance import attention_covariance
-from probattn.elimination import determinant
-from probattn.log_det import log_det, reduced_blocks
-from probattn.unsettled import of_unsettled
+from probattn.arguments import check_arguments
+from probattn.blocks.covariance import attention_covariance
+from probattn.blocks.elimination import determinant
+from probattn.blocks.geometry import bounded, geometry
+from probattn.blocks.nonfinite import zero_nonfinite
+from probattn.blocks.selection import compute_where
+from probattn.log_determinants import log_det, reduced_blocks
 
 MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]
 
@@ -106,7 +107,7 @@ def infeasible(
         return jnp.zeros(leading, bool)
     # Eigenvalues take 40 times as long as the proof that there is nothing to find.
     proved = _surely_positive_real_parts(blocks)
-    crossed = of_unsettled(
+    crossed = compute_where(
         lambda picked: _has_crossed(blocks[picked]), proved, -(-len(blocks) // _PARTS)
     )
     return crossed.reshape(leading)
@@ -225,7 +226,7 @@ def both_margins(
         "...tsi,...tij,...tsj->...ts", coefficients, gram, coefficients, precision=_HIGHEST
     )
     if bound is not None:
-        context = without_broken(bounded(x, bound))
+        context = zero_nonfinite(bounded(x, bound))
         past = _through_bound(past, coefficients, vectors, context, bound)
     # d m_t / d x_t, through the query only.
     own = jnp.matmul(by_logit, keys, precision=_HIGHEST) / root

@@ -15,10 +15,11 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
-from probattn.attention import causal_softmax, check_arguments, projections
+from probattn.arguments import check_arguments
+from probattn.blocks.geometry import causal_softmax, projections
 
 
-def surely_positive(
+def certainly_positive(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Bool[Array, "*batch T"]:
     """Positions at which a sufficient condition says det D_t > 0; at others it may be, or not.

@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from probattn.attention import check_arguments
+from probattn.arguments import check_arguments
 from probattn.distributions import CausalAttention
 from probattn.quadrature import integrate
 

@@ -15,7 +15,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from probattn.attention import bounded, check_arguments, check_bound, check_weights, coupling
+from probattn.arguments import check_arguments, check_bound, check_weights
+from probattn.attention import coupling
+from probattn.blocks.geometry import bounded
 
 _HIGHEST = lax.Precision.HIGHEST
 

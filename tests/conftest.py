@@ -9,7 +9,13 @@ from jaxtyping import install_import_hook
 
 # Where the shape annotations are checked while the tests run. Public arguments are annotated
 # loosely there, so that a user's mistake still reaches our own ValueError.
-SHAPE_CHECKED = ["probattn.attention", "probattn.log_det", "probattn.margins"]
+SHAPE_CHECKED = [
+    "probattn.arguments",
+    "probattn.attention",
+    "probattn.blocks.geometry",
+    "probattn.log_determinants",
+    "probattn.margins",
+]
 
 os.environ["MPLBACKEND"] = "Agg"
 jax.config.update("jax_enable_x64", True)
@@ -42,3 +48,20 @@ def no_executables_left():
     the whole suite would exceed (and XLA would abort). The disk cache makes recompiling cheap."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", name="tiny_run")
+def tiny_run_fixture(tmp_path_factory):
+    """A run of objective margin with its post-hoc prior: read it, never write to it."""
+    # Imported here: the hook above must be in place before probattn is imported.
+    from tests.support.tiny_run import fit_tiny_run
+
+    return fit_tiny_run(tmp_path_factory)
+
+
+@pytest.fixture(name="own_run")
+def own_run_fixture(tiny_run, tmp_path):
+    """A copy of the run, to do anything with."""
+    from tests.support.tiny_run import copy_of
+
+    return copy_of(tiny_run, tmp_path / "run")

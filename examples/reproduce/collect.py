@@ -6,11 +6,11 @@ from pathlib import Path
 from measure import compared, is_fitted, measured
 from plan import Task
 
-from probattn.corpora import Corpus
 from probattn.inference import load_run
-from probattn.inference.run_checks import check_same_corpus
-from probattn.inference.run_files import write_text
-from probattn.inference.tables import write_table
+from probattn.inference.runs.checks import check_same_corpus
+from probattn.inference.runs.csv_tables import write_table
+from probattn.inference.runs.files import write_text
+from probattn.text.corpora import Corpus
 
 RUN = ("method", "setting", "seed")
 FINISHED = ("validation_bpc", "best_step", "steps", "parameters", "rejected_steps")

@@ -33,11 +33,11 @@ from summary import (
 )
 from table import write_tables
 
-from probattn.inference.figure_style import (
+from probattn.inference.figures.style import (
     DOUBLE,
     add_legend,
-    dress,
-    look,
+    label_axes,
+    line_style,
     new_figure,
     save_figure,
     styled,
@@ -90,7 +90,7 @@ def training_curves(curves: Sequence[Row]) -> Figure:
         # The steep start would flatten the rest.
         room = 0.15 * (max(late) - min(late)) + 0.02
         axes.set_ylim(min(late) - room, max(late) + room)
-        dress(axes, number, "epoch", "bits per character", title=title)
+        label_axes(axes, number, "epoch", "bits per character", title=title)
     add_legend(figure, entries)
     return figure
 
@@ -113,7 +113,7 @@ def noise_sweep(noise: Sequence[Row]) -> Figure:
                     for level in levels
                 ]
                 entries[_label(method, setting)] = _curve(axes, levels, found, number)
-            dress(axes, 2 * line + place, described, y)
+            label_axes(axes, 2 * line + place, described, y)
     add_legend(figure, entries)
     return figure
 
@@ -136,7 +136,7 @@ def weight_sweep(results: Results) -> Figure:
         found = [interval(by_seed(noise, "degradation", "margin", n, **at).values()) for n in names]
         entries[f"{_SIGMA} = {label}"] = _curve(degradations, weights, found, number)
         of_ce = interval(by_seed(noise, "degradation", method, unweighted, **at).values()).mean
-        style = {key: look(number)[key] for key in ("color", "linestyle")}
+        style = {key: line_style(number)[key] for key in ("color", "linestyle")}
         degradations.axhline(of_ce, linewidth=0.7, **style)
     rms = {
         name: interval(
@@ -147,9 +147,9 @@ def weight_sweep(results: Results) -> Figure:
     _curve(sizes, weights, [rms["margin", name] for name in names], 0)
     sizes.axhline(rms[REFERENCE].mean, color="0.3", linewidth=0.8)
     weight = "weight of the barrier"
-    dress(costs, 0, weight, "clean bits per character (% over ce)")
-    dress(degradations, 1, weight, _DEGRADATION, title="level line: ce")
-    dress(sizes, 2, weight, "embedding RMS", title="level line: ce")
+    label_axes(costs, 0, weight, "clean bits per character (% over ce)")
+    label_axes(degradations, 1, weight, _DEGRADATION, title="level line: ce")
+    label_axes(sizes, 2, weight, "embedding RMS", title="level line: ce")
     for axes in (costs, degradations, sizes):
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -170,7 +170,7 @@ def trade_off(noise: Sequence[Row]) -> Figure:
     entries: dict[str, Artist] = {}
     for level, axes in _cost_panels(figure):
         for number, (method, names) in enumerate(tried.items()):
-            style = look(number)
+            style = line_style(number)
             seeds = range(TUNING_SEEDS)
             line = [_both(noise, clean, method, name, level, seeds) for name in names]
             points = np.array([[x.mean, y.mean] for x, y in line])
@@ -202,7 +202,7 @@ def frontier(noise: Sequence[Row]) -> Figure:
     entries: dict[str, Artist] = {}
     for level, axes in _cost_panels(figure):
         for number, (method, names) in enumerate(curves.items()):
-            style = look(number)
+            style = line_style(number)
             points = [_both(noise, clean, method, name, level) for name in names]
             points.sort(key=lambda point: point[0].mean)
             x, y = zip(*points, strict=True)
@@ -246,12 +246,12 @@ def harm_by_margin(results: Results) -> Figure:
                 [found[stage].mean for stage in stages],
                 heights + 0.13 - 0.26 * number,
                 xerr=[np.nan_to_num(found[stage].half_width) for stage in stages],
-                **look(number) | {"linestyle": "none", "elinewidth": 0.8},
+                **line_style(number) | {"linestyle": "none", "elinewidth": 0.8},
             )
         axes.axvline(0, color="0.3", linewidth=0.8)
         names = [f"{_label(method)}, {stage}" for method, _, stage in stages]
         axes.set_yticks(heights, names if place == 0 else [""] * len(stages))
-        dress(axes, place, described, "")
+        label_axes(axes, place, described, "")
     add_legend(figure, entries)
     return figure
 
@@ -262,7 +262,7 @@ def _cost_panels(figure: Figure) -> Iterator[tuple[float, Axes]]:
         axes = figure.add_subplot(1, 2, 1 + place)
         yield level, axes
         cost = "clean bits per character (% over ce)"
-        dress(axes, place, cost, _DEGRADATION, title=f"noise of {level:g} RMS")
+        label_axes(axes, place, cost, _DEGRADATION, title=f"noise of {level:g} RMS")
 
 
 def _frontier_curves(noise: Sequence[Row]) -> dict[str, list[str]]:
@@ -300,7 +300,7 @@ def _levels(noise: Sequence[Row], method: str, setting: str, unit: str) -> list[
 
 def _curve(axes: Axes, x: Sequence[float], found: Sequence[Interval], number: int) -> Artist:
     """Means joined by a line, with a band or, of few points, bars for the intervals."""
-    style = look(number)
+    style = line_style(number)
     means = np.array([each.mean for each in found])
     reach = np.array([each.half_width for each in found])
     [line] = axes.plot(x, means, **style)

@@ -15,11 +15,11 @@ from plan import Task
 from summary import TUNED_AT
 
 from probattn.inference import Run, fit, load_run
-from probattn.inference.evaluate import text_tokens
-from probattn.inference.noise_sweeps import NoisePoint, NoiseSweeps
-from probattn.inference.run_checks import check_same_config
-from probattn.inference.scoring import Scorer
-from probattn.inference.sensitivity import sensitivity, tables
+from probattn.inference.evaluation.noise_sweeps import NoisePoint, NoiseSweeps
+from probattn.inference.evaluation.scoring import Scorer
+from probattn.inference.evaluation.sensitivity import sensitivity, tables
+from probattn.inference.evaluation.texts import text_tokens
+from probattn.inference.runs.checks import check_same_config
 
 HALVES = ("tune", "test")
 SEED = 0  # of the noise: the same draws for every run

@@ -10,10 +10,10 @@ from typing import Any
 
 from summary import PAPER, REFERENCE
 
-from probattn.corpora import Corpus, DataConfig, DataError, load_corpus
 from probattn.inference import FitConfig, RunConfig
-from probattn.inference.config import read_tables
+from probattn.inference.config_files import read_tables
 from probattn.models import LanguageModelConfig
+from probattn.text.corpora import Corpus, DataConfig, DataError, load_corpus
 
 HERE = Path(__file__).parent
 METHODS = HERE / "methods.toml"

@@ -15,8 +15,8 @@ from multiprocessing.process import BaseProcess
 from measure import work
 from plan import Task
 
-from probattn.inference.compilation import keep_compiled_programs
-from probattn.inference.interrupts import Ended, ended_by_signals
+from probattn.inference.runtime.compilation_cache import keep_compiled_programs
+from probattn.inference.runtime.signals import Ended, ended_by_signals
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, float, str]]:

@@ -34,10 +34,10 @@ from plan import (
 from pool import run_tasks
 from summary import read_results, tuned_settings
 
-from probattn.corpora import NAMED_SOURCES, Corpus, DataConfig
-from probattn.inference.compilation import keep_compiled_programs
-from probattn.inference.config import format_config
-from probattn.inference.interrupts import Ended, ended_by_signals
+from probattn.inference.config_files import format_config
+from probattn.inference.runtime.compilation_cache import keep_compiled_programs
+from probattn.inference.runtime.signals import Ended, ended_by_signals
+from probattn.text.corpora import NAMED_SOURCES, Corpus, DataConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

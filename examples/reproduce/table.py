@@ -21,7 +21,7 @@ from summary import (
     tuned_settings,
 )
 
-from probattn.inference.run_files import write_text
+from probattn.inference.runs.files import write_text
 
 _POINTS = (("absolute", 0.5), ("relative", 0.5), ("relative", 1.0))
 _MISSING, _MINUS = "\N{EM DASH}", "\N{MINUS SIGN}"

@@ -1,0 +1,214 @@
+"""The command `probattn`: parse, call, print."""
+
+import contextlib
+import dataclasses
+import errno
+import io
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from probattn.inference.cli.commands import (
+    Compare,
+    Demo,
+    Evaluate,
+    Figures,
+    Fit,
+    Generate,
+    Margins,
+    MeasureSensitivity,
+    Sample,
+)
+from probattn.inference.cli.console import printable
+from probattn.inference.config import SAMPLED_DATA, SAMPLED_OBJECTIVE, RunConfig, SampleRunConfig
+from probattn.inference.config_files import read_config, read_tables
+from probattn.inference.runs.folder import check_folder
+from probattn.inference.runtime.compilation_cache import keep_compiled_programs
+from probattn.inference.runtime.processes import exit_process
+from probattn.inference.runtime.signals import Ended, Interrupted, ended_by_signals
+
+_SHORT = {
+    "--data": "--data.source",
+    "--objective": "--objective.name",
+    "--guide": "--fit.guide",
+    "--model": "--kind",
+}
+_TABLES = {"latent": ("latent",), "language": ("model", "objective")}  # of each kind of `sample`
+_NO_FAULT_OF_THE_INPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 when the work is done, 1 when it failed, 2 for bad input, 130 or
+        143 when SIGINT or SIGTERM ended it. Errors are one line on standard error.
+    """
+    _print_what_the_encoding_holds()
+    with ended_by_signals():
+        status = _main(arguments)
+        if status:
+            exit_process(status)
+        return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    arguments = _lengthened(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command = _parse(arguments)
+        keep_compiled_programs()
+        # No markup: names of files and of runs may look like it.
+        command(Console(highlight=False, markup=False, emoji=False))
+    except OSError as error:
+        return _fail(error, status=1 if error.errno in _NO_FAULT_OF_THE_INPUT else 2)
+    except (ValueError, ImportError) as error:
+        return _fail(error, status=2)
+    except (RuntimeError, MemoryError) as error:
+        return _fail(error, status=1)
+    except Ended as signal:
+        hint = "; go on with --resume" if isinstance(signal, Interrupted) else ""
+        print(f"probattn: {signal}{hint}", file=sys.stderr)
+        return 128 + signal.signum
+    except KeyboardInterrupt:
+        print("probattn: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _print_what_the_encoding_holds() -> None:
+    """A question mark for what the encoding lacks, such as ±, instead of no output at all."""
+    for stream in (sys.stdout, sys.stderr):
+        # Other handlers cannot fail; surrogateescape is that of the locale C.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def _parse(arguments: list[str]) -> Any:
+    sampled = _sample_defaults(arguments)
+    commands: Any = (
+        Annotated[Fit, tyro.conf.subcommand("fit", default=_fit_defaults(arguments))]
+        | Annotated[Sample, tyro.conf.subcommand("sample", default=sampled)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Margins, tyro.conf.subcommand("margins")]
+        | Annotated[MeasureSensitivity, tyro.conf.subcommand("sensitivity")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Figures, tyro.conf.subcommand("figures")]
+        | Annotated[Demo, tyro.conf.subcommand("demo")]
+    )
+    # tyro frames its messages and spreads them over lines; a script wants one.
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            command = tyro.cli(
+                commands,
+                prog="probattn",
+                description="Causal self-attention as a probabilistic program.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_unframed(stderr.getvalue())) from None
+    if isinstance(command, Sample) and command.start is None:
+        _check_kind(command.kind or "latent", sampled.kind, arguments)
+    return command
+
+
+def _fit_defaults(arguments: list[str]) -> Fit:
+    """Defaults of `fit`: those of the configuration file or of the run to resume."""
+    path = _configuration(arguments, "fit")
+    config = RunConfig() if path is None else read_config(path)
+    return Fit(out=tyro.MISSING, **_tables(config))
+
+
+def _sample_defaults(arguments: list[str]) -> Sample:
+    """Defaults of `sample`, likewise."""
+    path = _configuration(arguments, "sample")
+    if path is None:
+        return Sample(out=tyro.MISSING)
+    defaults = {"data": SAMPLED_DATA, "objective": SAMPLED_OBJECTIVE}
+    config = read_tables(path, SampleRunConfig, defaults)
+    kind: Literal["latent", "language"] = "language" if config.latent is None else "latent"
+    return Sample(out=tyro.MISSING, kind=kind, **_tables(config))
+
+
+def _check_kind(kind: str, of_file: str | None, arguments: list[str]) -> None:
+    """Refuse what tells of the model that is not sampled: it would be ignored.
+
+    Flags are sought among the arguments, since one that repeats a default tells of it too.
+    """
+    [other] = _TABLES.keys() - {kind}
+    if of_file == other:
+        raise ValueError(
+            f"--kind {kind} with {_configuration(arguments, 'sample')}, which describes a {other} "
+            f"model: expected --kind {other}, or a file of a {kind} model; leave one of the two out"
+        )
+    names = [argument.partition("=")[0] for argument in arguments]
+    tables = tuple(f"--{table}." for table in _TABLES[other])
+    if given := [name for name in names if name.startswith(tables)]:
+        expected = " and ".join(f"--{table}.*" for table in _TABLES[kind])
+        change = "" if of_file else f", or give --kind {other}"
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(given))} with a {kind} model: expected {expected}; leave "
+            f"{'it' if len(given) == 1 else 'them'} out{change}"
+        )
+
+
+def _configuration(arguments: list[str], command: str) -> Path | None:
+    """The file that holds the defaults of a command, if this command is asked for."""
+    if arguments[:1] != [command]:
+        return None
+    given, out = _value_of(arguments, "--config"), _value_of(arguments, "--out")
+    if given is not None:
+        return Path(given)
+    if out is not None and "--resume" in arguments:
+        stored = Path(out) / "config.toml"
+        check_folder(Path(out))
+        return stored if stored.exists() else None
+    return None
+
+
+def _tables(config: RunConfig | SampleRunConfig) -> dict[str, Any]:
+    parts = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
+    return {name: value for name, value in parts.items() if value is not None}
+
+
+def _value_of(arguments: list[str], flag: str) -> str | None:
+    for position, argument in enumerate(arguments):
+        if argument == flag and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _lengthened(arguments: Sequence[str]) -> list[str]:
+    lengthened = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        lengthened.append(_SHORT.get(flag, flag) + equals + value)
+    return lengthened
+
+
+def _unframed(message: str) -> str:
+    """The message within tyro's frame, without its title and its pointer to --help."""
+    lines = [line for line in message.splitlines() if not line.startswith("╭")]
+    bare = [line for line in lines if line.strip(" -")]
+    if lines[1:2] and lines[1] not in bare:  # the frame of an encoding without boxes
+        lines = bare[1:]
+    text = " ".join(re.sub(r"[╰╯│─]+", " ", " ".join(lines)).split())
+    text = re.sub(r"^Error parsing \S+: ", "", text.partition("For full helptext")[0])
+    return f"{text.strip()}; see probattn --help"
+
+
+def _fail(error: BaseException, *, status: int) -> int:
+    message = printable(" ".join(str(error).split())) or type(error).__name__
+    print(f"probattn: error: {message}", file=sys.stderr)
+    return status

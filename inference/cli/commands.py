@@ -1,0 +1,345 @@
+"""The commands of `probattn`: what each takes, calls and prints."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from probattn.inference.cli import console
+from probattn.inference.cli.demo import demo
+from probattn.inference.comparison.compare import compare
+from probattn.inference.config import (
+    SAMPLED_DATA,
+    SAMPLED_OBJECTIVE,
+    FitConfig,
+    RunConfig,
+    SampleConfig,
+    SampleRunConfig,
+)
+from probattn.inference.evaluation.evaluate import evaluate
+from probattn.inference.evaluation.generation import generate, write_csv
+from probattn.inference.evaluation.noise_sweeps import (
+    ASCENT_TOKENS,
+    NOISE_ABSOLUTE,
+    NOISE_RELATIVE,
+    SUBSTITUTED,
+)
+from probattn.inference.evaluation.perturbations import NoiseKind
+from probattn.inference.evaluation.sensitivity import sensitivity
+from probattn.inference.evaluation.token_margins import text_margins
+from probattn.inference.figures.report import (
+    compared_report,
+    comparison_figures,
+    margin_figures,
+    posterior_report,
+    sensitivity_report,
+)
+from probattn.inference.fitting.fit import fit
+from probattn.inference.paper.report import paper_report
+from probattn.inference.runs.folder import LOCK_SECONDS
+from probattn.inference.runs.run import load_fit, load_run
+from probattn.inference.runtime.processes import distributed, is_main_process
+from probattn.inference.sampling.posterior_runs import config_of_fit, sample_run
+from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
+from probattn.text.corpora import DataConfig
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fit a language model by MAP, or with another variational guide.
+
+    --data, --objective and --guide are short for --data.source, --objective.name and --fit.guide.
+    Several processes, on one host or several, are given the same command, but for --process-id.
+    """
+
+    out: Path
+    """run directory, new or empty unless --resume or --overwrite is given"""
+    config: Path | None = None
+    """TOML file with the tables data, model, objective and fit; flags win over it"""
+    resume: bool = False
+    """continue the run in --out from its latest checkpoint, with its own configuration"""
+    overwrite: bool = False
+    """replace the run in --out"""
+    mesh: str = ""
+    """devices to spread minibatches over, data=N, and parameters too, fsdp=M, or data=N,fsdp=M; it
+    may be another one with --resume"""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, or auto where the cluster says it"""
+    num_processes: int | None = None
+    """how many processes there are"""
+    process_id: int | None = None
+    """which of them this is, from 0; the first writes and prints"""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        config = RunConfig(self.data, self.model, self.objective, self.fit)
+        with distributed(self.coordinator, self.num_processes, self.process_id):
+            result = fit(
+                config,
+                self.out,
+                resume=self.resume,
+                overwrite=self.overwrite,
+                mesh=self.mesh,
+                progress=True,
+            )
+            if is_main_process():
+                screen.print(
+                    f"{console.printable(str(self.out))}: "
+                    f"validation {result.validation_bpc:.4f} bits per character "
+                    f"({result.validation_cross_entropy:.4f} nats per token), "
+                    f"parameters of step {result.run.step}",
+                    soft_wrap=True,
+                )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample a posterior by NUTS: of latent embeddings, or of a small language model.
+
+    --data and --model are short for --data.source and --kind.
+    """
+
+    out: Path
+    """run directory, new or empty unless --resume or --overwrite is given"""
+    kind: Literal["latent", "language"] | None = None
+    """which model, by default latent; of a language model, --model.* and --objective.* tell more"""
+    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """run of a fit whose model is sampled, on its text, from its parameters on"""
+    config: Path | None = None
+    """TOML file with the tables data, latent or model and objective, and sample; flags win"""
+    resume: bool = False
+    """go on with the run in --out, with its own configuration"""
+    overwrite: bool = False
+    """replace the run in --out"""
+    data: DataConfig = SAMPLED_DATA
+    latent: LatentEmbeddingsConfig = field(default_factory=LatentEmbeddingsConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    objective: ObjectiveConfig = SAMPLED_OBJECTIVE
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        parameters = None
+        if self.start is not None:
+            plain = Sample(self.out)
+            for name in ("config", "kind", "data", "latent", "model", "objective", "resume"):
+                if getattr(self, name) != getattr(plain, name):
+                    raise ValueError(
+                        f"--{name} with --from: the run that --from names brings data, model and "
+                        "objective, and to resume none is named; leave one of the two out"
+                    )
+            fitted = load_fit(self.start)
+            config, parameters = config_of_fit(fitted, self.sample), fitted.parameters
+        elif self.kind != "language":
+            config = SampleRunConfig(self.data, self.sample, latent=self.latent)
+        else:
+            config = SampleRunConfig(
+                self.data, self.sample, model=self.model, objective=self.objective
+            )
+        run, _ = sample_run(
+            config,
+            self.out,
+            start=parameters,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            progress=True,
+        )
+        tree, paths = posterior_report(run)
+        console.print_posterior(screen, tree)
+        console.print_paths(screen, paths)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Bits per character, robustness to noise, and margins of a run; with figures."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    text: Path | None = None
+    """UTF-8 file to evaluate on, by default the run's validation text"""
+    noise_absolute: tuple[float, ...] = NOISE_ABSOLUTE
+    """standard deviations of noise on the embeddings, in their own unit"""
+    noise_relative: tuple[float, ...] = NOISE_RELATIVE
+    """standard deviations in units of the embeddings' root mean square"""
+    noise_kinds: tuple[NoiseKind, ...] = ("gaussian",)
+    """gaussian or uniform noise, worst-case directions by one or ten steps of gradient ascent
+    within a ball as large, substitution of tokens by others of the training text's frequencies"""
+    substituted: tuple[float, ...] = SUBSTITUTED
+    """probabilities of a token to be replaced, of the kind substitution"""
+    ascent_tokens: int = ASCENT_TOKENS
+    """tokens of the text for worst-case directions, in windows spread evenly"""
+    seed: int = 0
+    """of the noise"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        run = load_fit(self.run)
+        result = evaluate(
+            run,
+            text=self.text,
+            noise_absolute=self.noise_absolute,
+            noise_relative=self.noise_relative,
+            noise_kinds=self.noise_kinds,
+            substituted=self.substituted,
+            ascent_tokens=self.ascent_tokens,
+            seed=self.seed,
+            progress=True,
+        )
+        label = self.run.resolve().name
+        console.print_evaluations(screen, {label: result})
+        with run.lock(wait=LOCK_SECONDS):
+            figures = comparison_figures({label: run}, {label: result}, run.path / "figures")
+        console.print_paths(screen, figures)
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Margin, certificate and support tokens of every token of a text: a table and figures."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    out: Path
+    """directory for margins.csv and the figures"""
+    text: Path | None = None
+    """UTF-8 file of any length, by default the run's validation text"""
+    stride: int | None = None
+    """distance between windows, 1 to block, by default half a block"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        margins = text_margins(load_fit(self.run), self.text, stride=self.stride, progress=True)
+        paths = margin_figures(margins, self.out)
+        console.print_margins(screen, margins)
+        console.print_paths(screen, paths)
+
+
+@dataclass(frozen=True)
+class MeasureSensitivity:
+    """Whether noise harms most at tokens of small margin: loss and margins token by token."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    out: Path
+    """directory for the tables and the figure"""
+    text: Path | None = None
+    """UTF-8 file, by default the run's validation text"""
+    noise_kind: NoiseKind = "gaussian"
+    """see the command evaluate"""
+    level: float = 0.5
+    """in units of the embeddings' root mean square; of substitution a probability"""
+    draws: int = 8
+    """of the noise, whose losses are averaged"""
+    most_tokens: int = 16_384
+    """of the text, in windows spread evenly"""
+    seed: int = 0
+    """of the noise and the bootstrap"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        found = sensitivity(
+            load_fit(self.run),
+            self.text,
+            noise_kind=self.noise_kind,
+            level=self.level,
+            draws=self.draws,
+            most_tokens=self.most_tokens,
+            seed=self.seed,
+            progress=True,
+        )
+        console.print_sensitivity(screen, found)
+        console.print_paths(screen, sensitivity_report(found, self.out))
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Runs on the same text side by side: a table, and point estimates within the posterior."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run directories, of fits and of sampled posteriors"""
+    out: Path
+    """directory for comparison.csv and the figures"""
+    seed: int = 0
+    """of the noise, of particles and of the draws of guides"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        names = [path.resolve().name for path in self.runs]
+        distinct = len(set(names)) == len(names)
+        labels = names if distinct else [str(path) for path in self.runs]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"runs: got {', '.join(labels)}, expected each run once")
+        runs = {label: load_run(path) for label, path in zip(labels, self.runs, strict=True)}
+        compared = compare(runs, seed=self.seed, progress=True)
+        console.print_compared(screen, compared)
+        console.print_paths(screen, compared_report(compared, self.out))
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt, coloured by the margin of each generated token."""
+
+    run: tyro.conf.Positional[Path]
+    """run directory"""
+    prompt: str
+    """text to continue"""
+    length: int = 200
+    """tokens to generate"""
+    temperature: float = 1.0
+    """the logits are divided by it; 0 takes the most probable token"""
+    top_k: int | None = None
+    """sample from the k most probable tokens only"""
+    seed: int = 0
+    """of the sampling"""
+    out: Path | None = None
+    """CSV file for the margin of every generated token"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        result = generate(
+            load_fit(self.run),
+            self.prompt,
+            length=self.length,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+            progress=sys.stderr.isatty(),
+        )
+        console.print_generated(screen, result)
+        if self.out is not None:
+            write_csv(result, self.out)
+            console.print_paths(screen, [self.out])
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Fit objectives ce and margin on Python's language reference and compare them."""
+
+    out: Path = Path("demo")
+    """directory for the two runs and the figures"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        result = demo(self.out, progress=True)
+        console.print_evaluations(screen, result.evaluations, heads=False)
+        console.print_paths(screen, result.figures)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The paper's figures and numbers, computed, and where the conditional density is proper."""
+
+    out: Path
+    """directory for the figures, a CSV of what each shows, and the comparison paper.csv"""
+
+    def __call__(self, screen: Console) -> None:
+        """Run the command."""
+        comparisons, paths = paper_report(self.out, progress=True)
+        console.print_comparisons(screen, comparisons)
+        console.print_paths(screen, paths)

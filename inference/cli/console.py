@@ -1,0 +1,243 @@
+"""Results as a terminal shows them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from probattn.inference.comparison.compare import ComparedRun
+from probattn.inference.evaluation.evaluate import EvaluateResult
+from probattn.inference.evaluation.generation import Generated
+from probattn.inference.evaluation.intervals import Estimate
+from probattn.inference.evaluation.noise_sweeps import NoisePoint
+from probattn.inference.evaluation.sensitivity import Sensitivity
+from probattn.inference.evaluation.token_margins import TextMargins
+from probattn.inference.export.diagnostics import divergence_margin, summarise, values_of
+from probattn.inference.figures.report import compared_row
+from probattn.inference.paper.data import PaperComparison
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+# Columns of a comparison that a terminal has room for.
+_COMPARED = {
+    "inference": "inference",
+    "barrier_weight": "lambda_m",
+    "log_predictive_density": "held-out nats",
+    "bpc": "bits per character",
+    "calibration_error": "calibration error",
+    "degradation_absolute_0.5": "x clean, noise 0.5",
+    "degradation_relative_1": "x clean, noise 1 RMS",
+    "unconverged_particles": "particles left out",
+    "margin_stage": "margins of",
+    "smallest_margin": "smallest margin",
+    "margin_quantile_0.01": "1 % quantile",
+    "elpd_loo": "elpd_loo",
+    "pareto_k": "largest Pareto k",
+    "divergences": "divergences",
+    "seconds": "seconds",
+}
+_SENSITIVITY = {
+    "margin": "rank correlation of the increase with the margin (below 0: small margins suffer)",
+    "embedding_margin": "rank correlation of the increase with the embedding margin",
+    "support": "mean increase at support tokens less that at others (nats; above 0: they suffer)",
+}
+_COLUMNS = 4  # of a comparison, in a terminal of 80 characters
+_NEAR = 0.1  # margins below it are coloured
+
+
+def print_evaluations(
+    screen: Console, results: Mapping[str, EvaluateResult], *, heads: bool = True
+) -> None:
+    """One table with a column per run.
+
+    Args:
+        screen: where to print.
+        results: by label, at least one.
+        heads: whether to show the heads of the first layer.
+    """
+    table = Table(title=Text(printable(next(iter(results.values())).text)), title_justify="left")
+    table.add_column("")
+    for label in results:
+        table.add_column(printable(label), justify="right")
+    columns = [_evaluation_rows(result) for result in results.values()]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        if heads or not name.startswith("layer"):
+            table.add_row(name, *(column.get(name, "-") for column in columns))
+    screen.print(table)
+    for label, result in results.items():
+        if not result.post_hoc_converged:
+            screen.print(
+                f"{printable(label)}: the fit of the post-hoc attention prior did not come to rest"
+            )
+
+
+def print_margins(screen: Console, margins: TextMargins) -> None:
+    """One table with a row per attention stage."""
+    title = Text(f"margins of {printable(margins.name)} (sigma_min)")
+    table = Table(title=title, title_justify="left")
+    table.add_column("stage")
+    for name in ("smallest", "1 % quantile", "median", "certified", "support token"):
+        table.add_column(name, justify="right")
+    inner = margins.position >= 2
+    for stage in margins.stages:
+        weakest = int(np.argmin(np.where(inner, stage.margin, np.inf)))
+        before = "".join(margins.tokens[max(weakest - 12, 0) : weakest])
+        quantiles = np.quantile(stage.margin[inner], [0, 0.01, 0.5])
+        table.add_row(
+            stage.label,
+            *(f"{value:.3f}" for value in quantiles),
+            f"{100 * np.mean(stage.certificate[inner] < 1):.1f} %",
+            Text(f"{margins.tokens[weakest]!r} after {before!r}"),
+        )
+    screen.print(table)
+
+
+def print_sensitivity(screen: Console, found: Sensitivity) -> None:
+    """A table per statistic, with a row per attention stage and a column per set of tokens."""
+    unit = "" if found.kind == "substitution" else " embedding RMS"
+    screen.print(
+        Text(
+            f"{printable(found.name)}: {found.kind} noise of {found.level:g}{unit} raises the "
+            f"loss from {found.loss.mean():.3f} to {found.noisy_loss.mean():.3f} nats per token"
+        ),
+        soft_wrap=True,
+    )
+    for statistic, title in _SENSITIVITY.items():
+        chosen = [each for each in found.comparisons if each.statistic == statistic]
+        table = Table(title=title, title_justify="left")
+        table.add_column("stage")
+        columns = list(dict.fromkeys(each.within for each in chosen))
+        for within in columns:
+            shown = "all tokens" if within == "text" else f"same {within}"
+            table.add_column(shown, justify="right")
+        for stage in dict.fromkeys(each.stage for each in chosen):
+            cells = [each.estimate for each in chosen if each.stage == stage]
+            table.add_row(stage, *(_interval(cell) for cell in cells))
+        screen.print(table)
+    screen.print("in brackets the 95 % interval, by a bootstrap over windows")
+
+
+def _interval(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "-"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def print_posterior(screen: Console, tree: "xr.DataTree") -> None:
+    """Identified quantities of a posterior with their diagnostics, and what diverged."""
+    table = Table()
+    table.add_column("quantity")
+    for name in ("mean", "sd", "r_hat", "ess bulk", "ess tail"):
+        table.add_column(name, justify="right")
+    for row in summarise(tree):
+        point = ("-" if np.isnan(value) else f"{value:.4f}" for value in (row.mean, row.sd))
+        ess = (f"{value:.0f}" for value in (row.ess_bulk, row.ess_tail))
+        table.add_row(printable(row.name), *point, f"{row.r_hat:.3f}", *ess)
+    screen.print(table)
+    diverging = values_of(tree, "sample_stats", "diverging")
+    if diverging is not None:
+        line = f"{int(diverging.sum())} of {diverging.size} draws diverged"
+        smallest = divergence_margin(tree)
+        if smallest is not None:
+            line += f", the smallest margin among them {smallest:.4f}"
+        screen.print(line)
+    certified = values_of(tree, "support_tokens", "certified_probability")
+    if certified is not None:
+        screen.print(f"certified at positions >= 2: {100 * certified[..., 2:].mean():.1f} %")
+
+
+def print_compared(screen: Console, compared: Sequence[ComparedRun]) -> None:
+    """Tables with a column per run, four runs at a time."""
+    for first in range(0, len(compared), _COLUMNS):
+        rows = [compared_row(run) for run in compared[first : first + _COLUMNS]]
+        table = Table()
+        table.add_column("", no_wrap=True)
+        for row in rows:
+            table.add_column(printable(str(row["run"])), justify="right", overflow="fold")
+        for name, shown in _COMPARED.items():
+            values = [row[name] for row in rows]
+            if any(value is not None for value in values):
+                table.add_row(shown, *(_cell(value) for value in values))
+        screen.print(table)
+    if any(run.pareto_k is not None and not run.pareto_k <= 0.7 for run in compared):
+        screen.print("a Pareto k not below 0.7: the elpd_loo of that run cannot be trusted")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_comparisons(screen: Console, comparisons: Sequence[PaperComparison]) -> None:
+    """The paper's numbers beside ours, one row for each."""
+    table = Table()
+    for name in ("figure", "quantity", "paper", "formula", "reproduced"):
+        table.add_column(name, justify="left" if name in ("figure", "quantity") else "right")
+    for each in comparisons:
+        table.add_row(each.figure, each.quantity, each.paper, each.formula or "-", each.reproduced)
+    screen.print(table)
+
+
+def print_generated(screen: Console, result: Generated) -> None:
+    """The prompt in bold and its continuation, coloured by margin."""
+    text = Text(printable(result.prompt), style="bold")
+    for token, margin in zip(result.tokens, result.margin, strict=True):
+        style = "red" if margin < 0 else "yellow" if margin < _NEAR else ""
+        text.append(printable(token), style=style)
+    screen.print(text, soft_wrap=True)
+    weakest = int(result.margin.argmin())
+    screen.print()
+    screen.print(
+        Text(
+            f"margins (sigma_min, post hoc): smallest {result.margin[weakest]:.3f} at generated "
+            f"token {weakest}, {result.tokens[weakest]!r}; red is below 0, yellow below {_NEAR}"
+        )
+    )
+
+
+def print_paths(screen: Console, paths: Sequence[Path]) -> None:
+    """A line per file written."""
+    for path in paths:
+        screen.print(Text(printable(f"wrote {path}")), soft_wrap=True)
+
+
+def _evaluation_rows(result: EvaluateResult) -> dict[str, str]:
+    rows = {
+        "bits per character": f"{result.bpc:.3f}",
+        "embedding RMS": f"{result.embedding_rms:.4f}",
+    }
+    for points, shown in (
+        (result.noise_absolute, lambda point: f"{point.sigma:g}"),
+        (result.noise_relative, lambda point: f"{point.relative:g} RMS"),
+        (result.noise_substituted, lambda point: f"{point.probability:g}"),
+    ):
+        for point in points:
+            if point.sigma or point.probability:
+                kind = "noise" if point.kind == "gaussian" else point.kind
+                rows[f"x clean, {kind} {shown(point)}"] = _with_reach(point)
+    for summary in result.margins:
+        rows[f"{summary.label}: smallest margin"] = f"{summary.quantiles[0.0]:.3f}"
+        rows[f"{summary.label}: median margin"] = f"{summary.quantiles[0.5]:.3f}"
+        rows[f"{summary.label}: infeasible"] = f"{100 * summary.infeasible_fraction:.2f} %"
+    return rows
+
+
+def _with_reach(point: NoisePoint) -> str:
+    """Degradation, and half the width of its interval."""
+    reach = (point.degradation_high - point.degradation_low) / 2
+    return f"{point.degradation:.3f}" + (f" ± {reach:.3f}" if np.isfinite(reach) else "")
+
+
+def printable(text: str) -> str:
+    """Text without characters that would steer a terminal."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )

@@ -1,0 +1,265 @@
+"""Runs side by side: what they predict, how sure they are, how close to instability they came.
+
+A run is an ensemble of parameters: one set of a MAP run, draws of a guide or of NUTS. The
+probability of a token is its mean over the ensemble, so that all runs are scored alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from probattn.inference.comparison.predictive import Predictions, latent_predictions, predictions
+from probattn.inference.evaluation.attention_stages import stage_margins, stages
+from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.export.diagnostics import leave_one_out, values_of
+from probattn.inference.export.to_arviz import to_datatree
+from probattn.inference.runs.checks import check_same_corpus
+from probattn.inference.runs.files import RunError
+from probattn.inference.runs.run import PosteriorRun, Run
+from probattn.inference.runtime.progress import progress_bar
+from probattn.inference.sampling.posterior_runs import (
+    guide_posterior,
+    load_posterior,
+    training_sequences,
+)
+from probattn.inference.sampling.result import PosteriorResult
+from probattn.models import ObjectiveConfig
+from probattn.text.corpora import load_corpus
+
+QUANTILES = (0.01, 0.1, 0.5)
+
+_SEQUENCES = 64  # whose margins are taken where no posterior says which
+_DRAWS = 400  # of a guide
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run in a comparison; what does not apply to it is None.
+
+    Attributes:
+        label: of the run.
+        model: "language" or "latent".
+        objective: of a language model, such as "margin".
+        barrier_weight: lambda_m.
+        inference: "map", the name of a guide, or "nuts".
+        predictions: of held-out text.
+        smallest_margin: over the compared sequences; the median over draws.
+        margin_quantiles: of all positions >= 2, by level; of all draws together.
+        margin_stage: of which attention stage: "trained", "first layer" (all its heads), or
+            "post hoc" of a run whose objective acts on none.
+        smallest_margin_draws: of every draw, (chain, draw).
+        elpd_loo: expected log predictive density by leave-one-out, nats; where there are draws.
+        elpd_loo_se: its standard error.
+        pareto_k: the largest Pareto k; above 0.7 the estimate cannot be trusted.
+        divergences: of NUTS.
+        seconds: that fitting or sampling took.
+    """
+
+    label: str
+    model: str
+    objective: str | None = None
+    barrier_weight: float | None = None
+    inference: str = "map"
+    predictions: Predictions | None = None
+    smallest_margin: float | None = None
+    margin_quantiles: Mapping[float, float] | None = None
+    margin_stage: str | None = None
+    smallest_margin_draws: np.ndarray | None = None
+    elpd_loo: float | None = None
+    elpd_loo_se: float | None = None
+    pareto_k: float | None = None
+    divergences: int | None = None
+    seconds: float | None = None
+
+
+def compare(
+    runs: Mapping[str, Run | PosteriorRun], *, seed: int = 0, progress: bool = False
+) -> list[ComparedRun]:
+    """Compare runs on the same text: predictions, calibration, robustness, margins, time.
+
+    Predictions are of at most 8192 held-out tokens, in windows of what a run sees at once; see
+    `predictive` for the one token by which language models and latent models differ in it.
+    Margins are taken over sequences of the training text. Those of fits are over the sequences
+    that the sampled posteriors of language models among the runs are given, so that a MAP can be
+    marked in them; if there is none, over 64, or all that the text has. Latent models share no
+    margins with language models, and their sequences may be others.
+
+    Args:
+        runs: by label, at least one, from `load_run`.
+        seed: of the noise, of particles and of the draws of guides.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if there is no run, their data differ (RunError names what), or a text is not
+            there any more.
+        FilterError: if a filter of a latent model has no particle left, see `filtering`.
+    """
+    if not runs:
+        raise ValueError("runs: got none, expected at least one")
+    _check_same_data(runs)
+    corpus = load_corpus(next(iter(runs.values())).config.data)
+    for run in runs.values():
+        check_same_corpus(run, corpus)
+    compared = []
+    with progress_bar("compare", total=len(runs), unit="run", visible=progress) as bar:
+        sequences = _sequences(runs)
+        for label, run in runs.items():
+            bar.show(run=label)
+            held_out = run.vocabulary.encode(corpus.validation)
+            if isinstance(run, PosteriorRun):
+                compared.append(_sampled(label, run, held_out, seed))
+            else:
+                compared.append(_fitted(label, run, held_out, sequences, seed))
+            bar.update(1)
+    return compared
+
+
+def _sequences(runs: Mapping[str, Run | PosteriorRun]) -> int:
+    """Over how many sequences, at most, the margins of fits are taken."""
+    sizes = (_sizes(run, "language") for run in runs.values())
+    return next((size[0] for size in sizes if size), _SEQUENCES)
+
+
+def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> ComparedRun:
+    result = load_posterior(run)
+    found = _of_draws(result) | {"divergences": result.divergences, "seconds": result.seconds}
+    model, objective = run.config.model, run.config.objective
+    if model is None or objective is None:
+        assert run.config.latent is not None  # SampleRunConfig has one or the other
+        found["predictions"] = latent_predictions(
+            run.vocabulary, run.config.latent, _members(result), held_out, seed=seed
+        )
+        return ComparedRun(label, "latent", **found)
+    found |= _objective(objective)
+    found["predictions"] = predictions(run.vocabulary, model, _members(result), held_out, seed=seed)
+    return ComparedRun(label, "language", **found)
+
+
+def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: int) -> ComparedRun:
+    model, objective = run.config.model, run.config.objective
+    found = {"seconds": _fit_seconds(run), **_objective(objective)}
+    if run.config.fit.guide != "map":
+        result = guide_posterior(run, draws=_DRAWS, seed=seed, sequences=sequences)
+        found |= _of_draws(result)
+        found["predictions"] = predictions(
+            run.vocabulary, model, _members(result), held_out, seed=seed
+        )
+        return ComparedRun(label, "language", **found)
+    inputs, _ = training_sequences(run, sequences)
+    compared = _trained(objective)
+    # A fit takes a thousand steps and is written into the run: only where its stage is compared.
+    prior = post_hoc_prior(run) if compared == "post hoc" else None
+    chosen = [stage for stage in stages(run, prior) if _label(stage.label) == compared]
+    margins = [stage_margins(run, stage, inputs).margin for stage in chosen]
+    found |= _margins(np.stack(margins, axis=1)[None, None])
+    found["margin_stage"] = compared
+    members = {name: np.asarray(value)[None] for name, value in run.parameters.items()}
+    found["predictions"] = predictions(run.vocabulary, model, members, held_out, seed=seed)
+    return ComparedRun(label, "language", **found)
+
+
+def _trained(objective: ObjectiveConfig) -> str:
+    """Which attention stage an objective acts on; of one that acts on none, that fitted to it."""
+    if objective.name == "ce":
+        return "post hoc"
+    return "trained" if objective.trains_attention_prior else "first layer"
+
+
+def _label(stage: str) -> str:
+    return "first layer" if stage.startswith("layer 1 head") else stage
+
+
+def _of_draws(result: PosteriorResult) -> dict[str, Any]:
+    tree = to_datatree(result, log_likelihood=True)
+    elpd, error, pareto_k = leave_one_out(tree) or (None, None, None)
+    margin = values_of(tree, "posterior", "margin")
+    found = {
+        "inference": result.method,
+        "elpd_loo": elpd,
+        "elpd_loo_se": error,
+        "pareto_k": pareto_k,
+    }
+    if margin is None:
+        return found
+    stage = "first layer" if margin.ndim == 5 else "trained"
+    return found | _margins(margin) | {"margin_stage": stage}
+
+
+def _members(result: PosteriorResult) -> dict[str, np.ndarray]:
+    """The draws of all chains, one after the other."""
+    return {name: value.reshape(-1, *value.shape[2:]) for name, value in result.draws.items()}
+
+
+def _objective(objective: ObjectiveConfig) -> dict[str, Any]:
+    weight = objective.weights[0] if objective.has_barrier else None
+    return {"objective": objective.name, "barrier_weight": weight}
+
+
+def _margins(margin: Float[np.ndarray, "chain draw *stage T"]) -> dict[str, Any]:
+    """Smallest margin of every draw, its median, and quantiles of all at positions >= 2."""
+    inner = margin[..., 2:]
+    smallest = inner.min(tuple(range(2, inner.ndim)))
+    return {
+        "smallest_margin": float(np.median(smallest)),
+        "smallest_margin_draws": smallest,
+        "margin_quantiles": {level: float(np.quantile(inner, level)) for level in QUANTILES},
+    }
+
+
+def _check_same_data(runs: Mapping[str, Run | PosteriorRun]) -> None:
+    """Refuse runs of different texts or symbols, or with margins over different sequences.
+
+    Margins are compared among language models, and among latent models.
+    """
+    (first, reference), *others = runs.items()
+    for label, run in others:
+        for what, one, other in (
+            ("corpus", reference.data["sha256"], run.data["sha256"]),
+            ("vocabulary", reference.vocabulary, run.vocabulary),
+        ):
+            if one != other:
+                raise RunError(
+                    f"{first} and {label} differ in the {what}: expected runs on the same data"
+                )
+    for kind in ("language", "latent"):
+        sizes = {label: size for label, run in runs.items() if (size := _sizes(run, kind))}
+        if not sizes:
+            continue
+        first, size = next(iter(sizes.items()))
+        for label, other in sizes.items():
+            if other != size:
+                raise RunError(
+                    f"{first} has {size[0]} sequences of {size[1]} tokens and {label} {other[0]} "
+                    f"of {other[1]}: expected posteriors given the same sequences"
+                )
+        for label, run in runs.items():
+            if kind == "language" and isinstance(run, Run) and run.config.model.block != size[1]:
+                raise RunError(
+                    f"{label} sees {run.config.model.block} tokens (model.block), and the "
+                    f"sequences of {first} have {size[1]}: expected the same"
+                )
+
+
+def _sizes(run: Run | PosteriorRun, kind: str) -> tuple[int, int] | None:
+    """Number and length of the sequences of a sampled posterior of this kind, None of others."""
+    if not isinstance(run, PosteriorRun):
+        return None
+    model, latent = run.config.model, run.config.latent
+    if latent is not None:
+        return (latent.sequences, latent.length) if kind == "latent" else None
+    assert model is not None  # one or the other
+    return (run.config.sample.sequences, model.block) if kind == "language" else None
+
+
+def _fit_seconds(run: Run) -> float:
+    """Seconds of steps, from the rate in every report."""
+    fit, done, seconds = run.config.fit, 0, 0.0
+    for row in run.metrics():
+        if row["tokens_per_s"]:
+            tokens = (row["step"] - done) * fit.batch * run.config.model.block
+            seconds += tokens / row["tokens_per_s"]
+        done = row["step"]
+    return seconds

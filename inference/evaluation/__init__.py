@@ -1,0 +1,1 @@
+"""What a fitted network does on a text: scores, noise, margins, generation."""

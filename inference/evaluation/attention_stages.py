@@ -1,0 +1,134 @@
+"""Attention stages of a run at which margins are taken, and their quantities over a text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from probattn import certificate, infeasible, log_det
+from probattn.inference.evaluation.post_hoc import PostHocPrior
+from probattn.inference.runs.run import Run
+from probattn.inference.runtime.blas_threads import one_blas_thread
+from probattn.margins import both_margins
+from probattn.models.language import attention_stage
+from probattn.models.transformer import Parameters, embed, first_layer, rms_normalised
+from probattn.text.batches import batched_rows
+
+StageInput = Literal["embeddings", "normalised", "first_layer"]
+_BATCH = 4  # windows in one call: the bases of 2 r directions take (windows, T, d, 2 r) numbers
+
+
+@dataclass(frozen=True)
+class AttentionStage:
+    """One set of attention matrices that margins are taken with.
+
+    Attributes:
+        label: what figures and tables call it.
+        w_query: W_Q (d, r).
+        w_key: W_K (d, r).
+        sees: the embeddings, the same divided by their root mean square, token by token, or the
+            first layer's normalised input.
+        bound: c of its bounded context, or None.
+    """
+
+    label: str
+    w_query: Float[Array, "d r"]
+    w_key: Float[Array, "d r"]
+    input: StageInput = "embeddings"
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
+class StageMargins:
+    """Quantities of one stage at every position of the windows of a text.
+
+    Attributes:
+        label: of the stage.
+        margin: "sigma_min", (windows, T).
+        log_det: log det D_t in nats, -inf where the determinant is not positive.
+        embedding_margin: distance to the boundary in the space of what the stage sees, and in its
+            unit: embeddings, or their normalised form, of root mean square 1.
+        certificate: rho_t; below 1 the position is proved invertible.
+        infeasible: whether R_t has a real eigenvalue <= 0.
+    """
+
+    label: str
+    margin: Float[np.ndarray, "windows T"]
+    log_det: Float[np.ndarray, "windows T"]
+    embedding_margin: Float[np.ndarray, "windows T"]
+    certificate: Float[np.ndarray, "windows T"]
+    infeasible: Float[np.ndarray, "windows T"]
+
+
+def stages(run: Run, prior: PostHocPrior | None) -> Iterator[AttentionStage]:
+    """Stages of a run: post hoc where a prior is given, trained where there is one, first layer's.
+
+    Those of the first layer are one for each head.
+    """
+    model, objective = run.config.model, run.config.objective
+    embedded = jnp.zeros((1, 1, model.width))
+    if prior is not None:
+        matrices = jnp.asarray(prior.w_query), jnp.asarray(prior.w_key)
+        yield AttentionStage("post hoc", *matrices, bound=model.bound)
+    if objective.trains_attention_prior:
+        trained = attention_stage(run.parameters, embedded, config=model, objective=objective)
+        input: StageInput = "normalised" if objective.attention == "normalised" else "embeddings"
+        matrices = trained["w_query"], trained["w_key"]
+        yield AttentionStage("trained", *matrices, input=input, bound=model.bound)
+    _, queries, keys = first_layer(run.parameters, embedded, heads=model.heads)
+    for head, (w_query, w_key) in enumerate(zip(queries, keys, strict=True), start=1):
+        yield AttentionStage(f"layer 1 head {head}", w_query, w_key, input="first_layer")
+
+
+def stage_margins(
+    run: Run, stage: AttentionStage, inputs: Int[np.ndarray, "windows T"]
+) -> StageMargins:
+    """Margins, log determinants and certificates of a stage over windows of tokens."""
+    measure = partial(
+        _measure,
+        input=stage.input,
+        heads=run.config.model.heads,
+        bound=stage.bound,
+    )
+    with one_blas_thread():
+        parts = [
+            measure(run.parameters, inputs[rows], stage.w_query, stage.w_key)
+            for rows in batched_rows(len(inputs), _BATCH)
+        ]
+        fields = [
+            np.concatenate([np.asarray(piece) for piece in pieces])[: len(inputs)]
+            for pieces in zip(*parts, strict=True)
+        ]
+    return StageMargins(stage.label, *fields)
+
+
+@partial(jax.jit, static_argnames=("input", "heads", "bound"))
+def _measure(
+    parameters: Parameters,
+    inputs: Array,
+    w_query: Array,
+    w_key: Array,
+    *,
+    input: StageInput,
+    heads: int,
+    bound: float | None,
+) -> tuple[Array, ...]:
+    x = embed(parameters, inputs)
+    if input == "first_layer":
+        x, _, _ = first_layer(parameters, x, heads=heads)
+    elif input == "normalised":
+        x = rms_normalised(x)
+    sign, log_abs = log_det(x, w_query, w_key, bound=bound)
+    margin, distance = both_margins(x, w_query, w_key, bound=bound)
+    return (
+        margin,
+        jnp.where(sign > 0, log_abs, -jnp.inf),
+        distance,
+        certificate(x, w_query, w_key, bound=bound),
+        infeasible(x, w_query, w_key, bound=bound),
+    )

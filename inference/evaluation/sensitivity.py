@@ -1,0 +1,205 @@
+"""Whether noise harms the predictions most at the tokens of small margin: loss and margin by token.
+
+The paper takes the tokens of smallest margin, the support tokens, for those that decide how robust
+a model is. So each token of a text gets a row: the loss of the prediction made at it, that of the
+token after it, without noise and under noise, beside its margins.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from probattn.inference.evaluation.attention_stages import stages
+from probattn.inference.evaluation.margin_comparisons import (
+    MarginComparison,
+    SupportCharacter,
+    compare_with_margins,
+    support_characters,
+)
+from probattn.inference.evaluation.noise_sweeps import (
+    check_kinds,
+    check_levels,
+    training_frequencies,
+)
+from probattn.inference.evaluation.perturbations import NoiseKind, perturbation
+from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.scoring import Scorer
+from probattn.inference.evaluation.texts import check_seed, text_tokens
+from probattn.inference.evaluation.token_margins import (
+    TokenMargins,
+    reported_margins,
+    stage_columns,
+)
+from probattn.inference.runs.csv_tables import write_table
+from probattn.inference.runs.run import Run
+from probattn.inference.runtime.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `sensitivity` finds, for N tokens of a text.
+
+    Attributes:
+        name: of the text.
+        kind: of the noise.
+        level: standard deviation in units of the embedding's root mean square; of substitution
+            the probability of a token to be replaced.
+        index: of each token in the text, (N,).
+        tokens: what each stands for, N strings.
+        window: number of its window, (N,).
+        position: in the window, (N,).
+        loss: of predicting the token after it, in nats, (N,).
+        noisy_loss: the same under noise, the mean over draws, (N,).
+        stages: margins, the post-hoc attention prior first, then the trained one where there is
+            one, and the heads of the first layer.
+        comparisons: of each stage, three statistics among four sets of tokens.
+        characters: symbols that are support tokens, by stage, most frequent first.
+    """
+
+    name: str
+    kind: NoiseKind
+    level: float
+    index: Int[np.ndarray, " N"]
+    tokens: Sequence[str]
+    window: Int[np.ndarray, " N"]
+    position: Int[np.ndarray, " N"]
+    loss: Float[np.ndarray, " N"]
+    noisy_loss: Float[np.ndarray, " N"]
+    stages: tuple[TokenMargins, ...]
+    comparisons: tuple[MarginComparison, ...]
+    characters: tuple[SupportCharacter, ...]
+
+
+def sensitivity(
+    run: Run,
+    text: str | os.PathLike[str] | None = None,
+    *,
+    noise_kind: NoiseKind = "gaussian",
+    level: float = 0.5,
+    draws: int = 8,
+    most_tokens: int = 16_384,
+    seed: int = 0,
+    progress: bool = False,
+) -> Sensitivity:
+    """Compare how much noise raises the loss at each token with the token's margins.
+
+    Windows are a block long and do not overlap.
+
+    Args:
+        run: from `load_run` or `fit`.
+        text: UTF-8 file, by default the run's validation text.
+        noise_kind: see `perturbations`.
+        level: of the noise, in units of the embedding's root mean square; of substitution the
+            probability of a token to be replaced.
+        draws: of the noise, whose losses are averaged; of a worst-case direction there is one.
+        most_tokens: at most so many tokens, in windows spread evenly over the text.
+        seed: of the noise and the bootstrap.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if an argument is out of range, or the text cannot be read, has a character
+            that the vocabulary lacks, or what is taken of it fits into one window.
+    """
+    substituted = noise_kind == "substitution"
+    check_kinds("noise_kind", [noise_kind])
+    check_levels("level", [level], probabilities=substituted)
+    for name, count in (("draws", draws), ("most_tokens", most_tokens)):
+        if count < 1:
+            raise ValueError(f"{name}: got {count}, expected an integer >= 1")
+    check_seed(seed)
+    tokens, name = text_tokens(run, text)
+    scorer = Scorer(run.config.model, run.vocabulary, tokens, most_tokens=most_tokens)
+    reported = scorer.reported
+    if len(reported) < 2:
+        raise ValueError(
+            f"{name}: {min(len(tokens), most_tokens)} tokens in {len(reported)} window: expected "
+            f"at least 2 windows of {run.config.model.block} tokens (model.block); "
+            + ("raise most_tokens" if most_tokens < len(tokens) else "give a longer text")
+        )
+    prior = post_hoc_prior(run, progress=progress)
+    unit = 1.0 if substituted else scorer.embedding_rms(run.parameters)
+    frequencies = training_frequencies(run) if substituted else None
+    disturbed = perturbation(noise_kind, level * unit, frequencies=frequencies)
+    if noise_kind.startswith("ascent"):
+        draws = 1
+    chosen = list(stages(run, prior))
+    with progress_bar(
+        "sensitivity", total=draws + len(chosen) + 1, unit="part", visible=progress
+    ) as bar:
+        clean, noisy = scorer.losses(run.parameters), np.zeros(reported.shape)
+        for number in range(draws):
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            noisy += scorer.losses(run.parameters, disturbed, rng_key=key) / draws
+            bar.update(1)
+        margins = []
+        for stage in chosen:
+            margins.append(reported_margins(run, stage, scorer.inputs, reported))
+            bar.update(1)
+        window, position = np.nonzero(reported)
+        symbols = scorer.inputs[reported]
+        comparisons = compare_with_margins(
+            clean[reported], noisy[reported], margins, symbols, window, position, seed=seed
+        )
+        bar.update(1)
+    strings = {symbol: run.vocabulary.decode([symbol]) for symbol in np.unique(symbols)}
+    return Sensitivity(
+        name=name,
+        kind=noise_kind,
+        level=level,
+        index=scorer.starts[window] + position,
+        tokens=[strings[symbol] for symbol in symbols],
+        window=window,
+        position=position,
+        loss=clean[reported],
+        noisy_loss=noisy[reported],
+        stages=tuple(margins),
+        comparisons=tuple(comparisons),
+        characters=tuple(
+            character
+            for stage in margins
+            for character in support_characters(stage, symbols, position, strings)
+        ),
+    )
+
+
+def tables(found: Sensitivity) -> dict[str, tuple[Sequence[str], list[tuple]]]:
+    """Columns and rows by table: tokens, comparisons, and which symbols are support tokens."""
+    columns = {
+        "index": found.index,
+        "token": found.tokens,
+        "window": found.window,
+        "position": found.position,
+        "loss": found.loss,
+        "noisy_loss": found.noisy_loss,
+        **stage_columns(found.stages),
+    }
+    return {
+        "sensitivity": (list(columns), list(zip(*columns.values(), strict=True))),
+        "sensitivity_comparisons": (
+            ["noise", "level", "stage", "statistic", "within", "estimate", "low", "high"],
+            [
+                (found.kind, found.level, each.stage, each.statistic, each.within, *each.estimate)
+                for each in found.comparisons
+            ],
+        ),
+        "support_tokens": (
+            ["stage", "token", "support", "share", "share_low", "share_high", "positions", "base"],
+            [
+                (each.stage, each.token, each.support, *each.share, each.positions, each.base)
+                for each in found.characters
+            ],
+        ),
+    }
+
+
+def write_tables(found: Sensitivity, folder: Path) -> list[Path]:
+    """Write each of the tables as a CSV file."""
+    return [
+        write_table(folder / f"{name}.csv", columns, rows)
+        for name, (columns, rows) in tables(found).items()
+    ]

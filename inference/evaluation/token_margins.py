@@ -1,0 +1,145 @@
+"""Margins, certificates and support tokens of every token of a text."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from probattn import support_tokens
+from probattn.inference.evaluation.attention_stages import AttentionStage, stage_margins, stages
+from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.texts import text_tokens
+from probattn.inference.runs.csv_tables import write_table
+from probattn.inference.runs.run import Run
+from probattn.inference.runtime.progress import progress_bar
+from probattn.text.batches import windows
+
+
+@dataclass(frozen=True)
+class TokenMargins:
+    """Margins of one attention stage at every token of a text.
+
+    Every token is reported from one window, the first that holds it, at its position there.
+
+    Attributes:
+        label: of the stage: "post hoc", "trained", or "layer 1 head 1" and so on.
+        margin: kind "sigma_min", (N,).
+        log_det: log det D_t in nats, -inf where the determinant is not positive, (N,).
+        embedding_margin: distance to the boundary in the space of what the stage sees, in its
+            unit (see `stages.StageMargins`), (N,).
+        certificate: rho_t, below 1 where the position is proved invertible, (N,).
+        support: whether the token is the support token of its window, (N,).
+    """
+
+    label: str
+    margin: Float[np.ndarray, " N"]
+    log_det: Float[np.ndarray, " N"]
+    embedding_margin: Float[np.ndarray, " N"]
+    certificate: Float[np.ndarray, " N"]
+    support: Bool[np.ndarray, " N"]
+
+
+@dataclass(frozen=True)
+class TextMargins:
+    """What `text_margins` finds.
+
+    Attributes:
+        name: of the text.
+        tokens: what each token stands for, N strings.
+        position: of each token within the window that reports it, (N,); 0 and 1 have no spread in
+            their past and margin 1.
+        window: number of that window, (N,).
+        window_starts: where each window begins, (windows,).
+        stages: margins by stage, the post-hoc attention prior first.
+    """
+
+    name: str
+    tokens: Sequence[str]
+    position: Int[np.ndarray, " N"]
+    window: Int[np.ndarray, " N"]
+    window_starts: Int[np.ndarray, " windows"]
+    stages: tuple[TokenMargins, ...]
+
+
+def text_margins(
+    run: Run,
+    text: str | os.PathLike[str] | None = None,
+    *,
+    stride: int | None = None,
+    progress: bool = False,
+) -> TextMargins:
+    """Margins of every token of a text, of every attention stage of a run.
+
+    A text longer than a block is read in windows; a token is reported from the first window that
+    holds it, so that beyond the first window it has a context of at least block - stride tokens.
+
+    Args:
+        run: from `load_run` or `fit`.
+        text: UTF-8 file of any length, by default the run's validation text.
+        stride: distance between windows, 1 to block; by default half a block.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: if the stride is out of range or the text cannot be read, is shorter than
+            three tokens or has a character that the vocabulary lacks.
+    """
+    tokens, name = text_tokens(run, text)
+    if len(tokens) < 3:
+        raise ValueError(f"{name}: has {len(tokens)} tokens: expected at least 3")
+    block = run.config.model.block
+    plan = windows(
+        len(tokens), block=block, stride=max(block // 2, 1) if stride is None else stride
+    )
+    prior = post_hoc_prior(run, progress=progress)
+    inputs = plan.take(tokens)
+    window, position = np.nonzero(plan.reported)
+    found = []
+    chosen = list(stages(run, prior))
+    with progress_bar("margins", total=len(chosen), unit="stage", visible=progress) as bar:
+        for stage in chosen:
+            found.append(reported_margins(run, stage, inputs, plan.reported))
+            bar.update(1)
+    strings = [run.vocabulary.decode(token[None]) for token in tokens]
+    return TextMargins(name, strings, position, window, plan.starts, tuple(found))
+
+
+def reported_margins(
+    run: Run,
+    stage: AttentionStage,
+    inputs: Int[np.ndarray, "windows T"],
+    reported: Bool[np.ndarray, "windows T"],
+) -> TokenMargins:
+    """Margins of a stage at the reported positions of windows, N in all, window after window."""
+    values = stage_margins(run, stage, inputs)
+    support = np.zeros_like(reported)
+    first = np.asarray(support_tokens(values.margin))
+    np.put_along_axis(support, first, True, axis=1)
+    columns = (values.margin, values.log_det, values.embedding_margin, values.certificate, support)
+    return TokenMargins(stage.label, *(array[reported] for array in columns))
+
+
+def write_csv(margins: TextMargins, path: Path) -> None:
+    """Write a table with a row per token and, per stage, its five columns."""
+    columns = {
+        "index": range(len(margins.tokens)),
+        "token": margins.tokens,
+        "window": margins.window,
+        "position": margins.position,
+        **stage_columns(margins.stages),
+    }
+    write_table(path, list(columns), zip(*columns.values(), strict=True))
+
+
+def stage_columns(stages: Sequence[TokenMargins]) -> dict[str, np.ndarray]:
+    """Columns of a table with a row per token: five of each stage, named after it."""
+    names = ("margin", "log_det", "embedding_margin", "certificate", "support")
+    return {
+        f"{stage.label.replace(' ', '_')}_{'sigma_min' if name == 'margin' else name}": getattr(
+            stage, name
+        )
+        for stage in stages
+        for name in names
+    }

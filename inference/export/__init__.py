@@ -1,0 +1,1 @@
+"""Posteriors and runs as ArviZ DataTrees, and what ArviZ says of them."""

@@ -1,0 +1,133 @@
+"""What ArviZ says of an exported posterior: r_hat, effective sample sizes, leave-one-out."""
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+# Group, site, and whether each entry is of interest rather than the worst of them.
+_IDENTIFIED = (
+    ("posterior", "coupling_trace", True),
+    ("posterior", "coupling_norm", True),
+    ("posterior", "coupling_eigenvalues", True),
+    ("posterior", "scale", True),
+    ("posterior", "smallest_margin", True),
+    ("posterior", "sequence_margin", False),
+    ("posterior", "margin", False),
+    ("log_likelihood", "tokens", False),
+)
+
+
+@dataclass(frozen=True)
+class QuantitySummary:
+    """One identified quantity of a posterior, or the worst of many entries.
+
+    Attributes:
+        name: of the quantity; with how many entries there are, where it is the worst of them.
+        mean: posterior mean; NaN for the worst of many.
+        sd: posterior standard deviation, likewise.
+        r_hat: rank-normalised split R-hat; the largest.
+        ess_bulk: effective sample size of the bulk; the smallest.
+        ess_tail: effective sample size of the tails; the smallest.
+    """
+
+    name: str
+    mean: float
+    sd: float
+    r_hat: float
+    ess_bulk: float
+    ess_tail: float
+
+
+def summarise(tree: "xr.DataTree") -> list[QuantitySummary]:
+    """Summary and diagnostics of what is identified: nothing that a rotation would change.
+
+    Of margins and log likelihoods, which are many, the worst diagnostics are given. Entries that
+    are the same in all draws, such as the margins of positions 0 and 1, have none and are left out.
+
+    Args:
+        tree: from `to_datatree`, of a posterior.
+
+    Raises:
+        ValueError: if the tree holds no draws.
+    """
+    import arviz as az  # takes a second
+    import xarray as xr
+
+    if "posterior" not in tree.children:
+        raise ValueError("the tree has no posterior: expected draws, such as those of `sample`")
+    rows = []
+    for group, name, each in _IDENTIFIED:
+        found = values_of(tree, group, name)
+        if found is None:
+            continue
+        draws = found.reshape(*found.shape[:2], -1)
+        draws = draws[..., np.ptp(draws, axis=(0, 1)) > 0]
+        if not draws.shape[2]:
+            continue
+        one = xr.Dataset({"value": (("chain", "draw", "entry"), draws)})
+        r_hat, bulk, tail = (
+            each_of["value"].values
+            for each_of in (az.rhat(one), az.ess(one, method="bulk"), az.ess(one, method="tail"))
+        )
+        if not each:
+            label = f"{name}, worst of {r_hat.size}"
+            worst = (r_hat.max(), bulk.min(), tail.min())
+            rows.append(QuantitySummary(label, np.nan, np.nan, *map(float, worst)))
+            continue
+        mean, sd = draws.mean((0, 1)), draws.std((0, 1))
+        for entry in range(r_hat.size):
+            label = name if r_hat.size == 1 else f"{name}[{entry}]"
+            values = (column[entry] for column in (mean, sd, r_hat, bulk, tail))
+            rows.append(QuantitySummary(label, *map(float, values)))
+    return rows
+
+
+def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
+    """Expected log predictive density by PSIS leave-one-out, its standard error, the largest k.
+
+    None where there is no likelihood, or no tail to smooth: fewer than 25 draws of all chains
+    together, or draws that hardly moved. A Pareto k above 0.7 means that the estimate cannot be
+    trusted (Vehtari et al. 2024); of a model with latent variables of every sequence, all of them
+    often are.
+
+    Args:
+        tree: with log likelihoods of one site.
+    """
+    import arviz as az
+
+    if "log_likelihood" not in tree.children:
+        return None
+    # The tail is at most a fifth of so few draws and needs 5; where it is empty, of fewer than 5
+    # draws, ArviZ raises an IndexError.
+    sizes = tree.children["log_likelihood"].sizes
+    if sizes["chain"] * sizes["draw"] < 25:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a large Pareto k, which is returned
+        try:
+            found = az.loo(tree, pointwise=True)
+        except ValueError:
+            return None
+    return float(found.elpd), float(found.se), float(np.max(found.pareto_k))
+
+
+def divergence_margin(tree: "xr.DataTree") -> float | None:
+    """The smallest margin of a draw whose trajectory diverged; None if there is none."""
+    diverging = values_of(tree, "sample_stats", "diverging")
+    margins = values_of(tree, "posterior", "smallest_margin")
+    if diverging is None or margins is None or not diverging.any():
+        return None
+    return float(margins[diverging].min())
+
+
+def values_of(tree: "xr.DataTree", group: str, name: str) -> np.ndarray | None:
+    """Values of a variable of a tree, None where there is none."""
+    if group not in tree.children or name not in tree.children[group].data_vars:
+        return None
+    return np.asarray(tree.children[group].to_dataset()[name])

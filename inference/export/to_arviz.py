@@ -1,0 +1,194 @@
+"""Export to ArviZ: a run or a posterior as an xarray DataTree with named dimensions."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probattn.inference.config_files import format_config
+from probattn.inference.evaluation.attention_stages import stage_margins, stages
+from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.texts import text_tokens
+from probattn.inference.export.posterior_groups import DIMS, located, posterior_groups
+from probattn.inference.runs.run import PosteriorRun, Run, RunDirectory
+from probattn.inference.sampling.posterior_runs import guide_posterior, load_posterior
+from probattn.inference.sampling.result import PosteriorResult
+from probattn.text.batches import windows
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def to_datatree(
+    source: Run | PosteriorRun | PosteriorResult,
+    *,
+    sequences: int = 64,
+    draws: int = 1000,
+    log_likelihood: bool = False,
+    posterior_predictive: bool = False,
+    prior: int = 0,
+    seed: int = 0,
+    dims: Mapping[str, Sequence[str]] | None = None,
+) -> "xr.DataTree":
+    """Export a run, or any sampled posterior, as a DataTree that ArviZ takes as it is.
+
+    Groups of a posterior:
+        posterior: draws and deterministic sites, (chain, draw, ...), and of models with margins
+            smallest_margin, of all positions >= 2, and sequence_margin, of each sequence.
+        sample_stats: diverging, acceptance_rate, n_steps, tree_depth, energy, lp, step_size; for
+            a guide, whose draws are one chain, there is none.
+        support_tokens: support_probability (sequence, position), the posterior probability that a
+            position is its sequence's support token; certified_probability, that its certificate
+            is below 1.
+        log_likelihood: one per sequence, on request, for `az.loo` and `az.compare`.
+        posterior_predictive: draws of the observed sites given each draw, on request.
+        prior: draws of the prior, on request.
+        observed_data: what was observed: of a language model the targets, each a token after the
+            one whose embedding has the margin. Factors are none, and are left out.
+
+    Groups of a MAP run:
+        point_estimate: the parameters. Not called posterior, and without chain and draw, so that
+            no diagnostic of draws (r_hat, ess, loo) can be computed of a point.
+        margins: margin (kind "sigma_min"), log_det, embedding_margin, certificate and infeasible,
+            each (stage, sequence, position), over windows of the validation text.
+        observed_data: the tokens of these windows, (sequence, position).
+        constant_data: W_Q, W_K and sigma of the post-hoc attention prior.
+
+    The configuration, the seed, the corpus and the versions of the packages are attributes. The
+    tree can be saved with `to_netcdf` and `to_zarr`.
+
+    Args:
+        source: a run from `load_run`, `fit` or `sample_run`, or the result of `sample`.
+        sequences: of a fitted run, at most so many windows spread evenly over the text: of a MAP
+            run over the validation text, of another guide over the training text.
+        draws: of a guide other than map.
+        log_likelihood: add the log likelihoods.
+        posterior_predictive: add draws of the observed sites.
+        prior: number of draws of the prior to add.
+        seed: of the predictive and prior draws, and of a guide's.
+        dims: names of dimensions by site, after chain and draw, for sites of models of your own.
+
+    Raises:
+        ValueError: if an argument is out of range, draws are asked of a MAP run, or the run or its
+            corpus is not there any more.
+    """
+    import xarray as xr
+
+    if sequences < 1:
+        raise ValueError(f"sequences: got {sequences}, expected an integer >= 1")
+    if prior < 0:
+        raise ValueError(f"prior: got {prior}, expected an integer >= 0")
+    attributes: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
+    if isinstance(source, RunDirectory):
+        attributes = _run_attributes(source)
+        labels["vocab"] = _symbols(source)
+    if isinstance(source, Run) and source.config.fit.guide == "map":
+        if log_likelihood or posterior_predictive or prior:
+            raise ValueError(
+                f"{source.path}: is a MAP run, a point without draws: make draws with `probattn "
+                f"sample --from {source.path}`, or fit with another --guide"
+            )
+        groups = _map_groups(source, sequences)
+    else:
+        if isinstance(source, Run):
+            result = guide_posterior(source, draws=draws, seed=seed, sequences=sequences)
+        elif isinstance(source, PosteriorRun):
+            result = load_posterior(source)
+        else:
+            result = source
+        attributes = _posterior_attributes(result) | attributes
+        groups = posterior_groups(
+            result,
+            log_likelihood=log_likelihood,
+            posterior_predictive=posterior_predictive,
+            prior=prior,
+            seed=seed,
+            dims=dims or {},
+            labels=labels,
+        )
+    tree = xr.DataTree.from_dict({name: located(group) for name, group in groups.items()})
+    tree.attrs = attributes | _versions()
+    return tree
+
+
+def _map_groups(run: Run, sequences: int) -> dict[str, "xr.Dataset"]:
+    import xarray as xr
+
+    tokens, _ = text_tokens(run, None)
+    block = run.config.model.block
+    plan = windows(len(tokens), block=block).spread(sequences * block)
+    inputs = plan.take(tokens)
+    prior = post_hoc_prior(run)
+    margins = [stage_margins(run, stage, inputs) for stage in stages(run, prior)]
+    measured = {
+        field.name: (
+            ("stage", "sequence", "position"),
+            np.stack([getattr(stage, field.name) for stage in margins]),
+        )
+        for field in dataclasses.fields(margins[0])
+        if field.name != "label"
+    }
+    positions = {"sequence": plan.starts, "position": np.arange(block)}
+    return {
+        "point_estimate": xr.Dataset(
+            {name: (DIMS[name], np.asarray(value)) for name, value in run.parameters.items()},
+            attrs={"point_estimate": "MAP: one point, no draws"},
+        ),
+        "margins": xr.Dataset(
+            measured,
+            coords={"stage": [stage.label for stage in margins], **positions},
+            attrs={"margin_kind": "sigma_min", "sequence": "index of the window's first token"},
+        ),
+        "observed_data": xr.Dataset(
+            {"tokens": (("sequence", "position"), inputs)}, coords=positions
+        ),
+        "constant_data": xr.Dataset(
+            {
+                "post_hoc_w_query": (DIMS["w_query"], prior.w_query),
+                "post_hoc_w_key": (DIMS["w_key"], prior.w_key),
+                "post_hoc_scale": ((), prior.scale),
+            }
+        ),
+    }
+
+
+def _run_attributes(run: RunDirectory) -> dict[str, Any]:
+    attributes = {
+        "configuration": format_config(run.config),
+        "corpus": run.data["description"],
+        "corpus_sha256": run.data["sha256"],
+    }
+    if isinstance(run, Run):
+        attributes |= {"seed": run.config.fit.seed, "step": run.step}
+        if run.config.fit.guide == "map":
+            attributes["inference_method"] = "MAP (SVI with AutoDelta): a point estimate"
+    return attributes
+
+
+def _posterior_attributes(result: PosteriorResult) -> dict[str, Any]:
+    attributes: dict[str, Any] = {
+        "inference_method": result.method,
+        "sampling_time": result.seconds,  # seconds; ArviZ's name
+    }
+    if result.config is not None:
+        attributes |= {
+            "configuration": json.dumps(dataclasses.asdict(result.config)),
+            "seed": result.config.seed,
+            "tuning_steps": result.config.warmup,
+        }
+    return attributes
+
+
+def _versions() -> dict[str, str]:
+    packages = ("probattn", "numpyro", "jax", "arviz")
+    return {"inference_library": "numpyro"} | {f"{n}_version": version(n) for n in packages}
+
+
+def _symbols(run: RunDirectory) -> list[str]:
+    # A file of netCDF holds no NUL in a text; the picture of one (U+2400) stands for it.
+    symbols = (run.vocabulary.decode([token]) for token in range(run.vocabulary.size))
+    return [symbol.replace("\0", "\N{SYMBOL FOR NULL}") for symbol in symbols]

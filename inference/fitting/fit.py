@@ -1,0 +1,140 @@
+"""Fit a language model by SVI: what is checked before, and the run directory that it leaves."""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import optax
+from jaxtyping import Int
+
+from probattn.inference.config import RunConfig
+from probattn.inference.config_files import format_config
+from probattn.inference.fitting.guides import check_guide
+from probattn.inference.fitting.loop import Loop
+from probattn.inference.fitting.optimizers import check_optimizer
+from probattn.inference.fitting.reports import summarise_fit
+from probattn.inference.fitting.result import FitResult
+from probattn.inference.fitting.sharding import Placement
+from probattn.inference.runs.checks import check_options, check_same_config, check_same_corpus
+from probattn.inference.runs.folder import locked, room_for_run
+from probattn.inference.runs.run import Run, create_run, load_fit
+from probattn.inference.runtime.processes import (
+    check_same_everywhere,
+    is_main_process,
+    wait_for_all,
+)
+from probattn.inference.runtime.progress import progress_bar
+from probattn.text.corpora import Corpus, DataError, load_corpus
+from probattn.text.vocabulary import Vocabulary, build_vocabulary
+
+
+def fit(
+    config: RunConfig,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    optimizer: optax.GradientTransformation | None = None,
+    mesh: str = "",
+    progress: bool = False,
+) -> FitResult:
+    """Fit a language model with NumPyro's SVI: by MAP, or with another guide, `config.fit.guide`.
+
+    Minibatches and initial parameters are functions of the seed, so a run that was interrupted and
+    resumed ends as one that was not. The parameters of the best validation are kept.
+
+    Args:
+        config: data, model, objective and fit.
+        out: run directory, see `runs`; new or empty unless `resume` or `overwrite` is set.
+        resume: continue the run in `out` from its latest checkpoint.
+        overwrite: replace the run in `out`.
+        optimizer: any optax transformation, by default Adam with warm-up and cosine decay. It is
+            not recorded in the run: pass it again to resume.
+        mesh: devices over which minibatches ("data" and "fsdp") and parameters ("fsdp") are
+            spread, such as "data=2,fsdp=4"; by default one. It changes no more than rounding, is
+            no part of the configuration, and may be another one in a run that is resumed. Of
+            several processes (`processes.distributed`) all call `fit`, and the first writes.
+        progress: show a progress bar and a line per report.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError: if the text is unusable, `out` holds something else, the configuration is not
+            the run's (the subclasses DataError, RunError and CheckpointError say which), the
+            model is too large for the guide laplace, or the mesh is none for these devices.
+        FitError: if the loss, a parameter, the optimizer state or a reported figure is not finite
+            any more. metrics.jsonl says so, see `Run.stopped`; the checkpoint before is kept.
+        Interrupted: on SIGINT or SIGTERM, after the state was saved.
+    """
+    out = Path(out)
+    placement = Placement(mesh, batch=config.fit.batch)
+    if is_main_process():
+        check_options(out, resume=resume, overwrite=overwrite)
+    check_optimizer(config.fit, optimizer)
+    corpus = load_corpus(config.data)
+    check_same_everywhere("the options", format_config(config), corpus.sha256, mesh, resume)
+    if resume:
+        run = _reopen(out, config, corpus)
+        train, validation = training_tokens(corpus, run.vocabulary, config)
+    else:
+        vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
+        train, validation = training_tokens(corpus, vocabulary, config)
+        check_guide(config, vocabulary.size)
+    with ExitStack() as held:
+        if is_main_process():
+            held.enter_context(locked(out))  # from before the run is made to its end
+        if is_main_process() and not resume:
+            held.enter_context(room_for_run(out, overwrite=overwrite))
+            create_run(out, config, corpus, vocabulary)
+        wait_for_all("made")
+        run = load_fit(out)
+        loop = Loop(run, train, validation, optimizer, placement)
+        with progress_bar(
+            f"fit {config.objective.name}",
+            total=config.fit.steps,
+            initial=loop.step,
+            unit="step",
+            visible=progress and is_main_process(),
+        ) as bar:
+            loop.go(bar)
+        if is_main_process():
+            summarise_fit(run, validation)
+        wait_for_all("concluded")
+    score = run.summary()["fit"]
+    return FitResult(run, score["validation_cross_entropy"], score["validation_bpc"], run.metrics())
+
+
+def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
+    run = load_fit(out)
+    check_same_config(run, config)
+    check_same_corpus(run, corpus)
+    return run
+
+
+def training_tokens(
+    corpus: Corpus, vocabulary: Vocabulary, config: RunConfig
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
+    """Tokens of training and validation text.
+
+    Raises:
+        DataError: if there is one symbol alone, a text has no more tokens than a block, or the
+            training text less than a minibatch.
+    """
+    if vocabulary.size < 2:
+        raise DataError(f"corpus {corpus.name!r}: has one symbol alone: expected two or more")
+    train, validation = vocabulary.encode(corpus.train), vocabulary.encode(corpus.validation)
+    block, batch = config.model.block, config.fit.batch
+    for part, tokens in (("training", train), ("validation", validation)):
+        if len(tokens) <= block:
+            raise DataError(
+                f"corpus {corpus.name!r}: the {part} text has {len(tokens)} tokens: expected more "
+                f"than one block of {block}; give a longer text or a smaller model.block"
+            )
+    if len(train) < batch * block:
+        raise DataError(
+            f"corpus {corpus.name!r}: the training text has {len(train)} tokens: expected at least "
+            f"a minibatch of {batch} blocks of {block}; give a longer text or a smaller fit.batch"
+        )
+    return train, validation

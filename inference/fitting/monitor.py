@@ -1,0 +1,81 @@
+"""What a fit watches of its attention geometry while it runs."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from probattn import coupling, infeasible, reduced_blocks, stability_margin
+from probattn.inference.config import RunConfig
+from probattn.inference.runtime.blas_threads import one_blas_thread
+from probattn.models.language import attention_stage
+from probattn.models.objective import ObjectiveConfig
+from probattn.models.transformer import Parameters, embed
+
+_WINDOWS = 16
+
+
+class Monitor:
+    """Margins, determinants and coupling over a few fixed windows of training text.
+
+    They are those of the stage that the objective trains; objective ce trains none, and the heads
+    of the first attention layer stand in, which the kind says.
+
+    Args:
+        config: of the run.
+        inputs: windows of training text, (windows, T); the first few are watched.
+    """
+
+    def __init__(self, config: RunConfig, inputs: Int[np.ndarray, "windows T"]) -> None:
+        objective = config.objective
+        if objective.name == "ce":
+            objective = ObjectiveConfig("margin", attention="first_layer")
+        self._inputs = inputs[:_WINDOWS]
+        self._kind = f"reduced, {objective.attention.replace('_', ' ')}"
+        self._measure = jax.jit(partial(_measure, config=config, objective=objective))
+
+    def __call__(self, parameters: Parameters) -> dict[str, Any]:
+        """Metrics of positions >= 2, and of the coupling.
+
+        min_margin and mean_margin, of the kind min_margin_kind; infeasible_fraction; mean_log_det
+        in nats over the positions of positive determinant, None if there are none;
+        coupling_eigenvalue_min and _max, the extremes of A + A^T, over all heads if there are
+        several.
+        """
+        with one_blas_thread():
+            measured = self._measure(parameters, self._inputs)
+            found = {name: float(value) for name, value in measured.items()}
+        feasible = found["feasible"]
+        return {
+            "min_margin": found["min_margin"],
+            "min_margin_kind": self._kind,
+            "mean_margin": found["mean_margin"],
+            "mean_log_det": found["sum_log_det"] / feasible if feasible else None,
+            "infeasible_fraction": found["infeasible_fraction"],
+            "coupling_eigenvalue_min": found["coupling_eigenvalue_min"],
+            "coupling_eigenvalue_max": found["coupling_eigenvalue_max"],
+        }
+
+
+def _measure(
+    parameters: Parameters, inputs: jax.Array, *, config: RunConfig, objective: ObjectiveConfig
+) -> dict[str, jax.Array]:
+    x = embed(parameters, inputs)
+    stage = attention_stage(parameters, x, config=config.model, objective=objective)
+    margin = stability_margin(**stage, kind="reduced")[..., 2:]
+    # Not by `log_det`, which is made for its derivative and takes seconds to compile.
+    sign, log_abs = jnp.linalg.slogdet(reduced_blocks(**stage)[..., 2:, :, :])
+    matrix = coupling(stage["w_query"], stage["w_key"])
+    eigenvalues = jnp.linalg.eigvalsh(matrix + jnp.swapaxes(matrix, -1, -2))
+    return {
+        "min_margin": jnp.min(margin),
+        "sum_log_det": jnp.sum(jnp.where(sign > 0, log_abs, 0)),
+        "feasible": jnp.sum(sign > 0),
+        "mean_margin": jnp.mean(margin),
+        "infeasible_fraction": jnp.mean(infeasible(**stage)[..., 2:]),
+        "coupling_eigenvalue_min": jnp.min(eigenvalues),
+        "coupling_eigenvalue_max": jnp.max(eigenvalues),
+    }

@@ -1,0 +1,129 @@
+"""Reports of a fit: scores of a step, the line of metrics.jsonl, the best parameters."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from probattn.inference.config import RunConfig
+from probattn.inference.evaluation.scoring import Scorer
+from probattn.inference.fitting.guides import OWN_PARAMS
+from probattn.inference.fitting.latent_metrics import latent_metrics
+from probattn.inference.fitting.monitor import Monitor
+from probattn.inference.runs.files import RunError
+from probattn.inference.runs.run import Run
+
+REPORT_TOKENS = 16_384  # of training and of validation text behind each line of metrics.jsonl
+
+
+class Reports:
+    """Scores of a fit's parameters, and what they leave in its run.
+
+    Args:
+        run: where they are written.
+        train: training tokens, (N,).
+        validation: validation tokens, (M,).
+    """
+
+    def __init__(self, run: Run, train: np.ndarray, validation: np.ndarray) -> None:
+        self._run = run
+        self._scorers = {
+            prefix: _scorer(run, tokens, most_tokens=REPORT_TOKENS)
+            for prefix, tokens in (("", train), ("validation_", validation))
+        }
+        self._monitor = Monitor(run.config, self._scorers[""].inputs)
+        self._best = math.inf
+
+    def resume(self, step: int) -> None:
+        """Drop the reports after a checkpoint, since its fit makes them again.
+
+        Raises:
+            RunError: if a report up to the checkpoint is missing.
+        """
+        rows = self._up_to(step)
+        self._run.write_metrics(rows)
+        self._best = min((row["validation_cross_entropy"] for row in rows), default=math.inf)
+        if (self._run.best.step or 0) > step:  # of steps that are taken again
+            kept = self._run.best.load(self._run.parameter_shapes())
+            self._best = self._scorers["validation_"].score(kept).cross_entropy
+
+    def measure(
+        self, parameters: dict[str, jax.Array], guide_params: dict[str, jax.Array]
+    ) -> dict[str, Any]:
+        """Return the scores and margins of parameters, by the names of metrics.jsonl."""
+        row: dict[str, Any] = {}
+        for prefix, scorer in self._scorers.items():
+            score = scorer.score(parameters)
+            row |= {f"{prefix}cross_entropy": score.cross_entropy, f"{prefix}bpc": score.bpc}
+        config = self._run.config
+        return row | {
+            **self._monitor(parameters),
+            **latent_metrics(config, self._scorers, parameters, guide_params),
+            "embedding_rms": self._scorers[""].embedding_rms(parameters),
+        }
+
+    def write(
+        self,
+        row: dict[str, Any],
+        parameters: dict[str, jax.Array],
+        guide_params: dict[str, jax.Array],
+    ) -> None:
+        """Append a line to metrics.jsonl, and keep the parameters if they are the best so far."""
+        self._run.append_metrics(row)
+        if row["validation_cross_entropy"] < self._best:
+            self._best = row["validation_cross_entropy"]
+            others = {}
+            if self._run.config.fit.guide in OWN_PARAMS:
+                others["guide"] = guide_params
+            self._run.best.save(row["step"], parameters, **others)
+
+    def _up_to(self, step: int) -> list[dict[str, Any]]:
+        path = self._run.path / "metrics.jsonl"
+        rows = [row for row in self._run.metrics() if row["step"] <= step]
+        steps = [row["step"] for row in rows]
+        expected = _report_steps(self._run.config, step)
+        if steps != expected:
+            raise RunError(
+                f"{path}: has reports of steps {steps}: expected {expected}, up to the checkpoint "
+                "to resume from; restore it from a copy, or start again with --overwrite"
+            )
+        return rows
+
+
+def summarise_fit(run: Run, validation: np.ndarray) -> None:
+    """Score the best parameters on the validation text, and store the result in summary.json."""
+    fit = run.config.fit
+    score = _scorer(run, validation, most_tokens=fit.evaluation_tokens).score(run.parameters)
+    rows = run.metrics()
+    run.update_summary(
+        fit={
+            "inference": fit.guide,
+            "steps": fit.steps,
+            "best_step": run.step,
+            "validation_cross_entropy": score.cross_entropy,
+            "validation_bpc": score.bpc,
+            "validation_tokens": score.tokens,
+            "rejected_steps": rows[-1]["rejected_steps"],
+            "parameters": sum(leaf.size for leaf in run.parameters.values()),
+        }
+    )
+
+
+def _scorer(run: Run, tokens: np.ndarray, *, most_tokens: int | None) -> Scorer:
+    return Scorer(
+        run.config.model,
+        run.vocabulary,
+        tokens,
+        most_tokens=most_tokens,
+        precision=run.config.fit.precision,
+    )
+
+
+def _report_steps(config: RunConfig, step: int) -> list[int]:
+    """Steps up to this one that have a report."""
+    fit = config.fit
+    steps = list(range(fit.eval_every, step + 1, fit.eval_every))
+    if step == fit.steps and fit.steps % fit.eval_every:
+        steps.append(fit.steps)
+    return steps

@@ -1,0 +1,28 @@
+"""What a fit comes to: its result, or why it cannot go on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from probattn.inference.runs.run import Run
+
+
+class FitError(RuntimeError):
+    """A fit cannot go on: the message says at which step, why, and what to try."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished fit.
+
+    Attributes:
+        run: the run directory; `run.parameters` are those of the best validation.
+        validation_cross_entropy: of these on the validation text, or on at most
+            `fit.evaluation_tokens` of its tokens, nats per token.
+        validation_bpc: the same in bits per character.
+        metrics: the lines of metrics.jsonl.
+    """
+
+    run: Run
+    validation_cross_entropy: float
+    validation_bpc: float
+    metrics: list[dict[str, Any]]

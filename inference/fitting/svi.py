@@ -1,0 +1,263 @@
+"""Stochastic variational inference of the language model, several steps per compiled call.
+
+A step is NumPyro's SVI step on a minibatch that is a function of (seed, step), followed by the
+check that keeps Adam from jumping over the attention barrier: a step that makes a determinant of
+its minibatch non-positive is taken back and tried again at half its size.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
+from jaxtyping import Array, Int
+from numpyro.infer import SVI
+from numpyro.infer.svi import SVIState
+
+from probattn.inference.config import FitConfig, RunConfig
+from probattn.inference.fitting.backtracking import backtrack
+from probattn.inference.fitting.elbo import OrderedELBO
+from probattn.inference.fitting.guides import make_guide
+from probattn.inference.fitting.optimizers import default_optimizer, svi_optimizer
+from probattn.inference.fitting.sharding import PlacedOptimizer, Placement
+from probattn.inference.fitting.train_state import (
+    Keys,
+    Progress,
+    TrainState,
+    training_keys,
+    with_key_data,
+)
+from probattn.inference.runs.checkpoints import named_leaves, with_leaves
+from probattn.log_determinants import log_det
+from probattn.models import language_model, latent_guide
+from probattn.models.embedding_noise import gaussian_noise, neftune_noise, some_of
+from probattn.models.language import AttentionInputs, attention_stage, sample_parameters
+from probattn.models.priors import starting_point
+from probattn.models.transformer import embed
+from probattn.positivity import certainly_positive
+from probattn.text.batches import random_blocks
+
+Perturb = Callable[[Array], Array]
+
+
+class Trainer:
+    """A language model, its guide and its optimizer, ready to take steps.
+
+    Args:
+        config: model, objective and fit.
+        tokens: training text, (N,).
+        vocabulary_size: number of symbols.
+        optimizer: any optax transformation; by default `default_optimizer(config.fit)`.
+        placement: of parameters and minibatches; by default on one device.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokens: Int[Array, " N"],
+        vocabulary_size: int,
+        optimizer: optax.GradientTransformation | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        self.config = config
+        self._placement = placement = Placement() if placement is None else placement
+        self._keys = training_keys(np.uint32(config.fit.seed))
+        sequences = tokens.shape[0] // config.model.block
+        count = sequences * config.model.block
+        model = partial(
+            language_model,
+            vocabulary_size=vocabulary_size,
+            config=config.model,
+            objective=config.objective,
+            num_sequences=sequences,
+            precision=config.fit.precision,
+        )
+        parameters = partial(sample_parameters, vocabulary_size, config.model, config.objective)
+        start = jax.jit(partial(starting_point, parameters=parameters))(self._keys.start)
+        self.guide = make_guide(config.fit.guide, parameters, start)
+
+        def guide_of(parameters_guide: Callable) -> Callable:
+            if config.fit.guide == "map":
+                # Its log density is 0. NumPyro finds that by comparing every parameter with itself.
+                parameters_guide = numpyro.handlers.mask(parameters_guide, mask=False)
+            if config.objective.name == "latent":
+                parameters_guide = partial(
+                    latent_guide,
+                    parameters=parameters_guide,
+                    objective=config.objective,
+                    num_sequences=sequences,
+                )
+            return numpyro.handlers.scale(parameters_guide, 1 / count)
+
+        # The loss is -ELBO / N, of a point -log joint / N: nats per token, whatever the size of
+        # the corpus.
+        if optimizer is None:
+            optimizer = default_optimizer(config.fit)
+        plain = svi_optimizer(optimizer, config.fit)
+        optim = plain if placement.mesh is None else PlacedOptimizer(plain, placement)
+        scaled = numpyro.handlers.scale(model, 1 / count)
+        self._svi = SVI(scaled, guide_of(self.guide), optim, OrderedELBO())
+        self._tokens = placement.put(tokens)
+
+        def init(start: dict[str, Array], keys: Keys) -> TrainState:
+            # The priors say what there is to learn: tracing all of the model takes long. The guide
+            # is one of its own, so that where it starts is an argument.
+            guide = guide_of(make_guide(config.fit.guide, parameters, start))
+            starting = SVI(lambda *_: parameters(), guide, optim, OrderedELBO())
+            # Each a buffer of its own, since all are donated.
+            counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+            svi = starting.init(keys.init, *self.minibatch(tokens, 0, keys))
+            self._svi.constrain_fn = starting.constrain_fn
+            return TrainState(svi, jnp.zeros(()), *counts)
+
+        shapes = jax.eval_shape(init, start, self._keys)
+        jax.eval_shape(numpyro.handlers.seed(self.guide, rng_seed=0))  # sets its prototype up
+        spread = placement.shardings(shapes)
+        self._init = partial(jax.jit(init, out_shardings=spread), start, self._keys)
+        # Compiled here, so that a rate of steps is one. Donated: the old parameters and moments
+        # make room for the new. Of any seed it is the same program, which is compiled but once.
+        arguments = *placement.shapes((shapes, tokens)), self._keys, np.int32(0), np.int32(0)
+        with placement.context():
+            program = jax.jit(self._run, donate_argnums=0, out_shardings=(spread, None))
+            self._advance = program.lower(*arguments).compile()
+
+    def init(self) -> TrainState:
+        """State before the first step, which is a function of the seed."""
+        return self._init()
+
+    def advance(self, state: TrainState, step: int, stop: int) -> tuple[TrainState, Progress]:
+        """Take the steps from `step` to `stop`, fewer if a loss is not finite; `state` is used up.
+
+        Every length runs the same compiled code, so cutting a fit elsewhere changes no digit.
+        """
+        return self._advance(state, self._tokens, self._keys, np.int32(step), np.int32(stop))
+
+    def parameters(self, state: TrainState) -> dict[str, Array]:
+        """Parameters by site name: one point, the median of the guide, on one device."""
+        return self._sites(self.guide_params(state))
+
+    def guide_params(self, state: TrainState) -> dict[str, Array]:
+        """The guide's own parameters, by the names that NumPyro gives them, on one device."""
+        params = self._svi.optim.get_params(state.svi.optim_state)
+        return self._svi.constrain_fn(self._placement.local(params))
+
+    def reported(self, state: TrainState) -> TrainState:
+        """The state with no losses summed yet."""
+        zeros = jnp.zeros_like(state.loss_sum), jnp.zeros_like(state.loss_count)
+        return state._replace(loss_sum=zeros[0], loss_count=zeros[1])
+
+    def saved(self, state: TrainState) -> dict[str, np.ndarray]:
+        """The state's arrays by name, whole, as `restored` takes them."""
+        return self._placement.fetched(named_leaves(with_key_data(state)))
+
+    def restored(self, state: TrainState, load: Callable[[Mapping], Mapping]) -> TrainState:
+        """A state that was saved, on whatever devices it was computed.
+
+        Args:
+            state: one of the same shapes.
+            load: from arrays by name to those that were saved, of the same names and shapes.
+        """
+        plain = with_key_data(state)
+        found = self._placement.put(with_leaves(plain, load(named_leaves(plain))))
+        key = jax.random.wrap_key_data(found.svi.rng_key)
+        return found._replace(svi=found.svi._replace(rng_key=key))
+
+    def minibatch(
+        self, tokens: Int[Array, " N"], step: int | Int[Array, ""], keys: Keys | None = None
+    ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """Inputs and targets of a step, a function of the seed and the step alone.
+
+        Args:
+            tokens: training text, (N,).
+            step: number of the step.
+            keys: of the fit, where a program takes them; by default those of its seed.
+        """
+        return self._placement.sequences(
+            random_blocks(
+                jax.random.fold_in((keys or self._keys).data, step),
+                tokens,
+                batch=self.config.fit.batch,
+                block=self.config.model.block,
+            )
+        )
+
+    def noise(self, step: int | Int[Array, ""], keys: Keys | None = None) -> dict[str, Perturb]:
+        """The noise of a step as an option of the model, likewise of the seed and the step alone.
+
+        No noise is no option, and compiles no random numbers. Arguments: see `minibatch`.
+        """
+        key = jax.random.fold_in((keys or self._keys).noise, step)
+        return training_noise(self.config.fit, key)
+
+    def _sites(self, params: dict[str, Array]) -> dict[str, Array]:
+        return self.guide.median(params)
+
+    def _gathered_sites(self, params: dict[str, Array]) -> dict[str, Array]:
+        return self._sites(self._placement.gathered(params))
+
+    def _run(
+        self, state: TrainState, tokens: Array, keys: Keys, step: Array, stop: Array
+    ) -> tuple[TrainState, Progress]:
+        def body(carry: tuple[TrainState, Progress]) -> tuple[TrainState, Progress]:
+            state, progress = carry
+            state, loss = self._step(state, tokens, keys, progress.step)
+            return state, Progress(progress.step + 1, loss, jnp.isfinite(loss))
+
+        def unfinished(carry: tuple[TrainState, Progress]) -> Array:
+            _, progress = carry
+            return (progress.step < stop) & progress.finite
+
+        start = Progress(step, jnp.zeros(()), jnp.bool_(True))
+        return jax.lax.while_loop(unfinished, body, (state, start))
+
+    def _step(
+        self, state: TrainState, tokens: Array, keys: Keys, step: Array
+    ) -> tuple[TrainState, Array]:
+        inputs, targets = self.minibatch(tokens, step, keys)
+        svi, loss = self._svi.update(state.svi, inputs, targets, **self.noise(step, keys))
+        rejected = jnp.bool_(False)
+        if self.config.objective.has_barrier:
+            svi, rejected = self._backtrack(state.svi, svi, inputs)
+        return (
+            TrainState(
+                svi,
+                state.loss_sum + loss,
+                state.loss_count + 1,
+                state.rejected + rejected.astype(jnp.int32),
+            ),
+            loss,
+        )
+
+    def _backtrack(self, old: SVIState, new: SVIState, inputs: Array) -> tuple[SVIState, Array]:
+        """Shorten a step until it makes no positive determinant of the minibatch non-positive."""
+
+        def stage(params: dict[str, Array]) -> AttentionInputs:
+            config, parameters = self.config, self._gathered_sites(params)
+            x = embed(parameters, inputs)
+            return attention_stage(parameters, x, config=config.model, objective=config.objective)
+
+        start, stop = (self._svi.optim.get_params(each.optim_state) for each in (old, new))
+        params, fraction = backtrack(
+            start,
+            stop,
+            certainly_feasible=lambda params: certainly_positive(**stage(params)),
+            inside=lambda params: log_det(**stage(params))[0] > 0,
+        )
+        count, (_, moments) = new.optim_state
+        return new._replace(optim_state=(count, (params, moments))), fraction < 1
+
+
+def training_noise(config: FitConfig, rng_key: Array) -> dict[str, Perturb]:
+    """Noise on what the network sees, as the option `perturb` of `language_model`, if any."""
+    if config.embedding_noise > 0:
+        noise = partial(gaussian_noise, scale=config.embedding_noise)
+    elif config.neftune_alpha > 0:
+        noise = partial(neftune_noise, alpha=config.neftune_alpha)
+    else:
+        return {}
+    if config.noise_probability < 1:
+        noise = partial(some_of, noise, probability=config.noise_probability)
+    return {"perturb": partial(noise, rng_key)}

@@ -1,0 +1,68 @@
+"""The state of a fit between two steps, and the keys that its randomness comes from."""
+
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+from numpyro.infer.svi import SVIState
+
+
+class TrainState(NamedTuple):
+    """All that a fit carries from step to step.
+
+    Attributes:
+        svi: NumPyro's state: parameters, optimizer state, random key.
+        loss_sum: sum of the losses since the last report, in nats per token.
+        loss_count: how many they are.
+        rejected: steps so far of which at least one try was rejected.
+    """
+
+    svi: SVIState
+    loss_sum: Float[Array, ""]
+    loss_count: Int[Array, ""]
+    rejected: Int[Array, ""]
+
+
+class Progress(NamedTuple):
+    """Where `Trainer.advance` stopped.
+
+    Attributes:
+        step: steps done in all; smaller than asked for if a loss was not finite.
+        loss: of the last step, in nats per token.
+        finite: whether that loss is finite.
+    """
+
+    step: Int[Array, ""]
+    loss: Float[Array, ""]
+    finite: Bool[Array, ""]
+
+
+class Keys(NamedTuple):
+    """Random keys of a fit, all of them functions of its seed.
+
+    Attributes:
+        start: of the parameters that it starts from.
+        init: of NumPyro's state.
+        data: of the minibatches.
+        noise: of what `FitConfig.embedding_noise` and `FitConfig.neftune_alpha` add.
+    """
+
+    start: Array
+    init: Array
+    data: Array
+    noise: Array
+
+
+@jax.jit
+def training_keys(seed: Array) -> Keys:
+    """Return the keys of a fit, which are functions of its seed alone."""
+    root = jax.random.key(seed)
+    init, data = jax.random.split(root)
+    start, init = jax.random.split(init)
+    noise = jax.random.fold_in(root, 2)  # the split is 0 and 1
+    return Keys(start, init, data, noise)
+
+
+def with_key_data(state: TrainState) -> TrainState:
+    """The state with its typed random key as plain numbers, which can be saved."""
+    return state._replace(svi=state.svi._replace(rng_key=jax.random.key_data(state.svi.rng_key)))

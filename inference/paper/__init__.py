@@ -1,0 +1,1 @@
+"""The paper's figures and numbers: computed, drawn, and written to files."""

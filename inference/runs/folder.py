@@ -1,0 +1,214 @@
+"""The folder of a run: what may lie in it, one writer at a time, nothing that leads out of it.
+
+A run may come from anybody. What is read must lie in its folder, and what is written must not leave
+it: so there are no links in a run, and no devices or pipes, which could be read for ever.
+"""
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from probattn.inference.runs.files import RunError, WriteError, final_name, write_errors
+
+ENTRIES = (
+    "config.toml",
+    "data.json",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+    "post_hoc_prior.npz",
+    "start.npz",
+    "segments",
+    "posterior.nc",
+    "figures",
+)
+"""What a run directory consists of, beside its lock."""
+
+LOCK_SECONDS = 60.0
+"""To wait for the lock with work that is done: but for fits and samplers nobody holds it long."""
+
+# Where the entries of a run that is being replaced lie: those moved so far, and then all of them.
+_PUT_ASIDE, _REPLACED = "put-aside", "replaced"
+
+# Most bytes of what is read in one go; a million reports are within.
+_LARGEST = {
+    "config.toml": 2**20,
+    "data.json": 2**26,
+    "summary.json": 2**26,
+    "metrics.jsonl": 2**30,
+}
+# What a run's own commands write into it, and a kill may leave under a temporary name.
+_WRITTEN = re.compile(
+    r"(figures/((training|noise|noise_kinds|barrier|smallest_margin|support_probability)\.png|"
+    r"noise\.csv)|segments/\d+-\d+\.npz|"
+    + "|".join(re.escape(name) for name in ENTRIES if "." in name)
+    + ")"
+)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse what no run holds: links, devices and pipes, and descriptions too large to read.
+
+    Raises:
+        RunError: it names the entry.
+    """
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            entry = Path(folder, name)
+            try:
+                status = entry.lstat()
+            except FileNotFoundError:  # a temporary file of a process that is writing
+                continue
+            if stat.S_ISLNK(status.st_mode):
+                raise RunError(
+                    f"{entry}: is a link: expected files and folders of the run's own; put what it "
+                    "leads to in its place, or remove it"
+                )
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                raise RunError(f"{entry}: is no file and no folder; remove it from the run")
+    for name, largest in _LARGEST.items():
+        entry = path / name
+        if entry.exists() and entry.stat().st_size > largest:
+            raise RunError(
+                f"{entry}: has {entry.stat().st_size} bytes: expected at most {largest}; it is not "
+                "what was written there"
+            )
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse a directory that a new run would damage.
+
+    Raises:
+        RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
+    """
+    for parent in path.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise RunError(f"{path}: expected a directory for the run, and {parent} is a file")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError(f"{path}: expected a directory for the run, got a file")
+    names = (final_name(entry.name) for entry in path.iterdir())
+    others = sorted(name for name in names if name not in (*ENTRIES, "lock", _PUT_ASIDE, _REPLACED))
+    if others:
+        raise RunError(
+            f"{path}: holds {', '.join(others[:3])}, which is no part of a run; "
+            "expected a new or empty directory"
+        )
+    check_folder(path)
+    if (path / "config.toml").exists() and not overwrite:
+        raise RunError(
+            f"{path}: holds another run; continue it with --resume, replace it with --overwrite, "
+            "or choose another directory"
+        )
+
+
+def clear(path: Path) -> None:
+    """Remove all that a run consists of; its folder and its lock stay.
+
+    Raises:
+        WriteError: if something cannot be removed.
+    """
+    for name in ENTRIES:
+        entry = path / name
+        with write_errors(entry):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for_run(path: Path, *, overwrite: bool) -> Iterator[None]:
+    """Put aside the run that a new one replaces, under the lock that the caller holds.
+
+    It is removed after the block. But it comes back if the block raises before the new run has a
+    checkpoint to resume from or draws, or a kill ends it before the new one is a run at all.
+
+    Raises:
+        RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
+        WriteError: if something cannot be moved.
+    """
+    check_target(path, overwrite=overwrite)
+    if not (path / "config.toml").exists():  # what there may be is no run
+        clear(path)
+        yield
+        return
+    try:
+        with write_errors(path):
+            (path / _PUT_ASIDE).mkdir()
+            for entry in [path / name for name in ENTRIES if (path / name).exists()]:
+                entry.rename(path / _PUT_ASIDE / entry.name)
+            (path / _PUT_ASIDE).rename(path / _REPLACED)
+        yield
+    except BaseException:
+        _end_replacement(path, back=is_replacing(path))
+        raise
+    _end_replacement(path, back=False)
+
+
+def is_replacing(path: Path) -> bool:
+    """Whether the run that was there before would come back if the new one failed now."""
+    saved = *path.glob("checkpoints/latest/*"), *path.glob("segments/*.npz")
+    begun = any(re.fullmatch(r"\d+|\d+-\d+\.npz", entry.name) for entry in saved)
+    return (path / _REPLACED).is_dir() and not begun
+
+
+def _end_replacement(path: Path, *, back: bool) -> None:
+    """Bring back the run that was put aside, or drop it; one only half put aside comes back."""
+    with write_errors(path):
+        if (path / _REPLACED).is_dir():
+            if back:
+                clear(path)
+                (path / _REPLACED).rename(path / _PUT_ASIDE)
+            else:
+                shutil.rmtree(path / _REPLACED)
+        if (path / _PUT_ASIDE).is_dir():
+            for entry in (path / _PUT_ASIDE).iterdir():
+                entry.rename(path / entry.name)
+            (path / _PUT_ASIDE).rmdir()
+
+
+@contextmanager
+def locked(path: Path, *, wait: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a run directory, which is made if need be; a thread may hold it twice.
+
+    Args:
+        path: of the run.
+        wait: seconds to wait for whoever else holds it.
+
+    Raises:
+        RunError: if another process or thread holds it.
+        WriteError: if nothing can be written there.
+    """
+    with write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.resolve() / "lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire(timeout=wait)
+    except filelock.Timeout:
+        raise RunError(f"{path}: another process is writing to this run") from None
+    except OSError as error:
+        raise WriteError(path / "lock", error) from None
+    try:
+        if lock.lock_counter == 1:
+            _tidy(path)
+        yield
+    finally:
+        lock.release()
+
+
+def _tidy(path: Path) -> None:
+    """Remove what processes that were killed have left: nobody else is writing."""
+    for folder in (path, path / "segments", path / "figures"):
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            name = final_name(entry.name)
+            written = (folder.relative_to(path) / name).as_posix()
+            if name != entry.name and _WRITTEN.fullmatch(written):
+                with write_errors(entry):
+                    entry.unlink()
+    # A new run that is whole stays: it is what --resume goes on with.
+    _end_replacement(path, back=not (path / "config.toml").exists())

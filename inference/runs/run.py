@@ -1,0 +1,331 @@
+"""Run directories: everything that a fit or a sampler leaves behind, and how to open it again.
+
+config.toml      the configuration        checkpoints/latest  state to resume from
+data.json        corpus and vocabulary    checkpoints/best    parameters of the best validation,
+                                          and of a guide with its own, those with them
+metrics.jsonl    one line per report      post_hoc_prior.npz  attention prior, see post_hoc.py
+summary.json     results                  figures/            pictures and their tables
+segments/        draws as they come       posterior.nc        draws for ArviZ
+start.npz        what chains start from, if not draws of the prior
+lock             held by the process that writes
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from probattn.messages import describe
+from probattn.text.corpora import Corpus
+from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder
+from probattn.inference.config import RunConfig
+from probattn.inference.config_files import format_config, read_tables
+from probattn.inference.runs.files import (
+    RunError,
+    read_bytes,
+    read_json,
+    replacing,
+    fsync,
+    write_text,
+    write_errors,
+)
+from probattn.inference.runs.folder import check_folder, check_target, clear, locked, room_for_run
+from probattn.inference.config import SampleRunConfig
+from probattn.inference.runs.segments import SegmentFolder
+from probattn.models.language import parameter_shapes
+from probattn.text.vocabulary import Vocabulary, vocabulary_from_dict
+
+_END = "\n# end\n"  # of a config.toml
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """What runs of every kind have.
+
+    Attributes:
+        path: its directory.
+        config: the configuration it was made with.
+        data: name, description, checksum and sizes of its corpus.
+        vocabulary: symbols of its tokens.
+    """
+
+    path: Path
+    config: RunConfig | SampleRunConfig
+    data: Mapping[str, Any]
+    vocabulary: Vocabulary
+
+    def summary(self) -> dict[str, Any]:
+        """Results so far, by the command that made them."""
+        path = self.path / "summary.json"
+        return read_json(path) if path.exists() else {}
+
+    def update_summary(self, **results: Any) -> None:
+        """Set results in summary.json."""
+        summary = self.summary() | results
+        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    @contextmanager
+    def lock(self, *, wait: float = 0.0) -> Iterator[None]:
+        """Hold the run's lock while writing to it.
+
+        Args:
+            wait: seconds to wait for another process that holds it.
+
+        Raises:
+            RunError: if it holds it still, or another run has been made there.
+        """
+        with locked(self.path, wait=wait):
+            there = load_run(self.path)
+            if (there.config, there.data) != (self.config, self.data):
+                raise RunError(
+                    f"{self.path}: holds another run than when it was opened; open that one"
+                )
+            yield
+
+
+@dataclass(frozen=True)
+class PosteriorRun(RunDirectory):
+    """A sampled posterior, as `load_run` opens it; `posterior.load_posterior` reads its draws."""
+
+    config: SampleRunConfig
+
+    @property
+    def segments(self) -> SegmentFolder:
+        """Draws, and the state to resume from."""
+        return SegmentFolder(self.path / "segments")
+
+
+@dataclass(frozen=True)
+class Run(RunDirectory):
+    """A fitted run, as `load_run` opens it."""
+
+    config: RunConfig
+
+    @property
+    def step(self) -> int | None:
+        """Step at which `parameters` were saved, None before the first report.
+
+        Once these are read it does not change, though a fit that goes on may save better ones.
+        """
+        return self._point[0] if "_point" in vars(self) else self.best.step
+
+    @property
+    def parameters(self) -> dict[str, Array]:
+        """Parameters of the best validation, by site name: a point estimate (of MAP, the mode).
+
+        Raises:
+            CheckpointError: if there are none yet or they are damaged.
+        """
+        return self._point[1]
+
+    @cached_property
+    def _point(self) -> tuple[int, dict[str, Array]]:
+        if self.best.step is None:
+            raise CheckpointError(
+                f"{self.path}: the fit has not reached its first report, so it has no parameters "
+                "yet; finish it with fit --resume"
+            )
+        return self.best.load_with_step(self.parameter_shapes())
+
+    def parameter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every parameter."""
+        return parameter_shapes(self.vocabulary.size, self.config.model, self.config.objective)
+
+    @property
+    def best(self) -> CheckpointFolder:
+        """Checkpoint of the best validation."""
+        return CheckpointFolder(self.path / "checkpoints" / "best")
+
+    @property
+    def latest(self) -> CheckpointFolder:
+        """Checkpoint to resume from."""
+        return CheckpointFolder(self.path / "checkpoints" / "latest")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, one per report.
+
+        A last line without its end, which is what a kill leaves, is none: resuming repeats it. Nor
+        is the line that says why a fit stopped, see `stopped`.
+        """
+        return [row for row in self._lines() if "stopped" not in row]
+
+    @property
+    def stopped(self) -> tuple[int, str] | None:
+        """Step at which the fit could not go on, and why; None if there is no such step."""
+        last: dict[str, Any] = next(reversed(self._lines()), {})
+        return (last["step"], last["stopped"]) if "stopped" in last else None
+
+    def _lines(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        rows = []
+        lines = read_bytes(path).split(b"\n")[:-1]
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
+                raise RunError(f"{path}, line {number}: expected JSON: {error}") from None
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise RunError(f"{path}, line {number}: expected an object with an integer step")
+            if not isinstance(row.get("stopped", ""), str):
+                raise RunError(f"{path}, line {number}: expected a text for why the fit stopped")
+            rows.append(row)
+        return rows
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Replace metrics.jsonl, at once or not at all."""
+        write_text(self.path / "metrics.jsonl", "".join(_json_line(row) for row in rows))
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        line, path = _json_line(row), self.path / "metrics.jsonl"
+        with write_errors(path):
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(line)
+            fsync(path)
+
+
+def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
+    """Open a run directory for reading; parameters and draws are loaded when they are asked for.
+
+    Raises:
+        RunError: if the directory is no run, or its description is damaged.
+    """
+    path = Path(path)
+    if not (path / "config.toml").is_file():
+        raise RunError(f"{path}: expected a run directory, which has a config.toml")
+    check_folder(path)
+    try:
+        text = (path / "config.toml").read_text(encoding="utf-8")
+        sampled = "\n[sample]\n" in text
+        config: RunConfig | SampleRunConfig = (
+            read_tables(path / "config.toml", SampleRunConfig)
+            if sampled
+            else read_tables(path / "config.toml", RunConfig)
+        )
+    except ValueError as error:
+        raise RunError(f"damaged run: {error}") from None
+    # A file that was cut off at the end of a line is still TOML, of a run with other settings.
+    if not text.endswith(_END):
+        raise RunError(f"{path / 'config.toml'}: damaged: expected {_END.strip()!r} at its end")
+    data = read_json(path / "data.json")
+    try:
+        vocabulary = vocabulary_from_dict(data["vocabulary"])
+        described = {name: data[name] for name in _DATA_FIELDS}
+        for name, kind in _DATA_FIELDS.items():
+            if type(described[name]) is not kind:
+                raise TypeError(f"{name} is {describe(described[name])}, expected {kind.__name__}")
+        if not re.fullmatch("[0-9a-f]{64}", described["sha256"]):
+            raise ValueError(f"sha256 is {describe(described['sha256'])}, expected 64 hex digits")
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path / 'data.json'}: damaged: {error}") from None
+    if isinstance(config, SampleRunConfig):
+        return PosteriorRun(path, config, described, vocabulary)
+    return Run(path, config, described, vocabulary)
+
+
+def load_fit(path: str | os.PathLike[str]) -> Run:
+    """Open the run directory of a fit.
+
+    Raises:
+        RunError: if the directory is no run of a fit, or its description is damaged.
+    """
+    return require_fit(load_run(path))
+
+
+def require_fit(run: RunDirectory) -> Run:
+    """The run, which is that of a fit.
+
+    Raises:
+        RunError: if it is not.
+    """
+    if not isinstance(run, Run):
+        raise RunError(f"{run.path}: is a sampled posterior: expected a run of `probattn fit`")
+    return run
+
+
+def create_run(
+    path: str | os.PathLike[str],
+    config: RunConfig,
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+    *,
+    overwrite: bool = False,
+) -> Run:
+    """Make the run directory of a fit.
+
+    Raises:
+        RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
+    """
+    run = Run(Path(path), config, _describe(corpus), vocabulary)
+    _create(run, overwrite=overwrite)
+    return run
+
+
+def create_posterior_run(
+    path: str | os.PathLike[str],
+    config: SampleRunConfig,
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+    *,
+    start: Mapping[str, Any] | None = None,
+) -> PosteriorRun:
+    """Make the run directory of a sampled posterior, with what its chains start from.
+
+    Raises:
+        RunError: if the path holds a run, or anything else.
+    """
+    run = PosteriorRun(Path(path), config, _describe(corpus), vocabulary)
+    _create(run, overwrite=False, start=start)
+    return run
+
+
+def _create(run: RunDirectory, *, overwrite: bool, start: Mapping[str, Any] | None = None) -> None:
+    path = run.path
+    check_target(path, overwrite=overwrite)
+    # The room checks the target again: another process may have been faster.
+    with locked(path), room_for_run(path, overwrite=overwrite):
+        try:
+            description = {**run.data, "vocabulary": run.vocabulary.to_dict()}
+            write_text(path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
+            if start is not None:
+                with replacing(path / "start.npz") as stream:
+                    np.savez(stream, allow_pickle=False, **start)
+            # Last: a directory with a config.toml is a run, and must be a whole one.
+            write_text(path / "config.toml", format_config(run.config) + _END)
+        except BaseException:
+            clear(path)
+            raise
+
+
+_DATA_FIELDS = {
+    "name": str,
+    "description": str,
+    "sha256": str,
+    "train_characters": int,
+    "validation_characters": int,
+}
+
+
+def _describe(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "name": corpus.name,
+        "description": corpus.description,
+        "sha256": corpus.sha256,
+        "train_characters": len(corpus.train),
+        "validation_characters": len(corpus.validation),
+    }
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"

@@ -1,0 +1,1 @@
+"""The machine and the process: memory, threads, signals, progress, processes, compiled programs."""

@@ -1,0 +1,310 @@
+"""Chains of NumPyro's NUTS, compiled once and advanced by any number of iterations.
+
+Where there are several devices, chains run on all of them: chain i of method parallel on device i
+modulo their number, those of method vectorized in equal parts.
+"""
+
+import os
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+from numpyro.infer import NUTS
+from numpyro.infer.hmc import HMCState
+
+from probattn.inference.config import SampleConfig
+from probattn.inference.runs.checkpoints import named_leaves, with_leaves
+from probattn.inference.runtime.memory import gibibytes
+from probattn.inference.sampling.initialisation import check_initial_values, init_to_given
+from probattn.inference.sampling.lookahead import run_ahead
+
+_CALL_SECONDS = 2.0  # of all chains, between two updates of a progress bar
+_ITERATIONS, _VALUES = 400, 2**24  # in one call, and numbers in its buffers, at most
+_CALLS_AHEAD = 4  # that a chain may have begun and no one been given; so many buffers are kept
+_LARGEST = 16 * 2**30  # bytes of all draws
+
+# What ArviZ calls the fields of NumPyro's state.
+_STATISTICS: Mapping[str, Callable[[HMCState], Array]] = {
+    "diverging": lambda state: state.diverging,
+    "acceptance_rate": lambda state: state.accept_prob,
+    "n_steps": lambda state: state.num_steps,
+    "energy": lambda state: state.energy,
+    "lp": lambda state: -state.potential_energy,
+    "step_size": lambda state: state.adapt_state.step_size,
+}
+
+
+class SampleError(RuntimeError):
+    """A sampler cannot start or go on: the message says why, and what to try."""
+
+
+class Iterations(NamedTuple):
+    """Iterations of all chains, one after another; every array is (chains, iterations, ...)."""
+
+    draws: dict[str, np.ndarray]
+    statistics: dict[str, np.ndarray]
+
+
+class _Call(NamedTuple):
+    """What one call gives back; of the compiled program, buffers whose first rows are filled."""
+
+    state: HMCState
+    draws: dict[str, Any]
+    statistics: dict[str, Any]
+
+
+class Chains:
+    """The compiled kernel of a model, and the state of all chains.
+
+    Args:
+        model: a NumPyro model.
+        arguments: its arguments and keyword arguments.
+        config: chains, warm-up, seed and method.
+        start: values of sample sites that every chain starts from; other sites start from a draw
+            of the prior.
+
+    Raises:
+        ValueError: if `start` names a site that the model lacks, or has density zero.
+        SampleError: if a chain finds no start of positive density.
+    """
+
+    def __init__(
+        self, model: Callable, arguments: Sequence, config: SampleConfig, start: Mapping
+    ) -> None:
+        self._config = config
+        args, kwargs = arguments
+        kernel = NUTS(
+            model,
+            target_accept_prob=config.target_accept,
+            max_tree_depth=config.max_tree_depth,
+            init_strategy=partial(init_to_given, start),
+        )
+        check_initial_values(model, args, kwargs, start)
+
+        def init(rng_key: Array) -> HMCState:
+            return kernel.init(rng_key, config.warmup, model_args=args, model_kwargs=kwargs)
+
+        def advance(state: HMCState, count: Array) -> _Call:
+            constrain = kernel.get_constrain_fn(args, kwargs)
+
+            def recorded(state: HMCState) -> tuple[dict, dict]:
+                values = {name: of(state) for name, of in _STATISTICS.items()}
+                return constrain(state.z), values
+
+            def body(i: Array, carry: tuple) -> tuple:
+                state, buffers = carry
+                state = kernel.sample(state, args, kwargs)
+                buffers = jax.tree.map(
+                    lambda rows, row: rows.at[i].set(row), buffers, recorded(state)
+                )
+                return state, buffers
+
+            shapes = jax.eval_shape(recorded, state)
+            empty = jax.tree.map(
+                lambda leaf: jnp.zeros((self._most, *leaf.shape), leaf.dtype), shapes
+            )
+            state, (draws, statistics) = jax.lax.fori_loop(0, count, body, (state, empty))
+            return _Call(state, draws, statistics)
+
+        keys = jax.random.split(jax.random.key(config.seed), config.chains)
+        starts = jax.jit(jax.vmap(init)).trace(keys)
+        size = sum(leaf.size for leaf in jax.tree.leaves(starts.out_info.z))  # of all chains
+        _check_size(size, config)
+        self._most = max(1, min(_ITERATIONS, _VALUES // size))
+        state = jax.block_until_ready(starts.lower().compile()(keys))
+        _check_density(np.asarray(state.potential_energy))
+        self._each = config.chain_method == "parallel"
+        devices = jax.local_devices()[: config.chains]
+        self._spread = None if self._each else _spread(config.chains, devices)
+        self._devices = devices if self._each else devices[:1]
+        # Of each chain, or of all in one: they are advanced, and go on, independently.
+        self._states = self._placed(state)
+        of_all = advance
+        if not self._each:
+            of_all = jax.vmap(advance, in_axes=(0, None))
+            if self._spread is not None:
+                of_all = _for_own_chains(of_all, self._spread)
+        # For each device the same program: a chain has the same draws on any.
+        self._programs = [
+            jax.jit(of_all).lower(state, np.int32(0)).compile()
+            for state in self._states[: len(self._devices)]
+        ]
+
+    def advance(self, first: int, stops: Sequence[int]) -> Generator[Iterations]:
+        """Iterate all chains, from iteration `first` to the last of `stops`.
+
+        A chain, in any of the threads, does not wait for slower ones but goes a few calls ahead of
+        them; what all have done comes as soon as it is, and no part crosses one of `stops`.
+        Closing the iterator waits for the calls in progress, and leaves the chains where what came
+        last ended.
+        """
+        threads = min(len(self._states), os.cpu_count() or 1)
+        latest = list(self._states)
+        pace = _CallLength(first, stops, self._most, len(latest), threads)
+
+        def work(member: int, count: int) -> _Call:
+            # Each thread has settings of its own.
+            with jax.enable_x64(self._config.precision == "float64"):
+                started = time.perf_counter()
+                program = self._programs[member % len(self._programs)]
+                call = jax.block_until_ready(program(latest[member], np.int32(count)))
+                pace.took(member, count, time.perf_counter() - started)
+            latest[member] = call.state
+            # Copied: a view would keep the whole buffer.
+            filled = (None, slice(count)) if self._each else (slice(None), slice(count))
+            draws, statistics = jax.tree.map(
+                lambda rows: np.asarray(rows)[filled].copy(), (call.draws, call.statistics)
+            )
+            return _Call(call.state, draws, statistics)
+
+        rounds = run_ahead(
+            work,
+            pace.next,
+            chains=len(latest),
+            threads=threads,
+            ahead=_CALLS_AHEAD if self._each else 1,
+        )
+        with closing(rounds):
+            for calls in rounds:
+                self._states = [call.state for call in calls]
+                yield Iterations(
+                    *jax.tree.map(
+                        lambda *parts: np.concatenate(parts),
+                        *[(call.draws, call.statistics) for call in calls],
+                    )
+                )
+
+    def saved(self) -> dict[str, np.ndarray]:
+        """Leaves of the state by name, (chains, ...): where `advance` stands, to go on from."""
+        states = [jax.tree.map(np.asarray, _plain(state)) for state in self._states]
+        if self._each:
+            return named_leaves(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
+        return named_leaves(states[0])
+
+    def restore(self, leaves: Mapping[str, np.ndarray]) -> None:
+        """Go on from leaves of a state that was saved, of the names and shapes of `saved`."""
+        first = self._states[0]
+        plain = with_leaves(
+            _plain(first), {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+        )
+        self._states = self._placed(
+            jax.tree.map(
+                lambda old, new: jax.random.wrap_key_data(new) if _is_key(old) else new,
+                first,
+                plain,
+            )
+        )
+
+    def _placed(self, state: HMCState) -> list[HMCState]:
+        """A state of all chains as those of each that is advanced, on their devices."""
+        if not self._each:
+            return [state if self._spread is None else jax.device_put(state, self._spread)]
+        chains = _each_of(state, self._config.chains)
+        if len(self._devices) == 1:
+            return chains
+        return [
+            jax.device_put(chain, self._devices[number % len(self._devices)])
+            for number, chain in enumerate(chains)
+        ]
+
+
+class _CallLength:
+    """Iterations of each call: few at first, then so many that a round takes `_CALL_SECONDS`.
+
+    The slowest chain sets the pace: a round takes that where all are as slow, and where none of
+    its calls was as long yet, no one's is much longer than its last.
+
+    Args:
+        first: iteration before them.
+        stops: iterations that no call goes across; the last ends them.
+        most: in one call.
+        members: that are advanced each by itself.
+        threads: that share them.
+    """
+
+    def __init__(
+        self, first: int, stops: Sequence[int], most: int, members: int, threads: int
+    ) -> None:
+        self._at, self._stops, self._most = first, stops, most
+        # Of each one's last call: iterations, and seconds of an iteration.
+        self._counts, self._seconds = [0] * members, [0.0] * members
+        self._turns = members / threads
+        self._count = 0
+
+    def next(self, number: int) -> int | None:
+        """Iterations of the next call; None if there is none."""
+        stop = next((stop for stop in self._stops if stop > self._at), None)
+        if stop is None:
+            return None
+        wanted = min(2 * self._count, 4 * min(self._counts), self._most)
+        if slowest := max(self._seconds):
+            wanted = min(wanted, round(_CALL_SECONDS / (slowest * self._turns)))
+        self._count = max(1, wanted)
+        count = min(self._count, stop - self._at)
+        self._at += count
+        return count
+
+    def took(self, member: int, count: int, seconds: float) -> None:
+        """Note the seconds of a call, from any thread."""
+        self._counts[member], self._seconds[member] = count, seconds / count
+
+
+@partial(jax.jit, static_argnums=1)
+def _each_of(state: HMCState, chains: int) -> list[HMCState]:
+    return [jax.tree.map(itemgetter(number), state) for number in range(chains)]
+
+
+def _is_key(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(state: HMCState) -> HMCState:
+    """The state with its random keys as numbers, which can be saved."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
+
+
+def _check_density(energy: np.ndarray) -> None:
+    if not np.isfinite(energy).all():
+        lost = [str(number) for number in np.flatnonzero(~np.isfinite(energy))]
+        raise SampleError(
+            f"chain {', '.join(lost)}: 100 draws of the prior have no finite log density; "
+            "start from given values, such as a coupling of zero, or use a proper coupling"
+        )
+
+
+def _spread(chains: int, devices: Sequence[jax.Device]) -> NamedSharding | None:
+    """As many chains on each of as many devices as there can be; None if that is one device."""
+    count = next(n for n in range(len(devices), 0, -1) if chains % n == 0)
+    if count == 1:
+        return None
+    return NamedSharding(Mesh(np.array(devices[:count]), ("chains",)), PartitionSpec("chains"))
+
+
+def _for_own_chains(advance: Callable, spread: NamedSharding) -> Callable:
+    """`advance` by every device for its own chains: none waits for those of another."""
+    return jax.shard_map(
+        advance,
+        mesh=spread.mesh,
+        in_specs=(spread.spec, PartitionSpec()),
+        out_specs=spread.spec,
+        check_vma=False,  # branches may return constants beside results
+    )
+
+
+def _check_size(size: int, config: SampleConfig) -> None:
+    """Refuse draws that no memory holds, before anything is compiled."""
+    total = size * config.draws * jnp.dtype(config.precision).itemsize
+    if total > _LARGEST:
+        raise ValueError(
+            f"{config.draws} draws of {config.chains} chains of {size // config.chains:,} numbers "
+            f"take {gibibytes(total)}: expected at most {gibibytes(_LARGEST)}; give a smaller "
+            "model, or fewer sample.draws"
+        )

@@ -1,0 +1,80 @@
+"""Where the chains of a sampler start: at given values, or at draws of the prior."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer import init_to_sample
+from numpyro.infer.util import log_density
+
+from probattn import CausalAttention, log_det
+
+
+def init_to_given(values: Mapping[str, Any], site: dict | None = None) -> Any:
+    """NumPyro initialisation: the values given, and draws from the prior for other sites."""
+    if site is None:
+        return partial(init_to_given, values)
+    if site["type"] == "sample" and site["name"] in values:
+        return jnp.asarray(values[site["name"]])
+    return init_to_sample(site)
+
+
+def check_initial_values(model: Callable, args: tuple, kwargs: dict, start: Mapping) -> None:
+    """Refuse a start that the model lacks or whose density is zero."""
+    if not start:
+        return
+
+    def latent() -> dict[str, Array]:
+        sites = trace(seed(model, jax.random.key(0))).get_trace(*args, **kwargs)
+        return {
+            name: site["value"]
+            for name, site in sites.items()
+            if site["type"] == "sample" and not site["is_observed"]
+        }
+
+    shapes = {name: leaf.shape for name, leaf in jax.eval_shape(latent).items()}
+    if unknown := sorted(set(start) - set(shapes)):
+        raise ValueError(
+            f"start names {', '.join(unknown)}: expected sample sites of the model, "
+            f"{', '.join(sorted(shapes))}"
+        )
+    for name, value in start.items():
+        if jnp.shape(value) != shapes[name]:
+            raise ValueError(
+                f"start has {name} of shape {jnp.shape(value)}: expected {shapes[name]}"
+            )
+    if set(start) != set(shapes):
+        return  # the rest is drawn, until the density is positive
+    density = jax.jit(lambda values: log_density(model, args, kwargs, values)[0])(start)
+    if not np.isfinite(density):
+        raise ValueError(
+            f"the start has a log density of {float(density)}"
+            f"{_infeasible(model, args, kwargs, start)}; "
+            "start from smaller couplings or embeddings, or from the prior"
+        )
+
+
+def _infeasible(model: Callable, args: tuple, kwargs: dict, start: Mapping) -> str:
+    """How many tokens of attention processes lie outside the feasible region."""
+    sites = trace(seed(substitute(model, start), jax.random.key(0))).get_trace(*args, **kwargs)
+    outside, smallest = 0, math.inf
+    for site in sites.values():
+        process = site.get("fn")
+        if isinstance(process, dist.ExpandedDistribution):
+            process = process.base_dist
+        if site["type"] == "sample" and isinstance(process, CausalAttention):
+            sign, log_abs = log_det(
+                site["value"], process.w_query, process.w_key, bound=process.bound
+            )
+            outside += int(jnp.sum(sign <= 0))
+            smallest = min(smallest, float(jnp.min(sign * jnp.exp(log_abs))))
+    if not outside:
+        return ""
+    return f": {outside} tokens have a determinant <= 0, the smallest of {smallest:.3g}"

@@ -1,0 +1,240 @@
+"""Sampled posteriors as run directories: the model, its text and its draws."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from probattn.inference.config import SampleConfig, SampleRunConfig
+from probattn.inference.fitting.guide_draws import guide_draws
+from probattn.inference.runs.checks import check_options, check_same_config, check_same_corpus
+from probattn.inference.runs.files import RunError
+from probattn.inference.runs.folder import clear, locked, room_for_run
+from probattn.inference.runs.npz import read_arrays
+from probattn.inference.runs.run import PosteriorRun, Run, create_posterior_run, load_run
+from probattn.inference.runtime.memory import check_memory
+from probattn.inference.sampling.chains import SampleError
+from probattn.inference.sampling.nuts import load_draws, sample
+from probattn.inference.sampling.result import PosteriorResult
+from probattn.models import language_model, latent_embeddings
+from probattn.text.batches import windows
+from probattn.text.corpora import Corpus, DataError, load_corpus
+from probattn.text.vocabulary import Vocabulary, build_vocabulary
+
+
+def sample_run(
+    config: SampleRunConfig,
+    out: str | os.PathLike[str],
+    *,
+    start: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> tuple[PosteriorRun, PosteriorResult]:
+    """Sample the posterior of a model given a text, into a run directory.
+
+    Args:
+        config: data, model and sampler.
+        out: run directory, see `runs`; new or empty unless `resume` or `overwrite` is set.
+        start: see `sample`; it is kept in the run, and not given again to resume.
+        resume: go on with the run in `out`.
+        overwrite: replace the run in `out`.
+        progress: show a progress bar.
+
+    Returns:
+        The run, and its draws.
+
+    Raises:
+        ValueError: if the text is unusable, `out` holds something else, the configuration is not
+            the run's, or its segments are damaged (RunError, DataError and SegmentError say
+            which).
+        SampleError: if a chain finds no start of positive density.
+        Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
+    """
+    out = Path(out)
+    check_options(out, resume=resume, overwrite=overwrite)
+    if config.latent is not None:
+        size = config.latent  # embeddings, and a coupling
+        numbers = size.width * (size.sequences * size.length + size.width)
+        check_memory("chains of [latent]", 8 * config.sample.chains * numbers)
+    corpus = load_corpus(config.data)
+    if resume:
+        run = _reopen(out, config, corpus)
+        start = _read_start(run)
+        arguments = _tokens(config, corpus, run.vocabulary)
+    else:
+        vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
+        arguments = _tokens(config, corpus, vocabulary)
+    made = not out.exists()
+    room = nullcontext() if resume else room_for_run(out, overwrite=overwrite)
+    with locked(out), room:  # from before the run is made to its end
+        if not resume:
+            run = create_posterior_run(out, config, corpus, vocabulary, start=start)
+        try:
+            result = sample(
+                posterior_model(config, run.vocabulary),
+                model_args=arguments,
+                config=config.sample,
+                start=start,
+                out=run.segments.path,
+                resume=True,
+                progress=progress,
+            )
+        except (ValueError, SampleError):
+            if not resume and not run.segments.ranges():
+                clear(out)  # new, and nothing was sampled: it is no run
+                if made:
+                    shutil.rmtree(out)
+            raise
+    return run, result
+
+
+def config_of_fit(run: Run, config: SampleConfig) -> SampleRunConfig:
+    """The posterior of a fitted run's own model, given sequences of its own text."""
+    return SampleRunConfig(
+        data=run.config.data,
+        sample=config,
+        model=run.config.model,
+        objective=run.config.objective,
+    )
+
+
+def load_posterior(run: PosteriorRun) -> PosteriorResult:
+    """The draws of a run that is finished, without compiling or sampling anything.
+
+    Raises:
+        RunError: if it is not finished.
+        SegmentError: if its segments are damaged.
+        ValueError: if its text is not there any more.
+    """
+    draws, statistics, seconds, done = load_draws(run.segments, run.config.sample)
+    total = run.config.sample.warmup + run.config.sample.draws
+    if done < total:
+        raise RunError(
+            f"{run.path}: has {done} of {total} iterations; finish it with sample --resume"
+        )
+    return PosteriorResult(
+        method="nuts",
+        draws=draws,
+        model=posterior_model(run.config, run.vocabulary),
+        model_args=posterior_data(run),
+        statistics=statistics,
+        seconds=seconds,
+        config=run.config.sample,
+    )
+
+
+def guide_posterior(
+    run: Run, *, draws: int = 1000, seed: int = 0, sequences: int = 64, progress: bool = False
+) -> PosteriorResult:
+    """Draws of the guide of a fitted run, as one chain, given sequences of its training text.
+
+    Args:
+        run: of a guide other than map.
+        draws: how many.
+        seed: of the draws.
+        sequences: at most so many of model.block tokens, spread evenly over the training text:
+            margins and log likelihoods are taken of these.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if the run is a MAP run, which has no draws; see `guide_draws`.
+    """
+    found = guide_draws(run, draws=draws, seed=seed, progress=progress)
+    config = config_of_fit(run, SampleConfig(sequences=sequences))
+    return PosteriorResult(
+        method=run.config.fit.guide,
+        draws=found,
+        model=posterior_model(config, run.vocabulary),
+        model_args=training_sequences(run, sequences),
+    )
+
+
+def training_sequences(run: Run, at_most: int) -> tuple[np.ndarray, ...]:
+    """Inputs and targets (count, model.block) from the training text of a fitted run.
+
+    Raises:
+        ValueError: if its text is not there any more, or too short for one.
+    """
+    corpus = load_corpus(run.config.data)
+    check_same_corpus(run, corpus)
+    tokens, length = run.vocabulary.encode(corpus.train), run.config.model.block
+    count = max(min(at_most, (len(tokens) - 1) // length), 1)
+    return _spread(tokens, corpus, count=count, length=length, shifts=2)
+
+
+def posterior_data(run: PosteriorRun) -> tuple[np.ndarray, ...]:
+    """Tokens that a run's posterior is given, as its model takes them.
+
+    Raises:
+        ValueError: if its text is not there any more.
+    """
+    corpus = load_corpus(run.config.data)
+    check_same_corpus(run, corpus)
+    return _tokens(run.config, corpus, run.vocabulary)
+
+
+def posterior_model(config: SampleRunConfig, vocabulary: Vocabulary) -> Callable:
+    """The NumPyro model of a configuration, as a function of its tokens."""
+    if config.latent is not None:
+        return partial(latent_embeddings, vocabulary_size=vocabulary.size, config=config.latent)
+    assert config.model is not None  # SampleRunConfig has one or the other
+    return partial(
+        language_model,
+        vocabulary_size=vocabulary.size,
+        config=config.model,
+        objective=config.objective,
+        margins=True,
+    )
+
+
+def _tokens(
+    config: SampleRunConfig, corpus: Corpus, vocabulary: Vocabulary
+) -> tuple[np.ndarray, ...]:
+    """Arguments of the model: sequences from the training text, spread evenly over it."""
+    tokens = vocabulary.encode(corpus.train)
+    if config.latent is not None:
+        count, length = config.latent.sequences, config.latent.length
+        return _spread(tokens, corpus, count=count, length=length, shifts=1)
+    assert config.model is not None
+    count, length = config.sample.sequences, config.model.block
+    return _spread(tokens, corpus, count=count, length=length, shifts=2)
+
+
+def _spread(
+    tokens: np.ndarray, corpus: Corpus, *, count: int, length: int, shifts: int
+) -> tuple[np.ndarray, ...]:
+    usable = (len(tokens) - 1) // length * length  # whatever the shifts: models may be compared
+    if usable < count * length:
+        raise DataError(
+            f"corpus {corpus.name!r}: the training text has {len(tokens)} tokens: expected at "
+            f"least {count} sequences of {length}; give a longer text, or fewer or shorter "
+            "sequences"
+        )
+    plan = windows(usable, block=length).spread(count * length)
+    return tuple(plan.take(tokens[shift:]) for shift in range(shifts))
+
+
+def _read_start(run: PosteriorRun) -> dict[str, np.ndarray] | None:
+    path = run.path / "start.npz"
+    if not path.exists():
+        return None
+    try:
+        return read_arrays(path)
+    # NumPy and zipfile raise what they meet: EOFError, BadZipFile and others.
+    except Exception as error:
+        raise RunError(f"{path}: damaged ({error}); start again with --overwrite") from None
+
+
+def _reopen(out: Path, config: SampleRunConfig, corpus: Corpus) -> PosteriorRun:
+    run = load_run(out)
+    if not isinstance(run, PosteriorRun):
+        raise RunError(f"{out}: is a fitted run: resume it with fit, or name another directory")
+    check_same_config(run, config)
+    check_same_corpus(run, corpus)
+    return run

@@ -1,0 +1,53 @@
+"""Draws of a posterior, the model that they are of, and what the model says of each draw."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from probattn.inference.config import SampleConfig
+
+
+@dataclass(frozen=True)
+class PosteriorResult:
+    """Draws of a posterior, and the model that they are of.
+
+    Attributes:
+        method: how they were made: "nuts", or the name of a guide.
+        draws: values by sample site, (chains, draws, ...).
+        model: the NumPyro model.
+        model_args: its arguments.
+        model_kwargs: its keyword arguments.
+        statistics: what NUTS says of each draw, (chains, draws): diverging, acceptance_rate,
+            n_steps, energy, lp (log density in nats, up to a constant) and step_size. Empty for a
+            guide.
+        seconds: that sampling took, in all sessions together, without compiling; NaN if unknown.
+        config: how NUTS was run; None for a guide.
+    """
+
+    method: str
+    draws: Mapping[str, np.ndarray]
+    model: Callable = field(repr=False)
+    model_args: tuple = field(default=(), repr=False)
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    seconds: float = math.nan
+    config: SampleConfig | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Chains, and draws of each."""
+        chains, draws = next(iter(self.draws.values())).shape[:2]
+        return chains, draws
+
+    @property
+    def precision(self) -> str:
+        """Of the draws: "float32" or "float64"."""
+        return str(next(iter(self.draws.values())).dtype)
+
+    @property
+    def divergences(self) -> int:
+        """How many draws end a trajectory that diverged."""
+        return int(np.sum(self.statistics.get("diverging", 0)))

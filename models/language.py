@@ -1,0 +1,238 @@
+"""A GPT language model whose embeddings pass through an attention barrier, or are latent."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Int
+
+from probattn import CausalAttention, coupling, relaxed_barrier, residual
+from probattn.arguments import is_positive
+from probattn.models import priors, transformer
+from probattn.models.attention_sites import record_coupling, record_margins
+from probattn.models.checks import check_integers, check_symbols
+from probattn.models.coupling import proper_weights
+from probattn.models.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Size of the network.
+
+    Attributes:
+        layers: number of attention layers, each followed by an MLP.
+        heads: attention heads per layer, a divisor of width.
+        width: embedding dimensions d.
+        block: positions T that the model sees at once, at least 3: the first two have no margin.
+        prior_rank: rank r of the separate attention stage that carries the barrier.
+        bound: c of that stage's bounded context, see `attention`; None, the paper's, is unbounded.
+            It says too in which of the two proper regimes the process of objective "latent" is.
+    """
+
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    block: int = 64
+    prior_rank: int = 16
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse sizes of which no network can be made."""
+        check_integers(self, "model", layers=1, heads=1, width=1, block=3, prior_rank=1)
+        if self.bound is not None and not is_positive(self.bound):
+            raise ValueError(
+                f"model.bound is {self.bound!r}: expected a finite number > 0, or none at all"
+            )
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.heads is {self.heads} and model.width {self.width}: "
+                "expected heads to divide width"
+            )
+
+
+class AttentionInputs(TypedDict):
+    """Arguments of the attention formulas, for one stage: see `attention_stage`."""
+
+    x: Float[Array, "... T d"]
+    w_query: Float[Array, "*heads d r"]
+    w_key: Float[Array, "*heads d r"]
+    bound: float | None
+
+
+def language_model(
+    inputs: Int[Array, "B T"],
+    targets: Int[Array, "B T"] | None = None,
+    *,
+    vocabulary_size: int,
+    config: LanguageModelConfig,
+    objective: ObjectiveConfig | None = None,
+    num_sequences: int | None = None,
+    precision: transformer.Precision = "float32",
+    margins: bool = False,
+    perturb: Callable[[Float[Array, "B T d"]], Float[Array, "B T d"]] | None = None,
+) -> None:
+    """NumPyro model of token sequences: priors, attention factor, transformer, tokens.
+
+    Sample sites: the parameters (see `priors`), then "tokens" with one log likelihood per
+    sequence. Factor sites: "attention_barrier" and "attention_residual", minus the weighted
+    relaxed barrier and squared residual of each sequence. Plates: "layers" and "sequences". With
+    objective "latent" there is no factor, but the sample site "embeddings" (B, T, d), of which
+    `latent_guide` is the guide.
+
+    Args:
+        inputs: symbols (B, T), T <= config.block; objective "latent" takes their shape alone.
+        targets: the symbol that follows each input, (B, T); None samples them.
+        vocabulary_size: number of symbols V; symbols are 0 .. V - 1.
+        config: size of the network.
+        objective: which terms to add to the likelihood; by default the likelihood alone ("ce").
+        num_sequences: sequences in the whole training set, of which the B given are a random
+            minibatch; by default B. With minibatches of a text of N tokens it is N // T, so that
+            the prior counts once. NumPyro's utilities then want the model seeded, since the plate
+            draws indices, although none is used.
+        precision: of the network's matrix products. The barrier is float32 at least.
+        margins: record the deterministic sites of `attention_sites` for the objective's attention
+            stage: margins (B, T), or (B, heads, T) of the first layer, and its couplings.
+        perturb: what the network sees of the embeddings, such as the same with noise; the factors
+            are those of the embeddings themselves.
+
+    Raises:
+        ValueError: if inputs are not (B, T) with T <= config.block, targets differ in shape,
+            either holds what is no symbol, num_sequences is no integer or smaller than B, or the
+            precision is unknown.
+    """
+    objective = ObjectiveConfig("ce") if objective is None else objective
+    _check(inputs, targets, vocabulary_size, config)
+    sequences = inputs.shape[0]
+    if num_sequences is None:
+        num_sequences = sequences
+    if not isinstance(num_sequences, int | np.integer) or num_sequences < sequences:
+        raise ValueError(
+            f"num_sequences is {num_sequences!r}: expected an integer, at least the {sequences} of "
+            "the minibatch"
+        )
+    parameters = sample_parameters(vocabulary_size, config, objective)
+    with numpyro.plate("sequences", num_sequences, subsample_size=sequences):
+        if objective.name == "latent":
+            with numpyro.handlers.scale(scale=objective.beta):
+                x = numpyro.sample(
+                    "embeddings", latent_process(parameters, inputs.shape[1], config=config)
+                )
+        else:
+            x = transformer.embed(parameters, inputs)
+        if objective.name != "ce":
+            stage = attention_stage(parameters, x, config=config, objective=objective)
+            if objective.has_barrier:
+                barrier, energy = _attention_terms(stage, objective)
+                barrier_weight, residual_weight = objective.weights
+                numpyro.factor("attention_barrier", -barrier_weight * barrier)
+                if residual_weight:
+                    numpyro.factor("attention_residual", -residual_weight * energy)
+            if margins:
+                record_coupling(coupling(stage["w_query"], stage["w_key"]))
+                record_margins(**stage)
+        if perturb is not None:
+            x = perturb(x)
+        logits = transformer.logits(parameters, x, heads=config.heads, precision=precision)
+        numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=targets)
+
+
+def sample_parameters(
+    vocabulary_size: int, config: LanguageModelConfig, objective: ObjectiveConfig
+) -> dict[str, Array]:
+    """The part of `language_model` that samples its parameters: all that a guide has to match."""
+    parameters = priors.sample_transformer(
+        vocabulary_size=vocabulary_size,
+        layers=config.layers,
+        width=config.width,
+        block=config.block,
+    )
+    if objective.trains_attention_prior:
+        parameters |= priors.sample_attention_stage(config.width, config.prior_rank)
+    if objective.name == "latent":
+        parameters |= priors.sample_process_scale()
+    return parameters
+
+
+def parameter_shapes(
+    vocabulary_size: int, config: LanguageModelConfig, objective: ObjectiveConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter that `language_model` samples, by site name."""
+
+    def draw() -> dict[str, Array]:
+        with numpyro.handlers.seed(rng_seed=0):
+            return sample_parameters(vocabulary_size, config, objective)
+
+    return jax.eval_shape(draw)
+
+
+def attention_stage(
+    parameters: transformer.Parameters,
+    x: Float[Array, "B T d"],
+    *,
+    config: LanguageModelConfig,
+    objective: ObjectiveConfig,
+) -> AttentionInputs:
+    """Arguments at which the objective evaluates the attention formulas, by their names.
+
+    For a separate stage x is (B, T, d), divided by the root mean square of each token's if it is
+    the normalised one, and the matrices are (d, r); for the first layer x is its normalised input
+    (B, 1, T, d) and the matrices are (heads, d, d / heads).
+    """
+    if objective.attention == "first_layer":
+        normalised, w_query, w_key = transformer.first_layer(parameters, x, heads=config.heads)
+        return {"x": normalised[:, None], "w_query": w_query, "w_key": w_key, "bound": None}
+    w_query, w_key = parameters["w_query"], parameters["w_key"]
+    if objective.name == "latent":
+        w_query, w_key = proper_weights(w_query, w_key, bound=config.bound)
+    elif objective.attention == "normalised":
+        x = transformer.rms_normalised(x)
+    return {"x": x, "w_query": w_query, "w_key": w_key, "bound": config.bound}
+
+
+def latent_process(
+    parameters: transformer.Parameters, length: int, *, config: LanguageModelConfig
+) -> CausalAttention:
+    """The attention process of the embeddings of objective "latent", over `length` positions.
+
+    It is proper whatever the parameters: repulsive, or of a bounded context where the
+    configuration gives a bound; see `coupling.proper_weights`.
+    """
+    weights = proper_weights(parameters["w_query"], parameters["w_key"], bound=config.bound)
+    scale = jnp.exp(parameters["log_residual_scale"])
+    return CausalAttention(*weights, scale, length, bound=config.bound)
+
+
+def _attention_terms(
+    stage: AttentionInputs, objective: ObjectiveConfig
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Barrier and ||e_t||^2 / (2 sigma^2), summed over positions and averaged over heads."""
+    if objective.one_sided:
+        barrier = jnp.maximum(relaxed_barrier(**stage, delta=objective.delta), 0).sum(-1)
+    else:
+        barrier = relaxed_barrier(**stage, delta=objective.delta, summed=True)
+    scaled = residual(**stage) / objective.residual_scale
+    energy = jnp.sum(scaled**2, axis=(-2, -1)) / 2  # dead code, and compiled away, if not used
+    heads = tuple(range(1, barrier.ndim))
+    return barrier.mean(heads), energy.mean(heads)
+
+
+def _check(
+    inputs: Array, targets: Array | None, vocabulary_size: int, config: LanguageModelConfig
+) -> None:
+    if inputs.ndim != 2 or inputs.shape[0] < 1 or not 1 <= inputs.shape[1] <= config.block:
+        raise ValueError(
+            f"inputs have shape {inputs.shape}: expected (B, T) with B >= 1 and 1 <= T <= block = "
+            f"{config.block}"
+        )
+    if targets is not None and targets.shape != inputs.shape:
+        raise ValueError(
+            f"targets have shape {targets.shape}: expected that of inputs, {inputs.shape}"
+        )
+    for name, symbols in (("inputs", inputs), ("targets", targets)):
+        if symbols is not None:
+            check_symbols(name, symbols, vocabulary_size)

@@ -1,0 +1,69 @@
+"""Covariances under attention weights, position by position, centred at each row's own mean."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+# Positions at once, which bounds the memory: there are positions x past x m centred vectors.
+_ROWS, _NUMBERS = (32, 64), 2**17
+
+_matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def attention_covariance(
+    weights: Float[Array, "*weights T T"],
+    left: Float[Array, "*left T m"],
+    right: Float[Array, "*right T n"],
+) -> Float[Array, "*batch T m n"]:
+    """Covariance of `left` and `right` under each row of the attention weights.
+
+    Both factors are centred at the row's own mean before they are multiplied: a difference of
+    second moments loses all its digits where attention is sharp (at scale 10 the float32 log
+    determinant was wrong by 100 times its rounding error). Where it loses none it is faster, see
+    `moments`.
+
+    Args:
+        weights: (..., T, T), strictly causal.
+        left: (..., T, m).
+        right: (..., T, n).
+
+    Returns:
+        (..., T, m, n); zero at positions 0 and 1.
+    """
+    length = weights.shape[-1]
+    least, most = _ROWS
+    rows = max(least, min(_NUMBERS // max(length * right.shape[-1], 1), most))
+    if length <= rows:
+        return centred_covariance(weights, left, right)
+    # A past of s < stop is all that rows start..stop attend to: half of the products fall away.
+    row_values = jax.checkpoint(centred_covariance)
+    blocks = []
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        past = weights[..., start:stop, :stop]
+        block = row_values(past, left[..., :stop, :], right[..., :stop, :])
+        # One after the other, in the same memory.
+        block, weights, left, right = lax.optimization_barrier((block, weights, left, right))
+        blocks.append(block)
+    return jnp.concatenate(blocks, axis=-3)
+
+
+def centred_covariance(
+    weights: Float[Array, "*weights rows past"],
+    left: Float[Array, "*left past m"],
+    right: Float[Array, "*right past n"],
+) -> Float[Array, "*batch rows m n"]:
+    """The same of any rows of weights, all at once."""
+
+    def centred(factor: Array) -> Array:
+        return factor[..., None, :, :] - _matmul(weights, factor)[..., :, None, :]
+
+    return jnp.einsum(
+        "...tsm,...tsn->...tmn",
+        weights[..., None] * centred(left),
+        centred(right),
+        precision=lax.Precision.HIGHEST,
+    )

@@ -1,0 +1,146 @@
+"""What every function of the blocks starts from: queries, keys, values and attention weights."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from probattn.arguments import check_bound, floating
+from probattn.blocks.nonfinite import after_nonfinite, zero_nonfinite
+
+_HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
+
+
+class Projections(NamedTuple):
+    """What attention weights and covariances are computed from.
+
+    Values and keys are taken relative to the first token: covariances and the softmax do not see
+    a common shift, and in floating point the differences are what carries the information. The
+    first token, and not the mean, because it keeps the past free of the future's rounding errors.
+
+    Attributes:
+        values: (..., T, d), x_s - x_0, or phi(x_s) - phi(x_0) where there is a bound.
+        own: (..., T, r), the query q_t with which each token attends.
+        queries: (..., T, r), the query projection of `values`.
+        keys: (..., T, r), the key projection of `values`.
+    """
+
+    values: Float[Array, "*batch T d"]
+    own: Float[Array, "*batch T r"]
+    queries: Float[Array, "*batch T r"]
+    keys: Float[Array, "*batch T r"]
+
+
+class Geometry(NamedTuple):
+    """Projections of a sequence, and its attention weights.
+
+    Attributes:
+        values: as in `Projections`, (..., T, d).
+        queries: likewise, (..., T, r).
+        keys: likewise, (..., T, r).
+        weights: (..., T, T), the attention weights of the sequence itself.
+    """
+
+    values: Float[Array, "*batch T d"]
+    queries: Float[Array, "*batch T r"]
+    keys: Float[Array, "*batch T r"]
+    weights: Float[Array, "*weights T T"]
+
+
+def bounded(x: ArrayLike, bound: ArrayLike | None) -> Float[Array, "*batch d"]:
+    """What values and keys see of x: phi(x) = x / sqrt(1 + |x|^2 / c^2), or x itself.
+
+    Args:
+        x: vectors (..., d).
+        bound: c > 0, in the unit of x; None leaves x as it is.
+
+    Returns:
+        (..., d), of norm below c.
+
+    Raises:
+        ValueError: if the bound is no positive finite number.
+    """
+    x = floating("x", x)
+    check_bound(bound)
+    if bound is None:
+        return x
+    bound = jnp.asarray(bound, x.dtype)
+    # Both sides of the fraction by a common factor, which the derivative need not know of: the
+    # square of a token far away would overflow.
+    size = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True) / bound, 1)
+    small = x / lax.stop_gradient(size)
+    squared = jnp.sum((small / bound) ** 2, axis=-1, keepdims=True)
+    return small * lax.rsqrt(lax.stop_gradient(size) ** -2 + squared)
+
+
+def geometry(
+    x: Float[Array, "*batch T d"],
+    w_query: Float[Array, "*weights d r"],
+    w_key: Float[Array, "*weights d r"],
+    bound: ArrayLike | None,
+) -> Geometry:
+    """Projections and attention weights that covariances and margins start from.
+
+    The arguments are those of `residual`, already checked by `check_arguments`.
+    """
+    values, own, queries, keys = projections(x, w_query, w_key, bound)
+    weights = causal_softmax(own, keys)
+    # A token that is not finite reaches the rows after it, as NaN; not those before it, where its
+    # weight of zero would make it NaN too.
+    weights = jnp.where(after_nonfinite(values, queries, keys)[..., None], jnp.nan, weights)
+    return Geometry(zero_nonfinite(values), zero_nonfinite(queries), zero_nonfinite(keys), weights)
+
+
+def projections(
+    x: Float[Array, "*batch T d"],
+    w_query: Float[Array, "*weights d r"],
+    w_key: Float[Array, "*weights d r"],
+    bound: ArrayLike | None,
+) -> Projections:
+    """Queries and keys of a sequence; the arguments are those of `geometry`."""
+    context = bounded(x, bound)
+    # No result depends on it, nor then does a derivative.
+    first = lax.stop_gradient(context[..., :1, :])
+    values = context - first
+    both = _project(values, jnp.concatenate([w_query, w_key], axis=-1))
+    queries, keys = jnp.split(both, 2, axis=-1)
+    if bound is None:
+        own = queries + jnp.matmul(first, w_query, precision=_HIGHEST)
+    else:
+        own = _project(x, w_query)
+    return Projections(values, own, queries, keys)
+
+
+def causal_softmax(
+    queries: Float[Array, "*queries rows r"],
+    keys: Float[Array, "*keys past r"],
+    positions: Int[Array, "*positions rows"] | None = None,
+) -> Float[Array, "*batch rows past"]:
+    """Attention weights of rows at these positions, by default 0, 1, ..., over tokens 0, 1, ..."""
+    rows, past, rank = queries.shape[-2], keys.shape[-2], keys.shape[-1]
+    if rows == 0:
+        leading = jnp.broadcast_shapes(queries.shape[:-2], keys.shape[:-2])
+        return jnp.zeros((*leading, rows, past), queries.dtype)
+    if positions is None:
+        positions = jnp.arange(rows)
+    logits = jnp.matmul(queries, jnp.swapaxes(keys, -1, -2), precision=_HIGHEST)
+    causal = jnp.arange(past) < positions[..., None]
+    # Row 0 has no past: one finite logit, a constant, keeps its softmax and derivative finite.
+    no_past = (positions == 0)[..., None] & (jnp.arange(past) == 0)
+    masked = jnp.where(no_past, 0.0, -jnp.inf).astype(logits.dtype)
+    weights = jax.nn.softmax(jnp.where(causal, logits / math.sqrt(rank), masked), axis=-1)
+    return jnp.where(causal, weights, jnp.zeros((), logits.dtype))
+
+
+def _project(
+    x: Float[Array, "*x T d"], weights: Float[Array, "*weights d m"]
+) -> Float[Array, "*batch T m"]:
+    if weights.ndim > 2:
+        return jnp.matmul(x, weights, precision=_HIGHEST)
+    # One product of matrices, and so is its derivative with respect to the weights.
+    rows = jnp.matmul(x.reshape(-1, x.shape[-1]), weights, precision=_HIGHEST)
+    return rows.reshape(*x.shape[:-1], weights.shape[-1])

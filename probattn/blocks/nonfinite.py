@@ -1,0 +1,19 @@
+"""Tokens that are not finite: where they are, what they reach, and the rest without them."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def after_nonfinite(*arrays: Float[Array, "*batch T m"]) -> Bool[Array, "*batch T"]:
+    """Rows before which a row of any of the arrays is not finite: those that attend to it."""
+    broken = sum((~_finite(array)).astype(jnp.int32) for array in arrays)
+    return jnp.cumsum(broken, axis=-1) > broken
+
+
+def zero_nonfinite(array: Float[Array, "*batch T m"]) -> Float[Array, "*batch T m"]:
+    """The array with zeros for the rows that are not finite."""
+    return jnp.where(_finite(array)[..., None], array, jnp.zeros((), array.dtype))
+
+
+def _finite(array: Float[Array, "*batch T m"]) -> Bool[Array, "*batch T"]:
+    return jnp.all(jnp.isfinite(array), axis=-1)

@@ -1,0 +1,1 @@
+"""Text: corpora, vocabularies, and the blocks of tokens that models take."""

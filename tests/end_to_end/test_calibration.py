@@ -1,0 +1,67 @@
+"""Simulation-based calibration, small: the posterior of the process agrees with its simulation."""
+
+import importlib.util
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from probattn import residual
+from probattn.models.coupling import attention_weights_of
+from tests.support.project import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+REPLICATIONS = 80
+
+
+@pytest.fixture(scope="module", name="calibration")
+def calibration_fixture():
+    sys.path.insert(0, str(BENCHMARKS))  # for its own imports
+    try:
+        spec = importlib.util.spec_from_file_location("calibration", BENCHMARKS / "calibration.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def smallest_p_value(result):
+    return min(row["p_value"] for row in result["quantities"].values())
+
+
+def test_ranks_are_uniform_where_the_process_is_proper(calibration):
+    setting = calibration.settings("bounded")["observed bounded"]
+    result = calibration.calibrate(setting, replications=REPLICATIONS, warmup=200)
+    assert result["replications"] == REPLICATIONS
+    assert result["diverging_draws"] == 0
+    assert smallest_p_value(result) > calibration.LEVEL / len(result["quantities"])
+
+
+def test_a_simulation_of_another_model_is_noticed(calibration):
+    """Embeddings half as large as the model that is fitted says."""
+
+    def smaller(model, rng_key):
+        sites = calibration.ancestral(model, rng_key)
+        return sites | {"embeddings": sites["embeddings"] / 2}
+
+    setting = calibration.settings("bounded")["observed bounded"]._replace(simulate=smaller)
+    result = calibration.calibrate(setting, replications=REPLICATIONS, warmup=200)
+    assert result["quantities"]["scale"]["p_value"] < 1e-6
+
+
+def test_continuation_solves_the_residual_equation(calibration):
+    e = jax.random.normal(jax.random.key(0), (calibration.LENGTH, calibration.WIDTH))
+    coupling = 0.4 * jax.random.normal(jax.random.key(1), (2, 2))
+    x = calibration._continuation(e, coupling)
+    np.testing.assert_allclose(residual(x, *attention_weights_of(coupling)), e, atol=1e-7)
+    assert jnp.all(jnp.isfinite(x))
+
+
+def test_committed_result_is_of_the_stated_size():
+    result = json.loads((BENCHMARKS / "results/calibration.json").read_text(encoding="utf-8"))
+    assert all(each["replications"] >= 200 for each in result["settings"].values())
+    assert result["size"]["width"] == 2

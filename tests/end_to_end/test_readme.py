@@ -1,0 +1,102 @@
+"""Every command and every piece of code in the README runs, at a tiny size."""
+
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+
+from probattn.inference.cli import main
+from tests.support.project import ROOT
+from tests.support.small import (
+    EVALUATE_FLAGS,
+    FLAGS,
+    LATENT_FLAGS,
+    SAMPLE_FLAGS,
+    SENSITIVITY_FLAGS,
+    cheap_figures,
+    cheap_post_hoc,
+)
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = {
+    "fit": FLAGS,
+    "sample": SAMPLE_FLAGS,
+    "evaluate": EVALUATE_FLAGS,
+    "sensitivity": SENSITIVITY_FLAGS,
+}
+
+SECTIONS = {part.partition("\n")[0]: part for part in README.split("\n## ")}
+
+
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(name="folder")
+def folder_fixture(tmp_path, monkeypatch):
+    """A folder with what the README's paths name, to run its commands in."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    cheap_post_hoc(monkeypatch)
+    cheap_figures(monkeypatch)
+    return tmp_path
+
+
+def run_commands(section):
+    """Run the commands of a section at a tiny size, then its code; the names that the code sets."""
+    lines = "".join(blocks("bash", section)).splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("probattn ")]
+    for command in commands:
+        small = SMALL.get(command[0], [])
+        if "latent" in command:
+            small = [*small, *LATENT_FLAGS]
+        assert main(command + small) == 0, command
+    namespace = {}
+    for block in blocks("python", section):
+        exec(compile(block, "README.md", "exec"), namespace)
+    return {command[0] for command in commands}, namespace
+
+
+@pytest.mark.usefixtures("folder")
+def test_use_it(capsys):
+    commands, names = run_commands(SECTIONS["Use it"])
+    assert commands == {"fit", "evaluate", "margins", "sensitivity", "generate", "figures"}
+    assert "bits per character" in capsys.readouterr().out
+    assert names["weakest"].shape == (3,)
+    assert names["sequences"].shape == (100, 16, 8)
+    assert names["mass"] == pytest.approx(1.98, abs=0.005)
+    assert names["result"].losses.shape == (20,)
+    assert names["smallest"].sizes == {"stage": 4}
+
+
+def test_how_sure_are_we(folder, capsys):
+    commands, names = run_commands(SECTIONS["How sure are we?"])
+    assert commands == {"fit", "sample", "compare"}
+    printed = capsys.readouterr().out
+    assert "r_hat" in printed
+    assert "bits per character" in printed
+    assert (folder / "runs" / "compared" / "smallest_margin.png").exists()
+    assert names["likely"].sizes == {"sequence": 2, "position": 6}
+
+
+def test_every_command_and_all_code_belong_to_a_section_that_is_run():
+    shown = "".join(SECTIONS[name] for name in ("Use it", "How sure are we?"))
+    assert blocks("python") == blocks("python", shown)
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    rest = [line for line in lines if line not in shown.splitlines()]
+    assert rest == ["make demo", "make test"]
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^make (\w+)$", "\n".join(blocks("bash")), re.MULTILINE)
+    assert targets == ["demo", "test"]
+    subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,0 +1,420 @@
+"""Comparisons: predictions and calibration by hand, margins over the same text, and refusals.
+
+Latent models among them: `test_filtering` has what they predict, here stands how it is scored.
+"""
+
+import csv
+import math
+import shutil
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from probattn import stability_margin
+from probattn.inference import (
+    ComparedRun,
+    compare,
+    fit,
+    guide_draws,
+    load_run,
+    post_hoc_prior,
+    to_datatree,
+)
+from probattn.inference.cli import console, main
+from probattn.inference.comparison import predictive
+from probattn.inference.comparison.particle_filter import filter_tokens
+from probattn.inference.comparison.predictive import (
+    BINS,
+    latent_predictions,
+    predictions,
+    reliability,
+)
+from probattn.inference.figures import posterior as posterior_plots
+from probattn.inference.figures.report import compared_report
+from probattn.inference.runs.files import RunError
+from probattn.inference.sampling.posterior_runs import training_sequences
+from probattn.models import LatentEmbeddingsConfig
+from probattn.text.corpora import load_corpus
+from tests.support.small import LATENT_FLAGS, SAMPLE_FLAGS
+from tests.support.tiny_run import (
+    BLOCK,
+    all_logits,
+    files_of,
+    log_softmax,
+    stage_arguments,
+    tiny_config,
+    tiny_text,
+)
+
+SEQUENCES = 4
+
+
+@pytest.fixture(scope="module", name="runs")
+def runs_fixture(tiny_run, tmp_path_factory):
+    """A MAP of margin, one of ce, a guide and a sampled posterior, all on the same text."""
+    folder = tmp_path_factory.mktemp("compared")
+    config = tiny_run.config
+    fits = {
+        "ce": replace(config, objective=replace(config.objective, name="ce")),
+        "mean_field": replace(config, fit=replace(config.fit, guide="mean_field")),
+    }
+    runs = {"margin": tiny_run}
+    for label, each in fits.items():
+        runs[label] = fit(each, folder / label).run
+        if label == "ce":
+            post_hoc_prior(runs[label])
+    few = ["--sample.chains", "2", "--sample.warmup", "40", "--sample.draws", "15"]
+    few += ["--sample.sequences", str(SEQUENCES), "--sample.max-tree-depth", "3"]
+    command = ["sample", "--from", str(tiny_run.path), "--out", str(folder / "nuts"), *few]
+    assert main(command) == 0
+    return runs | {"nuts": load_run(folder / "nuts")}
+
+
+@pytest.fixture(scope="module", name="compared")
+def compared_fixture(runs):
+    return {each.label: each for each in compare(runs)}
+
+
+@pytest.fixture(scope="module", name="latent")
+def latent_fixture(tiny_run, tmp_path_factory):
+    """A sampled posterior of latent embeddings, of other sequences than those of the fits."""
+    out = tmp_path_factory.mktemp("latent") / "latent"
+    data = tiny_run.config.data
+    command = ["sample", "--model", "latent", "--data", data.source]
+    command += ["--data.tokenizer", data.tokenizer]
+    assert main([*command, "--out", str(out), *SAMPLE_FLAGS, *LATENT_FLAGS]) == 0
+    run = load_run(out)
+    assert run.config.latent.length != BLOCK
+    return run
+
+
+def held_out(run):
+    return run.vocabulary.encode(load_corpus(run.config.data).validation)
+
+
+def test_a_map_predicts_as_its_network_by_hand(tiny_run, compared):
+    tokens = held_out(tiny_run)
+    found, losses, right = compared["margin"].predictions, [], []
+    starts = range(0, len(tokens) - 1 - BLOCK, BLOCK)
+    for start in starts:
+        inputs, targets = tokens[start : start + BLOCK], tokens[start + 1 : start + BLOCK + 1]
+        scores = log_softmax(all_logits(tiny_run, inputs))
+        losses += list(-scores[np.arange(BLOCK), targets])
+        right += list(scores.argmax(1) == targets)
+    # By hand without the last window, which may overlap.
+    assert found.members == 1
+    assert found.log_predictive_density == pytest.approx(-np.mean(losses), rel=0.02)
+    bits = -found.log_predictive_density / math.log(2)
+    assert found.bpc == pytest.approx(bits, rel=1e-9)  # one character for each token
+    counts = found.reliability.count
+    accuracy = np.nansum(found.reliability.accuracy * counts) / counts.sum()
+    assert accuracy == pytest.approx(np.mean(right), abs=0.02)
+
+
+def test_an_ensemble_predicts_with_the_mean_of_probabilities(tiny_run):
+    tokens = held_out(tiny_run)[: BLOCK + 1]
+    one = {name: np.asarray(value) for name, value in tiny_run.parameters.items()}
+    other = one | {"token_embedding": -one["token_embedding"]}
+    members = {name: np.stack([one[name], other[name]]) for name in one}
+    config = tiny_run.config.model
+    singles = []
+    for each in (one, other):
+        alone = {name: value[None] for name, value in each.items()}
+        singles.append(predictions(tiny_run.vocabulary, config, alone, tokens, seed=0))
+    both = predictions(tiny_run.vocabulary, config, members, tokens, seed=0)
+    assert both.members == 2
+    # Jensen: the mean of probabilities is at least as good as the mean of log probabilities ...
+    mean = np.mean([single.log_predictive_density for single in singles])
+    assert both.log_predictive_density > mean
+    # ... and its loss is at most log 2 above that of the better member, token by token.
+    best = max(single.log_predictive_density for single in singles)
+    assert both.log_predictive_density > best - math.log(2)
+    again = predictions(tiny_run.vocabulary, config, members, tokens, seed=0)
+    assert again.noise_absolute == both.noise_absolute
+    noisier = predictions(tiny_run.vocabulary, config, members, tokens, seed=1)
+    assert noisier.noise_absolute != both.noise_absolute
+
+
+@pytest.mark.parametrize("copies", [2, 7])
+def test_copies_of_one_member_score_as_the_member(tiny_run, copies):
+    """Noisy ones too: noise of their own would be averaged away by the mean over members."""
+    tokens = held_out(tiny_run)
+    assert len(tokens) > (predictive._BATCH + 1) * BLOCK  # of more than one call
+    one = {name: np.asarray(value)[None] for name, value in tiny_run.parameters.items()}
+    single, several = (
+        predictions(
+            tiny_run.vocabulary,
+            tiny_run.config.model,
+            {name: np.repeat(value, count, axis=0) for name, value in one.items()},
+            tokens,
+            seed=0,
+        )
+        for count in (1, copies)
+    )
+    assert (single.members, several.members) == (1, copies)
+    for name in ("log_predictive_density", "bpc", "noise_absolute", "noise_relative"):
+        assert getattr(several, name) == pytest.approx(getattr(single, name), rel=1e-10), name
+    assert single.noise_absolute > 1.01
+    assert single.noise_relative > 1.01
+
+
+def test_reliability_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.55, 0.45], [0.52, 0.48], [0.08, 0.92]])
+    found = reliability(probabilities, np.array([0, 1, 0, 1]))
+    assert found.count.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2]
+    assert len(found.count) == BINS
+    assert found.confidence[5] == pytest.approx(0.535)
+    assert found.accuracy[5] == 0.5
+    assert found.accuracy[9] == 1.0
+    assert np.isnan(found.confidence[0])
+    assert found.error == pytest.approx((0.035 + 0.09) / 2)
+    certain = reliability(np.array([[1.0, 0.0]]), np.array([0]))
+    assert certain.count[9] == 1
+    assert certain.error == 0
+
+
+def test_margins_are_over_the_sequences_of_the_posterior(runs, compared):
+    for label, stage in (("margin", "trained"), ("ce", "post hoc")):
+        run = runs[label]
+        inputs, _ = training_sequences(run, SEQUENCES)
+        assert inputs.shape == (SEQUENCES, BLOCK)
+        margin = stability_margin(*map(jnp.asarray, stage_arguments_of(run, inputs, stage)))[:, 2:]
+        found = compared[label]
+        assert found.margin_stage == stage
+        assert found.smallest_margin == pytest.approx(float(margin.min()), rel=1e-4)
+        assert found.margin_quantiles[0.5] == pytest.approx(float(np.median(margin)), rel=1e-4)
+        assert found.smallest_margin_draws.shape == (1, 1)
+    draws = compared["nuts"].smallest_margin_draws
+    assert draws.shape == (2, 15)
+    assert compared["nuts"].smallest_margin == pytest.approx(np.median(draws))
+
+
+def test_margins_are_over_all_sequences_of_a_short_text(tmp_path):
+    config = tiny_config(tmp_path)
+    (tmp_path / "corpus.txt").write_text(tiny_text(400), encoding="utf-8")
+    run = fit(replace(config, fit=replace(config.fit, steps=10)), tmp_path / "run").run
+    (found,) = compare({"margin": run})
+    count = (len(load_corpus(config.data).train) - 1) // BLOCK
+    assert 10 < count < 64
+    arguments = stage_arguments_of(run, training_sequences(run, count)[0], "trained")
+    margin = stability_margin(*map(jnp.asarray, arguments))[:, 2:]
+    assert found.smallest_margin == pytest.approx(float(margin.min()), rel=1e-4)
+    assert found.margin_quantiles[0.5] == pytest.approx(float(np.median(margin)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "stage"), [("separate", "trained"), ("first_layer", "first layer")]
+)
+def test_a_run_whose_own_stage_is_compared_is_not_written_to(tmp_path, attention, stage):
+    config = tiny_config(tmp_path)
+    objective = replace(config.objective, attention=attention)
+    config = replace(config, objective=objective, fit=replace(config.fit, steps=10))
+    run = fit(config, tmp_path / "run").run
+    before = files_of(run.path)
+    (found,) = compare({"run": run})
+    assert found.margin_stage == stage
+    assert files_of(run.path) == before
+    assert "post_hoc_prior.npz" not in before
+
+
+def stage_arguments_of(run, inputs, stage):
+    if stage == "post hoc" and not run.config.objective.trains_attention_prior:
+        prior = post_hoc_prior(run)
+        tables = (np.asarray(run.parameters[f"{n}_embedding"]) for n in ("token", "position"))
+        token, position = tables
+        return token[inputs] + position[: inputs.shape[1]], prior.w_query, prior.w_key
+    return stage_arguments(run, inputs)[stage]
+
+
+def test_what_applies_to_which_run(compared):
+    assert {label: run.inference for label, run in compared.items()} == {
+        "margin": "map",
+        "ce": "map",
+        "mean_field": "mean_field",
+        "nuts": "nuts",
+    }
+    assert compared["margin"].barrier_weight == 0.05
+    assert compared["ce"].barrier_weight is None
+    for label, run in compared.items():
+        has_draws = label in ("mean_field", "nuts")
+        assert (run.elpd_loo is not None) == has_draws
+        assert (run.pareto_k is not None) == has_draws
+        assert (run.divergences is not None) == (label == "nuts")
+        assert run.seconds > 0
+    assert compared["nuts"].predictions.members == 30
+    assert compared["mean_field"].predictions.members == 32
+    assert compared["mean_field"].smallest_margin_draws.shape[0] == 1
+
+
+def test_draws_of_a_guide_are_a_posterior_of_one_chain(runs):
+    from probattn.inference import to_datatree
+
+    tree = to_datatree(runs["mean_field"], draws=6, sequences=3, seed=2, log_likelihood=True)
+    posterior = tree["posterior"].to_dataset()
+    assert dict(posterior["token_embedding"].sizes)["chain"] == 1
+    assert posterior.sizes["draw"] == 6
+    assert posterior["margin"].shape == (1, 6, 3, BLOCK)
+    drawn = guide_draws(runs["mean_field"], draws=6, seed=2)
+    np.testing.assert_array_equal(posterior["w_query"].values, drawn["w_query"])
+    assert tree["log_likelihood"]["tokens"].shape == (1, 6, 3)
+    assert tree.attrs["inference_method"] == "mean_field"
+    assert "sample_stats" not in tree.children
+
+
+def test_table_and_figures(compared, tmp_path):
+    weaker = replace(compared["margin"], label="weaker", barrier_weight=0.01)
+    paths = compared_report([*compared.values(), weaker], tmp_path)
+    assert {path.name for path in paths} == {
+        "comparison.csv",
+        "reliability.png",
+        "smallest_margin.png",
+    }
+    with (tmp_path / "comparison.csv").open(newline="") as stream:
+        rows = {row["run"]: row for row in csv.DictReader(stream)}
+    assert set(rows) == {*compared, "weaker"}
+    assert float(rows["nuts"]["smallest_margin"]) == pytest.approx(
+        compared["nuts"].smallest_margin, rel=1e-6
+    )
+    assert rows["ce"]["elpd_loo"] == ""
+    assert float(rows["margin"]["bpc"]) == pytest.approx(
+        compared["margin"].predictions.bpc, rel=1e-6
+    )
+
+
+def test_a_curve_over_the_weight_is_of_the_stage_of_the_posterior(compared, tmp_path, monkeypatch):
+    drawn, draw = [], posterior_plots.barrier_weights
+
+    def noting(draws, weights, others):
+        drawn.append((set(weights), others))
+        return draw(draws, weights, others)
+
+    monkeypatch.setattr(posterior_plots, "barrier_weights", noting)
+    margin = compared["margin"]
+    weaker = replace(margin, label="weaker", barrier_weight=0.01)
+    heads = replace(margin, label="heads", barrier_weight=0.3, margin_stage="first layer")
+    compared_report([*compared.values(), weaker, heads], tmp_path)
+    [(weights, others)] = drawn
+    assert weights == {margin.barrier_weight, 0.01}
+    assert others["heads"] == margin.smallest_margin
+
+
+def test_the_command(runs, tmp_path, capsys):
+    paths = [str(runs[label].path) for label in ("margin", "nuts")]
+    assert main(["compare", *paths, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "smallest margin" in printed
+    assert (tmp_path / "out" / "smallest_margin.png").stat().st_size > 10_000
+    assert main(["compare", paths[0], paths[0], "--out", str(tmp_path / "twice")]) == 2
+    assert "expected each run once" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
+
+
+def test_runs_of_other_data_are_refused(runs, tmp_path):
+    run = runs["margin"]
+    with pytest.raises(ValueError, match="runs: got none, expected at least one"):
+        compare({})
+    other = shutil.copytree(run.path, tmp_path / "other")
+    data = (other / "data.json").read_text().replace(run.data["sha256"], "0" * 64)
+    (other / "data.json").write_text(data)
+    with pytest.raises(RunError, match="one and two differ in the corpus: expected runs on the"):
+        compare({"one": run, "two": load_run(other)})
+    longer = replace(run, config=replace(run.config, model=replace(run.config.model, block=4)))
+    with pytest.raises(RunError, match=r"short sees 4 tokens \(model.block\), and the sequences"):
+        compare({"short": longer, "nuts": runs["nuts"]})
+    fewer = runs["nuts"].config
+    fewer = replace(fewer, sample=replace(fewer.sample, sequences=2))
+    with pytest.raises(RunError, match="nuts has 4 sequences of 8 tokens and fewer 2 of 8"):
+        compare({"nuts": runs["nuts"], "fewer": replace(runs["nuts"], config=fewer)})
+
+
+def test_a_latent_model_is_compared_beside_language_models_of_another_block(
+    runs, compared, latent, tmp_path, capsys
+):
+    found = {each.label: each for each in compare({"latent": latent, **runs})}
+    assert found["latent"].model == "latent"
+    assert found["latent"].predictions.members == 6
+    assert found["latent"].predictions.unconverged == 0
+    assert np.isfinite(found["latent"].predictions.bpc)
+    assert found["latent"].smallest_margin_draws.shape == (1, 6)
+    # It changes nothing of what is said of the others.
+    for label in ("margin", "nuts"):
+        assert found[label].smallest_margin == compared[label].smallest_margin
+        assert found[label].predictions.bpc == compared[label].predictions.bpc
+        assert found[label].predictions.unconverged is None
+    paths = compared_report(list(found.values()), tmp_path)
+    assert {path.name for path in paths} >= {"reliability.png", "smallest_margin.png"}
+    with (tmp_path / "comparison.csv").open(newline="") as stream:
+        rows = {row["run"]: row for row in csv.DictReader(stream)}
+    for column in ("degradation_absolute_0.5", "degradation_relative_1"):
+        assert rows["latent"][column] == ""
+        assert float(rows["margin"][column]) > 0
+    assert float(rows["latent"]["bpc"]) == pytest.approx(found["latent"].predictions.bpc, rel=1e-6)
+    assert rows["latent"]["unconverged_particles"] == "0"
+    assert rows["margin"]["unconverged_particles"] == ""
+    console.print_compared(Console(width=100), [found["margin"], found["latent"]])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "noise 0.5" in line)
+    assert line.split("│")[3].strip() == "-"
+
+
+@pytest.mark.parametrize(("pareto_k", "warned"), [(0.71, 1), (math.nan, 1), (0.7, 0), (None, 0)])
+def test_an_estimate_that_cannot_be_trusted_is_said_to_be_none(pareto_k, warned, capsys):
+    runs = [ComparedRun("a", "language"), ComparedRun("b", "latent", pareto_k=pareto_k)]
+    console.print_compared(Console(width=100), runs)
+    assert capsys.readouterr().out.count("cannot be trusted") == warned
+
+
+def test_a_latent_model_is_given_its_own_draws(runs, latent, monkeypatch):
+    given = []
+
+    def spy(rng_key, tokens, coupling, emission, bias, *, bound):
+        given.append((coupling, emission, bias))
+        assert bound == latent.config.latent.context_bound
+        assert tokens.shape[1] == latent.config.latent.length
+        return filter_tokens(rng_key, tokens, coupling, emission, bias, bound=bound)
+
+    monkeypatch.setattr(predictive, "filter_tokens", spy)
+    compare({"latent": latent})
+    posterior = to_datatree(latent)["posterior"]
+    assert len(given) == 6
+    for number, name in enumerate(("coupling", "emission", "emission_bias")):
+        drawn = np.stack([np.asarray(each[number]) for each in given])
+        assert drawn.dtype == np.float32
+        np.testing.assert_allclose(drawn, posterior[name].values[0], rtol=1e-5, atol=1e-6)
+
+
+def test_predictions_of_latent_models_without_an_emission_by_hand(tiny_run):
+    """Then every token is predicted by the biases: of an ensemble, by their mean probability."""
+    tokens, size = held_out(tiny_run)[:201], tiny_run.vocabulary.size
+    assert tokens[0] != tokens[-1]  # one of them is scored, the other is not
+    config = LatentEmbeddingsConfig(width=2, length=BLOCK)
+    rng = np.random.default_rng(0)
+    bias = rng.normal(size=(2, size))
+    members = {
+        "direction": rng.normal(size=(2, 2, 2)),
+        "emission": np.zeros((2, 2, size)),
+        "emission_bias": bias,
+        "embeddings": np.full((2, 1), np.nan),  # of other sequences: looked at by no prediction
+    }
+    found = latent_predictions(tiny_run.vocabulary, config, members, tokens, seed=0)
+    p = np.exp(log_softmax(bias)).mean(0)
+    density = np.log(p[tokens[1:]]).mean()
+    assert found.log_predictive_density == pytest.approx(density, rel=1e-6)
+    assert found.bpc == pytest.approx(-density / math.log(2), rel=1e-6)  # tokens are characters
+    assert found.members == 2
+    assert found.noise_absolute is None
+    assert found.noise_relative is None
+    # Every token but the first, each once, as a language model of this block predicts them.
+    one = {name: np.asarray(value)[None] for name, value in tiny_run.parameters.items()}
+    model = tiny_run.config.model
+    of_network = predictions(tiny_run.vocabulary, model, one, tokens, seed=0)
+    assert found.reliability.count.sum() == of_network.reliability.count.sum() == 200
+
+
+def test_latent_models_of_other_sequences_are_refused(latent):
+    config = latent.config
+    shorter = replace(latent, config=replace(config, latent=replace(config.latent, length=5)))
+    with pytest.raises(RunError, match="one has 2 sequences of 6 tokens and other 2 of 5: expect"):
+        compare({"one": latent, "other": shorter})

@@ -1,0 +1,319 @@
+"""Margins of every token of a text: windows, support tokens, and the table of them."""
+
+import csv
+import dataclasses
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from probattn import certificate, embedding_margin, log_det, stability_margin
+from probattn.inference import post_hoc_prior, text_margins
+from probattn.inference.evaluation.attention_stages import stage_margins, stages
+from probattn.inference.evaluation.token_margins import write_csv
+from probattn.inference.export.site_values import site_values
+from probattn.inference.fitting.monitor import Monitor
+from probattn.inference.sampling.result import PosteriorResult
+from probattn.models import ObjectiveConfig
+from tests.support.tiny_run import (
+    BLOCK,
+    LABELS,
+    RANK,
+    WIDTH,
+    copy_of,
+    files_of,
+    fold,
+    stage_arguments,
+    store_prior,
+    tiny_text,
+)
+
+VALIDATION = tiny_text()[3600:]
+TEXT = "the \"so\"\n on, with\n \n\n and [/i] 'and' token"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory):
+    """A copy of the run whose post-hoc prior folds some positions, so that log det is -inf."""
+    copy = copy_of(tiny_run, tmp_path_factory.mktemp("margins") / "run")
+    fold(copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "given.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def margins(run, text):
+    return text_margins(run, text, stride=3)
+
+
+STARTS = [*range(0, len(TEXT) - BLOCK, 3), len(TEXT) - BLOCK]
+
+
+@pytest.fixture(scope="module")
+def direct(run):
+    """By label, every quantity at every position of every window, taken from the windows."""
+    tokens = run.vocabulary.encode(TEXT)
+    inputs = np.stack([tokens[start : start + BLOCK] for start in STARTS])
+    found = {}
+    for label, arguments in stage_arguments(run, inputs).items():
+        arguments = [jnp.asarray(argument) for argument in arguments]
+        sign, log_abs = log_det(*arguments)
+        found[label] = {
+            "margin": stability_margin(*arguments),
+            "log_det": jnp.where(sign > 0, log_abs, -jnp.inf),
+            "embedding_margin": embedding_margin(*arguments),
+            "certificate": certificate(*arguments),
+        }
+    return found
+
+
+def test_every_token_is_reported_once_from_the_first_window_that_holds_it(margins):
+    assert margins.name == "given.txt"
+    assert "".join(margins.tokens) == TEXT
+    assert len(margins.tokens) == len(TEXT)
+    assert list(margins.window_starts) == STARTS
+    for index, (window, position) in enumerate(zip(margins.window, margins.position, strict=True)):
+        first = next(n for n, start in enumerate(STARTS) if start <= index < start + BLOCK)
+        assert (window, position) == (first, index - STARTS[first])
+
+
+def test_a_token_beyond_the_first_window_has_the_promised_context(margins):
+    assert margins.position[BLOCK:].min() >= BLOCK - 3
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_values_are_those_of_the_token_in_its_window(margins, direct, label):
+    stage = next(stage for stage in margins.stages if stage.label == label)
+    for name, values in direct[label].items():
+        expected = np.asarray(values)[margins.window, margins.position]
+        found = getattr(stage, name)
+        if name == "embedding_margin":  # up to 1e12 where the gradient all but vanishes
+            found, expected = 1 / found, 1 / expected
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_stages_come_in_order_and_the_folded_one_has_no_log_det_somewhere(margins):
+    assert [stage.label for stage in margins.stages] == LABELS
+    first = margins.stages[0]
+    outside = np.isneginf(first.log_det)
+    assert 0 < outside.sum() < len(TEXT)
+    assert np.all(first.margin[outside] <= 0)
+    assert np.all(first.margin[~outside] > 0)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_support_token_of_a_window_is_its_smallest_margin_from_position_2_on(
+    margins, direct, label
+):
+    stage = next(stage for stage in margins.stages if stage.label == label)
+    every = np.asarray(direct[label]["margin"])
+    expected = {
+        start + 2 + int(np.argmin(window[2:]))
+        for start, window in zip(STARTS, every, strict=True)
+        # A window reports what no earlier one held.
+        if start + 2 + np.argmin(window[2:]) >= ends_before(start)
+    }
+    assert set(np.flatnonzero(stage.support)) == expected
+    assert expected
+
+
+def test_where_all_margins_are_1_support_tokens_are_still_at_position_2(own_run, text):
+    store_prior(own_run, w_query=np.zeros((WIDTH, RANK)), w_key=np.zeros((WIDTH, RANK)))
+    first = text_margins(own_run, text, stride=BLOCK).stages[0]
+    assert np.all(first.margin == 1)
+    # The last window is moved back, to where its position 2 is the window's before it.
+    assert list(np.flatnonzero(first.support)) == list(range(2, len(TEXT) - BLOCK, BLOCK))
+
+
+def ends_before(start):
+    earlier = [other + BLOCK for other in STARTS if other < start]
+    return max(earlier, default=0)
+
+
+def test_without_a_text_it_is_the_validation_text_by_half_blocks(tiny_run):
+    found = text_margins(tiny_run)
+    assert "".join(found.tokens) == VALIDATION
+    assert found.name == "validation text of corpus.txt"
+    assert list(found.window_starts) == list(range(0, 393, 4))
+    whole = text_margins(tiny_run, stride=BLOCK)
+    assert list(whole.window_starts) == list(range(0, 400, 8))
+    np.testing.assert_array_equal(whole.position, np.arange(400) % BLOCK)
+
+
+def test_a_text_shorter_than_a_block_is_one_window(run, tmp_path, direct):
+    path = tmp_path / "short.txt"
+    path.write_text(TEXT[:5], encoding="utf-8")
+    found = text_margins(run, path)
+    assert list(found.window_starts) == [0]
+    assert list(found.position) == [0, 1, 2, 3, 4]
+    for stage in found.stages:
+        # What follows a token does not change its margin.
+        expected = np.asarray(direct[stage.label]["margin"])[0, :5]
+        np.testing.assert_allclose(stage.margin, expected, rtol=1e-9)
+        assert np.flatnonzero(stage.support) == 2 + np.argmin(expected[2:])
+
+
+def test_a_long_text_takes_as_many_windows_as_it_needs(run, tmp_path):
+    path, content = tmp_path / "long.txt", tiny_text(2001, seed=2)
+    path.write_text(content, encoding="utf-8")
+    found = text_margins(run, path, stride=BLOCK)
+    assert len(found.window_starts) == 251
+    assert "".join(found.tokens) == content
+    for stage in found.stages:
+        assert stage.margin.shape == (2001,)
+        assert np.all(np.isfinite(stage.margin))
+
+
+# The table
+
+
+def read(path):
+    with path.open(encoding="utf-8", newline="") as stream:
+        header, *rows = csv.reader(stream)
+    return header, [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_table_reads_back_whatever_the_tokens_are(margins, tmp_path):
+    path = tmp_path / "new folder" / "margins.csv"
+    write_csv(margins, path)
+    header, rows = read(path)
+    assert {"\n", '"', ",", "'", " "} <= set(margins.tokens)
+    assert "".join(row["token"] for row in rows) == TEXT
+    assert len(set(header)) == len(header) == 4 + 5 * len(LABELS)
+    assert [int(row["index"]) for row in rows] == list(range(len(TEXT)))
+    assert [int(row["window"]) for row in rows] == list(margins.window)
+    assert [int(row["position"]) for row in rows] == list(margins.position)
+    for stage in margins.stages:
+        prefix = stage.label.replace(" ", "_")
+        for column, values in (
+            ("sigma_min", stage.margin),
+            ("log_det", stage.log_det),
+            ("embedding_margin", stage.embedding_margin),
+            ("certificate", stage.certificate),
+        ):
+            written = [float(row[f"{prefix}_{column}"]) for row in rows]
+            np.testing.assert_allclose(written, values, rtol=1e-6)
+        assert [row[f"{prefix}_support"] for row in rows] == [str(int(s)) for s in stage.support]
+    assert any(row["post_hoc_log_det"] == "-inf" for row in rows)
+    assert rows[0]["post_hoc_embedding_margin"] == "inf"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("stride", [0, -1, BLOCK + 1])
+def test_a_stride_out_of_range_is_refused(run, text, stride):
+    with pytest.raises(ValueError, match=rf"stride is {stride}: expected 1 <= stride <= .* = 8"):
+        text_margins(run, text, stride=stride)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("th", r"bad\.txt: has 2 tokens: expected at least 3"),
+        ("", "got an empty file"),
+        ("the €", r"bad\.txt: unknown character '€' \(U\+20AC\) at position 4 "),
+    ],
+)
+def test_a_bad_text_is_named_and_nothing_fitted(
+    own_run,
+    tmp_path,
+    content,
+    message,
+):
+    (own_run.path / "post_hoc_prior.npz").unlink()
+    path = tmp_path / "bad.txt"
+    path.write_text(content, encoding="utf-8")
+    before = files_of(own_run.path)
+    with pytest.raises(ValueError, match=message):
+        text_margins(own_run, path)
+    assert files_of(own_run.path) == before
+
+
+def test_margins_of_a_bounded_context(own_run):
+    """Post hoc and trained stages take the run's bound; the heads of the first layer have none."""
+    model = dataclasses.replace(own_run.config.model, bound=0.5)
+    run = dataclasses.replace(own_run, config=dataclasses.replace(own_run.config, model=model))
+    inputs = run.vocabulary.encode(TEXT)[None, :BLOCK]
+    prior = post_hoc_prior(own_run)
+    arguments = stage_arguments(own_run, inputs)
+    for stage in stages(run, prior):
+        bound = None if stage.label.startswith("layer") else 0.5
+        got = stage_margins(run, stage, inputs)
+        x, w_query, w_key = map(jnp.asarray, arguments[stage.label])
+        for name, function in (
+            ("margin", stability_margin),
+            ("embedding_margin", embedding_margin),
+            ("certificate", certificate),
+        ):
+            expected = function(x, w_query, w_key, bound=bound)
+            np.testing.assert_allclose(getattr(got, name), expected, rtol=1e-9, err_msg=name)
+
+
+def test_margins_of_normalised_embeddings(own_run):
+    """The trained stage of such an objective sees each token divided by its root mean square."""
+    objective = ObjectiveConfig("margin", attention="normalised")
+    run = dataclasses.replace(
+        own_run, config=dataclasses.replace(own_run.config, objective=objective)
+    )
+    inputs = run.vocabulary.encode(TEXT)[None, :BLOCK]
+    (stage,) = [s for s in stages(run, post_hoc_prior(own_run)) if s.label == "trained"]
+    x, w_query, w_key = stage_arguments(own_run, inputs)["trained"]
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-8)
+    expected = stability_margin(*map(jnp.asarray, (x, w_query, w_key)))
+    assert np.abs(expected - 1).max() > 0.01
+    np.testing.assert_allclose(stage_margins(run, stage, inputs).margin, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("of", ["stages", "monitor", "draws"])
+def test_openblas_threads_do_not_wait_for_each_other(own_run, monkeypatch, of):
+    """XLA's threads each call LAPACK: threads of OpenBLAS below them are a hundredfold slower."""
+    threads = []
+
+    def noting(found):
+        threads.append(_blas_threads())
+        return found
+
+    inputs = np.zeros((1, BLOCK), int)
+    if of == "stages":
+        measured = [np.zeros((1, BLOCK))] * 5
+        monkeypatch.setattr(
+            "probattn.inference.evaluation.attention_stages._measure",
+            lambda *_, **options: noting(measured),
+        )
+        stage = next(stages(own_run, post_hoc_prior(own_run)))
+        call = partial(stage_margins, own_run, stage, inputs)
+    elif of == "monitor":
+        monitor = Monitor(own_run.config, inputs)
+        names = ["min_margin", "mean_margin", "sum_log_det", "feasible", "infeasible_fraction"]
+        names += ["coupling_eigenvalue_min", "coupling_eigenvalue_max"]
+        monkeypatch.setattr(monitor, "_measure", lambda *_: noting(dict.fromkeys(names, 1.0)))
+        call = partial(monitor, own_run.parameters)
+    else:
+        normal = partial(numpyro.sample, "value", dist.Normal(0.0, 1.0))
+        result = PosteriorResult(method="nuts", draws={"value": np.zeros((1, 2))}, model=normal)
+        monkeypatch.setattr(
+            "probattn.inference.sampling.result._without_filling", lambda found, _: noting(found)
+        )
+        call = partial(list, site_values(result))
+    with threadpool_limits(2, user_api="blas"):  # as on two cores, wherever this runs
+        before = _blas_threads()
+        call()
+        after = _blas_threads()
+    assert max(before) == 2
+    assert threads == [[1] * len(before)]
+    assert after == before
+
+
+def _blas_threads():
+    return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]

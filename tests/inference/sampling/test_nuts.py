@@ -1,0 +1,409 @@
+"""Sampling: right moments, the same draws however a run is cut, and clear refusals."""
+
+import signal
+import time
+from dataclasses import replace
+from functools import partial
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.handlers import seed, trace
+from scipy.special import ndtri
+
+from probattn.inference import SampleConfig, sample
+from probattn.inference.runs.segments import SegmentError, SegmentFolder
+from probattn.inference.runtime.signals import Interrupted
+from probattn.inference.sampling import chains as chains_module
+from probattn.inference.sampling import nuts as nuts_module
+from probattn.inference.sampling.chains import SampleError
+from probattn.models import LatentEmbeddingsConfig, latent_embeddings, observed_embeddings
+
+FEW = SampleConfig(chains=2, warmup=60, draws=40, seed=3)
+
+
+def model(observed=None):
+    """A Gaussian with a scale: cheap to compile, with a constrained site and a vector."""
+    scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    with numpyro.plate("entries", 3):
+        location = numpyro.sample("location", dist.Normal(0.0, 2.0))
+        numpyro.sample("observed", dist.Normal(location, scale), obs=observed)
+
+
+DATA = np.array([0.3, -1.0, 2.0])
+
+
+@pytest.fixture(scope="module", name="whole")
+def whole_fixture():
+    return sample(model, model_args=(DATA,), config=FEW)
+
+
+def assert_same(one, other):
+    for name in one.draws:
+        np.testing.assert_array_equal(one.draws[name], other.draws[name])
+    for name in one.statistics:
+        np.testing.assert_array_equal(one.statistics[name], other.statistics[name])
+
+
+# Moments
+
+
+@pytest.mark.parametrize("chain_method", ["parallel", "vectorized"])
+def test_a_gaussian_of_known_posterior(chain_method):
+    def conjugate(observed):
+        location = numpyro.sample("location", dist.Normal(0.0, 2.0))
+        numpyro.sample("observed", dist.Normal(location, 0.5), obs=observed)
+
+    config = SampleConfig(chains=4, warmup=300, draws=1000, chain_method=chain_method)
+    draws = sample(conjugate, model_args=(jnp.array(1.0),), config=config).draws["location"]
+    variance = 1 / (1 / 4 + 1 / 0.25)
+    levels = np.arange(0.1, 1, 0.1)
+    expected = variance * 4 + np.sqrt(variance) * ndtri(levels)
+    error = np.array([float(az.mcse(draws, method="quantile", prob=p)) for p in levels])
+    assert np.all(np.abs(np.quantile(draws, levels) - expected) < 4 * error)
+
+
+@pytest.mark.parametrize("coupling", ["bounded", "repulsive", "free"])
+def test_moments_agree_with_quadrature(coupling):
+    """Observed embeddings, d = 1, T = 4: the posterior of a and sigma by a grid over both."""
+    config = LatentEmbeddingsConfig(width=1, coupling=coupling, sequences=2, length=4)
+    bound = config.context_bound
+    x = np.array([[0.4, -1.1, 0.9, 1.4], [-0.2, 1.3, 0.1, -0.8]])
+
+    def log_joint(a, sigma):
+        """The formulas by hand; a (n, 1) and sigma (1, m)."""
+        total = np.zeros(np.broadcast_shapes(a.shape, sigma.shape))
+        seen = x if bound is None else x / np.sqrt(1 + (x / bound) ** 2)
+        for sequence, context in zip(x, seen, strict=True):
+            for t, value in enumerate(sequence):
+                mean, variance = 0.0, 0.0
+                if t:
+                    weights = np.exp(a[..., None] * value * context[:t])
+                    weights /= weights.sum(-1, keepdims=True)
+                    mean = weights @ context[:t]
+                    variance = weights @ context[:t] ** 2 - mean**2
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    total = total - ((value - mean) / sigma) ** 2 / 2 - np.log(sigma)
+                    total = total + np.log(1 - a * variance)
+        return np.nan_to_num(total, nan=-np.inf) - np.log(sigma) ** 2 / 2 - np.log(sigma)
+
+    # A grid of equal prior mass in what the prior is simple in.
+    level = (np.arange(4000) + 0.5) / 4000
+    if coupling == "bounded":
+        direction = ndtri(level)
+        a = direction / np.sqrt(1 + direction**2)
+    elif coupling == "repulsive":
+        a = 2 * np.log(level)  # minus a chi-square variable of two degrees of freedom
+    else:
+        a = ndtri(level)
+    sigma = np.exp(np.linspace(-3, 3, 1500))
+    weight = np.exp(log_joint(a[:, None], sigma[None]))
+    weight *= sigma[None]  # the grid is even in log sigma
+    weight /= weight.sum()
+
+    result = sample(
+        partial(observed_embeddings, config=config),
+        model_args=(x[..., None],),
+        config=SampleConfig(chains=4, warmup=500, draws=2000, target_accept=0.95),
+    )
+    site = {"bounded": "direction", "repulsive": "repulsion", "free": "free_coupling"}[coupling]
+    drawn = result.draws[site][..., 0, 0]
+    drawn = {
+        "bounded": lambda b: b / np.sqrt(1 + b**2),
+        "repulsive": lambda factor: -(factor**2),
+        "free": lambda b: b,
+    }[coupling](drawn)
+    for draws, grid, marginal in (
+        (drawn, a, weight.sum(1)),
+        (result.draws["scale"], sigma, weight.sum(0)),
+    ):
+        mean = grid @ marginal
+        sd = np.sqrt(grid**2 @ marginal - mean**2)
+        for moment, expected, method in ((draws.mean(), mean, "mean"), (draws.std(), sd, "sd")):
+            error = float(az.mcse(draws, method=method))
+            assert abs(moment - expected) < 3 * error, (moment, expected, error)
+
+
+# The same draws however a run is cut
+
+
+def interrupt_after(monkeypatch, calls):
+    """SIGTERM once all chains have ended their call of that number."""
+    advance = nuts_module.Chains.advance
+
+    def counted(self, first, stops):
+        for number, part in enumerate(advance(self, first, stops), 1):
+            if number == calls:
+                signal.raise_signal(signal.SIGTERM)
+            yield part
+
+    monkeypatch.setattr(nuts_module.Chains, "advance", counted)
+
+
+def hold(monkeypatch, chain):
+    """Make every call of that chain take longer than several of the others."""
+    took = chains_module._CallLength.took
+
+    def held(self, member, count, seconds):
+        time.sleep(0.03 * (member == chain))
+        took(self, member, count, seconds)
+
+    monkeypatch.setattr(chains_module._CallLength, "took", held)
+
+
+@pytest.mark.parametrize("calls", [1, 4, 6])
+def test_interrupted_and_resumed_ends_as_uninterrupted(whole, tmp_path, monkeypatch, calls):
+    arguments = {"model_args": (DATA,), "config": FEW, "out": tmp_path}
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, calls)
+        hold(patch, 1)  # so that the other chain is ahead of what is saved
+        with pytest.raises(Interrupted, match="ended by SIGTERM; what was done is saved"):
+            sample(model, **arguments)
+    done = SegmentFolder(tmp_path).ranges()[-1][1]
+    assert 0 < done < 100
+    assert_same(sample(model, **arguments, resume=True), whole)
+    assert SegmentFolder(tmp_path).ranges()[-1][1] == 100
+
+
+def test_a_finished_run_is_read_and_not_sampled_again(whole, tmp_path, monkeypatch):
+    arguments = {"model_args": (DATA,), "config": FEW, "out": tmp_path}
+    assert_same(sample(model, **arguments), whole)
+    interrupt_after(monkeypatch, 1)
+    assert_same(sample(model, **arguments, resume=True), whole)
+
+
+def test_more_draws_are_added_to_a_finished_run(whole, tmp_path):
+    fewer = replace(FEW, draws=25)
+    sample(model, model_args=(DATA,), config=fewer, out=tmp_path)
+    more = sample(model, model_args=(DATA,), config=FEW, out=tmp_path, resume=True)
+    assert_same(more, whole)
+
+
+def test_seed(whole):
+    again = sample(model, model_args=(DATA,), config=FEW)
+    assert_same(again, whole)
+    other = sample(model, model_args=(DATA,), config=replace(FEW, seed=4))
+    assert not np.array_equal(other.draws["scale"], whole.draws["scale"])
+
+
+def test_shapes_and_precision(whole):
+    assert whole.draws["location"].shape == (2, 40, 3)
+    assert {value.dtype for value in whole.draws.values()} == {np.dtype("float64")}
+    assert np.all(whole.draws["scale"] > 0)
+    assert whole.statistics["diverging"].shape == (2, 40)
+    assert whole.statistics["diverging"].dtype == bool
+    assert whole.divergences == whole.statistics["diverging"].sum()
+    single = sample(model, model_args=(DATA,), config=replace(FEW, precision="float32"))
+    assert single.draws["scale"].dtype == np.float32
+
+
+def test_float64_is_the_default_where_jax_is_not_in_it(whole):
+    with jax.enable_x64(False):
+        data = jnp.asarray(DATA, jnp.float32)
+        result = sample(model, model_args=(data,), config=FEW, start={"location": data})
+        assert jnp.zeros(()).dtype == jnp.float32  # and it stays as it was
+    assert result.draws["scale"].dtype == np.float64
+
+
+def test_lp_is_the_log_density_of_each_draw(whole):
+    scale, location = whole.draws["scale"], whole.draws["location"]
+    log_scale = np.log(scale)
+    expected = (
+        -(log_scale**2) / 0.5
+        - np.log(0.5 * np.sqrt(2 * np.pi))
+        + np.sum(-(location**2) / 8 - np.log(2 * np.sqrt(2 * np.pi)), -1)
+        + np.sum(-(((DATA - location) / scale[..., None]) ** 2) / 2, -1)
+        - 3 * np.log(scale * np.sqrt(2 * np.pi))
+    )
+    np.testing.assert_allclose(whole.statistics["lp"], expected, rtol=1e-9)
+
+
+def test_the_slowest_chain_sets_the_pace(monkeypatch):
+    monkeypatch.setattr(chains_module, "_CALL_SECONDS", 6.0)
+    pace = chains_module._CallLength(0, (50, 90), most=12, members=3, threads=2)
+    counts, number = [], 0
+    while (count := pace.next(number)) is not None:
+        counts.append(count)
+        number += 1
+        slow = 1.0 if number < 6 else 0.1  # seconds of an iteration
+        for member, seconds in ((0, 0.01), (2, slow), (1, 0.02)):
+            pace.took(member, count, seconds * count)
+    # Three calls on two threads take 1.5 times one: four iterations, and soon twelve, the most.
+    assert counts == [1, 2, 4, 4, 4, 4, 8, 12, 11, 12, 12, 12, 4]
+    assert sum(counts[:9]) == 50
+
+
+def test_calls_do_not_become_long_before_the_slowest_chain_has_ended_any():
+    pace = chains_module._CallLength(0, (1000,), most=400, members=2, threads=2)
+    counts = []
+    for number in range(8):
+        counts.append(pace.next(number))
+        pace.took(0, counts[-1], 0.001)
+        if number == 3:
+            pace.took(1, 2, 0.001)
+    assert counts == [1, 1, 1, 1, 2, 4, 8, 8]
+
+
+# Where chains start
+
+
+def test_start_at_given_values():
+    start = {"scale": 1.5, "location": np.array([1.0, 2.0, 3.0])}
+    config = SampleConfig(chains=2, warmup=0, draws=1, max_tree_depth=1)
+    result = sample(model, model_args=(DATA,), config=config, start=start)
+    # One leapfrog step from there, or there still.
+    assert np.all(np.abs(result.draws["location"] - start["location"]) < 3)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"sigma": 1.0}, "start names sigma: expected sample sites of the model, location, scale"),
+        ({"location": np.zeros(2)}, r"start has location of shape \(2,\): expected \(3,\)"),
+    ],
+)
+def test_starts_that_do_not_fit(start, message):
+    with pytest.raises(ValueError, match=message):
+        sample(model, model_args=(DATA,), config=FEW, start=start)
+
+
+def test_a_start_outside_the_feasible_region():
+    config = LatentEmbeddingsConfig(width=1, coupling="free", sequences=2, length=4)
+    free = partial(latent_embeddings, vocabulary_size=3, config=config)
+    sites = trace(seed(free, 0)).get_trace()
+    names = ("free_coupling", "emission", "emission_bias")
+    start = {name: sites[name]["value"] for name in names}
+    start["free_coupling"] = jnp.array([[0.3]])
+    start["embeddings"] = jnp.array([[-4.0, 4.0, 0.0, 0.1], [0.0, 0.1, 0.2, 0.3]])[..., None]
+    message = r"log density of -inf: 2 tokens have a determinant <= 0, the smallest of -3\.8;"
+    with pytest.raises(ValueError, match=message):
+        sample(free, model_args=(sites["tokens"]["value"],), config=FEW, start=start)
+
+
+def test_no_start_of_positive_density():
+    def impossible():
+        value = numpyro.sample("value", dist.Normal(0.0, 1.0))
+        numpyro.factor("never", jnp.where(value < 99, -jnp.inf, 0.0))
+
+    with pytest.raises(SampleError, match="chain 0, 1: 100 draws of the prior have no finite"):
+        sample(impossible, config=FEW)
+
+
+# Segments
+
+
+@pytest.fixture(scope="module", name="stored")
+def stored_fixture(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stored")
+    short = SampleConfig(chains=2, warmup=4, draws=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nuts_module, "_SAVE_SECONDS", 0.0)  # a segment for every call
+        sample(model, model_args=(DATA,), config=short, out=folder)
+    return folder, short
+
+
+def copied(stored, tmp_path):
+    folder, config = stored
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return sorted(tmp_path.iterdir()), config
+
+
+def resume(folder, config, **options):
+    return sample(model, model_args=(DATA,), config=config, out=folder, resume=True, **options)
+
+
+def test_a_damaged_segment_is_named(stored, tmp_path):
+    files, config = copied(stored, tmp_path)
+    assert len(files) > 2
+    content = bytearray(files[1].read_bytes())
+    middle = slice(len(content) // 2 - 150, len(content) // 2 + 150)  # more than a header
+    content[middle] = bytes(255 - byte for byte in content[middle])
+    files[1].write_bytes(content)
+    with pytest.raises(SegmentError, match=rf"{files[1].name}: the segment is damaged"):
+        resume(tmp_path, config)
+    files[1].write_bytes(content[: len(content) // 2])
+    with pytest.raises(SegmentError, match=rf"{files[1].name}: the segment is damaged"):
+        resume(tmp_path, config)
+
+
+def test_a_missing_segment_is_noticed_and_a_lost_end_made_again(stored, tmp_path):
+    files, config = copied(stored, tmp_path)
+    content = files[1].read_bytes()
+    files[1].unlink()
+    with pytest.raises(SegmentError, match=rf"{files[2].name}: expected a segment that begins at"):
+        resume(tmp_path, config)
+    files[1].write_bytes(content)
+    whole = resume(tmp_path, config)
+    files[-1].unlink()
+    assert_same(resume(tmp_path, config), whole)
+
+
+def test_segments_of_another_run(stored, tmp_path):
+    _, config = copied(stored, tmp_path)
+    for change, message in (
+        ({"chains": 3}, "of another model, precision or number of chains: they differ in"),
+        ({"precision": "float32"}, "of another model, precision or number of chains"),
+        ({"draws": 3}, "and the configuration 4 of warm-up and 7 in all"),
+        ({"warmup": 5}, "made with another configuration or model, or given other data"),
+    ):
+        with pytest.raises(SegmentError, match=message):
+            resume(tmp_path, replace(config, **change))
+
+
+def test_segments_given_other_data_or_another_seed(stored, tmp_path):
+    _, config = copied(stored, tmp_path)
+    message = "made with another configuration or model, or given other data"
+    with pytest.raises(SegmentError, match=message):
+        sample(model, model_args=(DATA + 1,), config=config, out=tmp_path, resume=True)
+    with pytest.raises(SegmentError, match=message):
+        resume(tmp_path, replace(config, seed=5))
+
+
+def test_segments_of_a_model_with_other_arguments_bound_to_it(tmp_path):
+    def normal(scale):
+        numpyro.sample("value", dist.Normal(0.0, scale))
+
+    config = SampleConfig(chains=1, warmup=2, draws=2)
+    whole = sample(partial(normal, scale=2.0), config=config, out=tmp_path)
+    assert_same(sample(partial(normal, scale=2.0), config=config, out=tmp_path, resume=True), whole)
+    with pytest.raises(SegmentError, match="made with another configuration or model"):
+        sample(partial(normal, scale=3.0), config=config, out=tmp_path, resume=True)
+
+
+def test_a_posterior_too_large_for_memory():
+    def wide():
+        numpyro.sample("value", dist.Normal(jnp.zeros(100_000), 1.0).to_event(1))
+
+    config = SampleConfig(chains=4, warmup=1, draws=10_000)
+    with pytest.raises(ValueError, match=r"10000 draws of 4 chains of 100,000 numbers take 30 GiB"):
+        sample(wide, config=config)
+
+
+def test_folders_are_not_overwritten_by_mistake(stored, tmp_path):
+    copied(stored, tmp_path)
+    with pytest.raises(ValueError, match="holds segments already; go on with resume"):
+        sample(model, model_args=(DATA,), config=FEW, out=tmp_path)
+    with pytest.raises(ValueError, match="resume without out"):
+        sample(model, model_args=(DATA,), config=FEW, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("chains", 0, "sample.chains is 0: expected an integer >= 1"),
+        ("warmup", -1, "sample.warmup is -1: expected an integer >= 0"),
+        ("draws", 1.5, r"sample.draws is 1\.5: expected an integer >= 1"),
+        ("seed", 2**32, r"sample.seed is 4294967296: expected an integer below 2\^32"),
+        ("target_accept", 1.0, r"sample.target_accept is 1\.0: expected a number between 0 and 1"),
+        ("chain_method", "serial", "expected one of parallel, vectorized"),
+        ("precision", "half", "expected one of float64, float32"),
+    ],
+)
+def test_configurations_that_make_no_sample(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        replace(FEW, **{field: value})

@@ -1,0 +1,205 @@
+"""The two ways to the determinants, and what they keep in memory, against double precision."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import subjaxprs
+
+import probattn as pa
+from probattn import _reference as reference
+from probattn.blocks import determinants, moments
+from probattn.blocks.geometry import Projections
+from tests.support.few_inputs import INPUTS, LONG, SHORT, defined, inputs, reduced_blocks
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+scales = pytest.mark.parametrize("scale", [SHORT, LONG])
+FEW = determinants._FEW
+
+
+@pytest.fixture(autouse=True)
+def two_ways(monkeypatch):
+    """However few the numbers are."""
+    monkeypatch.setattr(determinants, "_FEW", 0)
+
+
+def weighted(function, *arguments):
+    """One number in which no position can hide another's error."""
+    found = function(*arguments)
+    return jnp.vdot(found, np.random.default_rng(1).standard_normal(found.shape))
+
+
+def log_abs(*arguments):
+    return pa.log_det(*arguments)[1]
+
+
+def error_of_single_precision(scale):
+    """Largest error of log|det|, relative to its block's condition, of sharp but exact weights."""
+    rng = np.random.default_rng(0)
+    queries, keys = (scale * rng.standard_normal((2, 40, 4))).astype(np.float32)
+    keys[:, 0] = rng.permutation(40)  # so that logits are whole numbers
+    queries, keys = queries - queries[0], keys - keys[0]
+    own = np.tile(np.array([10, 0, 0, 0], np.float32), (40, 1))
+    projected = Projections(*(jnp.asarray(array) for array in (own, own, queries, keys)))
+    found = determinants.determinant_values(lambda _, log_abs: log_abs, projected)[1]
+    own, queries, keys = (array.astype(np.float64) for array in (own, queries, keys))
+    blocks = reduced_blocks(pa.attention_weights(own, keys), queries, keys)
+    sizes = np.linalg.svd(blocks, compute_uv=False)
+    error = np.abs(np.asarray(found) - np.linalg.slogdet(blocks)[1])
+    return np.max(error * sizes[:, -1] / sizes[:, 0]) / np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.3, 1.0, 3.0, 30.0])
+def test_single_precision_loses_four_bits_at_most(scale):
+    """The promise is 1e-5, which is 84 times the rounding error."""
+    assert error_of_single_precision(scale) <= 16
+
+
+def test_second_moments_everywhere_would_lose_some(monkeypatch):
+    monkeypatch.setattr(moments, "_LARGEST_MOMENT", np.inf)
+    assert error_of_single_precision(30.0) > 100
+
+
+@scales
+@pytest.mark.parametrize("length", [7, 130, 300])
+def test_value_and_derivative_match_the_definition(length, scale):
+    arguments = inputs(length, scale)
+    value = jax.jit(partial(jax.value_and_grad(weighted, (1, 2, 3)), log_abs))(*arguments)
+    expected = jax.jit(partial(jax.value_and_grad(weighted, (1, 2, 3)), defined))(*arguments)
+    tolerance = 1e-10 if scale == SHORT else 1e-8
+    np.testing.assert_allclose(value[0], expected[0], rtol=tolerance)
+    for one, other in zip(value[1], expected[1], strict=True):
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
+
+
+@scales
+def test_few_numbers_take_one_way_with_the_same_result(scale, monkeypatch):
+    def of(x, w_query, w_key):
+        return jax.value_and_grad(weighted, (1, 2, 3))(log_abs, x, w_query, w_key)
+
+    def conditions():
+        return str(jax.make_jaxpr(partial(log_abs))(*arguments)).count(" cond[")
+
+    arguments = inputs(7, scale)
+    assert conditions() > 0
+    expected = jax.jit(of)(*arguments)
+    monkeypatch.setattr(determinants, "_FEW", FEW)
+    assert conditions() == 0
+    found = jax.jit(partial(of))(*arguments)
+    tolerance = 1e-10 if scale == SHORT else 1e-8
+    np.testing.assert_allclose(found[0], expected[0], rtol=tolerance)
+    for one, other in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
+
+
+@pytest.mark.parametrize("length", [7, 130])
+@pytest.mark.parametrize("number", INPUTS)
+def test_derivative_in_one_input_alone(number, length):
+    """As where a matrix is fixed: forward and reverse mode agree, and with the definition."""
+    arguments = list(inputs(length, SHORT))
+
+    def of_one(array, function):
+        return weighted(function, *arguments[:number], array, *arguments[number + 1 :])
+
+    own = arguments[number]
+    expected = jax.grad(of_one)(own, defined)
+    np.testing.assert_allclose(jax.grad(of_one)(own, log_abs), expected, atol=1e-9)
+    direction = np.random.default_rng(2).standard_normal(own.shape)
+    pushed = jax.jvp(lambda array: of_one(array, log_abs), (own,), (direction,))[1]
+    np.testing.assert_allclose(pushed, np.vdot(expected, direction), rtol=1e-9)
+
+
+@pytest.mark.parametrize("length", [7, 130])
+def test_derivative_in_the_bound_alone(length):
+    arguments = inputs(length)
+
+    def of(bound):
+        return weighted(partial(log_abs_bounded, arguments), bound)
+
+    def log_abs_bounded(arguments, bound):
+        return pa.log_det(*arguments, bound=bound)[1]
+
+    bound, step = jnp.asarray(1.5), 1e-5
+    slope = (of(bound + step) - of(bound - step)) / (2 * step)
+    np.testing.assert_allclose(jax.jit(jax.grad(of))(bound), slope, rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
+def test_a_long_token_changes_no_bit_of_the_past(dtype):
+    x, w_query, w_key = inputs(9, SHORT, dtype)
+
+    @jax.jit
+    def past(x):
+        return jax.value_and_grad(lambda x: jnp.sum(pa.log_det(x, w_query, w_key)[1][:5]))(x)
+
+    value, gradient = past(x)
+    later_value, later_gradient = past(x.at[5:].multiply(1e3))
+    np.testing.assert_array_equal(later_value, value)
+    np.testing.assert_array_equal(later_gradient, gradient)
+    # Of a token so far away that its products overflow there is no derivative.
+    np.testing.assert_array_equal(past(x.at[5:].multiply(1e25))[0], value)
+
+
+@scales
+@pytest.mark.parametrize("in_axes", [(0, 0, 0), (0, None, 0), (None, 1, None)])
+def test_mapped_is_a_larger_batch_with_one_condition(in_axes, scale):
+    arguments = inputs(7, scale)
+    batched = [
+        array if axis is None else np.stack([array, array[::-1] * 1.0], axis=axis)
+        for array, axis in zip(arguments, in_axes, strict=True)
+    ]
+    mapped = jax.vmap(log_abs, in_axes)
+    for number in range(2):
+        own = [
+            array if axis is None else np.take(array, number, axis)
+            for array, axis in zip(batched, in_axes, strict=True)
+        ]
+        np.testing.assert_allclose(mapped(*batched)[number], log_abs(*own), rtol=1e-9, atol=1e-9)
+    program = str(jax.make_jaxpr(mapped)(*batched))
+    # Three in all: whether any position is to be centred, whether any of a part of them is, and of
+    # the pivots. Mapped ones would be selections instead.
+    assert program.count(" cond[") == 3
+
+
+def test_second_derivative_of_long_tokens():
+    arguments = inputs(5, 12.0)
+    hessian = jax.jit(jax.hessian(partial(weighted, log_abs)))(*arguments)
+    expected = jax.hessian(partial(weighted, lambda *inputs: reference.log_det(*inputs)[1]))(
+        *arguments
+    )
+    assert not np.all(short(*arguments))
+    np.testing.assert_allclose(hessian, expected, atol=1e-7 * np.abs(expected).max())
+
+
+def short(x, w_query, w_key):
+    sizes = [np.linalg.norm((x - x[0]) @ w, axis=1) for w in (w_query, w_key)]
+    return sizes[0].max() * sizes[1].max() <= 32 * np.sqrt(w_query.shape[1])
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("function", [pa.log_det, pa.relaxed_barrier])
+def test_no_blocks_of_all_sequences_are_alive(function, summed):
+    """Neither forward nor backward is there an array of r x r numbers for every position."""
+    sequences, length, rank = 32, 256, 16
+
+    def total(*arguments):
+        found = function(*arguments, summed=summed)
+        return sum(jnp.sum(part) for part in jax.tree.leaves(found))
+
+    shapes = [
+        jax.ShapeDtypeStruct(shape, np.float32)
+        for shape in ((sequences, length, 2), (2, rank), (2, rank))
+    ]
+    program = jax.make_jaxpr(jax.value_and_grad(total, INPUTS))(*shapes)
+    sizes = list(sizes_within(program.jaxpr))
+    assert length * rank**2 <= max(sizes) < sequences * length * rank**2 / 2
+
+
+def sizes_within(jaxpr):
+    """Of all arrays that a program computes, those of its loops and conditions included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size for variable in equation.outvars)
+    for inner in subjaxprs(jaxpr):
+        yield from sizes_within(inner)

@@ -1,0 +1,339 @@
+"""Margins and support tokens against dense singular values and closed forms."""
+
+import functools
+import inspect
+from typing import get_args
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import probattn as pa
+from probattn import _reference as reference
+from probattn import margins
+from tests.support.cases import (
+    BY_NAME,
+    CASES,
+    LARGE_CASES,
+    SINGULAR_CASES,
+    SINGULAR_POSITION,
+    THIN,
+    Case,
+    make,
+)
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+all_cases = pytest.mark.parametrize("case", CASES + SINGULAR_CASES, ids=str)
+
+KINDS = ["sigma_min", "reduced", "det", "log_det"]
+EPS32 = np.finfo(np.float32).eps
+stability_margin = jax.jit(pa.stability_margin, static_argnames="kind")
+embedding_margin = jax.jit(pa.embedding_margin)
+infeasible = jax.jit(margins.infeasible)
+log_det = jax.jit(pa.log_det)
+# One (T, …) array for each input.
+margin_derivative = jax.jit(jax.jacrev(pa.stability_margin, argnums=(0, 1, 2)))
+
+
+def exactly(case, dtype=np.float64):
+    """The numbers of a case after rounding to a dtype, in float64."""
+    return tuple(jnp.asarray(array, np.float64) for array in make(case, dtype))
+
+
+@functools.cache
+def true_margin(case, kind="sigma_min", dtype=np.float64):
+    return np.asarray(reference.stability_margin(*exactly(case, dtype), kind=kind))
+
+
+# ---- margins ----------------------------------------------------------------------------------
+
+
+@all_cases
+@pytest.mark.parametrize("kind", KINDS)
+def test_margin_matches_dense_blocks(case, kind):
+    got, true = np.asarray(stability_margin(*make(case), kind=kind)), true_margin(case, kind)
+    if kind == "log_det":
+        sigma_min = np.abs(true_margin(case))
+        assert np.array_equal(np.isneginf(got), np.isneginf(true))
+        finite = np.isfinite(true)
+        bound = np.maximum(1e-9, 8 * np.finfo(np.float64).eps / sigma_min[finite])
+        assert np.all(np.abs(got[finite] - true[finite]) <= bound)
+    else:
+        # An absolute error of rounding keeps the sign of the nearest steered margin, 1e-8.
+        np.testing.assert_allclose(got, true, rtol=1e-10, atol=1e-12)
+
+
+@all_cases
+@pytest.mark.parametrize("kind", ["sigma_min", "reduced"])
+def test_margin_in_float32_matches_float64_oracle(case, kind):
+    margin = stability_margin(*make(case, np.float32), kind=kind)
+    assert margin.dtype == np.float32
+    true = true_margin(case, kind, np.float32)
+    largest = np.abs(reference.reduced_blocks(*exactly(case, np.float32))).max()
+    np.testing.assert_allclose(margin, true, rtol=1e-5, atol=16 * EPS32 * (1 + largest))
+
+
+def test_first_two_positions_are_always_safe():
+    x, w_query, w_key = make(BY_NAME["thin"])
+    every_kind = np.array([stability_margin(x, 5 * w_query, w_key, kind=kind) for kind in KINDS])
+    np.testing.assert_array_equal(every_kind[:, :2], [[1, 1], [1, 1], [1, 1], [0, 0]])
+
+
+def test_folded_token_ranks_below_every_safe_one():
+    """Past (−4, 4), a = 0.3: sigma_min is 3.8, and the margin −3.8."""
+    inputs = make(BY_NAME["length_3_tied_logits"])
+    for kind in ("sigma_min", "reduced", "det"):
+        np.testing.assert_allclose(stability_margin(*inputs, kind=kind), [1, 1, -3.8], rtol=1e-14)
+    np.testing.assert_array_equal(stability_margin(*inputs, kind="log_det"), [0, 0, -np.inf])
+
+
+@pytest.mark.parametrize("name", ["scalar", "scalar_repulsive", "scalar_scale_3", "scalar_folded"])
+def test_scalar_margins_agree(name):
+    """Three kinds say 1 − a Var."""
+    inputs = make(BY_NAME[name])
+    sigma_min, reduced, det = (stability_margin(*inputs, kind=kind) for kind in KINDS[:3])
+    np.testing.assert_allclose(sigma_min, det, rtol=1e-13)
+    np.testing.assert_allclose(reduced, det, rtol=1e-13)
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 3))
+def test_margin_is_at_most_one_with_fewer_queries_than_dimensions(seed, scale):
+    """And the sign is that of the determinant."""
+    inputs = make(Case("", *THIN, scale=scale, seed=seed))
+    margin = np.asarray(stability_margin(*inputs))
+    assert np.all(margin <= 1 + 1e-14)
+    np.testing.assert_array_equal(np.sign(margin), log_det(*inputs)[0])
+
+
+@all_cases
+def test_infeasible_is_a_real_eigenvalue_of_the_dense_block_at_most_zero(case):
+    """Which two negative eigenvalues hide from the determinant."""
+    blocks = [reference.jacobian_block(*exactly(case), t) for t in range(case.length)]
+    eigenvalues = np.linalg.eigvals(np.array(blocks))
+    real = np.abs(eigenvalues.imag) < 1e-12
+    expected = np.any(real & (eigenvalues.real <= 0), axis=-1)
+    # The nearest steered block is 1e-8 from singular: well above rounding, on either side.
+    np.testing.assert_array_equal(infeasible(*make(case)), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
+def test_infeasible_of_many_positions_some_of_which_need_no_eigenvalues(dtype):
+    """Those with a positive definite symmetric part, in a batch with others; mapped too."""
+    x, w_query, w_key = (jnp.asarray(array) for array in make(LARGE_CASES[0], dtype))
+    inputs = x[None], jnp.stack([w_query, 3 * w_query]), w_key[None]
+    blocks = np.asarray(pa.reduced_blocks(*(array.astype(np.float64) for array in inputs)))
+    definite = np.linalg.eigvalsh((blocks + np.swapaxes(blocks, -1, -2)) / 2)[..., 0] > 0
+    eigenvalues = np.linalg.eigvals(blocks)
+    expected = np.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
+    assert 0.2 < np.mean(definite) < 0.8
+    assert 0 < np.mean(expected) < np.mean(~definite)
+    np.testing.assert_array_equal(infeasible(*inputs), expected)
+    mapped = jax.jit(jax.vmap(margins.infeasible, in_axes=(None, 0, None)))
+    np.testing.assert_array_equal(mapped(x, inputs[1], w_key), expected)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_position_that_is_not_finite_is_infeasible(value):
+    x, *weights = map(jnp.asarray, make(LARGE_CASES[0]))
+    broken = x.at[..., -2, :].set(value)
+    found = infeasible(broken, *weights)
+    assert found[..., -2:].all()
+    np.testing.assert_array_equal(found[..., :-2], infeasible(x, *weights)[..., :-2])
+
+
+def test_no_position_is_infeasible_where_there_is_none():
+    weights = jnp.ones((4, 2))
+    assert infeasible(jnp.zeros((0, 5, 4)), weights, weights).shape == (0, 5)
+
+
+def test_unknown_kind_lists_the_kinds():
+    # Beneath the type checker of the test run, which refuses it first.
+    function = inspect.unwrap(pa.stability_margin)
+    with pytest.raises(ValueError, match=r"'sigma'.*'sigma_min', 'reduced', 'det', 'log_det'"):
+        function(*make(BY_NAME["thin"]), kind="sigma")
+
+
+# ---- the derivative of the margin -------------------------------------------------------------
+
+
+def true_margin_derivative(case):
+    inputs = exactly(case)
+    rows = []
+    for t in range(case.length):
+
+        def margin_at(*inputs, t=t):
+            return reference.signed_sigma_min(reference.jacobian_block(*inputs, t))
+
+        parts = jax.grad(margin_at, argnums=(0, 1, 2))(*inputs)
+        rows.append(np.concatenate([np.ravel(part) for part in parts]))
+    return np.array(rows)
+
+
+# Smallest singular value simple, or the block constant to first order.
+SMOOTH = [
+    "length_1",
+    "length_2",
+    "length_3_tied_logits",
+    "scalar_folded",
+    "rank_one_attractive",
+    "thin",
+    "thin_folded",
+    "thin_repeated_tokens",
+    "thin_margin_1e-08",
+    "square",
+    "square_all_equal",
+    "square_margin_-1e-08",
+    "square_twice_folded",
+    "wide",
+    "wide_folded",
+]
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_margin_derivative_matches_dense_singular_values(name):
+    """Also at T = 1 and 2, with repeated tokens, and with fewer than r + 1 past tokens."""
+    case = BY_NAME[name]
+    parts = margin_derivative(*make(case))
+    got = np.concatenate([np.reshape(part, (case.length, -1)) for part in parts], axis=1)
+    true = true_margin_derivative(case)
+    # A margin of 1e-8 has the derivative of a margin of 1: it is the singular vectors that count.
+    np.testing.assert_allclose(got, true, rtol=1e-9, atol=1e-10 * np.abs(true).max(initial=1))
+
+
+@pytest.mark.parametrize("name", ["thin", "wide"])
+def test_margin_derivative_matches_finite_differences(name):
+    """From the values alone."""
+    inputs = make(BY_NAME[name])
+    rng = np.random.default_rng(0)
+    direction = [rng.standard_normal(array.shape) for array in inputs]
+
+    def along(step):
+        moved = (array + step * way for array, way in zip(inputs, direction, strict=True))
+        return np.asarray(stability_margin(*moved))
+
+    slope = (along(1e-6) - along(-1e-6)) / 2e-6
+    got = sum(
+        np.tensordot(part, way, way.ndim)
+        for part, way in zip(margin_derivative(*inputs), direction, strict=True)
+    )
+    np.testing.assert_allclose(got, slope, atol=1e-7)
+
+
+@all_cases
+def test_every_margin_derivative_is_finite(case):
+    assert all(np.all(np.isfinite(part)) for part in margin_derivative(*make(case)))
+
+
+# ---- embedding margin -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in SMOOTH if "all_equal" not in name])
+def test_embedding_margin_matches_oracle(name):
+    case = BY_NAME[name]
+    got = np.asarray(embedding_margin(*make(case)))
+    true = np.asarray(reference.embedding_margin(*exactly(case)))
+    # Beyond 1e12 the slope is the rounding of zero.
+    measurable = true < 1e12
+    np.testing.assert_array_equal(got < 1e12, measurable)
+    # An error of rounding in the margin, over its slope.
+    slope = np.abs(true_margin(case))[measurable] / true[measurable]
+    error = np.abs(got[measurable] - true[measurable])
+    assert np.all(error <= 1e-9 * true[measurable] + 1e-14 / slope)
+
+
+def test_embedding_margin_is_infinite_where_nothing_moves_the_margin():
+    x, w_query, w_key = make(BY_NAME["thin"])
+    assert np.all(np.isposinf(embedding_margin(x, w_query, w_key)[:2]))
+    assert np.all(np.isposinf(embedding_margin(x, 0 * w_query, w_key)))
+    assert np.all(np.isposinf(embedding_margin(x, w_query, 0 * w_key)))
+
+
+@pytest.mark.parametrize(
+    "name", ["scalar_margin_1e-02", "square_margin_-1e-04", "thin_margin_1e-05"]
+)
+def test_embedding_margin_is_the_distance_to_the_boundary(name):
+    """A step of that length straight down, or up, the gradient ends at a singular block."""
+    x, w_query, w_key = make(BY_NAME[name])
+    t = SINGULAR_POSITION
+    margin = float(stability_margin(x, w_query, w_key)[t])
+    distance = float(embedding_margin(x, w_query, w_key)[t])
+    gradient = margin_derivative(x, w_query, w_key)[0][t]
+    np.testing.assert_array_equal(gradient[t + 1 :], 0)
+    step = -np.sign(margin) * distance * gradient / np.linalg.norm(gradient)
+    after = float(stability_margin(x + step, w_query, w_key)[t])
+    assert abs(after) < 0.05 * abs(margin)
+    half_way = float(stability_margin(x + step / 2, w_query, w_key)[t])
+    assert half_way == pytest.approx(margin / 2, rel=0.05)
+
+
+# ---- support tokens ---------------------------------------------------------------------------
+
+
+def test_support_tokens_are_the_smallest_margins_first():
+    margin = np.array([-9.0, -8.0, 0.5, -0.1, 0.7, 0.2])
+    np.testing.assert_array_equal(pa.support_tokens(margin), [3])
+    np.testing.assert_array_equal(pa.support_tokens(margin, k=4), [3, 5, 2, 4])
+
+
+def test_support_tokens_break_ties_to_the_earliest():
+    margin = np.array([0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 1.0])
+    np.testing.assert_array_equal(pa.support_tokens(margin, k=5), [3, 4, 5, 2, 6])
+    infinite = np.array([0.0, 0.0, 1.0, -np.inf, -np.inf])
+    np.testing.assert_array_equal(pa.support_tokens(infinite, k=2), [3, 4])
+
+
+def test_support_tokens_put_what_is_not_known_first():
+    margin = np.array([1.0, 1.0, 0.5, np.nan, -np.inf, 0.2])
+    np.testing.assert_array_equal(pa.support_tokens(margin, k=4), [3, 4, 5, 2])
+
+
+@pytest.mark.parametrize("kind", get_args(margins.MarginKind))
+def test_a_margin_after_a_token_that_is_not_finite_is_not_known(kind):
+    x = np.ones((5, 2), np.float32)
+    x[2] = np.nan
+    weights = np.eye(2, dtype=np.float32)
+    known = np.isfinite(pa.stability_margin(x, weights, weights, kind=kind))
+    np.testing.assert_array_equal(known, [True, True, False, False, False])
+
+
+def test_support_tokens_refuse_a_count_that_is_no_integer():
+    with pytest.raises(ValueError, match="k is True: expected an integer"):
+        pa.support_tokens(np.ones(5), k=True)
+
+
+def test_support_tokens_of_a_batch_under_jit_and_vmap():
+    margin = np.random.default_rng(0).integers(0, 3, (2, 5, 7)).astype(np.float64)
+    expected = 2 + np.argsort(margin[..., 2:], axis=-1, stable=True)[..., :3]
+    function = functools.partial(pa.support_tokens, k=3)
+    np.testing.assert_array_equal(function(margin), expected)
+    np.testing.assert_array_equal(jax.jit(function)(margin), expected)
+    np.testing.assert_array_equal(jax.vmap(function)(margin), expected)
+
+
+def test_steered_token_is_the_support_token():
+    margin = stability_margin(*make(BY_NAME["scalar_margin_-1e-07"]))
+    np.testing.assert_array_equal(pa.support_tokens(margin, k=2), [SINGULAR_POSITION, 5])
+
+
+@pytest.mark.parametrize(
+    ("length", "k", "message"),
+    [
+        (0, 1, "0.*expected|expected.*0"),
+        (1, 1, "1.*expected|expected.*1"),
+        (2, 1, "2.*expected|expected.*2"),
+        (5, 4, "k is 4.*expected"),
+        (5, 0, "k is 0.*expected"),
+        (5, -1, "k is -1.*expected"),
+    ],
+)
+def test_support_tokens_refuse_what_does_not_exist(length, k, message):
+    with pytest.raises(ValueError, match=message):
+        pa.support_tokens(np.ones(length), k=k)
+
+
+def test_support_tokens_refuse_a_number():
+    with pytest.raises(ValueError, match=r"\(\).*expected|expected.*\(\)"):
+        pa.support_tokens(np.ones(()))

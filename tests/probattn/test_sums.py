@@ -1,0 +1,118 @@
+"""Sums over positions, whose derivative comes with their value."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import probattn as pa
+from probattn import _reference as reference
+from probattn.blocks import determinants
+from tests.support.few_inputs import INPUTS, LONG, SHORT, defined, inputs
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+WEIGHTS = np.array([1.0, -2.0, 0.5])  # of the sequences, so that none can hide another's error
+
+
+@pytest.fixture(autouse=True)
+def two_ways(monkeypatch):
+    """However few the numbers are."""
+    monkeypatch.setattr(determinants, "_FEW", 0)
+
+
+def log_det_sum(x, w_query, w_key):
+    return pa.log_det(x, w_query, w_key, summed=True)[1]
+
+
+def barrier_sum(x, w_query, w_key):
+    return pa.relaxed_barrier(x, w_query, w_key, summed=True)
+
+
+def sequences(length, scales=(SHORT, LONG, SHORT)):
+    """Of these scales, in one batch: some are centred, at some positions, and some are not."""
+    x, w_query, w_key = inputs(length)
+    rng = np.random.default_rng(1)
+    x = np.stack([scale * rng.standard_normal(x.shape) for scale in scales])
+    return jnp.asarray(x), w_query, w_key
+
+
+def test_value_and_derivative_match_the_definition():
+    """Of more positions than are taken at once."""
+
+    def total(function, *arguments):
+        return jnp.vdot(function(*arguments), WEIGHTS)
+
+    def expected(x, w_query, w_key):
+        return jnp.sum(jax.vmap(defined, (0, None, None))(x, w_query, w_key), axis=-1)
+
+    arguments = sequences(90)
+    got, true = (
+        jax.jit(partial(jax.value_and_grad(total, (1, 2, 3)), function))(*arguments)
+        for function in (log_det_sum, expected)
+    )
+    np.testing.assert_allclose(got[0], true[0], rtol=1e-9)
+    for one, other in zip(got[1], true[1], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-8 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("function", [pa.log_det, pa.relaxed_barrier])
+def test_it_is_the_sum_of_the_positions(function):
+    """Sums and signs, at tokens so long that products overflow, and at one that is not finite."""
+    x, w_query, w_key = sequences(9)
+    x = x.at[0, 5].multiply(1e200).at[2, 6].set(jnp.nan)
+
+    @partial(jax.jit, static_argnames="summed")
+    def found(x, summed):
+        both = function(x, w_query, w_key, summed=summed)
+        return both if isinstance(both, tuple) else (jnp.zeros(()), both)
+
+    signs, each = found(x, summed=False)
+    signs_of_sum, total = found(x, summed=True)
+    np.testing.assert_array_equal(signs_of_sum, signs)
+    np.testing.assert_allclose(total, each.sum(-1), rtol=1e-12)
+    assert np.isnan(total).tolist() == [False, False, True]
+
+
+def test_second_derivative():
+    """Forward mode over reverse mode."""
+    x, w_query, w_key = sequences(5, (SHORT, 12.0))
+
+    def total(function, *arguments):
+        return jnp.vdot(function(*arguments), WEIGHTS[:2])
+
+    def expected(x, w_query, w_key):
+        return jnp.stack([jnp.sum(reference.log_det(one, w_query, w_key)[1]) for one in x])
+
+    got, true = (
+        jax.jit(jax.hessian(partial(total, function), INPUTS))(x, w_query, w_key)
+        for function in (log_det_sum, expected)
+    )
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-7 * np.abs(other).max())
+
+
+def test_singular_position_spoils_no_other_sequence():
+    """The barrier's gradient at a determinant of zero, next to a sequence inside."""
+    x = np.array([[[-4.0], [4.0], [0.0]], [[-1.0], [1.0], [0.0]]])
+    w_query, w_key = np.full((1, 1), 1 / 16), np.ones((1, 1))
+    of = jax.jit(jax.value_and_grad(lambda x: jnp.sum(barrier_sum(x, w_query, w_key))))
+    value, gradient = of(x)
+    assert np.all(np.isfinite(gradient))
+    alone, own = of(x[1:])
+    np.testing.assert_allclose(gradient[1:], own, rtol=1e-12)
+    singular = pa.relaxed_barrier(x[0], w_query, w_key)[2]
+    np.testing.assert_allclose(value, alone + singular, rtol=1e-12)
+
+
+def test_nothing_is_computed_twice():
+    """There are fewer products of matrices than where every position has its own derivative."""
+
+    def products(function):
+        program = jax.make_jaxpr(jax.value_and_grad(lambda x: jnp.sum(function(x, w, w))))(x)
+        return str(program).count("dot_general")
+
+    x, w = jnp.zeros((200, 4)), jnp.ones((4, 3))
+    each = products(lambda *arguments: pa.log_det(*arguments)[1])
+    assert products(log_det_sum) < each

@@ -1,0 +1,38 @@
+"""What makes the commands, the examples and the README cheap enough to run in the tests."""
+
+import importlib
+
+import pytest
+
+from probattn.inference.evaluation import post_hoc
+from probattn.inference.paper import data as paper_data
+
+# The package's attribute of that name is the function.
+evaluate = importlib.import_module("probattn.inference.evaluation.evaluate")
+
+FLAGS = [
+    *("--model.layers", "1", "--model.heads", "2", "--model.width", "8", "--model.block", "16"),
+    *("--model.prior-rank", "2", "--fit.steps", "8", "--fit.warmup", "2", "--fit.batch", "4"),
+    *("--fit.eval-every", "4"),
+]
+SAMPLE_FLAGS = [
+    *("--sample.chains", "1", "--sample.warmup", "8", "--sample.draws", "6"),
+    *("--sample.max-tree-depth", "3"),
+]
+EVALUATE_FLAGS = ["--ascent-tokens", "128"]
+SENSITIVITY_FLAGS = ["--most-tokens", "256", "--draws", "1"]
+LATENT_FLAGS = ["--latent.width", "2", "--latent.sequences", "2", "--latent.length", "6"]
+
+
+def cheap_figures(patch: pytest.MonkeyPatch) -> None:
+    """The paper's figures from few sequences and on a coarse grid."""
+    mass_map = paper_data.mass_map
+    patch.setattr(paper_data, "SEQUENCES", 50)
+    patch.setattr(paper_data, "mass_map", lambda bound: mass_map(bound, size=5))
+
+
+def cheap_post_hoc(patch: pytest.MonkeyPatch) -> None:
+    """A post-hoc prior from little text in few steps, and margins at few positions."""
+    patch.setattr(post_hoc, "_TOKENS", 512)
+    patch.setattr(post_hoc, "_STEPS", 20)
+    patch.setattr(evaluate, "_MARGIN_TOKENS", 256)
