@@ -12,32 +12,36 @@ ARGS ?=
 BIN = $(VENV)/bin
 # setuptools warns of folders of an editable installation, at length.
 PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
-# A type checker sees one package `probattn` only where models/ and inference/ lie inside it.
-TYPING = build/typing
+# One hash seed: programs that depend on the order of a set are then found in the compilation cache.
+PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test test-all nightly lint format bench clean
 
 help:  ## list the targets
-	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' Makefile
+	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' Makefile
 
 install: $(VENV)/.installed  ## make .venv with probattn (editable) and the test tools
 
 demo: install  ## fit, evaluate and draw the small example into OUT=demo (about 2 minutes)
 	$(BIN)/probattn demo --out "$(OUT)"
 
-# One hash seed: programs that depend on the order of a set are then found in the compilation cache.
-test: install  ## run the tests on two processes
-	PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+test: install  ## run the tests on two processes, without the slow ones (at most 5 minutes)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: install  ## run all tests, the slow ones too (about half an hour)
+	$(PYTEST) $(ARGS)
+
+nightly: $(VENV)/.installed-bench  ## hostile input and kills in large numbers (hours)
+	PROBATTN_HYPOTHESIS=nightly $(PYTEST) tests/probattn tests/models
+	$(BIN)/python -m tests.robustness.fuzz --inputs 100000
+	$(BIN)/python -m tests.robustness.kill --kills 200
 
 lint: install  ## ruff and mypy, changing nothing
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
-	rm -rf $(TYPING) && mkdir -p $(TYPING)/probattn
-	ln -s "$(CURDIR)"/probattn/* "$(CURDIR)/models" "$(CURDIR)/inference" $(TYPING)/probattn/
-	cd $(TYPING) && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" \
-		--cache-dir "$(CURDIR)/.mypy_cache" -p probattn
+	$(BIN)/mypy -p probattn
 
 format: install  ## let ruff repair what it can
 	$(BIN)/ruff check --fix --quiet

@@ -7,6 +7,8 @@ from probattn.margins import embedding_margin, infeasible, stability_margin, sup
 from probattn.proper import certificate, is_proper
 from probattn.total_mass import conditional_mass
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AttentionResidual",
     "CausalAttention",

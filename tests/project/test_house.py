@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import probattn
+
 from tests.support.project import ROOT
 
 FLOORS = {"probattn": "probattn", "probattn.models": "models", "probattn.inference": "inference"}
@@ -394,9 +396,10 @@ def test_importing_is_light(module, absent):
     assert loaded & absent == set()
 
 
-def test_the_installed_version_is_that_of_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert importlib.metadata.version("probattn") == project["version"]
+def test_the_version_is_the_same_everywhere():
+    assert importlib.metadata.version("probattn") == probattn.__version__
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [probattn.__version__]
 
 
 @pytest.fixture(scope="module", name="files_shown")
@@ -454,10 +457,12 @@ def test_type_checkers_find_a_floor_where_its_name_says(floor):
     assert link.readlink().as_posix() == f"../{floor}"
 
 
-def test_ci_runs_the_test_command_of_the_readme():
+def test_ci_runs_the_test_command_of_the_readme_and_all_others():
     readme = (ROOT / "README.md").read_text("utf-8")
     assert re.search(r"^make test\b", readme, re.MULTILINE)
-    assert re.search(r"^stage .* make test$", (ROOT / ".ci/run").read_text("utf-8"), re.MULTILINE)
+    ci = (ROOT / ".ci/run").read_text("utf-8")
+    for target in ("test", "test-all"):
+        assert re.search(rf"^stage .* make {target}$", ci, re.MULTILINE)
 
 
 def repository_files() -> list[Path]:
