@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 import probattn
-
 from tests.support.project import ROOT
 
 FLOORS = {"probattn": "probattn", "probattn.models": "models", "probattn.inference": "inference"}
