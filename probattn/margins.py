@@ -19,6 +19,11 @@ from probattn.blocks.elimination import determinant
 from probattn.blocks.geometry import bounded, geometry
 from probattn.blocks.nonfinite import zero_nonfinite
 from probattn.blocks.selection import compute_where
+from probattn.blocks.singular_values import (
+    finite_blocks,
+    last_singular_triple,
+    smallest_singular_value,
+)
 from probattn.log_determinants import log_det, reduced_blocks
 
 MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]
@@ -93,8 +98,8 @@ def infeasible(
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
-        (..., T); False at positions 0 and 1; True where R_t is not finite, of which nothing is
-        known to be inside.
+        (..., T); False at positions 0 and 1; True where R_t is not finite or its eigenvalues do
+        not converge, since nothing is then known to be inside.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
@@ -126,9 +131,10 @@ def _surely_positive_real_parts(blocks: Float[Array, "n r r"]) -> Bool[Array, " 
 
 
 def _has_crossed(blocks: Float[Array, "n r r"]) -> Bool[Array, " n"]:
-    finite, whole = _finite(blocks)
+    finite, whole = finite_blocks(blocks)
     eigenvalues = jnp.linalg.eigvals(whole)
-    return ~finite | jnp.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
+    known = finite & jnp.all(jnp.isfinite(eigenvalues), axis=-1)
+    return ~known | jnp.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
 
 
 def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
@@ -264,7 +270,7 @@ def _smallest_singular_value(
         basis_t = jnp.swapaxes(basis, -1, -2)
         low_rank = tuple(jnp.matmul(basis_t, factor, precision=_HIGHEST) for factor in low_rank)
     product = jnp.matmul(low_rank[0], jnp.swapaxes(low_rank[1], -1, -2), precision=_HIGHEST)
-    u, size, v = _last_singular_triple(jnp.eye(product.shape[-1], dtype=x.dtype) - product)
+    u, size, v = last_singular_triple(jnp.eye(product.shape[-1], dtype=x.dtype) - product)
     if 2 * rank < d:
         u = jnp.matmul(basis, u[..., None], precision=_HIGHEST)[..., 0]
         v = jnp.matmul(basis, v[..., None], precision=_HIGHEST)[..., 0]
@@ -277,29 +283,8 @@ def _smallest_singular_value(
 def _reduced_margin(blocks: Float[Array, "*batch T r r"]) -> Float[Array, "*batch T"]:
     sign, _ = determinant(jnp.moveaxis(blocks, -3, -1))
     # Without the vectors it takes half the time; JAX finds them for the derivative alone.
-    finite, whole = _finite(blocks)
-    size = jnp.where(finite, jnp.linalg.svd(whole, compute_uv=False)[..., -1], jnp.nan)
+    size = smallest_singular_value(blocks)
     return jnp.where(sign > 0, size, -size)
-
-
-def _last_singular_triple(
-    blocks: Float[Array, "*batch m m"],
-) -> tuple[Float[Array, "*batch m"], Float[Array, "*batch"], Float[Array, "*batch m"]]:
-    finite, whole = _finite(blocks)
-    left, sizes, right = jnp.linalg.svd(whole)
-    u, v = (
-        jnp.where(finite[..., None], vector, jnp.nan)
-        for vector in (left[..., :, -1], right[..., -1, :])
-    )
-    return u, jnp.where(finite, sizes[..., -1], jnp.nan), v
-
-
-def _finite(blocks: Float[Array, "*batch m m"]) -> tuple[Bool[Array, "*batch"], Array]:
-    """Which are finite, and the identity for the others, from which LAPACK may not return."""
-    finite = jnp.all(jnp.isfinite(blocks), axis=(-2, -1))
-    return finite, jnp.where(
-        finite[..., None, None], blocks, jnp.eye(blocks.shape[-1], dtype=blocks.dtype)
-    )
 
 
 def _bilinear(

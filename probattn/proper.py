@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from probattn.arguments import check_arguments, check_bound, check_weights
 from probattn.attention import coupling
 from probattn.blocks.geometry import bounded
+from probattn.blocks.singular_values import singular_value_decomposition
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -121,7 +122,7 @@ def balanced(
     basis_q, core_q = jnp.linalg.qr(w_query)
     basis_k, core_k = jnp.linalg.qr(w_key)
     core = jnp.matmul(core_k, jnp.swapaxes(core_q, -1, -2), precision=_HIGHEST)
-    left, sizes, right = jnp.linalg.svd(core / math.sqrt(w_query.shape[-1]), full_matrices=False)
+    left, sizes, right = singular_value_decomposition(core / math.sqrt(w_query.shape[-1]))
     root = jnp.sqrt(sizes)[..., None, :]
     return (
         jnp.matmul(basis_q, jnp.swapaxes(right, -1, -2) * root, precision=_HIGHEST),

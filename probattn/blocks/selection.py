@@ -30,12 +30,12 @@ def compute_where(
     """Compute what the elements need that are not done; differentiable to any order.
 
     Args:
-        compute: takes the indices of m elements of the flattened batch and returns arrays (m,).
+        compute: takes the indices of m elements of the flattened batch and returns arrays (m, ...).
         done: the elements that need nothing. The batch holds at least one element.
         at_once: the largest m of a call.
 
     Returns:
-        The arrays of `compute`, (*batch,). Elements that are done hold its result or zero.
+        The arrays of `compute`, (*batch, ...). Elements that are done hold its result or zero.
     """
     # Elements that are not done come first, so that most calls have nothing to do.
     order = jnp.argsort(done.ravel())
@@ -52,4 +52,9 @@ def compute_where(
 
     found = lax.map(part, padded.reshape(parts, size))
     back = jnp.argsort(order)
-    return jax.tree.map(lambda array: array.ravel()[back].reshape(done.shape), found)
+
+    def in_place(array: Array) -> Array:
+        rest = array.shape[2:]
+        return array.reshape(-1, *rest)[back].reshape(*done.shape, *rest)
+
+    return jax.tree.map(in_place, found)

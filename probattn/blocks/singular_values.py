@@ -1,0 +1,120 @@
+"""Smallest singular values of many small matrices, by methods of which one converges.
+
+LAPACK's divide and conquer is the fastest way to singular vectors, and it may fail to converge on a
+matrix that is finite and well conditioned: it then returns NaN. QR iteration is slower and takes
+the matrices on which it fails.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.lax.linalg import SvdAlgorithm
+from jaxtyping import Array, Bool, Float
+
+from probattn.blocks.selection import compute_where
+
+_PARTS = 64  # of the matrices, few of which are decomposed twice
+
+
+@jax.custom_jvp
+def smallest_singular_value(blocks: Float[Array, "*batch m m"]) -> Float[Array, "*batch"]:
+    """Return the smallest singular value of every matrix; NaN where a matrix is not finite.
+
+    The first derivative is exact where the value is simple.
+    """
+    finite, whole = finite_blocks(blocks)
+    sizes = _converged(lambda m, how: lax.linalg.svd(m, compute_uv=False, algorithm=how), whole)
+    return jnp.where(finite, sizes[..., -1], jnp.nan)
+
+
+@smallest_singular_value.defjvp
+def _smallest_singular_value_jvp(
+    primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    u, _, v = last_singular_triple(*primals)
+    change = jnp.einsum("...i,...ij,...j->...", u, *tangents, v, precision=lax.Precision.HIGHEST)
+    return smallest_singular_value(*primals), change
+
+
+def last_singular_triple(
+    blocks: Float[Array, "*batch m m"],
+) -> tuple[Float[Array, "*batch m"], Float[Array, "*batch"], Float[Array, "*batch m"]]:
+    """Return the smallest singular value s of every matrix with its vectors: s = u^T M v.
+
+    Returns:
+        u (..., m), s (...,) and v (..., m); NaN where a matrix is not finite.
+    """
+    finite, whole = finite_blocks(blocks)
+    u, size, v = _converged(_last_triple, whole)
+    u, v = (jnp.where(finite[..., None], vector, jnp.nan) for vector in (u, v))
+    return u, jnp.where(finite, size, jnp.nan), v
+
+
+def singular_value_decomposition(
+    matrices: Float[Array, "*batch m m"],
+) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch m"], Float[Array, "*batch m m"]]:
+    """Return U, s and V^T of square matrices M = U diag(s) V^T, with their derivatives.
+
+    A decomposition that fails has a derivative of NaN even where its value is not used. So divide
+    and conquer is given another matrix in place of those on which it fails.
+    """
+    tried = lax.linalg.svd(lax.stop_gradient(matrices))
+    done = _is_finite(tried, matrices.ndim - 2)
+    m = matrices.shape[-1]
+    another = jnp.diag(jnp.arange(1.0, 1.0 + m, dtype=matrices.dtype))
+    first = lax.linalg.svd(jnp.where(done[..., None, None], matrices, another))
+    flat = matrices.reshape(-1, m, m)
+    second = compute_where(
+        lambda picked: lax.linalg.svd(flat[picked], algorithm=SvdAlgorithm.QR), done, 1
+    )
+    return _choose(done, first, second)
+
+
+def finite_blocks(blocks: Float[Array, "*batch m m"]) -> tuple[Bool[Array, "*batch"], Array]:
+    """Tell which matrices are finite, and put the identity in place of the others.
+
+    LAPACK may not return from a matrix that is not finite.
+    """
+    finite = jnp.all(jnp.isfinite(blocks), axis=(-2, -1))
+    return finite, jnp.where(
+        finite[..., None, None], blocks, jnp.eye(blocks.shape[-1], dtype=blocks.dtype)
+    )
+
+
+def _last_triple(matrices: Array, how: SvdAlgorithm) -> tuple[Array, Array, Array]:
+    left, sizes, right = lax.linalg.svd(matrices, algorithm=how)
+    return left[..., :, -1], sizes[..., -1], right[..., -1, :]
+
+
+def _converged[Found](
+    decompose: Callable[[Array, SvdAlgorithm], Found], matrices: Float[Array, "*batch m m"]
+) -> Found:
+    """Decompose by the fastest method, and by QR iteration where that one has failed."""
+    first = decompose(matrices, SvdAlgorithm.DEFAULT)
+    done = _is_finite(first, matrices.ndim - 2)
+    if done.size == 0:
+        return first
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    second = compute_where(
+        lambda picked: decompose(flat[picked], SvdAlgorithm.QR), done, -(-done.size // _PARTS)
+    )
+    return _choose(done, first, second)
+
+
+def _is_finite(found: Any, leading: int) -> Bool[Array, "*batch"]:
+    """Tell where all arrays of a decomposition are finite; the batch is their leading axes."""
+    where = [
+        jnp.all(jnp.isfinite(array), axis=tuple(range(leading, array.ndim)))
+        for array in jax.tree.leaves(found)
+    ]
+    return jnp.all(jnp.stack(where), axis=0)
+
+
+def _choose[Found](done: Bool[Array, "*batch"], first: Found, second: Found) -> Found:
+    def chosen(one: Array, two: Array) -> Array:
+        return jnp.where(done.reshape(*done.shape, *[1] * (one.ndim - done.ndim)), one, two)
+
+    return jax.tree.map(chosen, first, second)
