@@ -150,14 +150,14 @@ class Chains:
         latest = list(self._states)
         pace = _CallLength(first, stops, self._most, len(latest), threads)
 
-        def work(member: int, count: int) -> _Call:
+        def work(chain: int, count: int) -> _Call:
             # Each thread has settings of its own.
             with jax.enable_x64(self._config.precision == "float64"):
                 started = time.perf_counter()
-                program = self._programs[member % len(self._programs)]
-                call = jax.block_until_ready(program(latest[member], np.int32(count)))
-                pace.took(member, count, time.perf_counter() - started)
-            latest[member] = call.state
+                program = self._programs[chain % len(self._programs)]
+                call = jax.block_until_ready(program(latest[chain], np.int32(count)))
+                pace.took(chain, count, time.perf_counter() - started)
+            latest[chain] = call.state
             # Copied: a view would keep the whole buffer.
             filled = (None, slice(count)) if self._each else (slice(None), slice(count))
             draws, statistics = jax.tree.map(
@@ -226,17 +226,17 @@ class _CallLength:
         first: iteration before them.
         stops: iterations that no call goes across; the last ends them.
         most: in one call.
-        members: that are advanced each by itself.
-        threads: that share them.
+        chains: number of chains; 1 where one call advances all of them.
+        threads: number of threads that share them.
     """
 
     def __init__(
-        self, first: int, stops: Sequence[int], most: int, members: int, threads: int
+        self, first: int, stops: Sequence[int], most: int, chains: int, threads: int
     ) -> None:
         self._at, self._stops, self._most = first, stops, most
         # Of each one's last call: iterations, and seconds of an iteration.
-        self._counts, self._seconds = [0] * members, [0.0] * members
-        self._turns = members / threads
+        self._counts, self._seconds = [0] * chains, [0.0] * chains
+        self._turns = chains / threads
         self._count = 0
 
     def next(self, number: int) -> int | None:
@@ -252,9 +252,9 @@ class _CallLength:
         self._at += count
         return count
 
-    def took(self, member: int, count: int, seconds: float) -> None:
+    def took(self, chain: int, count: int, seconds: float) -> None:
         """Note the seconds of a call, from any thread."""
-        self._counts[member], self._seconds[member] = count, seconds / count
+        self._counts[chain], self._seconds[chain] = count, seconds / count
 
 
 @partial(jax.jit, static_argnums=1)
