@@ -31,7 +31,7 @@ from probattn.arguments import check_bound
 from probattn.blocks.geometry import bounded
 from probattn.models.checks import check_symbols
 from probattn.models.coupling import attention_weights_of
-from probattn.text.batches import batched_rows
+from probattn.text.batches import map_batches
 
 PARTICLES = 128  # of each sequence
 
@@ -102,14 +102,12 @@ def filter_tokens(
     count, length = tokens.shape
     keys = jax.vmap(partial(jax.random.fold_in, rng_key))(jnp.arange(count))
     of_one = particles * (2 * length * coupling.shape[0] + len(bias))
-    batches = batched_rows(count, max(min(_NUMBERS // of_one, count), 1))
-    parts = [
-        _filter(keys[rows], tokens[rows], *weights, emission, bias, bound, particles=particles)
-        for rows in batches
-    ]
-    log_probabilities, kept = (
-        np.concatenate([np.asarray(part) for part in each])[:count]
-        for each in zip(*parts, strict=True)
+    log_probabilities, kept = map_batches(
+        lambda _, rows: _filter(
+            keys[rows], tokens[rows], *weights, emission, bias, bound, particles=particles
+        ),
+        count,
+        max(min(_NUMBERS // of_one, count), 1),
     )
     if not kept.all():
         sequence, position = np.argwhere(kept == 0)[0]

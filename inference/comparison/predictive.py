@@ -21,7 +21,7 @@ from probattn.inference.evaluation.perturbations import Gaussian
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig
 from probattn.models.coupling import sample_coupling
 from probattn.models.transformer import Parameters, embed, logits
-from probattn.text.batches import Windows, batched_rows, windows
+from probattn.text.batches import Windows, map_batches, windows
 from probattn.text.vocabulary import Vocabulary
 
 BINS = 10  # of the reliability diagram, equally wide in predicted probability
@@ -229,14 +229,12 @@ def _log_probabilities(
     *,
     heads: int,
 ) -> Float[np.ndarray, "windows T V"]:
-    parts = [
-        _log_softmax(
-            parameters, inputs[rows], sigma, jax.random.fold_in(rng_key, number), heads=heads
-        )
-        for number, rows in enumerate(batched_rows(len(inputs), _BATCH))
-    ]
+    def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> Array:
+        key = jax.random.fold_in(rng_key, number)
+        return _log_softmax(parameters, inputs[rows], sigma, key, heads=heads)
+
     # In float64, in which the probability of no token underflows.
-    return np.concatenate([np.asarray(part, np.float64) for part in parts])[: len(inputs)]
+    return map_batches(of_batch, len(inputs), _BATCH).astype(np.float64)
 
 
 @partial(jax.jit, static_argnames="heads")

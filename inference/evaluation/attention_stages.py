@@ -17,7 +17,7 @@ from probattn.inference.runtime.blas_threads import one_blas_thread
 from probattn.margins import both_margins
 from probattn.models.language import attention_stage
 from probattn.models.transformer import Parameters, embed, first_layer, rms_normalised
-from probattn.text.batches import batched_rows
+from probattn.text.batches import map_batches
 
 StageInput = Literal["embeddings", "normalised", "first_layer"]
 _BATCH = 4  # windows in one call: the bases of 2 r directions take (windows, T, d, 2 r) numbers
@@ -96,14 +96,11 @@ def stage_margins(
         bound=stage.bound,
     )
     with one_blas_thread():
-        parts = [
-            measure(run.parameters, inputs[rows], stage.w_query, stage.w_key)
-            for rows in batched_rows(len(inputs), _BATCH)
-        ]
-        fields = [
-            np.concatenate([np.asarray(piece) for piece in pieces])[: len(inputs)]
-            for pieces in zip(*parts, strict=True)
-        ]
+        fields = map_batches(
+            lambda _, rows: measure(run.parameters, inputs[rows], stage.w_query, stage.w_key),
+            len(inputs),
+            _BATCH,
+        )
     return StageMargins(stage.label, *fields)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from probattn.inference.evaluation.perturbations import Gaussian, Perturbation
 from probattn.models import LanguageModelConfig
 from probattn.models.transformer import Parameters, Precision, logits
-from probattn.text.batches import batched_rows, windows
+from probattn.text.batches import map_batches, windows
 from probattn.text.vocabulary import Vocabulary
 
 _BATCH = 32  # windows in one call
@@ -124,13 +124,13 @@ class Scorer:
     ) -> Float[np.ndarray, "windows T"]:
         """Loss of every position of every window, in nats."""
         rng_key = jax.random.key(0) if rng_key is None else rng_key
-        count = len(self.inputs)
-        results = []
-        for number, rows in enumerate(batched_rows(count, _BATCH)):
+
+        def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> Array:
             key = jax.random.fold_in(rng_key, number)
             inputs, targets = self.inputs[rows], self.targets[rows]
-            results.append(self._losses(perturbation, parameters, inputs, targets, key))
-        return np.concatenate([np.asarray(part) for part in results])[:count]
+            return self._losses(perturbation, parameters, inputs, targets, key)
+
+        return map_batches(of_batch, len(self.inputs), _BATCH)
 
     def embedding_rms(self, parameters: Parameters) -> float:
         """Root mean square, per coordinate, of what enters the stack over this text."""

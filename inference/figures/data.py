@@ -20,21 +20,16 @@ def check_any(name: str, entries: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: got no entries, expected at least one label")
 
 
-def metric(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Values]:
-    """Steps and values of one metric, without the rows where it is None.
-
-    Raises:
-        ValueError: if there are no rows, or one lacks the key or the step.
-    """
-    _check_keys(label, rows, "step", key)
-    return measured(rows, key)
+def metric(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Values]:
+    """Return steps and values of one metric, without the rows where it is None."""
+    kept = [(row["step"], row[key]) for row in rows if row[key] is not None]
+    found = np.array(kept, np.float64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
 
 
 def measured(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Values]:
-    """Steps and values of a metric that rows of earlier versions lack, of the rows that have it."""
-    kept = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    found = np.array(kept, np.float64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
+    """Return the same of a metric that rows of earlier versions lack."""
+    return metric([row for row in rows if key in row], key)
 
 
 def table(name: str, values: ArrayLike, columns: int) -> Values:
@@ -65,18 +60,16 @@ def finite_range(values: Values) -> tuple[float, float]:
 def smallest_margins(
     label: str, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[Values, Values]]:
-    """Kind of margin -> steps and min_margin of the rows that have one of that kind.
+    """Return, by kind of margin, steps and min_margin of the rows that have one of that kind.
 
     Raises:
-        ValueError: if there are no rows, or one lacks min_margin or min_margin_kind.
+        ValueError: if there are no rows.
     """
-    _check_keys(label, rows, "min_margin", "min_margin_kind")
-    measured = [row for row in rows if row["min_margin"] is not None]
-    kinds = dict.fromkeys(row["min_margin_kind"] for row in measured)
+    if not rows:
+        raise ValueError(f"runs[{label!r}]: got no rows, expected the lines of a metrics.jsonl")
+    kinds = dict.fromkeys(row["min_margin_kind"] for row in rows if row["min_margin"] is not None)
     return {
-        kind: metric(
-            label, [row for row in measured if row["min_margin_kind"] == kind], "min_margin"
-        )
+        kind: metric([row for row in rows if row["min_margin_kind"] == kind], "min_margin")
         for kind in kinds
     }
 
@@ -85,25 +78,11 @@ def sweep(label: str, result: Mapping[str, Sequence[float]], unit: str) -> tuple
     """Noise and bits per character of one sweep, by growing noise from 0 on.
 
     Raises:
-        ValueError: if one of the two is missing, they differ in length, the least noise is not 0,
-            or the bits per character there, which divide the others, are not positive.
+        ValueError: if the two differ in length, the least noise is not 0, or the bits per
+            character there, which divide the others, are not positive.
     """
-    columns = []
-    for key in (f"noise_{unit}", f"bpc_{unit}"):
-        if key not in result:
-            raise ValueError(
-                f"results[{label!r}]: got keys {', '.join(map(str, result))}, expected {key!r} "
-                "among them"
-            )
-        columns.append(vector(f"results[{label!r}][{key!r}]", result[key]))
-    noise, bpc = columns
-    if len(noise) != len(bpc):
-        raise ValueError(
-            f"results[{label!r}]: got {len(noise)} values of noise_{unit} and {len(bpc)} of "
-            f"bpc_{unit}, expected as many of one as of the other"
-        )
-    order = np.argsort(noise, kind="stable")
-    noise, bpc = noise[order], bpc[order]
+    columns = np.array([result[f"noise_{unit}"], result[f"bpc_{unit}"]], np.float64)
+    noise, bpc = columns[:, np.argsort(columns[0], kind="stable")]
     if not len(noise) or noise[0] != 0 or not bpc[0] > 0:
         first = f"noise {noise[0]:g} with BPC {bpc[0]:g}" if len(noise) else "no points"
         raise ValueError(
@@ -204,15 +183,3 @@ def cumulative(name: str, values: ArrayLike) -> tuple[Values, Values]:
     if not finite.any():
         raise ValueError(f"{name}: got {len(array)} margins, none finite, expected at least one")
     return ordered[finite], fraction[finite]
-
-
-def _check_keys(label: str, rows: Sequence[Mapping[str, Any]], *keys: str) -> None:
-    if not rows:
-        raise ValueError(f"runs[{label!r}]: got no rows, expected the lines of a metrics.jsonl")
-    for number, row in enumerate(rows):
-        for key in keys:
-            if key not in row:
-                raise ValueError(
-                    f"runs[{label!r}], row {number}: got keys {', '.join(map(str, row))}, "
-                    f"expected {key!r} among them"
-                )

@@ -112,8 +112,9 @@ def noise_sweep(results: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             the least noise of a list is 0.
 
     Raises:
-        ValueError: if there is no run, one of the four lists is missing, the two of a pair differ
-            in length, the least noise is not 0, or the BPC there is not positive.
+        ValueError: if there is no run, the two lists of a pair differ in length, the least noise is
+            not 0, or the BPC there is not positive.
+        KeyError: if one of the four lists is missing.
     """
     data.check_any("results", results)
     units = {

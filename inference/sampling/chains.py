@@ -68,16 +68,16 @@ class Chains:
         model: a NumPyro model.
         arguments: its arguments and keyword arguments.
         config: chains, warm-up, seed and method.
-        start: values of sample sites that every chain starts from; other sites start from a draw
-            of the prior.
+        init_values: values of sample sites that every chain starts from; other sites start from a
+            draw of the prior.
 
     Raises:
-        ValueError: if `start` names a site that the model lacks, or has density zero.
+        ValueError: if `init_values` names a site that the model lacks, or has density zero.
         SampleError: if a chain finds no start of positive density.
     """
 
     def __init__(
-        self, model: Callable, arguments: Sequence, config: SampleConfig, start: Mapping
+        self, model: Callable, arguments: Sequence, config: SampleConfig, init_values: Mapping
     ) -> None:
         self._config = config
         args, kwargs = arguments
@@ -85,9 +85,9 @@ class Chains:
             model,
             target_accept_prob=config.target_accept,
             max_tree_depth=config.max_tree_depth,
-            init_strategy=partial(init_to_given, start),
+            init_strategy=partial(init_to_given, init_values),
         )
-        check_initial_values(model, args, kwargs, start)
+        check_initial_values(model, args, kwargs, init_values)
 
         def init(rng_key: Array) -> HMCState:
             return kernel.init(rng_key, config.warmup, model_args=args, model_kwargs=kwargs)

@@ -16,7 +16,7 @@ def run_ahead[Task, Result](
     threads: int,
     ahead: int,
 ) -> Generator[list[Result]]:
-    """Yield the results of `work(chain, task(number))` of all chains, for rounds 0, 1, ... in order.
+    """Yield the results of `work(chain, task(number))` of all chains, round after round.
 
     Every chain has a thread, and works on one round after another. It waits for no slower chain
     and not for the caller, unless it is `ahead` rounds in front.

@@ -27,6 +27,7 @@ from probattn.inference.runtime.memory import check_memory
 from probattn.inference.runtime.progress import Bar, progress_bar
 from probattn.inference.runtime.signals import Interrupted, deferred_interrupts
 from probattn.inference.sampling.chains import Chains
+from probattn.inference.sampling.initialisation import given_values
 from probattn.inference.sampling.result import PosteriorResult
 
 _SAVE_SECONDS = 30.0  # between two segments
@@ -38,10 +39,11 @@ def sample(
     model_args: tuple = (),
     model_kwargs: Mapping[str, Any] | None = None,
     config: SampleConfig | None = None,
-    start: Mapping[str, Any] | None = None,
+    init_values: Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = False,
+    start: Mapping[str, Any] | None = None,
 ) -> PosteriorResult:
     """Sample the posterior of any NumPyro model by NUTS.
 
@@ -50,23 +52,25 @@ def sample(
         model_args: its arguments.
         model_kwargs: its keyword arguments.
         config: chains, iterations, seed; the defaults if not given.
-        start: values of sample sites that every chain starts from, such as a MAP; the sites that
-            it does not name start from a draw of the prior.
+        init_values: values of sample sites that every chain starts from, such as a MAP; the sites
+            that it does not name start from a draw of the prior.
         out: folder for the segments, new or empty unless `resume` is set; without one, nothing is
             saved.
         resume: go on from the segments in `out`. Model, arguments and configuration must be those
             of the run; draws may be raised.
         progress: show a progress bar.
+        start: the old name of `init_values`, which works for one more version.
 
     Returns:
         The draws of all chains.
 
     Raises:
-        ValueError: if `start` names a site that the model lacks, `out` holds segments already, or
-            they are damaged or of another model (SegmentError).
+        ValueError: if `init_values` names a site that the model lacks, `out` holds segments
+            already, or they are damaged or of another model (SegmentError).
         SampleError: if a chain finds no start of positive density.
         Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
     """
+    init_values = given_values(init_values, start)
     config = SampleConfig() if config is None else config
     folder = None if out is None else SegmentFolder(out)
     if resume and folder is None:
@@ -76,11 +80,11 @@ def sample(
             f"{folder.path}: holds segments already; go on with resume, or name another folder"
         )
     with jax.enable_x64(config.precision == "float64"):
-        *arguments, start = jax.tree.map(
+        *arguments, init_values = jax.tree.map(
             partial(_in_precision, dtype=jnp.dtype(config.precision)),
-            (tuple(model_args), dict(model_kwargs or {}), dict(start or {})),
+            (tuple(model_args), dict(model_kwargs or {}), dict(init_values or {})),
         )
-        chains = Chains(model, arguments, config, start)
+        chains = Chains(model, arguments, config, init_values)
         sampler = _Sampler(chains, config, folder, _digest(config, model, arguments))
         with progress_bar(
             "sample",

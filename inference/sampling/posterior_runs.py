@@ -19,6 +19,7 @@ from probattn.inference.runs.npz import read_arrays
 from probattn.inference.runs.run import PosteriorRun, Run, create_posterior_run, load_run
 from probattn.inference.runtime.memory import check_memory
 from probattn.inference.sampling.chains import SampleError
+from probattn.inference.sampling.initialisation import given_values
 from probattn.inference.sampling.nuts import load_draws, sample
 from probattn.inference.sampling.result import PosteriorResult
 from probattn.models import language_model, latent_embeddings
@@ -31,20 +32,22 @@ def sample_run(
     config: SampleRunConfig,
     out: str | os.PathLike[str],
     *,
-    start: Mapping[str, Any] | None = None,
+    init_values: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    start: Mapping[str, Any] | None = None,
 ) -> tuple[PosteriorRun, PosteriorResult]:
     """Sample the posterior of a model given a text, into a run directory.
 
     Args:
         config: data, model and sampler.
         out: run directory, see `runs`; new or empty unless `resume` or `overwrite` is set.
-        start: see `sample`; it is kept in the run, and not given again to resume.
+        init_values: see `sample`; they are kept in the run, and not given again to resume.
         resume: go on with the run in `out`.
         overwrite: replace the run in `out`.
         progress: show a progress bar.
+        start: the old name of `init_values`, which works for one more version.
 
     Returns:
         The run, and its draws.
@@ -56,6 +59,7 @@ def sample_run(
         SampleError: if a chain finds no start of positive density.
         Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
     """
+    init_values = given_values(init_values, start)
     out = Path(out)
     check_options(out, resume=resume, overwrite=overwrite)
     if config.latent is not None:
@@ -65,7 +69,7 @@ def sample_run(
     corpus = load_corpus(config.data)
     if resume:
         run = _reopen(out, config, corpus)
-        start = _read_start(run)
+        init_values = _read_start(run)
         arguments = _tokens(config, corpus, run.vocabulary)
     else:
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
@@ -74,13 +78,13 @@ def sample_run(
     room = nullcontext() if resume else room_for_run(out, overwrite=overwrite)
     with locked(out), room:  # from before the run is made to its end
         if not resume:
-            run = create_posterior_run(out, config, corpus, vocabulary, start=start)
+            run = create_posterior_run(out, config, corpus, vocabulary, start=init_values)
         try:
             result = sample(
                 posterior_model(config, run.vocabulary),
                 model_args=arguments,
                 config=config.sample,
-                start=start,
+                init_values=init_values,
                 out=run.segments.path,
                 resume=True,
                 progress=progress,

@@ -1,7 +1,7 @@
 """Blocks of a token sequence: random minibatches to fit, windows to evaluate."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +93,29 @@ def windows(length: int, *, block: int, stride: int | None = None) -> Windows:
 
 
 def batched_rows(count: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
-    """Indices of rows in batches of one size, the last filled up with the last row.
+    """Yield indices of rows in batches of one size, the last filled up with the last row.
 
     One size is one compilation; what is computed of the filling is to be cut off after `count`.
     """
     for start in range(0, count, size):
         yield np.minimum(np.arange(start, start + size), count - 1)
+
+
+def map_batches(
+    function: Callable[[int, Int[np.ndarray, " size"]], Any], count: int, size: int
+) -> Any:
+    """Call a function for batches of rows, and join what it returns.
+
+    Args:
+        function: takes the number of a batch and the indices of its rows, as `batched_rows` gives
+            them, and returns a tree of arrays whose leading axis is that of the rows.
+        count: number of rows, >= 1.
+        size: rows of a batch, >= 1.
+
+    Returns:
+        The tree, with NumPy arrays whose leading axis is that of all rows.
+    """
+    parts = [function(number, rows) for number, rows in enumerate(batched_rows(count, size))]
+    return jax.tree.map(
+        lambda *pieces: np.concatenate([np.asarray(piece) for piece in pieces])[:count], *parts
+    )
