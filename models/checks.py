@@ -21,7 +21,7 @@ def check_integers(config: Any, table: str, /, **least: int | None) -> None:
 
 
 def check_symbols(name: str, symbols: Any, vocabulary_size: int) -> None:
-    """Refuse symbols outside a vocabulary, of which JAX would take the nearest that there is.
+    """Refuse symbols outside a vocabulary: JAX would take the nearest that there is.
 
     Of traced arrays nothing is known.
 

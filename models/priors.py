@@ -26,7 +26,7 @@ GAIN_SCALE = 0.1
 
 
 def attention_prior(width: int, rank: int) -> dist.Distribution:
-    """Prior of each of W_Q and W_K (width, rank) of a separate attention stage."""
+    """Return the prior of each of W_Q and W_K (width, rank) of a separate attention stage."""
     return _normal((width, rank), scale=1 / math.sqrt(width))
 
 

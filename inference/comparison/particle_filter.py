@@ -47,8 +47,8 @@ class Filtered(NamedTuple):
     """Predictions of token sequences, each token from those before it in its sequence.
 
     Attributes:
-        log_probabilities: of every symbol at every position, in nats, (N, T, V); those of the
-            first position are given nothing.
+        log_probabilities: log probability of every symbol at every position, in nats, (N, T, V);
+            those of the first position are given nothing.
         unconverged: particles at each position whose equation was not solved, and which therefore
             were left out, (N, T).
     """
@@ -130,7 +130,7 @@ def _filter(
     *,
     particles: int,
 ) -> tuple[Float[Array, "N T V"], Int[Array, "N T"]]:
-    """Log probabilities, and how many particles were left at each position."""
+    """Return log probabilities, and how many particles were left at each position."""
     length = tokens.shape[1]
     width, dtype = w_query.shape[0], w_query.dtype
     solve = jax.vmap(solve_token, in_axes=(0, 0, 0, None, None))
@@ -162,7 +162,7 @@ def _filter(
 def _systematic(
     rng_key: Array, log_weights: Float[Array, " particles"], converged: Bool[Array, " particles"]
 ) -> Int[Array, " particles"]:
-    """Particles that go on: each as often as its share of the weight, rounded up or down."""
+    """Return which particles go on: each as often as its part of the weight, rounded up or down."""
     log_weights = jnp.where(converged, log_weights, -jnp.inf)
     cumulated = jnp.cumsum(jax.nn.softmax(log_weights))
     count = len(log_weights)
@@ -179,7 +179,7 @@ def _checked(
     bias: ArrayLike,
     particles: int,
 ) -> tuple[Array, Array, Array]:
-    """The parameters as arrays of one dtype."""
+    """Return the parameters as arrays of one dtype."""
     arrays = tuple(jnp.asarray(array) for array in (coupling, emission, bias))
     shapes = tuple(array.shape for array in arrays)
     width, size = shapes[1] if len(shapes[1]) == 2 else (0, 0)

@@ -31,7 +31,7 @@ class AttentionStage:
         label: what figures and tables call it.
         w_query: W_Q (d, r).
         w_key: W_K (d, r).
-        sees: the embeddings, the same divided by their root mean square, token by token, or the
+        input: the embeddings, the same divided by their root mean square, token by token, or the
             first layer's normalised input.
         bound: c of its bounded context, or None.
     """
@@ -48,10 +48,10 @@ class StageMargins:
     """Quantities of one stage at every position of the windows of a text.
 
     Attributes:
-        label: of the stage.
+        label: label of the stage.
         margin: "sigma_min", (windows, T).
         log_det: log det D_t in nats, -inf where the determinant is not positive.
-        embedding_margin: distance to the boundary in the space of what the stage sees, and in its
+        embedding_margin: distance to the boundary in the space of the stage's input, and in its
             unit: embeddings, or their normalised form, of root mean square 1.
         certificate: rho_t; below 1 the position is proved invertible.
         infeasible: whether R_t has a real eigenvalue <= 0.
@@ -66,7 +66,7 @@ class StageMargins:
 
 
 def stages(run: Run, prior: PostHocPrior | None) -> Iterator[AttentionStage]:
-    """Stages of a run: post hoc where a prior is given, trained where there is one, first layer's.
+    """Yield a run's stages: post hoc if a prior is given, trained if there is one, first layer's.
 
     Those of the first layer are one for each head.
     """
@@ -88,7 +88,7 @@ def stages(run: Run, prior: PostHocPrior | None) -> Iterator[AttentionStage]:
 def stage_margins(
     run: Run, stage: AttentionStage, inputs: Int[np.ndarray, "windows T"]
 ) -> StageMargins:
-    """Margins, log determinants and certificates of a stage over windows of tokens."""
+    """Compute margins, log determinants and certificates of a stage over windows of tokens."""
     measure = partial(
         _measure,
         input=stage.input,

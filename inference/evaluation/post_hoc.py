@@ -49,7 +49,7 @@ class PostHocPrior:
             a determinant is not positive.
         converged: whether the last tenth of the steps added less than a hundredth of what all did,
             or than the minibatches' noise.
-        steps: of the optimizer.
+        steps: number of steps of the optimizer.
         tokens: how many it was fitted on.
     """
 
@@ -112,10 +112,10 @@ def fit_attention_prior(
 
     Args:
         x: embeddings (B, T, d).
-        rank: of W_Q and W_K.
+        rank: rank of W_Q and W_K.
         training_tokens: tokens of the whole text, of which x is a sample: the prior's weight.
         bound: c of a bounded context, or None.
-        seed: of the prior draw that the fit starts from, and of the minibatches.
+        seed: seed of the prior draw that the fit starts from, and of the minibatches.
         progress: show a progress bar.
     """
     start_key, data_key = jax.random.split(jax.random.key(seed))

@@ -53,7 +53,7 @@ class Scorer:
         vocabulary: symbols of the tokens.
         tokens: the text, (N,), N >= 2.
         most_tokens: if given, only that many tokens, in windows spread evenly over the text.
-        precision: of the matrix products.
+        precision: precision of the matrix products.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Scorer:
         """Score the text.
 
         Args:
-            parameters: of the network.
-            perturbation: of what enters the stack; by default none.
-            rng_key: of the perturbation.
+            parameters: parameters of the network.
+            perturbation: perturbation of what enters the stack; by default none.
+            rng_key: random key of the perturbation.
 
         Raises:
             ValueError: if the predicted tokens begin no character.
@@ -95,7 +95,7 @@ class Scorer:
         return self.summed(self.losses(parameters, perturbation, rng_key=rng_key))
 
     def summed(self, losses: Float[np.ndarray, "windows T"]) -> Score:
-        """Score of given losses, those of `losses`.
+        """Score given losses, those of `losses`.
 
         Raises:
             ValueError: if the predicted tokens begin no character.
@@ -122,7 +122,7 @@ class Scorer:
         *,
         rng_key: Array | None = None,
     ) -> Float[np.ndarray, "windows T"]:
-        """Loss of every position of every window, in nats."""
+        """Compute the loss of every position of every window, in nats."""
         rng_key = jax.random.key(0) if rng_key is None else rng_key
 
         def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> Array:
@@ -133,7 +133,7 @@ class Scorer:
         return map_batches(of_batch, len(self.inputs), _BATCH)
 
     def embedding_rms(self, parameters: Parameters) -> float:
-        """Root mean square, per coordinate, of what enters the stack over this text."""
+        """Return the root mean square, per coordinate, of what enters the stack over this text."""
         counts = np.zeros((len(parameters["token_embedding"]), self.inputs.shape[1]))
         np.add.at(counts, (self.inputs, np.arange(self.inputs.shape[1])), self.reported)
         tokens, positions = (

@@ -33,7 +33,7 @@ def measured(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Value
 
 
 def table(name: str, values: ArrayLike, columns: int) -> Values:
-    """Table of floats with at least one row.
+    """Return a table of floats with at least one row.
 
     Raises:
         ValueError: if it has another number of columns, or no row.
@@ -47,12 +47,12 @@ def table(name: str, values: ArrayLike, columns: int) -> Values:
 
 
 def after_the_start(steps: Values, values: Values) -> Values:
-    """Values of the last four fifths of the steps; all where there are fewer than ten."""
+    """Return values of the last four fifths of the steps; all where there are fewer than ten."""
     return values if len(values) < 10 else values[steps >= 0.2 * steps.max()]
 
 
 def finite_range(values: Values) -> tuple[float, float]:
-    """Smallest and largest finite value; 0 and 0 if there is none."""
+    """Return the smallest and largest finite value; 0 and 0 if there is none."""
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
@@ -75,7 +75,7 @@ def smallest_margins(
 
 
 def sweep(label: str, result: Mapping[str, Sequence[float]], unit: str) -> tuple[Values, Values]:
-    """Noise and bits per character of one sweep, by growing noise from 0 on.
+    """Return noise and bits per character of one sweep, by growing noise from 0 on.
 
     Raises:
         ValueError: if the two differ in length, the least noise is not 0, or the bits per
@@ -93,7 +93,7 @@ def sweep(label: str, result: Mapping[str, Sequence[float]], unit: str) -> tuple
 
 
 def vector(name: str, values: ArrayLike) -> Values:
-    """One-dimensional array of floats.
+    """Return a one-dimensional array of floats.
 
     Raises:
         ValueError: if it has another number of dimensions.
@@ -105,7 +105,7 @@ def vector(name: str, values: ArrayLike) -> Values:
 
 
 def aligned(margins: Mapping[str, ArrayLike]) -> dict[str, Values]:
-    """Several margins of one text.
+    """Return several margins of one text, as vectors.
 
     Raises:
         ValueError: if there are none, or they are no vectors of one length, at least 1.
@@ -123,7 +123,7 @@ def aligned(margins: Mapping[str, ArrayLike]) -> dict[str, Values]:
 
 
 def positions(name: str, values: ArrayLike, length: int) -> Positions:
-    """Positions in a text of `length` tokens.
+    """Return positions in a text of `length` tokens, as a vector.
 
     Raises:
         ValueError: if they are no vector of integers from 0 to length - 1.
@@ -142,7 +142,7 @@ def positions(name: str, values: ArrayLike, length: int) -> Positions:
 
 
 def smallest_of_each(values: Values, stride: int) -> Positions:
-    """Position of the smallest value in each stretch of `stride`; a NaN only where all are."""
+    """Find the smallest value in each stretch of `stride`; a NaN only where all are."""
     filled = np.where(np.isnan(values), np.inf, values)
     starts = range(0, len(values), stride)
     return np.array(
@@ -151,14 +151,14 @@ def smallest_of_each(values: Values, stride: int) -> Positions:
 
 
 def above_an_edge(values: Values) -> Values:
-    """The values with -inf moved to an edge a little below 0 and below all finite ones."""
+    """Move values of -inf to an edge a little below 0 and below all finite ones."""
     finite = np.append(values[np.isfinite(values)], 0.0)
     edge = finite.min() - 0.1 * (float(np.ptp(finite)) or 1.0)
     return np.where(values == -np.inf, edge, values)
 
 
 def colour_limits(values: Values) -> tuple[float, float]:
-    """1st and 99th percentile of the finite values, never the same number."""
+    """Return the 1st and 99th percentile of the finite values, never the same number."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
@@ -168,7 +168,7 @@ def colour_limits(values: Values) -> tuple[float, float]:
 
 
 def cumulative(name: str, values: ArrayLike) -> tuple[Values, Values]:
-    """Empirical distribution function at the finite values.
+    """Evaluate the empirical distribution function at the finite values.
 
     Returns them in ascending order, and the fraction of all that is not above each. NaN
     counts for nothing; -inf counts below all, +inf above.

@@ -30,7 +30,7 @@ _TRAINING: dict[str, Any] = {"linestyle": (0, (4, 1.5)), "linewidth": 0.8, "mark
 
 @styled
 def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Bits per character and smallest margin while fitting.
+    """Draw bits per character and smallest margin while fitting.
 
     Panel (a) has the training text dashed and the validation text solid; its axis ends above the
     values of the last four fifths of the steps, so that the steep start does not flatten the rest.
@@ -97,7 +97,7 @@ _WATCHED: dict[tuple[str, bool], tuple[str, ...]] = {
 
 @styled
 def barrier_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """What the barrier does while fitting: coupling, margins, determinants, embeddings.
+    """Draw what the barrier does while fitting: coupling, margins, determinants, embeddings.
 
     Quantities of an attention stage have a panel for each kind of stage that was watched; the
     smallest and the largest eigenvalue of the coupling, A + A^T, share one.

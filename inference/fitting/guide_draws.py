@@ -31,9 +31,9 @@ def guide_draws(
     float64, which is as much work as a step on all of that text for every parameter.
 
     Args:
-        run: from `load_run` or `fit`, of a guide other than map.
+        run: a run from `load_run` or `fit`, with a guide other than map.
         draws: how many. More of them begin with the same ones.
-        seed: of the draws.
+        seed: seed of the draws.
         progress: show a progress bar.
 
     Returns:
@@ -69,7 +69,7 @@ Sampler = Callable[[Array, Any], dict[str, Array]]
 
 
 def _variational(run: Run) -> tuple[Sampler, dict[str, Array]]:
-    """How the run's guide samples, and the arguments that it does so with."""
+    """Return how the run's guide samples, and the arguments that it does so with."""
     guide = make_guide(run.config.fit.guide, _parameters(run), run.parameters)
     shapes = jax.eval_shape(partial(init_params, guide))
     step, params = run.best.load_with_step(shapes, part="guide")

@@ -30,10 +30,10 @@ class Loop:
     """The state of a fit between compiled calls.
 
     Args:
-        run: of the fit; its latest checkpoint is restored if there is one.
+        run: the run of the fit; its latest checkpoint is restored if there is one.
         train: training tokens, (N,).
         validation: validation tokens, (M,).
-        optimizer: of the user, or None for the default one.
+        optimizer: the user's optimizer, or None for the default one.
         placement: where the arrays of the fit lie.
 
     Attributes:

@@ -121,7 +121,7 @@ def _scorer(run: Run, tokens: np.ndarray, *, most_tokens: int | None) -> Scorer:
 
 
 def _report_steps(config: RunConfig, step: int) -> list[int]:
-    """Steps up to this one that have a report."""
+    """Return the steps up to this one that have a report."""
     fit = config.fit
     steps = list(range(fit.eval_every, step + 1, fit.eval_every))
     if step == fit.steps and fit.steps % fit.eval_every:

@@ -183,7 +183,7 @@ class Chains:
                 )
 
     def saved(self) -> dict[str, np.ndarray]:
-        """Leaves of the state by name, (chains, ...): where `advance` stands, to go on from."""
+        """Return the state's leaves by name, (chains, ...): where `advance` stands, and goes on."""
         states = [jax.tree.map(np.asarray, _plain(state)) for state in self._states]
         if self._each:
             return named_leaves(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
@@ -204,7 +204,7 @@ class Chains:
         )
 
     def _placed(self, state: HMCState) -> list[HMCState]:
-        """A state of all chains as those of each that is advanced, on their devices."""
+        """Divide a state of all chains into those that are advanced, on their devices."""
         if not self._each:
             return [state if self._spread is None else jax.device_put(state, self._spread)]
         chains = _each_of(state, self._config.chains)
@@ -225,7 +225,7 @@ class _CallLength:
     Args:
         first: iteration before them.
         stops: iterations that no call goes across; the last ends them.
-        most: in one call.
+        most: most iterations of one call.
         chains: number of chains; 1 where one call advances all of them.
         threads: number of threads that share them.
     """
@@ -240,7 +240,7 @@ class _CallLength:
         self._count = 0
 
     def next(self, number: int) -> int | None:
-        """Iterations of the next call; None if there is none."""
+        """Return the iterations of the next call; None if there is none."""
         stop = next((stop for stop in self._stops if stop > self._at), None)
         if stop is None:
             return None
@@ -267,7 +267,7 @@ def _is_key(leaf: Array) -> bool:
 
 
 def _plain(state: HMCState) -> HMCState:
-    """The state with its random keys as numbers, which can be saved."""
+    """Return the state with its random keys as numbers, which can be saved."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
 
 
@@ -281,7 +281,7 @@ def _check_density(energy: np.ndarray) -> None:
 
 
 def _spread(chains: int, devices: Sequence[jax.Device]) -> NamedSharding | None:
-    """As many chains on each of as many devices as there can be; None if that is one device."""
+    """Place chains equally on as many devices as there can be; None if that is one device."""
     count = next(n for n in range(len(devices), 0, -1) if chains % n == 0)
     if count == 1:
         return None
@@ -289,7 +289,7 @@ def _spread(chains: int, devices: Sequence[jax.Device]) -> NamedSharding | None:
 
 
 def _for_own_chains(advance: Callable, spread: NamedSharding) -> Callable:
-    """`advance` by every device for its own chains: none waits for those of another."""
+    """Let every device `advance` its own chains: none waits for those of another."""
     return jax.shard_map(
         advance,
         mesh=spread.mesh,

@@ -44,7 +44,7 @@ def given_values(
 
 
 def init_to_given(values: Mapping[str, Any], site: dict | None = None) -> Any:
-    """NumPyro initialisation: the values given, and draws from the prior for other sites."""
+    """Initialise, for NumPyro, to the values given, and to draws from the prior at other sites."""
     if site is None:
         return partial(init_to_given, values)
     if site["type"] == "sample" and site["name"] in values:
@@ -88,7 +88,7 @@ def check_initial_values(model: Callable, args: tuple, kwargs: dict, values: Map
 
 
 def _infeasible(model: Callable, args: tuple, kwargs: dict, values: Mapping) -> str:
-    """How many tokens of attention processes lie outside the feasible region."""
+    """Tell how many tokens of attention processes lie outside the feasible region."""
     sites = trace(seed(substitute(model, values), jax.random.key(0))).get_trace(*args, **kwargs)
     outside, smallest = 0, math.inf
     for site in sites.values():

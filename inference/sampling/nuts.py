@@ -109,7 +109,7 @@ def sample(
 def load_draws(
     folder: SegmentFolder, config: SampleConfig
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float, int]:
-    """Draws, statistics, seconds and iterations of saved segments.
+    """Return draws, statistics, seconds and iterations of saved segments.
 
     Raises:
         SegmentError: if a segment is damaged, missing or of another configuration.
@@ -142,7 +142,7 @@ class _Kept:
                 kept[name][:, first : first + values.shape[1]] = values
 
     def add_segment(self, path: Path, segment: Segment) -> float:
-        """Add a saved segment; the seconds that sampling took up to its end."""
+        """Add a saved segment, and return the seconds that sampling took up to its end."""
         warmup, total = self._config.warmup, self._config.warmup + self._config.draws
         if segment.first < warmup < segment.stop or segment.stop > total:
             raise SegmentError(
@@ -254,14 +254,14 @@ class _Sampler:
 
 
 def _in_precision(leaf: Any, *, dtype: jnp.dtype) -> Any:
-    """Arrays of floating-point numbers in the precision of the run; all else as it is."""
+    """Return floating-point arrays in the precision of the run, and all else as it is."""
     if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.asarray(leaf, dtype)
     return leaf
 
 
 def _digest(config: SampleConfig, model: Callable, arguments: Sequence) -> np.ndarray:
-    """SHA-256 of what draws depend on: all of the configuration but how many, and the model.
+    """Return the SHA-256 of what draws depend on: the configuration but how many, and the model.
 
     Of that its name and what `functools.partial` binds to it; not what it does.
     """

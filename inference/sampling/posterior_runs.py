@@ -99,7 +99,7 @@ def sample_run(
 
 
 def config_of_fit(run: Run, config: SampleConfig) -> SampleRunConfig:
-    """The posterior of a fitted run's own model, given sequences of its own text."""
+    """Describe the posterior of a fitted run's own model, given sequences of its own text."""
     return SampleRunConfig(
         data=run.config.data,
         sample=config,
@@ -109,7 +109,7 @@ def config_of_fit(run: Run, config: SampleConfig) -> SampleRunConfig:
 
 
 def load_posterior(run: PosteriorRun) -> PosteriorResult:
-    """The draws of a run that is finished, without compiling or sampling anything.
+    """Load the draws of a run that is finished, without compiling or sampling anything.
 
     Raises:
         RunError: if it is not finished.
@@ -136,12 +136,12 @@ def load_posterior(run: PosteriorRun) -> PosteriorResult:
 def guide_posterior(
     run: Run, *, draws: int = 1000, seed: int = 0, sequences: int = 64, progress: bool = False
 ) -> PosteriorResult:
-    """Draws of the guide of a fitted run, as one chain, given sequences of its training text.
+    """Draw from a fitted run's guide, as one chain, given sequences of its training text.
 
     Args:
-        run: of a guide other than map.
+        run: run with a guide other than map.
         draws: how many.
-        seed: of the draws.
+        seed: seed of the draws.
         sequences: at most so many of model.block tokens, spread evenly over the training text:
             margins and log likelihoods are taken of these.
         progress: show a progress bar.
@@ -160,7 +160,7 @@ def guide_posterior(
 
 
 def training_sequences(run: Run, at_most: int) -> tuple[np.ndarray, ...]:
-    """Inputs and targets (count, model.block) from the training text of a fitted run.
+    """Return inputs and targets (count, model.block) from a fitted run's training text.
 
     Raises:
         ValueError: if its text is not there any more, or too short for one.
@@ -173,7 +173,7 @@ def training_sequences(run: Run, at_most: int) -> tuple[np.ndarray, ...]:
 
 
 def posterior_data(run: PosteriorRun) -> tuple[np.ndarray, ...]:
-    """Tokens that a run's posterior is given, as its model takes them.
+    """Return the tokens that a run's posterior is given, as its model takes them.
 
     Raises:
         ValueError: if its text is not there any more.
@@ -184,7 +184,7 @@ def posterior_data(run: PosteriorRun) -> tuple[np.ndarray, ...]:
 
 
 def posterior_model(config: SampleRunConfig, vocabulary: Vocabulary) -> Callable:
-    """The NumPyro model of a configuration, as a function of its tokens."""
+    """Return the NumPyro model of a configuration, as a function of its tokens."""
     if config.latent is not None:
         return partial(latent_embeddings, vocabulary_size=vocabulary.size, config=config.latent)
     assert config.model is not None  # SampleRunConfig has one or the other
@@ -200,7 +200,7 @@ def posterior_model(config: SampleRunConfig, vocabulary: Vocabulary) -> Callable
 def _tokens(
     config: SampleRunConfig, corpus: Corpus, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, ...]:
-    """Arguments of the model: sequences from the training text, spread evenly over it."""
+    """Return the model's arguments: sequences from the training text, spread evenly over it."""
     tokens = vocabulary.encode(corpus.train)
     if config.latent is not None:
         count, length = config.latent.sequences, config.latent.length
