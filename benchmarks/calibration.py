@@ -170,7 +170,7 @@ def _values(model: Callable) -> dict[str, Any]:
 
 
 def _continuation(e: jax.Array, coupling: jax.Array) -> jax.Array:
-    """Follow a root of x_t - mu_t(x_t) = e_t for every t from A = 0 on, by Newton's method."""
+    """Follow a root of x_t - mu_t(x_t) = e_t for every t from A = 0 by Newton's method."""
 
     def token(values: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
         past = jnp.arange(LENGTH) < t

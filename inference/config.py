@@ -130,7 +130,7 @@ class RunConfig:
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
-        """Refuse settings of a fit or a model that the objective has no use for."""
+        """Refuse settings of a fit or a model that the objective does not use."""
         objective = self.objective
         normalised = objective.trains_attention_prior and objective.attention == "normalised"
         if self.model.bound is not None and normalised:

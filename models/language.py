@@ -177,7 +177,7 @@ def attention_stage(
     config: LanguageModelConfig,
     objective: ObjectiveConfig,
 ) -> AttentionInputs:
-    """Return the arguments that the objective calls the attention formulas with, by name.
+    """Return the objective's arguments for the attention formulas, by name.
 
     For a separate stage x is (B, T, d), divided by the root mean square of each token's if it is
     the normalised one, and the matrices are (d, r); for the first layer x is its normalised input

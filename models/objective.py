@@ -85,7 +85,7 @@ class ObjectiveConfig:
         self._check_use(_OF_LATENT, self.name == "latent", "latent")
 
     def _check_use(self, names: tuple[str, ...], used: bool, by: str) -> None:
-        """Refuse a setting that the named objective has no use for."""
+        """Refuse a setting that the named objective does not use."""
         defaults = {field.name: field.default for field in fields(self)}
         for name in names:
             value, default = getattr(self, name), defaults[name]

@@ -79,7 +79,7 @@ def sample_transformer(
 
 
 def starting_point(rng_key: Array, parameters: Callable[[], dict[str, Array]]) -> dict[str, Array]:
-    """Draw the parameters that a fit starts from, a third as wide as their priors.
+    """Draw the start of a fit, a third as wide as the priors of its parameters.
 
     Args:
         rng_key: key of the draw.

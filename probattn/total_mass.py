@@ -73,7 +73,7 @@ def conditional_mass(
             "compare with a density of known mass by Monte Carlo"
         )
     if not all(np.all(np.isfinite(array)) for array in (past, w_query, w_key)):
-        raise ValueError("past, w_query and w_key must hold finite numbers only")
+        raise ValueError("past, w_query or w_key is not finite: expected finite numbers alone")
     if len(past) < 2:
         return 1.0  # no spread, no change of variables
     # In NumPy, whose float64 does not depend on JAX's configuration.
@@ -158,7 +158,7 @@ def _mass_in_the_plane(
 def _cells(
     context: Float[np.ndarray, "t 2"], matrix: Float[np.ndarray, "2 2"], scale: float
 ) -> tuple[Float[np.ndarray, "cells 2"], Float[np.ndarray, " cells"]]:
-    """Return squares that no peak lies outside of: there x - mu(x) is beyond the tails.
+    """Return squares that hold every peak: outside of them x - mu(x) is beyond the tails.
 
     The derivative of mu is Cov(x) A. A step of length s changes the logarithm of every weight's
     ratio to any other by at most |A| times the spread times s, and Cov by no more than that factor.

@@ -136,7 +136,7 @@ def _measure(task: Task, run: Run, name: str) -> list[dict[str, Any]]:
 
 
 def _compare(task: Task, run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Compare margins with the harm of noise, over the text to evaluate on."""
+    """Compare margins with the harm of noise, over the evaluation text."""
     found = sensitivity(
         run,
         level=TUNED_AT,

@@ -152,7 +152,7 @@ def read_labels(path: Path = METHODS) -> dict[str, str]:
 
 
 def choose_data(text: str | None, test: str | None) -> tuple[DataConfig, Corpus]:
-    """Choose texts to fit and evaluate on: as given, else WikiText-2, else Python's reference.
+    """Choose a text to fit and one to evaluate: given, else WikiText-2, else Python's reference.
 
     Raises:
         DataError: if a text that was given cannot be used.
@@ -260,7 +260,7 @@ def tuned_tasks(
     data: DataConfig,
     runs: Path,
 ) -> list[Task]:
-    """List every tuned method, by name, with every seed; and what costs are relative to.
+    """List every tuned method, by name, with every seed; and the references for costs.
 
     These are measured under other kinds of noise too, where that is asked for. Settings that are
     run with every seed for a curve are not.

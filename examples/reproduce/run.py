@@ -41,7 +41,7 @@ from probattn.text.corpora import NAMED_SOURCES, Corpus, DataConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; the exit status is 0 only when all of it is done."""
+    """Run what the command line names; the exit status is 0 only when all of it is done."""
     options = _parser().parse_args(arguments)
     keep_compiled_programs()
     try:

@@ -162,7 +162,7 @@ def _check_kind(kind: str, of_file: str | None, arguments: list[str]) -> None:
 
 
 def _configuration(arguments: list[str], command: str) -> Path | None:
-    """Return the file that holds the defaults of a command, if this command is asked for."""
+    """Return the file that holds the defaults of a command, if the arguments call this command."""
     if arguments[:1] != [command]:
         return None
     given, out = _value_of(arguments, "--config"), _value_of(arguments, "--out")

@@ -118,7 +118,7 @@ def compare(
 
 
 def _sequences(runs: Mapping[str, Run | PosteriorRun]) -> int:
-    """Return how many sequences, at most, the margins of fits are taken over."""
+    """Return the largest number of sequences for the margins of fits."""
     sizes = (_sizes(run, "language") for run in runs.values())
     return next((size[0] for size in sizes if size), _SEQUENCES)
 
@@ -162,7 +162,7 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
 
 
 def _trained(objective: ObjectiveConfig) -> str:
-    """Return the stage that an objective acts on, or the one fitted to it if it acts on none."""
+    """Return the stage that an objective trains, or the one fitted to it if it trains none."""
     if objective.name == "ce":
         return "post hoc"
     return "trained" if objective.trains_attention_prior else "first layer"

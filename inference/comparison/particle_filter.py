@@ -153,8 +153,8 @@ def _filter(
 
         start = jnp.zeros((particles, length, width), dtype)
         rng_keys = jax.vmap(jax.random.split)(jax.random.split(rng_key, length))
-        map_rows = jnp.arange(length), tokens, (rng_keys[:, 0], rng_keys[:, 1])
-        return lax.scan(position, (start, start), map_rows)[1]
+        steps = jnp.arange(length), tokens, (rng_keys[:, 0], rng_keys[:, 1])
+        return lax.scan(position, (start, start), steps)[1]
 
     return jax.vmap(sequence)(rng_keys, tokens)
 
@@ -162,7 +162,7 @@ def _filter(
 def _systematic(
     rng_key: Array, log_weights: Float[Array, " particles"], converged: Bool[Array, " particles"]
 ) -> Int[Array, " particles"]:
-    """Return which particles go on: each as often as its part of the weight, rounded up or down."""
+    """Choose the particles that stay, each as often as its part of the weight, rounded."""
     log_weights = jnp.where(converged, log_weights, -jnp.inf)
     cumulated = jnp.cumsum(jax.nn.softmax(log_weights))
     count = len(log_weights)

@@ -122,7 +122,7 @@ def _margins(
     *,
     progress: bool,
 ) -> Float[np.ndarray, " N"]:
-    """Return every generated token's margin, at its place in the window it was generated in."""
+    """Return every generated token's margin, at its place in the window that generated it."""
     block = run.config.model.block
     unique, number = np.unique(starts, return_inverse=True)
     # What a window holds after a token does not change its margin.

@@ -77,7 +77,7 @@ def site_values(
 
 
 def map_rows(of_one: Callable, *rows: Any, precision: str) -> Iterator[tuple[slice, Any]]:
-    """Call a function for every row, for as many at once as there is room for.
+    """Call a function for every row, with as many rows at once as fit into memory.
 
     Args:
         of_one: function of one row of each tree.
@@ -119,7 +119,7 @@ def _dtype(leaf: Any) -> Any:
 
 
 def _without_filling(values: Any, batch: slice) -> Any:
-    """Return arrays of a batch without the rows that `batched_rows` filled it up with."""
+    """Return arrays of a batch without the rows that `batched_rows` added to fill it."""
     count = batch.stop - batch.start
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], values)
 

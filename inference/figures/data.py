@@ -75,7 +75,7 @@ def smallest_margins(
 
 
 def sweep(label: str, result: Mapping[str, Sequence[float]], unit: str) -> tuple[Values, Values]:
-    """Return noise and bits per character of one sweep, by growing noise from 0 on.
+    """Return noise and bits per character of one sweep, in order of growing noise.
 
     Raises:
         ValueError: if the two differ in length, the least noise is not 0, or the bits per

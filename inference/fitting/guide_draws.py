@@ -25,7 +25,7 @@ _DRAWS, _VALUES = 128, 2**24  # of all parameters, that are made at once at most
 def guide_draws(
     run: Run, *, draws: int = 1000, seed: int = 0, progress: bool = False
 ) -> dict[str, np.ndarray]:
-    """Draw parameters from the guide that a run was fitted with, as one chain.
+    """Draw parameters from a run's guide, as one chain.
 
     The guide laplace takes the Hessian of the objective over the whole training text here, in
     float64, which is as much work as a step on all of that text for every parameter.
@@ -69,7 +69,7 @@ Sampler = Callable[[Array, Any], dict[str, Array]]
 
 
 def _variational(run: Run) -> tuple[Sampler, dict[str, Array]]:
-    """Return how the run's guide samples, and the arguments that it does so with."""
+    """Return the sampler of the run's guide, and its arguments."""
     guide = make_guide(run.config.fit.guide, _parameters(run), run.parameters)
     shapes = jax.eval_shape(partial(init_params, guide))
     step, params = run.best.load_with_step(shapes, part="guide")

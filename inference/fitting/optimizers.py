@@ -43,7 +43,7 @@ def check_optimizer(config: FitConfig, optimizer: optax.GradientTransformation |
 
 
 def svi_optimizer(optimizer: optax.GradientTransformation, config: FitConfig) -> _NumPyroOptim:
-    """Make of an optax transformation what NumPyro's SVI takes, sharpness-aware if asked for."""
+    """Make an optimizer for NumPyro's SVI of an optax transformation, perhaps sharpness-aware."""
     if config.sam_rho > 0:
         return SharpnessAware(optimizer, config.sam_rho)
     return optax_to_numpyro(optimizer)
@@ -90,5 +90,5 @@ class SharpnessAware(_NumPyroOptim):
 
 
 def _matrices(params: dict[str, Array]) -> dict[str, bool]:
-    """Tell what weight decay acts on: matrices, but no gain of a norm, which is one per layer."""
+    """Tell where weights decay: in matrices, but not in gains of norms, which are one per layer."""
     return {name: leaf.ndim >= 2 and "norm" not in name for name, leaf in params.items()}

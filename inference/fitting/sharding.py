@@ -89,7 +89,7 @@ class Placement:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def shapes(self, tree: Any) -> Any:
-        """Return the shapes of a tree's arrays with their shardings, to compile for."""
+        """Return the shapes of a tree's arrays with their shardings, for compilation."""
         return self._each(
             tree,
             lambda leaf, spread: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread),

@@ -24,7 +24,7 @@ _SILENT = 30  # seconds without a sign of life, after which a process counts as 
 _START = 300  # seconds to wait for all processes at the start
 _END = 30  # and at the end
 _LAST = 2  # that the first process outlives the others
-# With which a lost process is told, by a ValueError where the program is still being dispatched
+# Status codes of a lost process; in a ValueError while the program is still being dispatched.
 _STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 
 

@@ -26,9 +26,9 @@ from probattn.inference.runtime.memory import gibibytes
 from probattn.inference.sampling.initialisation import check_initial_values, init_to_given
 from probattn.inference.sampling.lookahead import run_ahead
 
-_CALL_SECONDS = 2.0  # of all chains, between two updates of a progress bar
-_ITERATIONS, _VALUES = 400, 2**24  # in one call, and numbers in its buffers, at most
-_CALLS_AHEAD = 4  # that a chain may have begun and no one been given; so many buffers are kept
+_CALL_SECONDS = 2.0  # seconds of all chains between two updates of a progress bar
+_ITERATIONS, _VALUES = 400, 2**24  # most iterations of a call, most numbers in its buffers
+_CALLS_AHEAD = 4  # calls that a chain may have begun before the caller has the first of them
 _LARGEST = 16 * 2**30  # bytes of all draws
 
 # What ArviZ calls the fields of NumPyro's state.
@@ -125,14 +125,14 @@ class Chains:
         devices = jax.local_devices()[: config.chains]
         self._spread = None if self._each else _spread(config.chains, devices)
         self._devices = devices if self._each else devices[:1]
-        # Of each chain, or of all in one: they are advanced, and go on, independently.
+        # States of single chains, or one of all chains; each is advanced by itself.
         self._states = self._placed(state)
         of_all = advance
         if not self._each:
             of_all = jax.vmap(advance, in_axes=(0, None))
             if self._spread is not None:
                 of_all = _for_own_chains(of_all, self._spread)
-        # For each device the same program: a chain has the same draws on any.
+        # The same program for each device: a chain has the same draws on any of them.
         self._programs = [
             jax.jit(of_all).lower(state, np.int32(0)).compile()
             for state in self._states[: len(self._devices)]
@@ -141,17 +141,17 @@ class Chains:
     def advance(self, first: int, stops: Sequence[int]) -> Generator[Iterations]:
         """Iterate all chains, from iteration `first` to the last of `stops`.
 
-        A chain, in any of the threads, does not wait for slower ones but goes a few calls ahead of
-        them; what all have done comes as soon as it is, and no part crosses one of `stops`.
-        Closing the iterator waits for the calls in progress, and leaves the chains where what came
-        last ended.
+        A chain has a thread of its own and does not wait for slower chains, but goes a few calls
+        ahead of them. What all chains have done is given at once, and no part crosses one of
+        `stops`. Closing the iterator waits for the calls in progress, and leaves the chains where
+        the part that was given last ended.
         """
         threads = min(len(self._states), os.cpu_count() or 1)
         latest = list(self._states)
         pace = _CallLength(first, stops, self._most, len(latest), threads)
 
         def work(chain: int, count: int) -> _Call:
-            # Each thread has settings of its own.
+            # Every thread has JAX settings of its own.
             with jax.enable_x64(self._config.precision == "float64"):
                 started = time.perf_counter()
                 program = self._programs[chain % len(self._programs)]
@@ -183,7 +183,7 @@ class Chains:
                 )
 
     def saved(self) -> dict[str, np.ndarray]:
-        """Return the state's leaves by name, (chains, ...): where `advance` stands, and goes on."""
+        """Return the leaves of the state of all chains by name, each (chains, ...)."""
         states = [jax.tree.map(np.asarray, _plain(state)) for state in self._states]
         if self._each:
             return named_leaves(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
@@ -219,8 +219,8 @@ class Chains:
 class _CallLength:
     """Iterations of each call: few at first, then so many that a round takes `_CALL_SECONDS`.
 
-    The slowest chain sets the pace: a round takes that where all are as slow, and where none of
-    its calls was as long yet, no one's is much longer than its last.
+    The slowest chain sets the pace. A round takes `_CALL_SECONDS` if all chains are as slow. Until
+    the slowest chain has made a call of that length, no call is much longer than its last.
 
     Args:
         first: iteration before them.
@@ -234,7 +234,7 @@ class _CallLength:
         self, first: int, stops: Sequence[int], most: int, chains: int, threads: int
     ) -> None:
         self._at, self._stops, self._most = first, stops, most
-        # Of each one's last call: iterations, and seconds of an iteration.
+        # Iterations of each chain's last call, and seconds of an iteration in it.
         self._counts, self._seconds = [0] * chains, [0.0] * chains
         self._turns = chains / threads
         self._count = 0

@@ -21,7 +21,7 @@ from probattn import CausalAttention, log_det
 def given_values(
     init_values: Mapping[str, Any] | None, start: Mapping[str, Any] | None
 ) -> Mapping[str, Any] | None:
-    """Return the values that chains start from, which may be given by the keyword's old name.
+    """Return the initial values of chains, which the keyword's old name may hold.
 
     Args:
         init_values: the values, by the keyword's name.

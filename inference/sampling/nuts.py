@@ -129,7 +129,7 @@ class _Kept:
         self.statistics: dict[str, np.ndarray] = {}
 
     def add(self, iteration: int, draws: Mapping, statistics: Mapping) -> None:
-        """Add what comes from this iteration on, unless it is warm-up."""
+        """Add rows that begin at this iteration, unless they are warm-up."""
         first = iteration - self._config.warmup
         if first < 0:
             return
@@ -261,9 +261,9 @@ def _in_precision(leaf: Any, *, dtype: jnp.dtype) -> Any:
 
 
 def _digest(config: SampleConfig, model: Callable, arguments: Sequence) -> np.ndarray:
-    """Return the SHA-256 of what draws depend on: the configuration but how many, and the model.
+    """Return the SHA-256 of all that draws depend on, except their number.
 
-    Of that its name and what `functools.partial` binds to it; not what it does.
+    A model counts by its name and what `functools.partial` binds to it, not by what it does.
     """
     digest = hashlib.sha256(repr(replace(config, draws=1)).encode())
     bound = []

@@ -81,7 +81,7 @@ def _in_groups(
 
 
 def _together(sequences: int, numbers: int) -> int:
-    """Return the largest divisor of `sequences` whose numbers, so many each, there is room for."""
+    """Return the largest divisor of `sequences` whose numbers fit into memory, so many each."""
     most = _AT_ONCE if jax.default_backend() == "cpu" else _AT_ONCE_ELSEWHERE
     return next(
         count

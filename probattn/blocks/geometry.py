@@ -52,7 +52,7 @@ class Geometry(NamedTuple):
 
 
 def bounded(x: ArrayLike, bound: ArrayLike | None) -> Float[Array, "*batch d"]:
-    """Map x to what values and keys are made from: phi(x) = x / sqrt(1 + |x|^2 / c^2), or x itself.
+    """Bound x, as values and keys need it: phi(x) = x / sqrt(1 + |x|^2 / c^2), or x itself.
 
     Args:
         x: vectors (..., d).
@@ -83,7 +83,7 @@ def geometry(
     w_key: Float[Array, "*weights d r"],
     bound: ArrayLike | None,
 ) -> Geometry:
-    """Compute the projections and attention weights that covariances and margins start from.
+    """Compute projections and attention weights, the start of covariances and margins.
 
     The arguments are those of `residual`, already checked by `check_arguments`.
     """

@@ -238,7 +238,7 @@ class UnknownCharacter(ValueError):  # noqa: N818 (the standard name of the thin
 
 
 def check_text(text: str) -> None:
-    """Refuse a text that no vocabulary can be built from: empty, or with a lone surrogate."""
+    """Refuse a text that gives no vocabulary: empty, or with a lone surrogate."""
     if not text:
         raise ValueError("text: got an empty text, expected one character or more")
     check_surrogates(text)

@@ -63,7 +63,7 @@ class Vocabulary(Protocol):
         """Return the text of token ids of shape (tokens,)."""
 
     def characters(self, ids: ArrayLike) -> int:
-        """Count the characters that token ids of any shape stand for."""
+        """Count the characters in token ids of any shape."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the vocabulary as JSON-safe values, read back by `vocabulary_from_dict`."""
@@ -146,7 +146,7 @@ class CharacterVocabulary:
         return self._points[check_ids(ids, self.size, ndim=1)].tobytes().decode("utf-32-le")
 
     def characters(self, ids: ArrayLike) -> int:
-        """Count the characters that token ids of any shape stand for: one each.
+        """Count the characters in token ids of any shape: one each.
 
         Raises:
             ValueError: if `ids` holds anything but integers from 0 to size - 1.
@@ -236,7 +236,7 @@ class FrequentVocabulary:
         return "".join(shown[token] for token in check_ids(ids, self.size, ndim=1))
 
     def characters(self, ids: ArrayLike) -> int:
-        """Count the characters that token ids of any shape stand for: one each.
+        """Count the characters in token ids of any shape: one each.
 
         Raises:
             ValueError: if `ids` holds anything but integers from 0 to size - 1.
