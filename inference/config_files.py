@@ -46,7 +46,7 @@ def read_tables[C](
         raise ValueError(f"{path}: expected a TOML file: {one_line(error)}") from None
     try:
         return _from_tables(tables, kind, defaults or {})
-    except ValueError as error:  # in which names of the file may stand, with line ends in them
+    except ValueError as error:  # names in the file may hold line ends
         raise ValueError(f"{path}: {one_line(error)}") from None
 
 

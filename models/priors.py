@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-WIDTH = 3.0  # of the priors, in units of the start
+WIDTH = 3.0  # width of the priors, in units of the start
 # Start of each of the two tables whose sum enters the stack. The logits are tied to the first: at
 # width 128 they start with a standard deviation of about a half.
 EMBEDDING_START = 0.05

@@ -23,7 +23,7 @@ from probattn.blocks.geometry import bounded, geometry
 
 _HIGHEST = lax.Precision.HIGHEST
 _MOST_TRIALS = 1000  # antisymmetric couplings of norm 10 need up to 460, of norm 20 up to 800
-_DECREASE = 1e-4  # of the residual's error that a whole step must bring, relative (Armijo)
+_DECREASE = 1e-4  # relative decrease of the residual's error that a whole step must bring (Armijo)
 
 
 class AncestralSolution(NamedTuple):

@@ -24,7 +24,7 @@ from probattn.log_determinants import log_det, reduced_blocks
 MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]
 
 _HIGHEST = lax.Precision.HIGHEST
-_PARTS = 16  # of the positions of which eigenvalues may have to be found
+_PARTS = 16  # parts of the positions whose eigenvalues may have to be found
 
 
 def stability_margin(

@@ -22,7 +22,7 @@ from probattn.arguments import check_arguments
 from probattn.distributions import CausalAttention
 from probattn.quadrature import integrate
 
-_PIECES = 400  # of an interval, each of which is looked at
+_PIECES = 400  # pieces of an interval; the rule looks at each
 
 LogProb = Callable[[Array], Array]
 

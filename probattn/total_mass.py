@@ -15,7 +15,7 @@ from jaxtyping import Float
 from probattn.arguments import check_arguments
 from probattn.quadrature import integrate_cells, quartered
 
-_NEGLIGIBLE = 1e-16  # of the mass, in one interval
+_NEGLIGIBLE = 1e-16  # fraction of the mass that one interval may lack
 _TAILS = 9.0  # standard deviations of the residual within which the mass is looked for
 _CELL = 2.0  # standard deviations that a residual may change by within a square
 _MOST_SQUARES = 2**18
@@ -73,7 +73,7 @@ def conditional_mass(
             "compare with a density of known mass by Monte Carlo"
         )
     if not all(np.all(np.isfinite(array)) for array in (past, w_query, w_key)):
-        raise ValueError("past, w_query or w_key is not finite: expected finite numbers alone")
+        raise ValueError("past, w_query or w_key is not finite: expected finite numbers only")
     if len(past) < 2:
         return 1.0  # no spread, no change of variables
     # In NumPy, whose float64 does not depend on JAX's configuration.

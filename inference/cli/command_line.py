@@ -38,7 +38,7 @@ _SHORT = {
     "--guide": "--fit.guide",
     "--model": "--kind",
 }
-_TABLES = {"latent": ("latent",), "language": ("model", "objective")}  # of each kind of `sample`
+_TABLES = {"latent": ("latent",), "language": ("model", "objective")}  # for `sample`
 _NO_FAULT_OF_THE_INPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 

@@ -47,7 +47,7 @@ _SENSITIVITY = {
     "embedding_margin": "rank correlation of the increase with the embedding margin",
     "support": "mean increase at support tokens less that at others (nats; above 0: they suffer)",
 }
-_COLUMNS = 4  # of a comparison, in a terminal of 80 characters
+_COLUMNS = 4  # columns of a comparison, in a terminal of 80 characters
 _NEAR = 0.1  # margins below it are coloured
 
 

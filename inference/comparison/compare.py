@@ -31,8 +31,8 @@ from probattn.text.corpora import load_corpus
 
 QUANTILES = (0.01, 0.1, 0.5)
 
-_SEQUENCES = 64  # whose margins are taken where no posterior says which
-_DRAWS = 400  # of a guide
+_SEQUENCES = 64  # sequences for margins where no posterior names them
+_DRAWS = 400  # draws of a guide
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ from probattn.models.checks import check_symbols
 from probattn.models.coupling import attention_weights_of
 from probattn.text.batches import map_batches
 
-PARTICLES = 128  # of each sequence
+PARTICLES = 128  # particles of each sequence
 
 _HIGHEST = lax.Precision.HIGHEST
-_NUMBERS = 2**18  # of the particles of the sequences in one call: bounds the memory
+_NUMBERS = 2**18  # numbers that the particles of one call hold: bounds the memory
 
 
 class FilterError(RuntimeError):

@@ -24,11 +24,11 @@ from probattn.models.transformer import Parameters, embed, logits
 from probattn.text.batches import Windows, map_batches, windows
 from probattn.text.vocabulary import Vocabulary
 
-BINS = 10  # of the reliability diagram, equally wide in predicted probability
+BINS = 10  # bins of the reliability diagram, equally wide in predicted probability
 _NOISE_ABSOLUTE, _NOISE_RELATIVE = 0.5, 1.0  # the paper's, and one root mean square
-MEMBERS = 32  # of an ensemble, spread evenly over its draws
+MEMBERS = 32  # members of an ensemble, spread evenly over its draws
 
-_TOKENS = 8192  # of the held-out text, in windows spread evenly
+_TOKENS = 8192  # tokens of the held-out text, in windows spread evenly
 _BATCH = 32  # windows in one call
 
 

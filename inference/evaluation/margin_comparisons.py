@@ -17,7 +17,7 @@ from probattn.inference.evaluation.token_margins import TokenMargins
 QUANTITIES = ("margin", "embedding_margin")
 
 _RESAMPLES = 1000
-_GROUPS = 10  # of a figure
+_GROUPS = 10  # groups of tokens in a figure
 _LOSS_GROUPS = 20
 
 

@@ -29,12 +29,12 @@ from probattn.models.transformer import embed
 from probattn.text.batches import windows
 from probattn.text.corpora import load_corpus
 
-_TOKENS = 65_536  # of training text, in windows spread evenly over it
+_TOKENS = 65_536  # tokens of training text, in windows spread evenly over it
 _BATCH = 16  # windows in a step
 _STEPS = 1000
 _STEPS_PER_CALL = 50
 _LEARNING_RATE = 0.03
-_SETTLED = 0.01  # of the whole improvement: the most that the last tenth of the steps may add
+_CONVERGED = 0.01  # most that the last tenth of the steps may add to the whole improvement
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def fit_attention_prior(
         np.asarray(w_key),
         scale,
         float(_mean_log_density(x, w_query, w_key, scale, bound)),
-        bool(last <= max(_SETTLED * gained, 2 * noise)),
+        bool(last <= max(_CONVERGED * gained, 2 * noise)),
         _STEPS,
         x.shape[0] * x.shape[1],
     )

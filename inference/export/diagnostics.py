@@ -109,7 +109,7 @@ def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
     if sizes["chain"] * sizes["draw"] < 25:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a large Pareto k, which is returned
+        warnings.simplefilter("ignore")  # it warns of a large Pareto k, which is returned
         try:
             found = az.loo(tree, pointwise=True)
         except ValueError:

@@ -26,7 +26,7 @@ from probattn.inference.figures.style import (
 
 __all__ = ["margin_along_text", "margin_distribution"]
 
-_POINTS = 600  # of a line along a text; more would lie less than two pixels apart
+_POINTS = 600  # points of a line along a text; more would lie less than two pixels apart
 _WINDOW_TICKS = 200  # window starts; more would be a band
 
 

@@ -58,7 +58,7 @@ def comparison_figures(
     ]
     table = write_table(folder / "noise.csv", ["run", *names], rows)
     paths = [table, *_save(folder, figures)]
-    for name in _OPTIONAL - figures.keys():  # of other noise than the table's beside it
+    for name in _OPTIONAL - figures.keys():  # they would show other noise than the table
         (folder / f"{name}.png").unlink(missing_ok=True)
     return paths
 
@@ -250,7 +250,7 @@ def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
         figures["smallest_margin"] = smallest_margin(smallest)
     probability = values_of(tree, "support_tokens", "support_probability")
     if probability is not None and probability.ndim == 2:  # no heads
-        tokens = posterior_data(run)[0]  # whose embeddings have the margins: of targets, the inputs
+        tokens = posterior_data(run)[0]  # inputs: their embeddings have the margins
         symbols = [[run.vocabulary.decode([token]) for token in row] for row in tokens]
         figures["support_probability"] = support_map(probability, symbols)
     with run.lock(wait=LOCK_SECONDS):

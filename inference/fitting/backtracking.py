@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-_SHARES = 10  # of a step that are tried: the whole of it, and nine halvings
+_FRACTIONS = 10  # fractions of a step that are tried: the whole of it, and nine halvings
 
 
 class _Trial(NamedTuple):
@@ -69,7 +69,7 @@ def backtrack[Point](
         return _Trial(trial.number + 1, whole, before, ~jnp.any(before & ~after))
 
     def unfinished(trial: _Trial) -> Array:
-        return ~trial.accepted & (trial.number <= _SHARES)
+        return ~trial.accepted & (trial.number <= _FRACTIONS)
 
     sure = certainly_feasible(stop)
     everywhere = jnp.ones_like(sure)

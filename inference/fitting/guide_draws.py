@@ -19,7 +19,7 @@ from probattn.models.language import sample_parameters
 from probattn.text.batches import batched_rows
 from probattn.text.corpora import load_corpus
 
-_DRAWS, _VALUES = 128, 2**24  # of all parameters, that are made at once at most
+_DRAWS, _VALUES = 128, 2**24  # most draws, and most numbers, that are made at once
 
 
 def guide_draws(

@@ -20,9 +20,9 @@ from probattn.inference.runtime.progress import progress_bar
 from probattn.models import language_model
 from probattn.text.batches import batched_rows, windows
 
-_COLUMNS = 32  # of the Hessian in one call
-_TOKENS = 2048  # of the training text that are differentiated at once
-_BLOCKS = 16_384  # of the training text; more only where it takes more to cover it
+_COLUMNS = 32  # columns of the Hessian in one call
+_TOKENS = 2048  # tokens of the training text that are differentiated at once
+_BLOCKS = 16_384  # blocks of the training text; more only if it takes more to cover it
 
 Unpack = Callable[[Float[Array, " n"]], Mapping[str, Array]]
 Loss = Callable[[Float[Array, " n"]], Float[Array, ""]]

@@ -15,7 +15,7 @@ from probattn.models.language import latent_process
 from probattn.models.latent_language_guide import embedding_guide
 from probattn.models.transformer import Parameters
 
-_WINDOWS = 64  # of each text, at which the divergence is taken
+_WINDOWS = 64  # windows of each text for the divergence
 
 
 def latent_metrics(

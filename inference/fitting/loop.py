@@ -23,7 +23,7 @@ from probattn.inference.runtime.processes import (
 from probattn.inference.runtime.progress import Bar
 from probattn.inference.runtime.signals import Interrupted, deferred_interrupts
 
-CALL_SECONDS = 0.5  # of steps between two updates of the progress bar
+CALL_SECONDS = 0.5  # seconds between two updates of the progress bar
 
 
 class Loop:

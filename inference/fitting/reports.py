@@ -14,7 +14,7 @@ from probattn.inference.fitting.monitor import Monitor
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import Run
 
-REPORT_TOKENS = 16_384  # of training and of validation text behind each line of metrics.jsonl
+REPORT_TOKENS = 16_384  # tokens of training and of validation text for each line of metrics.jsonl
 
 
 class Reports:
@@ -44,7 +44,7 @@ class Reports:
         rows = self._up_to(step)
         self._run.write_metrics(rows)
         self._best = min((row["validation_cross_entropy"] for row in rows), default=math.inf)
-        if (self._run.best.step or 0) > step:  # of steps that are taken again
+        if (self._run.best.step or 0) > step:  # its steps are taken again
             kept = self._run.best.load(self._run.parameter_shapes())
             self._best = self._scorers["validation_"].score(kept).cross_entropy
 

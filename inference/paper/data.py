@@ -19,11 +19,11 @@ from probattn.text.corpora import DataConfig, load_corpus
 
 PAST = (0.0, 2.0)  # x_1 and x_2 of figure 3.2
 PAIR = (-0.25, 0.0, 0.25)  # its couplings in panels (a) and (b)
-FAMILY = (-0.55, -0.35, 0.0, 0.35, 0.55)  # and in panel (c)
-STRENGTH, SEQUENCES, LENGTH, VARIANCE = 0.2, 4000, 5, 4.0  # of figure 3.3
+FAMILY = (-0.55, -0.35, 0.0, 0.35, 0.55)  # couplings in panel (c)
+STRENGTH, SEQUENCES, LENGTH, VARIANCE = 0.2, 4000, 5, 4.0  # settings of figure 3.3
 SEEDS = 20
-BOUND = 2.0  # of the bounded context in the figure of proper conditionals, in units of sigma
-TEXT = "support token"  # of figure 1.1
+BOUND = 2.0  # bound of the context in the figure of proper conditionals, in units of sigma
+TEXT = "support token"  # text of figure 1.1
 DIRECTIONS = (0.0, -0.9, 1.0, 0.6), (0.4, -0.2, 1.8, 0.7)  # W_Q and W_K of figure 1.1
 NEAREST = 0.3  # determinant of its support token
 

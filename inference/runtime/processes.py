@@ -22,8 +22,8 @@ AUTOMATIC = "auto"
 
 _SILENT = 30  # seconds without a sign of life, after which a process counts as lost
 _START = 300  # seconds to wait for all processes at the start
-_END = 30  # and at the end
-_LAST = 2  # that the first process outlives the others
+_END = 30  # seconds to wait for all processes at the end
+_LAST = 2  # seconds that the first process outlives the others
 # Status codes of a lost process; in a ValueError while the program is still being dispatched.
 _STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 

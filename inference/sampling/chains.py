@@ -116,7 +116,7 @@ class Chains:
 
         keys = jax.random.split(jax.random.key(config.seed), config.chains)
         starts = jax.jit(jax.vmap(init)).trace(keys)
-        size = sum(leaf.size for leaf in jax.tree.leaves(starts.out_info.z))  # of all chains
+        size = sum(leaf.size for leaf in jax.tree.leaves(starts.out_info.z))
         _check_size(size, config)
         self._most = max(1, min(_ITERATIONS, _VALUES // size))
         state = jax.block_until_ready(starts.lower().compile()(keys))

@@ -165,7 +165,7 @@ def _swept(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:
     """
     rank = blocks.shape[-2]
     found, multipliers = [], jnp.zeros_like(blocks[..., 0, :])
-    together = 3  # of columns that stay, a pass of more holds more than it saves
+    together = 3  # columns of a pass; with more it holds more than it saves
     for start in range(0, rank, together):
         stop = min(start + together, rank)
         columns: list[Array] = []

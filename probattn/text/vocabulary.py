@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-OTHER = "\N{REPLACEMENT CHARACTER}"  # of a frequent vocabulary's last symbol
+OTHER = "\N{REPLACEMENT CHARACTER}"  # name of a frequent vocabulary's last symbol
 
 
 class Vocabulary(Protocol):
