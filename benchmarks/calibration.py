@@ -66,7 +66,7 @@ class Setting(NamedTuple):
 
 
 def settings(coupling: str) -> dict[str, Setting]:
-    """Both models with this coupling."""
+    """Return both models with this coupling."""
     config = LatentEmbeddingsConfig(
         width=WIDTH, coupling=coupling, bound=1.0, sequences=SEQUENCES, length=LENGTH
     )
@@ -81,12 +81,12 @@ def settings(coupling: str) -> dict[str, Setting]:
 
 
 def ancestral(model: Callable, rng_key: jax.Array) -> dict[str, Any]:
-    """All sites of a draw from the model."""
+    """Draw all sites of the model."""
     return _values(seed(model, rng_key))
 
 
 def continued(model: Callable, rng_key: jax.Array) -> dict[str, Any]:
-    """The same where residuals have several roots: that which continuation from A = 0 reaches."""
+    """Draw all sites; of several roots, take the one that continuation from A = 0 reaches."""
     prior_key, noise_key, data_key = jax.random.split(rng_key, 3)
     prior = _values(seed(model, prior_key))
     names = ("free_coupling", "emission", "emission_bias", "scale")
@@ -107,7 +107,7 @@ def calibrate(
     warmup: int = WARMUP,
     description: str = "",
 ) -> dict[str, Any]:
-    """Ranks of the true values, and a chi-square test of their uniformity."""
+    """Rank the true values, and test by chi-square that the ranks are uniform."""
 
     def replicate(rng_key: jax.Array) -> tuple[dict, jax.Array, jax.Array]:
         truth_key, chain_key = jax.random.split(rng_key)
@@ -170,7 +170,7 @@ def _values(model: Callable) -> dict[str, Any]:
 
 
 def _continuation(e: jax.Array, coupling: jax.Array) -> jax.Array:
-    """Root of x_t - mu_t(x_t) = e_t for every t, followed from A = 0 by Newton's method."""
+    """Follow a root of x_t - mu_t(x_t) = e_t for every t from A = 0 by Newton's method."""
 
     def token(values: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
         past = jnp.arange(LENGTH) < t
@@ -195,7 +195,7 @@ def _continuation(e: jax.Array, coupling: jax.Array) -> jax.Array:
 
 @styled
 def rank_histograms(found: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Ranks of the true value over those expected, with the range of 99 % of uniform ones."""
+    """Draw ranks of the true value over those expected, with 99 % of uniform ones in a band."""
     columns = max(1, len(found) // 2)
     figure = new_figure(DOUBLE, 0.6 + 1.7 * -(-len(found) // columns), layout="constrained")
     panels = figure.subplots(-(-len(found) // columns), columns, squeeze=False, sharey=True)

@@ -13,7 +13,7 @@ from probattn.text.corpora import DataConfig
 
 
 def checkpoints(rounds: int) -> dict[str, Any]:
-    """Share of the time that saves take, of the state and of the best parameters.
+    """Measure which part of the time saves take, of the state and of the best parameters.
 
     A round is the time from one save of the state to the next.
     """

@@ -22,7 +22,7 @@ BAR = 2 * 2**30  # bytes
 
 
 def export_memory(rounds: int, *, draws: int = DRAWS, sequences: int = SEQUENCES) -> dict[str, Any]:
-    """Peak resident bytes by stage, and seconds of `to_datatree` and `to_netcdf`.
+    """Measure peak resident bytes by stage, and seconds of `to_datatree` and `to_netcdf`.
 
     It is measured once: memory varies little, and a round takes minutes.
     """
@@ -59,7 +59,7 @@ def report(results: dict[str, Any]) -> None:
 
 
 def _measure(draws: int, sequences: int) -> dict[str, Any]:
-    """The stages in order: peaks never fall, so each is of all stages up to it."""
+    """Run the stages in order: peaks never fall, so each is of all stages up to it."""
     peaks = {"imports": _peak()}
     result = _posterior(draws, sequences)
     peaks["draws"] = _peak()
@@ -83,7 +83,7 @@ def _measure(draws: int, sequences: int) -> dict[str, Any]:
 
 
 def _posterior(draws: int, sequences: int) -> PosteriorResult:
-    """Random numbers in the shapes of the sites: what they are changes no memory."""
+    """Make random numbers in the shapes of the sites: what they are changes no memory."""
     config = LatentEmbeddingsConfig(width=WIDTH, sequences=sequences, length=LENGTH)
     model = partial(latent_embeddings, vocabulary_size=SYMBOLS, config=config)
     rng = np.random.default_rng(0)
@@ -117,7 +117,7 @@ def _posterior(draws: int, sequences: int) -> PosteriorResult:
 
 
 def _peak() -> int:
-    """Peak resident bytes of this program, from Linux.
+    """Return the peak of resident bytes of this program, from Linux.
 
     Not `resource.getrusage`: what it tells of a process starts at the peak of its parent, which
     may be larger.

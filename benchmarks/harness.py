@@ -37,7 +37,7 @@ def compare(
 def timed_in_turn(
     alternatives: Mapping[str, Callable[[], Any]], *, rounds: int
 ) -> dict[str, list[float]]:
-    """What `compare` compares: by name, the seconds of each round."""
+    """Return what `compare` compares: by name, the seconds of each round."""
     runs = {**alternatives, CONTROL: next(iter(alternatives.values()))}
     for run in alternatives.values():
         jax.block_until_ready(run())  # compiled and warm
@@ -58,7 +58,7 @@ def timed_in_turn(
 
 
 def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """What `compare` returns, of the seconds of each round."""
+    """Return what `compare` does, from the seconds of each round."""
     first = next(iter(seconds))
     return {
         name: {"seconds": statistics.median(own), **ratio(own, seconds[first])}
@@ -67,7 +67,7 @@ def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]
 
 
 def alternate[T](runs: Mapping[str, Callable[[], T]], *, rounds: int) -> dict[str, list[T]]:
-    """What each run returns, called once a round, in an order that turns."""
+    """Return what each run returns, called once a round, in an order that turns."""
     results: dict[str, list[T]] = {name: [] for name in runs}
     names = list(runs)
     for number in range(rounds):
@@ -78,14 +78,14 @@ def alternate[T](runs: Mapping[str, Callable[[], T]], *, rounds: int) -> dict[st
 
 
 def ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios of values to those of the same rounds."""
+    """Return median and quartiles of the ratios of values to those of the same rounds."""
     ratios = [a / b for a, b in zip(values, reference, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {"ratio": middle, "ratio_low": low, "ratio_high": high}
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions, for the result file."""
+    """Return machine and versions, for the result file."""
     return {
         "device": str(jax.devices()[0].device_kind),
         "platform": jax.default_backend(),

@@ -22,7 +22,7 @@ APART = ("elimination",)  # of matrices alone
 
 
 def log_det(rounds: int) -> dict[str, Any]:
-    """Ratios of time to `slogdet` and to the autodiff Jacobian, and of temporary memory."""
+    """Compare time with `slogdet` and the autodiff Jacobian, and temporary memory."""
     results: dict[str, Any] = {}
     for name, size, dtype in (
         ("training", TRAINING, np.float32),
@@ -82,7 +82,7 @@ def report(results: dict[str, Any]) -> None:
 
 
 def arguments_of(size: tuple[int, ...], dtype: type) -> tuple[jax.Array, ...]:
-    """Random embeddings and matrices of a size: sequences, tokens, dimensions, rank."""
+    """Draw embeddings and matrices of a size: sequences, tokens, dimensions, rank."""
     count, length, width, rank = size
     rng = np.random.default_rng(0)
     x = 0.3 * rng.standard_normal((count, length, width))
@@ -91,12 +91,12 @@ def arguments_of(size: tuple[int, ...], dtype: type) -> tuple[jax.Array, ...]:
 
 
 def gradient_of(log_abs: Callable) -> Callable:
-    """Value and gradient of the sum, by embeddings and both matrices."""
+    """Return value and gradient of the sum, by embeddings and both matrices."""
     return jax.value_and_grad(lambda *arguments: jnp.sum(log_abs(*arguments)), (0, 1, 2))
 
 
 def log_abs_of(x: jax.Array, w_query: jax.Array, w_key: jax.Array) -> jax.Array:
-    """Their sums over positions, as a density and a barrier have them."""
+    """Sum over positions, as a density and a barrier do."""
     return ours(x, w_query, w_key, summed=True)[1]
 
 
@@ -105,7 +105,7 @@ def _position_by_position(x: jax.Array, w_query: jax.Array, w_key: jax.Array) ->
 
 
 def _slogdet(x: jax.Array, w_query: jax.Array, w_key: jax.Array) -> jax.Array:
-    """The reduced blocks from second moments, and JAX's own derivative."""
+    """Take determinants of the blocks of second moments, with JAX's own derivative."""
     queries, keys = x @ w_query, x @ w_key
     rank = w_query.shape[-1]
     weights = attention_weights(queries, keys)
@@ -116,7 +116,7 @@ def _slogdet(x: jax.Array, w_query: jax.Array, w_key: jax.Array) -> jax.Array:
 
 
 def _jacobian(x: jax.Array, w_query: jax.Array, w_key: jax.Array) -> jax.Array:
-    """Every block by autodiff, one sequence after the other to fit into memory."""
+    """Take every block by autodiff, one sequence after the other to fit into memory."""
 
     def sequence(x: jax.Array) -> jax.Array:
         def block(t: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ MODEL = LanguageModelConfig(layers=4, heads=4, width=128, block=64)
 
 
 def nanogpt(folder: Path, python: str) -> float:
-    """Mean seconds of a step of train.py, as it prints them."""
+    """Return mean seconds of a step of train.py, as it prints them."""
     options = {
         "device": "cpu",
         "compile": False,
@@ -63,7 +63,7 @@ def nanogpt(folder: Path, python: str) -> float:
 
 
 def probattn(trainer: Trainer) -> float:
-    """Mean seconds of a step of `fit`, from the same start every time."""
+    """Return mean seconds of a step of `fit`, from the same start every time."""
     state, _ = jax.block_until_ready(trainer.advance(trainer.init(), 0, WARM))
     started = time.perf_counter()
     jax.block_until_ready(trainer.advance(state, WARM, STEPS))

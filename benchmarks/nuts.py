@@ -65,7 +65,7 @@ class _Figures(NamedTuple):
 
 
 def nuts(rounds: int, config: SampleConfig | None = None) -> dict[str, Any]:
-    """Seconds, leapfrog steps and the smallest bulk effective sample size of identified quantities.
+    """Measure seconds, leapfrog steps and smallest bulk ESS of identified quantities.
 
     Both samplers have the same chains, iterations, target acceptance, depth and diagonal mass
     matrix, start from draws of the prior, give draws of the sites back, and run at double precision
@@ -109,7 +109,7 @@ def report(results: dict[str, Any]) -> None:
 
 
 def _problems() -> dict[str, _Problem]:
-    """The first has 281 parameters, nearly all of them embeddings, the second ten."""
+    """Make the problems: one of 281 parameters, nearly all of them embeddings, one of ten."""
     size = {"coupling": "bounded", "sequences": SEQUENCES, "length": LENGTH}
     latent = partial(
         latent_embeddings,
@@ -170,7 +170,7 @@ def _compare(problem: _Problem, config: SampleConfig, rounds: int) -> dict[str, 
 
 
 def _summary(rounds: list[_Figures]) -> dict[str, Any]:
-    """Medians over rounds; of divergences the sum, of R-hat the largest."""
+    """Take medians over rounds; of divergences the sum, of R-hat the largest."""
     of = {name: [getattr(each, name) for each in rounds] for name in _Figures._fields}
     special = {
         "diverging": sum(of.pop("diverging")),
@@ -204,7 +204,7 @@ def _sample(problem: _Problem, config: SampleConfig, number: int) -> _Outcome:
 
 
 def _blackjax(problem: _Problem, config: SampleConfig) -> Callable[[int], _Outcome]:
-    """The same chains by BlackJAX, in threads or in one call, as `Chains` runs them."""
+    """Sample the same chains by BlackJAX, in threads or in one call, as `Chains` runs them."""
     each = config.chain_method == "parallel"
     initialize = partial(
         initialize_model,

@@ -30,7 +30,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(description="benchmarks of probattn")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", action="extend", choices=BENCHMARKS)

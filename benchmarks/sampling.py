@@ -17,7 +17,7 @@ PRECISIONS = {"float32": False, "float64": True}
 
 
 def sampling(rounds: int) -> dict[str, Any]:
-    """Seconds of a draw of 1,000 sequences, and temporary bytes of the compiled sampler.
+    """Measure seconds of a draw of 1,000 sequences, and temporary bytes of the sampler.
 
     The alternatives are not rivals: their ratios to the first tell what a regime and a precision
     cost, beside the control's.
@@ -55,7 +55,7 @@ def _draw(process: CausalAttention, key: jax.Array, count: int) -> jax.Array:
 
 
 def _process(regime: str, dtype: type) -> CausalAttention:
-    """Queries of order one; bounded: a positive coupling, close to the end of what is proper."""
+    """Make a process: queries of order one; bounded, a positive coupling close to improper."""
     rng = np.random.default_rng(0)
     w_query = rng.standard_normal((WIDTH, RANK)) / np.sqrt(WIDTH)
     w_key, bound = -w_query, None
@@ -83,7 +83,7 @@ def _sampler(precision: str, regime: str) -> Callable[[], jax.Array]:
 
 
 def _memory(precision: str, count: int) -> int:
-    """The regimes compile to programs of one size."""
+    """Return temporary bytes: the regimes compile to programs of one size."""
     with jax.enable_x64(PRECISIONS[precision]):
         process, key = _process("repulsive", np.dtype(precision).type), jax.random.key(0)
         return _draw.lower(process, key, count).compile().memory_analysis().temp_size_in_bytes

@@ -47,7 +47,7 @@ def scaling(
     grid: Mapping[str, Sequence[int]] = GRID,
     alive: tuple[Size, Size] = ALIVE,
 ) -> dict[str, Any]:
-    """Seconds, temporary bytes and exponents along each size; memory against the batch."""
+    """Measure seconds, temporary bytes and exponents by size, and memory by batch."""
     curves = {name: [_with(base, name, value) for value in values] for name, values in grid.items()}
     sizes = list(dict.fromkeys([base, *(size for curve in curves.values() for size in curve)]))
     programs = _compiled([*sizes, *alive])
@@ -104,7 +104,7 @@ def report(results: dict[str, Any]) -> None:
 
 @styled
 def figure(results: dict[str, Any]) -> Figure:
-    """Time above and temporary memory below, a column for each size that varies."""
+    """Draw time above and temporary memory below, a column for each size that varies."""
     along = results["along"]
     drawn = new_figure(DOUBLE, 3.6, layout="constrained")
     panels = drawn.subplots(2, len(along), sharex="col", sharey="row", squeeze=False)
@@ -143,7 +143,7 @@ def figure(results: dict[str, Any]) -> Figure:
 
 
 def exponent(values: Sequence[float], measured: Sequence[float]) -> float:
-    """Slope of log(measured) over log(values), over the upper values."""
+    """Return the slope of log(measured) over log(values), over the upper values."""
     logarithms = (np.log(np.asarray(part, float))[-UPPER:] for part in (values, measured))
     return float(np.polyfit(*logarithms, 1)[0])
 
@@ -161,7 +161,7 @@ def _compiled(sizes: Sequence[Size]) -> dict[Size, Any]:
 
 
 def _per_sequence(sizes: tuple[Size, Size], memory: Sequence[int]) -> dict[str, Any]:
-    """What one more sequence takes, beside one number for every entry of its reduced blocks."""
+    """Return what one more sequence takes, beside one number per entry of its R_t."""
     (few, length, width, rank), (many, *_) = sizes
     grown = (memory[1] - memory[0]) / (many - few)
     blocks = length * rank**2 * 4

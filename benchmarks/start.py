@@ -19,7 +19,7 @@ MODEL = ["--model.layers", "4", "--model.width", "128", "--model.block", "64"]
 
 
 def start(rounds: int) -> dict[str, Any]:
-    """Seconds to the first step of a first start, of a second, and of one with a new seed."""
+    """Measure seconds to the first step: of a first start, a second, one with a new seed."""
     seeds = itertools.count(1)
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "kept"
@@ -47,7 +47,7 @@ def report(results: dict[str, Any]) -> None:
 
 
 def _seconds(folder: Path, cache: Path | None = None, *, seed: int = 0) -> float:
-    """Until the progress bar counts a step, imports included; a cache of its own by default."""
+    """Wait until the progress bar counts a step, imports included; by default with a new cache."""
     with tempfile.TemporaryDirectory(dir=folder) as own:
         environment = {key: value for key, value in os.environ.items() if key[:4] != "JAX_"}
         environment["XDG_CACHE_HOME"] = str(cache or own)

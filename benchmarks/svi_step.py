@@ -30,7 +30,7 @@ PROCESSES = 5
 
 
 def svi_step(rounds: int) -> dict[str, Any]:
-    """Ratio of a step of the trainer to the hand-written one, and of one with the barrier to ce.
+    """Compare a trainer's step with the hand-written one, and one with the barrier with ce.
 
     Rounds are shared out among processes: where a process has its arrays moves such a ratio by
     several hundredths, whatever the number of its rounds.
@@ -42,7 +42,7 @@ def svi_step(rounds: int) -> dict[str, Any]:
 
 
 def _pooled(parts: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
-    """As `harness.ratios` of all rounds, with the median ratio of each process."""
+    """Return `harness.ratios` of all rounds, with the median ratio of each process."""
     first = next(iter(parts[0]))
     distributed = {name: [second for part in parts for second in part[name]] for name in parts[0]}
     return {
@@ -57,7 +57,7 @@ def _pooled(parts: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, Any]
 
 
 def _in_one_process(rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each round, by comparison and alternative."""
+    """Return the seconds of each round, by comparison and alternative."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, TOKENS, dtype=np.int32))
     configs = {name: RunConfig(objective=ObjectiveConfig(name)) for name in ("ce", "margin")}
     steps = {name: _trainer(config, tokens) for name, config in configs.items()}
@@ -96,7 +96,7 @@ def _trainer(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:
 
 
 def _hand_written(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:
-    """The step as a practitioner would write it, with the priors' densities by hand."""
+    """Write the step as a practitioner would, with the priors' densities by hand."""
     model, fit, objective = config.model, config.fit, config.objective
     with numpyro.handlers.seed(rng_seed=0):
         inputs = jnp.zeros((1, model.block), jnp.int32)
@@ -150,7 +150,7 @@ def _hand_written(config: RunConfig, tokens: jax.Array) -> Callable[[], Any]:
         value, gradient = jax.value_and_grad(loss)(params, inputs, targets)
         updates, moments = optimizer.update(gradient, moments, params)
         trial = optax.apply_updates(params, updates)
-        if weight:  # the check that the trainer makes, without the retreat that it rarely needs
+        if weight:  # the trainer's check, without the backtracking that it rarely needs
             trial = jax.lax.cond(inside(trial, inputs), lambda: trial, lambda: params)
         return trial, moments, value
 

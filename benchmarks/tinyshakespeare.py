@@ -31,7 +31,7 @@ options = parser.parse_args()
 
 
 def interval(values):
-    """Mean and half-width of the 95 % interval of Student's t."""
+    """Return mean and half-width of the 95 % interval of Student's t."""
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": statistics.mean(values), "half_width_95": half, "values": values}
 

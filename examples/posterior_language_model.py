@@ -39,7 +39,7 @@ sampling = SampleConfig(warmup=options.warmup, draws=options.draws, max_tree_dep
 posterior, result = sample_run(
     config_of_fit(runs["full"], sampling),
     options.out / "posterior",
-    start=runs["full"].parameters,
+    init_values=runs["full"].parameters,
     overwrite=True,
     progress=True,
 )

@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def local_results():
-    """Propositions about one position, each against automatic differentiation."""
+    """Check propositions about one position, each against automatic differentiation."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (6, 4))
     w_query, w_key = jax.random.normal(keys[1], (2, 4, 2)) / 4
@@ -75,7 +75,7 @@ def local_results():
 
 
 def consistency():
-    """Theorem 2 and Proposition 2: the marginal of n + 1 tokens over the density of n."""
+    """Check Theorem 2 and Proposition 2: the marginal of n + 1 tokens over the density of n."""
 
     def causal(coupling):
         return lambda x: pa.CausalAttention(coupling * ONE, ONE, 1.0, x.shape[-2]).log_prob(x)
@@ -114,7 +114,7 @@ def consistency():
 
 
 def layers():
-    """Theorem 3, Proposition 3 and Corollary 6.1: the process through several layers."""
+    """Check Theorem 3, Proposition 3 and Corollary 6.1: the process through several layers."""
     keys = jax.random.split(jax.random.key(2), 4)
     length, matrices = 4, jax.random.normal(keys[0], (2, 1, 1))
     w_query, w_key = -ONE, ONE
@@ -127,7 +127,7 @@ def layers():
         layered_process(w_query, w_key, 1.0, length, maps, noise_scale=0.5)
 
     def log_prob(stacked):
-        """Density of (x^(0), x^(1), x^(2)), a token of all layers being one row."""
+        """Return the density of (x^(0), x^(1), x^(2)), a token of all layers being one row."""
 
         def of_one(stacked):
             sites = {f"layer_{n}": stacked[:, n : n + 1] for n in range(3)}
@@ -160,7 +160,7 @@ def layers():
 
 
 def table():
-    """All rows."""
+    """Return all rows."""
     return [*local_results(), *consistency(), *layers()]
 
 

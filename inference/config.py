@@ -23,10 +23,10 @@ class FitConfig:
         learning_rate: peak of the learning rate, after a linear warm-up and before a cosine decay
             to a tenth of it.
         warmup: steps of the linear warm-up, fewer than steps.
-        seed: of the initial parameters and the minibatches.
+        seed: seed of the initial parameters and the minibatches.
         eval_every: steps between reports on training and validation text.
         checkpoint_every: steps between checkpoints to resume from.
-        precision: of the network's matrix products; the determinant is float32 in any case.
+        precision: precision of the network's matrix products; the determinant is always float32.
         guide: family that approximates the posterior: map is a point; laplace a Gaussian at that
             point, of the curvature there; mean_field independent Gaussians; low_rank a Gaussian
             whose covariance is diagonal plus low-rank.
@@ -36,7 +36,7 @@ class FitConfig:
             training, in units of the embeddings' root mean square.
         neftune_alpha: NEFTune's uniform noise in its place, alpha / sqrt(block * width) times
             uniform on [-1, 1], in the embedding's own unit (Jain et al. 2023).
-        noise_probability: of either noise, sequence by sequence: the others are fitted clean.
+        noise_probability: probability of noise for each sequence; the others are fitted clean.
         sam_rho: radius of sharpness-aware minimisation (Foret et al. 2021): the gradient is that at
             the point this far uphill, of the same minibatch and noise, which doubles the work.
             These five change what is fitted, and are for the guide map alone.
@@ -118,7 +118,7 @@ class RunConfig:
     """Everything that determines a fitted model.
 
     Attributes:
-        data: which text.
+        data: text to fit and to validate on.
         model: size of the network.
         objective: what is fitted.
         fit: how it is fitted.
@@ -130,7 +130,7 @@ class RunConfig:
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
-        """Refuse settings of a fit or a model that the objective has no use for."""
+        """Refuse settings of a fit or a model that the objective does not use."""
         objective = self.objective
         normalised = objective.trains_attention_prior and objective.attention == "normalised"
         if self.model.bound is not None and normalised:
@@ -167,14 +167,14 @@ class SampleConfig:
         chains: number of chains.
         warmup: iterations of each in which step size and mass matrix are adapted; not kept.
         draws: iterations of each that are kept.
-        seed: of the chains.
+        seed: seed of the chains.
         target_accept: acceptance probability that the step size is adapted to.
         max_tree_depth: an iteration takes at most 2^max_tree_depth - 1 leapfrog steps.
-        sequences: of model.block tokens, for a language model; a latent model has
-            latent.sequences.
+        sequences: number of sequences of model.block tokens, for a language model; a latent model
+            has latent.sequences.
         chain_method: "parallel", a thread for each chain, for CPUs; or "vectorized", all chains in
             one call, in step with the slowest, for GPUs.
-        precision: of all numbers.
+        precision: precision of all numbers.
     """
 
     chains: int = 4
@@ -219,7 +219,7 @@ class SampleRunConfig:
     """Everything that determines a sampled posterior: of one of two models, and of which text.
 
     Attributes:
-        data: which text; sequences are taken from its training part, spread evenly.
+        data: text; sequences are taken from its training part, spread evenly.
         sample: how the posterior is sampled.
         latent: the model `latent_embeddings`, and how much text; None for a language model.
         model: the model `language_model`; None for latent embeddings.

@@ -30,9 +30,9 @@ def read_tables[C](
     """Read a TOML file whose tables are the fields of a dataclass of dataclasses.
 
     Args:
-        path: of the file.
+        path: path of the file.
         kind: the dataclass.
-        defaults: by table, what gives the fields that the file leaves out of it; else its class.
+        defaults: objects by table that give the fields that the file leaves out; else its class.
 
     Raises:
         ValueError: if the file cannot be read, is no TOML, or names an unknown or ill-typed field.
@@ -46,7 +46,7 @@ def read_tables[C](
         raise ValueError(f"{path}: expected a TOML file: {one_line(error)}") from None
     try:
         return _from_tables(tables, kind, defaults or {})
-    except ValueError as error:  # in which names of the file may stand, with line ends in them
+    except ValueError as error:  # names in the file may hold line ends
         raise ValueError(f"{path}: {one_line(error)}") from None
 
 
@@ -61,7 +61,7 @@ def format_config(config: Any) -> str:
 
 
 def differences(old: Any, new: Any) -> list[str]:
-    """Fields in which two configurations differ, as "table.field: old -> new"."""
+    """List the fields in which two configurations differ, as "table.field: old -> new"."""
     before, after = _fields(old), _fields(new)
     return [
         f"{name}: {before.get(name)} -> {after.get(name)}"
@@ -105,7 +105,7 @@ def _check_names(given: dict[str, Any], known: dict[str, Any], what: str) -> Non
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
-    """Value as the declared type: only int to float is converted, and nothing guessed."""
+    """Return a value as the declared type: only int to float is converted, and nothing guessed."""
     kind = _given(kind)
     if typing.get_origin(kind) is Literal:
         kind = str
@@ -119,7 +119,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
 
 
 def _given(kind: Any) -> Any:
-    """The type of what may be None where it is not."""
+    """Return the type of what may be None where it is not."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         (kind,) = [option for option in typing.get_args(kind) if option is not type(None)]
     return kind

@@ -21,7 +21,7 @@ def check_integers(config: Any, table: str, /, **least: int | None) -> None:
 
 
 def check_symbols(name: str, symbols: Any, vocabulary_size: int) -> None:
-    """Refuse symbols outside a vocabulary, of which JAX would take the nearest that there is.
+    """Refuse symbols outside a vocabulary: JAX would take the nearest that there is.
 
     Of traced arrays nothing is known.
 
@@ -30,7 +30,7 @@ def check_symbols(name: str, symbols: Any, vocabulary_size: int) -> None:
     """
     if isinstance(symbols, jax.core.Tracer):
         return
-    symbols = np.asarray(symbols)  # of JAX's even these would be traced within a jit
+    symbols = np.asarray(symbols)  # in a jit, JAX would trace even constants
     lowest, highest = symbols.min(), symbols.max()
     if not (lowest >= 0 and highest < vocabulary_size):  # nor NaN
         raise ValueError(

@@ -38,10 +38,10 @@ def sample_coupling(
     `attention_sites.record_coupling`.
 
     Args:
-        kind: which prior.
+        kind: kind of prior.
         width: d.
         bound: c, for "bounded", in the given unit.
-        unit: of the embeddings; A is what it would be in units of one, divided by unit^2.
+        unit: unit of the embeddings; A is what it would be in units of one, divided by unit^2.
 
     Raises:
         ValueError: if the coupling is "bounded" and the bound is None.
@@ -73,7 +73,7 @@ def sample_coupling(
 def attention_weights_of(
     coupling: Float[Array, "d d"],
 ) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
-    """W_Q and W_K (d, d), of full rank r = d, that have this coupling: W_K W_Q^T / sqrt(d) = A."""
+    """Return W_Q and W_K (d, d), of full rank r = d, with W_K W_Q^T / sqrt(d) = A."""
     width = coupling.shape[0]
     return jnp.eye(width, dtype=coupling.dtype), math.sqrt(width) * coupling
 
@@ -81,7 +81,7 @@ def attention_weights_of(
 def proper_weights(
     w_query: Float[Array, "d r"], w_key: Float[Array, "d r"], *, bound: float | None
 ) -> tuple[Float[Array, "d r"], Float[Array, "d r"]]:
-    """W_Q and W_K (d, r) of a process that is proper for every context, made of any two matrices.
+    """Make W_Q and W_K (d, r), proper for every context, out of any two matrices.
 
     The two regimes of `sample_coupling`, at a rank r that may be far below d. With a bound c, each
     matrix W becomes W L^-T with the Cholesky factor L L^T = I + W^T W, and its singular values s
@@ -105,7 +105,7 @@ def proper_weights(
 
 @jax.custom_jvp
 def matrix_sqrt(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """Square root of a symmetric positive definite matrix, differentiable at equal eigenvalues.
+    """Return the square root of a positive definite matrix, differentiable at equal eigenvalues.
 
     The derivative solves S dS + dS S = dM, d^2 equations, which limits d to about 32; that of an
     eigendecomposition is singular there.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 def embedding_rms(x: Float[Array, "*batch d"]) -> Float[Array, ""]:
-    """Root mean square over all coordinates of all embeddings, their unit of relative noise."""
+    """Return the root mean square over all coordinates of x, the unit of relative noise."""
     return jnp.sqrt(jnp.mean(x**2))
 
 
@@ -49,10 +49,10 @@ def some_of(
     sees noise alone.
 
     Args:
-        perturb: of a random key and x.
+        perturb: function of a random key and x.
         rng_key: random key.
         x: embeddings (..., T, d).
-        probability: of a sequence to be perturbed.
+        probability: probability of a sequence to be perturbed.
     """
     noise_key, chosen_key = jax.random.split(rng_key)
     chosen = jax.random.bernoulli(chosen_key, probability, (*x.shape[:-2], 1, 1))

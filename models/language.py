@@ -42,7 +42,7 @@ class LanguageModelConfig:
     bound: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse sizes of which no network can be made."""
+        """Refuse sizes that make no network."""
         check_integers(self, "model", layers=1, heads=1, width=1, block=3, prior_rank=1)
         if self.bound is not None and not is_positive(self.bound):
             raise ValueError(
@@ -76,7 +76,7 @@ def language_model(
     margins: bool = False,
     perturb: Callable[[Float[Array, "B T d"]], Float[Array, "B T d"]] | None = None,
 ) -> None:
-    """NumPyro model of token sequences: priors, attention factor, transformer, tokens.
+    """Model token sequences, in NumPyro: priors, attention factor, transformer, tokens.
 
     Sample sites: the parameters (see `priors`), then "tokens" with one log likelihood per
     sequence. Factor sites: "attention_barrier" and "attention_residual", minus the weighted
@@ -94,11 +94,11 @@ def language_model(
             minibatch; by default B. With minibatches of a text of N tokens it is N // T, so that
             the prior counts once. NumPyro's utilities then want the model seeded, since the plate
             draws indices, although none is used.
-        precision: of the network's matrix products. The barrier is float32 at least.
+        precision: precision of the network's matrix products. The barrier is float32 at least.
         margins: record the deterministic sites of `attention_sites` for the objective's attention
             stage: margins (B, T), or (B, heads, T) of the first layer, and its couplings.
-        perturb: what the network sees of the embeddings, such as the same with noise; the factors
-            are those of the embeddings themselves.
+        perturb: function from the embeddings to the network's input, such as noise to add; the
+            factors are those of the embeddings themselves.
 
     Raises:
         ValueError: if inputs are not (B, T) with T <= config.block, targets differ in shape,
@@ -144,7 +144,7 @@ def language_model(
 def sample_parameters(
     vocabulary_size: int, config: LanguageModelConfig, objective: ObjectiveConfig
 ) -> dict[str, Array]:
-    """The part of `language_model` that samples its parameters: all that a guide has to match."""
+    """Sample the parameters of `language_model`: all that a guide has to match."""
     parameters = priors.sample_transformer(
         vocabulary_size=vocabulary_size,
         layers=config.layers,
@@ -161,7 +161,7 @@ def sample_parameters(
 def parameter_shapes(
     vocabulary_size: int, config: LanguageModelConfig, objective: ObjectiveConfig
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter that `language_model` samples, by site name."""
+    """Return shape and dtype of every parameter of `language_model`, by site name."""
 
     def draw() -> dict[str, Array]:
         with numpyro.handlers.seed(rng_seed=0):
@@ -177,7 +177,7 @@ def attention_stage(
     config: LanguageModelConfig,
     objective: ObjectiveConfig,
 ) -> AttentionInputs:
-    """Arguments at which the objective evaluates the attention formulas, by their names.
+    """Return the objective's arguments for the attention formulas, by name.
 
     For a separate stage x is (B, T, d), divided by the root mean square of each token's if it is
     the normalised one, and the matrices are (d, r); for the first layer x is its normalised input
@@ -197,7 +197,7 @@ def attention_stage(
 def latent_process(
     parameters: transformer.Parameters, length: int, *, config: LanguageModelConfig
 ) -> CausalAttention:
-    """The attention process of the embeddings of objective "latent", over `length` positions.
+    """Return the attention process of the embeddings of objective "latent", `length` long.
 
     It is proper whatever the parameters: repulsive, or of a bounded context where the
     configuration gives a bound; see `coupling.proper_weights`.
@@ -210,7 +210,7 @@ def latent_process(
 def _attention_terms(
     stage: AttentionInputs, objective: ObjectiveConfig
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Barrier and ||e_t||^2 / (2 sigma^2), summed over positions and averaged over heads."""
+    """Return barrier and ||e_t||^2 / (2 sigma^2), summed over positions, averaged over heads."""
     if objective.one_sided:
         barrier = jnp.maximum(relaxed_barrier(**stage, delta=objective.delta), 0).sum(-1)
     else:

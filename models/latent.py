@@ -43,7 +43,7 @@ class LatentEmbeddingsConfig:
     centred: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse sizes and names of which no model can be made."""
+        """Refuse sizes and names that make no model."""
         check_integers(self, "latent", width=1, sequences=1, length=3)
         if self.coupling not in get_args(Coupling):
             raise ValueError(
@@ -65,7 +65,7 @@ def latent_embeddings(
     vocabulary_size: int,
     config: LatentEmbeddingsConfig,
 ) -> None:
-    """NumPyro model of token sequences emitted by latent embeddings.
+    """Model token sequences that latent embeddings emit, in NumPyro.
 
     x ~ CausalAttention(A, sigma = 1), token_t ~ Categorical(softmax(x_t U + b)). The scale of the
     embeddings is not identified (x -> k x, U -> U / k), so sigma is fixed. Their rotation is not
@@ -119,7 +119,7 @@ def observed_embeddings(
     config: LatentEmbeddingsConfig,
     unit: float = 1.0,
 ) -> None:
-    """NumPyro model of embeddings that are observed, such as rows of a trained table.
+    """Model embeddings that are observed, such as rows of a trained table, in NumPyro.
 
     Sample sites: those of the coupling; "scale", sigma ~ LogNormal(log unit, 1); "embeddings"
     (N, T, d). Deterministic sites: as in `latent_embeddings`. Plate: "sequences".
@@ -127,8 +127,8 @@ def observed_embeddings(
     Args:
         embeddings: (N, T, d); None samples them.
         config: sizes and coupling. Its bound is in the given unit, `centred` has no effect.
-        unit: of the embeddings, such as their root mean square: c = bound * unit, and the prior
-            of A is that of `sample_coupling` divided by unit^2.
+        unit: unit of the embeddings, such as their root mean square: c = bound * unit, and the
+            prior of A is that of `sample_coupling` divided by unit^2.
 
     Raises:
         ValueError: if the unit is not positive or the embeddings have another shape than the

@@ -31,7 +31,7 @@ def latent_guide(
     objective: ObjectiveConfig,
     num_sequences: int | None = None,
 ) -> None:
-    """NumPyro guide of `language_model` with objective "latent".
+    """Guide `language_model` with objective "latent", in NumPyro.
 
     Sample sites: those of `parameters`, and "embeddings" (B, T, d), weighted by `objective.beta`
     like the model's. Param site: "guide_scale", s in units of the means' root mean square, if the
@@ -42,7 +42,7 @@ def latent_guide(
         targets: not used; those of the model.
         parameters: guide of the model's parameters, such as an AutoDelta of `sample_parameters`;
             called with inputs and targets, it returns their values by site name.
-        objective: that of the model.
+        objective: the model's objective.
         num_sequences: as in `language_model`.
     """
     values = parameters(inputs, targets)
@@ -60,7 +60,7 @@ def latent_guide(
 def embedding_guide(
     parameters: Parameters, inputs: Int[Array, "B T"], scale: ArrayLike
 ) -> dist.Distribution:
-    """q(x | tokens): a batch of B sequences (T, d) of independent Gaussians.
+    """Sample q(x | tokens): a batch of B sequences (T, d) of independent Gaussians.
 
     Args:
         parameters: see `transformer.embed`.

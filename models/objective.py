@@ -27,15 +27,15 @@ class ObjectiveConfig:
         barrier_weight: weight of the barrier; by default 0.05 for margin (the paper's) and 1 for
             full.
         residual_weight: weight of the residual; by default 0 for margin and 1 for full.
-        residual_scale: standard deviation sigma of the residual, in the unit of what the
-            attention stage sees, see `attention`. Fixed: learned, it collapses together with the
+        residual_scale: standard deviation sigma of the residual, in the unit of the
+            attention stage's input, see `attention`. Fixed: learned, it collapses together with the
             embeddings. Not of "latent", whose density is normalised: there sigma is a parameter of
             the model.
         delta: determinant below which the barrier is relaxed.
         attention: "separate" puts barrier and residual on an attention stage of its own, with its
             own W_Q and W_K; "first_layer" on the heads of the first attention layer, averaged
-            over them; "normalised" on a stage of its own that sees every embedding divided by its
-            root mean square, so that embeddings which only grow change nothing.
+            over them; "normalised" on a stage of its own whose input is every embedding divided by
+            its root mean square, so that embeddings which only grow change nothing.
         one_sided: whether the barrier is counted only where it is positive, at determinants
             below one: it then keeps off the boundary, and rewards nothing beyond.
         beta: weight of the KL divergence of "latent", > 0. At 1 the objective bounds the evidence.
@@ -85,7 +85,7 @@ class ObjectiveConfig:
         self._check_use(_OF_LATENT, self.name == "latent", "latent")
 
     def _check_use(self, names: tuple[str, ...], used: bool, by: str) -> None:
-        """Refuse a setting that the objective named has no use for."""
+        """Refuse a setting that the named objective does not use."""
         defaults = {field.name: field.default for field in fields(self)}
         for name in names:
             value, default = getattr(self, name), defaults[name]

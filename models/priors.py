@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-WIDTH = 3.0  # of the priors, in units of the start
+WIDTH = 3.0  # width of the priors, in units of the start
 # Start of each of the two tables whose sum enters the stack. The logits are tied to the first: at
 # width 128 they start with a standard deviation of about a half.
 EMBEDDING_START = 0.05
@@ -26,7 +26,7 @@ GAIN_SCALE = 0.1
 
 
 def attention_prior(width: int, rank: int) -> dist.Distribution:
-    """Prior of each of W_Q and W_K (width, rank) of a separate attention stage."""
+    """Return the prior of each of W_Q and W_K (width, rank) of a separate attention stage."""
     return _normal((width, rank), scale=1 / math.sqrt(width))
 
 
@@ -79,7 +79,7 @@ def sample_transformer(
 
 
 def starting_point(rng_key: Array, parameters: Callable[[], dict[str, Array]]) -> dict[str, Array]:
-    """Draw the parameters that a fit starts from, a third as wide as their priors.
+    """Draw the start of a fit, a third as wide as the priors of its parameters.
 
     Args:
         rng_key: key of the draw.

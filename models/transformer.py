@@ -27,9 +27,9 @@ LAYER_PARAMETERS = (
 
 
 def embed(parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T d"]:
-    """Token plus position embedding: what enters the stack, before any norm.
+    """Add token and position embedding: what enters the stack, before any norm.
 
-    Noise and margins are taken here, since a norm hides the scale of what it sees.
+    Noise and margins are taken here, since a norm hides the scale of its input.
     """
     positions = parameters["position_embedding"][: tokens.shape[-1]]
     return jnp.asarray(parameters["token_embedding"])[tokens] + positions
@@ -42,14 +42,14 @@ def logits(
     heads: int,
     precision: Precision = "float32",
 ) -> Float[Array, "B T V"]:
-    """Next-symbol logits from what enters the stack; the output is tied to the token embedding.
+    """Compute next-symbol logits from what enters the stack; the output is tied to the embedding.
 
     Args:
         parameters: see the module.
         x: the output of `embed`, perhaps with noise, (B, T, d).
         heads: number of attention heads, a divisor of d.
-        precision: of the matrix products; norms, softmax and logits are float32 (or wider) in any
-            case.
+        precision: precision of the matrix products; norms, softmax and logits are float32 (or
+            wider) in any case.
 
     Returns:
         (B, T, V), the logits of the symbol that follows each position.
@@ -69,7 +69,7 @@ def logits(
 
 
 def rms_normalised(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-    """Each vector divided by the root mean square of its entries (Zhang and Sennrich 2019).
+    """Divide each vector by the root mean square of its entries (Zhang and Sennrich 2019).
 
     The mean square is increased by 1e-8, so that a vector of zeros has a derivative.
     """
@@ -79,7 +79,7 @@ def rms_normalised(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
 def first_layer(
     parameters: Parameters, x: Float[Array, "B T d"], *, heads: int
 ) -> tuple[Float[Array, "B T d"], Float[Array, "H d r"], Float[Array, "H d r"]]:
-    """What the first attention layer sees, and the query and key matrices of its heads.
+    """Return the input of the first attention layer, and its heads' query and key matrices.
 
     Returns:
         The normalised input (B, T, d), w_query and w_key (H, d, d / H).

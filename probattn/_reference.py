@@ -21,7 +21,7 @@ import numpy as np
 
 
 def weights_of(query, keys):
-    """Softmax of the logits of one query, a list of as many scalars as there are keys."""
+    """Return the softmax of one query's logits, a list of as many scalars as there are keys."""
     logits = [jnp.dot(query, key) / math.sqrt(query.size) for key in keys]
     largest = functools.reduce(jnp.maximum, logits)
     unnormalised = [jnp.exp(logit - largest) for logit in logits]
@@ -30,7 +30,7 @@ def weights_of(query, keys):
 
 
 def attention_weights(queries, keys):
-    """Strictly causal attention weights, one softmax per row.
+    """Return the strictly causal attention weights, one softmax per row.
 
     Args:
         queries: shape (T, r).
@@ -49,12 +49,12 @@ def attention_weights(queries, keys):
 
 
 def bounded(x, bound):
-    """phi(x) = x / sqrt(1 + |x|²/c²) of one vector, or x where the bound is None."""
+    """Return phi(x) = x / sqrt(1 + |x|²/c²) of one vector, or x where the bound is None."""
     return x if bound is None else x / jnp.sqrt(1 + jnp.dot(x, x) / bound**2)
 
 
 def residual_of(token, past, w_query, w_key, bound=None):
-    """Residual of one token given its past: e_t = x_t − sum_{s<t} alpha_ts x_s.
+    """Return the residual of one token given its past: e_t = x_t − sum_{s<t} alpha_ts x_s.
 
     Args:
         token: x_t, shape (d,).
@@ -74,7 +74,7 @@ def residual_of(token, past, w_query, w_key, bound=None):
 
 
 def residual(x, w_query, w_key, bound=None):
-    """Residuals e_t of every position, shape (T, d)."""
+    """Return the residuals e_t of every position, shape (T, d)."""
     tokens = list(x)
     return jnp.stack(
         [residual_of(tokens[t], tokens[:t], w_query, w_key, bound) for t in range(len(tokens))]
@@ -82,35 +82,35 @@ def residual(x, w_query, w_key, bound=None):
 
 
 def full_jacobian(x, w_query, w_key, bound=None):
-    """Jacobian of the whole map x -> e by forward differentiation, shape (T * d, T * d)."""
+    """Return the Jacobian of the map x -> e by forward differentiation, shape (T * d, T * d)."""
     return jax.jacfwd(residual)(x, w_query, w_key, bound).reshape(x.size, x.size)
 
 
 def log_det_total(x, w_query, w_key, bound=None):
-    """Sign and log|det| of the whole Jacobian, two scalars."""
+    """Return sign and log|det| of the whole Jacobian, two scalars."""
     return jnp.linalg.slogdet(full_jacobian(x, w_query, w_key, bound))
 
 
 def jacobian_block(x, w_query, w_key, t, bound=None):
-    """Block D_t = ∂e_t/∂x_t by forward differentiation, shape (d, d)."""
+    """Return the block D_t = ∂e_t/∂x_t by forward differentiation, shape (d, d)."""
     tokens = list(x)
     return jax.jacfwd(residual_of)(tokens[t], tokens[:t], w_query, w_key, bound)
 
 
 def jacobian_blocks(x, w_query, w_key, bound=None):
-    """Every D_t, cut from the diagonal of the whole Jacobian, shape (T, d, d)."""
+    """Return every D_t, cut from the diagonal of the whole Jacobian, shape (T, d, d)."""
     length, width = x.shape
     jacobian = full_jacobian(x, w_query, w_key, bound).reshape(length, width, length, width)
     return jnp.stack([jacobian[t, :, t, :] for t in range(length)])
 
 
 def log_det_at(x, w_query, w_key, t, bound=None):
-    """Sign and log|det D_t| of one position, two scalars."""
+    """Return sign and log|det D_t| of one position, two scalars."""
     return jnp.linalg.slogdet(jacobian_block(x, w_query, w_key, t, bound))
 
 
 def log_det(x, w_query, w_key, bound=None):
-    """Sign and log|det D_t| of every position, each of shape (T,)."""
+    """Return sign and log|det D_t| of every position, each of shape (T,)."""
     sign, log_abs = zip(
         *(log_det_at(x, w_query, w_key, t, bound) for t in range(x.shape[0])), strict=True
     )
@@ -118,7 +118,7 @@ def log_det(x, w_query, w_key, bound=None):
 
 
 def reduced_block(x, w_query, w_key, t, bound=None):
-    """Block R_t = I − Cov_{alpha_t}(q_s, k_s)/sqrt(r), the covariance summed term by term.
+    """Return R_t = I − Cov_{alpha_t}(q_s, k_s)/sqrt(r), the covariance summed term by term.
 
     Returns:
         Shape (r, r), the identity at positions 0 and 1.
@@ -142,12 +142,12 @@ def reduced_block(x, w_query, w_key, t, bound=None):
 
 
 def reduced_blocks(x, w_query, w_key, bound=None):
-    """Every R_t, shape (T, r, r)."""
+    """Return every R_t, shape (T, r, r)."""
     return jnp.stack([reduced_block(x, w_query, w_key, t, bound) for t in range(x.shape[0])])
 
 
 def relaxed_logarithm(z, delta):
-    """The relaxed barrier as a function of the determinant z >= −10 delta.
+    """Return the relaxed barrier as a function of the determinant z >= −10 delta.
 
     −log z from delta up, and below it the parabola of the same value and first two derivatives.
     How the fast code caps the growth below −10 delta is its own affair: there is no oracle for it.
@@ -157,7 +157,7 @@ def relaxed_logarithm(z, delta):
 
 
 def determinant(matrix):
-    """Determinant by Laplace expansion, for d <= 6 or so.
+    """Return a determinant by Laplace expansion, for d <= 6 or so.
 
     Unlike `jnp.linalg.det`, whose derivative is wrong at diag(0, 1), it is a polynomial to
     automatic differentiation too.
@@ -169,19 +169,19 @@ def determinant(matrix):
 
 
 def relaxed_barrier(x, w_query, w_key, delta=1e-3, bound=None):
-    """Relaxed log-barrier of every det D_t, shape (T,); needs every det D_t >= −10 delta."""
+    """Return the relaxed log-barrier of every det D_t >= −10 delta, shape (T,)."""
     blocks = [jacobian_block(x, w_query, w_key, t, bound) for t in range(x.shape[0])]
     return jnp.stack([relaxed_logarithm(determinant(block), delta) for block in blocks])
 
 
 def signed_sigma_min(matrix):
-    """Smallest singular value, with a minus sign where the determinant is not positive."""
+    """Return the smallest singular value, negative where the determinant is not positive."""
     sigma_min = jnp.linalg.svd(matrix, compute_uv=False)[-1]
     return jnp.where(jnp.linalg.det(matrix) > 0, sigma_min, -sigma_min)
 
 
 def stability_margin(x, w_query, w_key, kind="sigma_min", bound=None):
-    """Margin of every position from dense blocks.
+    """Return the margin of every position from dense blocks.
 
     Args:
         x: shape (T, d).
@@ -211,7 +211,7 @@ def stability_margin(x, w_query, w_key, kind="sigma_min", bound=None):
 
 
 def embedding_margin(x, w_query, w_key, bound=None):
-    """First-order distance of every position to the boundary, by differentiating its margin.
+    """Return every position's first-order distance to the boundary, by differentiation.
 
     Valid where the smallest singular value of D_t is simple.
 
@@ -231,7 +231,7 @@ def embedding_margin(x, w_query, w_key, bound=None):
 
 
 def balanced(w_query, w_key):
-    """The matrices with the same coupling A whose Gram matrices are equal and diagonal.
+    """Return the matrices with the same coupling A whose Gram matrices are equal and diagonal.
 
     With A = P S Qᵀ, its singular value decomposition, and r' = min(d, r):
     W_K = P S^½ r'^¼ and W_Q = Q S^½ r'^¼, so that W_K W_Qᵀ/sqrt(r') = A again.
@@ -247,7 +247,7 @@ def balanced(w_query, w_key):
 
 
 def certificate(x, w_query, w_key, bound=None):
-    """Grüss bound rho_t on the balanced reduced covariance, over all pairs of past tokens.
+    """Return the Grüss bound rho_t on the balanced reduced covariance, over all pairs of tokens.
 
     Returns:
         Shape (T,), NumPy; zero at positions 0 and 1.

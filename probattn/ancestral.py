@@ -23,7 +23,7 @@ from probattn.blocks.geometry import bounded, geometry
 
 _HIGHEST = lax.Precision.HIGHEST
 _MOST_TRIALS = 1000  # antisymmetric couplings of norm 10 need up to 460, of norm 20 up to 800
-_DECREASE = 1e-4  # of the residual's error that a whole step must bring, relative (Armijo)
+_DECREASE = 1e-4  # relative decrease of the residual's error that a whole step must bring (Armijo)
 
 
 class AncestralSolution(NamedTuple):
@@ -104,7 +104,7 @@ class _Iterate(NamedTuple):
         error: largest entry of x - mu(x) - e.
         goal: error that counts as solved.
         rounding: error below which there is nothing left to gain.
-        fraction: of the step that is tried next.
+        fraction: fraction of the step that is tried next.
         refused: whether the last trial brought no decrease.
         trials: how many were tried.
     """
@@ -141,7 +141,7 @@ def solve_token(
 
     Args:
         e: residual of the token (d,).
-        values: what the token sees of others, phi(x_s), (T, d).
+        values: values of all tokens, phi(x_s), (T, d).
         keys: their keys, phi(x_s) W_K, (T, r).
         past: which of them are its past, (T,); the others must be finite.
         w_query: W_Q, (d, r).
@@ -195,7 +195,7 @@ def _solve_sequence(
 def _iterate(
     x: Array, e: Array, values: Array, keys: Array, past: Array, w_query: Array
 ) -> _Iterate:
-    """Newton's step at x and how far x is from solving its equation."""
+    """Take a step of Newton's at x, and tell how far x is from solving its equation."""
     weights, mean, query = _attend(x, values, keys, past, w_query)
     difference = x - mean - e
     rank = keys.shape[1]
@@ -228,7 +228,7 @@ def _iterate(
 def _attend(
     x: Array, values: Array, keys: Array, past: Array, w_query: Array
 ) -> tuple[Array, Array, Array]:
-    """Attention weights of one query over the past, their mean, and the query."""
+    """Return one query's attention weights over the past, their mean, and the query."""
     query = jnp.matmul(x, w_query, precision=_HIGHEST)
     logits = jnp.matmul(keys, query, precision=_HIGHEST) / math.sqrt(keys.shape[1])
     weights = jax.nn.softmax(logits, where=past)
@@ -243,7 +243,7 @@ def _implicit(
     w_key: Float[Array, "d r"],
     bound: ArrayLike | None,
 ) -> Float[Array, "T d"]:
-    """The solution x itself, with the derivative that residual(x) = e implies for it."""
+    """Return the solution x itself, with the derivative that residual(x) = e implies for it."""
     return x
 
 

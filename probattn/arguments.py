@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 def check_arguments(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, bound: ArrayLike | None
 ) -> tuple[Float[Array, "*batch T d"], Float[Array, "*weights d r"], Float[Array, "*weights d r"]]:
-    """Arguments of the public functions as arrays of one floating dtype, at least float32.
+    """Return arguments of public functions as arrays of one floating dtype, at least float32.
 
     Raises:
         ValueError: if a shape, a dtype or the bound does not fit.
@@ -35,7 +35,7 @@ def check_arguments(
 def check_weights(
     w_query: ArrayLike, w_key: ArrayLike
 ) -> tuple[Float[Array, "*batch d r"], Float[Array, "*batch d r"]]:
-    """Projection matrices as arrays of one shape and of a floating dtype, at least float32.
+    """Return projection matrices as arrays of one shape and floating dtype, at least float32.
 
     Raises:
         ValueError: if a shape or a dtype does not fit.
@@ -74,7 +74,7 @@ def check_bound(bound: ArrayLike | None) -> None:
 
 
 def is_positive(value: object) -> bool:
-    """Whether something is a finite number > 0; texts, lists and complex numbers are none."""
+    """Tell whether something is a finite number > 0; texts, lists and complex numbers are none."""
     try:
         return not isinstance(value, str | bytes) and 0 < float(cast(float, value)) < math.inf
     except (TypeError, ValueError, OverflowError):

@@ -33,7 +33,7 @@ _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors
 
 
 def attention_weights(queries: ArrayLike, keys: ArrayLike) -> Float[Array, "*batch T T"]:
-    """Strictly causal softmax weights alpha_ts, with logits q_t . k_s / sqrt(r) over s < t.
+    """Compute the strictly causal softmax weights alpha_ts of logits q_t . k_s / sqrt(r), s < t.
 
     Args:
         queries: (..., T, r).
@@ -61,7 +61,7 @@ def attention_weights(queries: ArrayLike, keys: ArrayLike) -> Float[Array, "*bat
 def conditional_mean(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T d"]:
-    """Attention-weighted mean of the past, mu_t = sum over s < t of alpha_ts x_s, and mu_0 = 0.
+    """Average the past by attention: mu_t = sum over s < t of alpha_ts x_s, and mu_0 = 0.
 
     Args:
         x: token embeddings (..., T, d).
@@ -84,7 +84,7 @@ def conditional_mean(
 def residual(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T d"]:
-    """Residual e_t = x_t - mu_t of the attention process, e_t ~ Normal(0, sigma^2 I).
+    """Compute the residual e_t = x_t - mu_t of the attention process, e_t ~ Normal(0, sigma^2 I).
 
     Args:
         x: token embeddings (..., T, d).
@@ -104,7 +104,7 @@ def residual(
 
 
 def coupling(w_query: ArrayLike, w_key: ArrayLike) -> Float[Array, "*batch d d"]:
-    """Coupling matrix A = W_K W_Q^T / sqrt(r), all that the process sees of W_Q and W_K.
+    """Compute A = W_K W_Q^T / sqrt(r), all that the process depends on of W_Q and W_K.
 
     Args:
         w_query: W_Q, (..., d, r).

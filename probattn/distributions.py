@@ -62,30 +62,30 @@ class AttentionResidual(Transform):
         self.bound = bound
 
     def __call__(self, x: ArrayLike) -> Float[Array, "*batch T d"]:
-        """Residuals of a sequence."""
+        """Compute the residuals of a sequence."""
         return self._apply(residual, "(t,d)", x)
 
     def _inverse(self, y: ArrayLike) -> Float[Array, "*batch T d"]:
         return self.solve(y).x
 
     def solve(self, e: ArrayLike) -> AncestralSolution:
-        """The sequence of given residuals, and which positions converged."""
+        """Solve for the sequence of given residuals, and tell which positions converged."""
         return solve_residual(e, self.w_query, self.w_key, bound=self.bound)
 
     def log_abs_det_jacobian(
         self, x: ArrayLike, y: ArrayLike, intermediates: Any = None
     ) -> Float[Array, "*batch"]:
-        """log|det de/dx|, summed over positions, in nats; whether or not the map folds there."""
+        """Sum log|det de/dx| over positions, in nats; whether or not the map folds there."""
         return self._sign_and_log_det(x)[1]
 
     def _sign_and_log_det(
         self, x: ArrayLike
     ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch"]]:
-        """The sign of every det D_t, and log|det de/dx|, their sum in nats."""
+        """Return the sign of every det D_t, and log|det de/dx|, their sum in nats."""
         return self._apply(functools.partial(log_det, summed=True), "(t),()", x)
 
     def _apply(self, function: Callable, returns: str, x: ArrayLike) -> Any:
-        """A function of x, the weights and the bound; `returns` is its part of a gufunc signature.
+        """Apply a function of x, weights and bound; `returns` is its part of a gufunc signature.
 
         A bound is one number, yet NumPyro's scan stacks it in front as it does every leaf; its
         axes (...) are then the first of the weights' batch.
@@ -101,20 +101,20 @@ class AttentionResidual(Transform):
         return over_bounds(x, self.w_query, self.w_key, bounds)
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the residuals of an x of this shape."""
+        """Return the shape of the residuals of an x of this shape."""
         _check_event(shape, self.w_query.shape[-2])
         return (*jnp.broadcast_shapes(shape[:-2], self.w_query.shape[:-2]), *shape[-2:])
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the x of residuals of this shape."""
+        """Return the shape of the x of residuals of this shape."""
         return self.forward_shape(shape)
 
     def tree_flatten(self) -> tuple[tuple, tuple]:
-        """Children and names, as NumPyro's transforms give them."""
+        """Return children and names, as NumPyro's transforms give them."""
         return (self.w_query, self.w_key, self.bound), (("w_query", "w_key", "bound"), {})
 
     def eq(self, other: object, static: bool = False) -> ArrayLike:
-        """Whether both map alike: the same weights and bound."""
+        """Tell whether both map alike: the same weights and bound."""
         if not isinstance(other, AttentionResidual):
             return False
         if (self.bound is None) != (other.bound is None):
@@ -200,7 +200,7 @@ class CausalAttention(dist.TransformedDistribution):
 
     @validate_sample
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Float[Array, "*batch"]:
-        """Log density in nats of sequences (..., length, d); -inf where a det D_t is not positive.
+        """Return log densities of sequences (..., length, d), in nats; -inf if a det D_t is <= 0.
 
         The determinants are those of the exact formula, at any distance from the boundary.
         """
@@ -218,12 +218,12 @@ class CausalAttention(dist.TransformedDistribution):
 
 
 def _holds(condition: Callable[[np.ndarray], np.ndarray], values: ArrayLike) -> bool:
-    """Whether a condition holds everywhere; what is traced is left to NumPyro's validation."""
+    """Tell whether a condition holds everywhere; what is traced is left to NumPyro's validation."""
     return isinstance(values, jax.core.Tracer) or bool(np.all(condition(np.asarray(values))))
 
 
 def _with_rank(array: Array, rank: int) -> Array:
-    """An array with axes of length 1 put in front, up to that many axes."""
+    """Return an array with axes of length 1 put in front, up to that many axes."""
     return jnp.expand_dims(array, tuple(range(rank - array.ndim)))
 
 

@@ -26,7 +26,7 @@ _QUADRATIC_DEPTH = 10.0
 def reduced_blocks(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T r r"]:
-    """Reduced blocks R_t = I_r - Cov_{alpha_t}(q_s, k_s) / sqrt(r), with det R_t = det D_t.
+    """Compute R_t = I_r - Cov_{alpha_t}(q_s, k_s) / sqrt(r), with det R_t = det D_t.
 
     Args:
         x: token embeddings (..., T, d).
@@ -51,7 +51,7 @@ def reduced_blocks(
 def jacobian_blocks(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T d d"]:
-    """Diagonal Jacobian blocks D_t = I_d - Cov_{alpha_t}(x_s, k_s) W_Q^T / sqrt(r), dense.
+    """Compute the Jacobian blocks D_t = I_d - Cov_{alpha_t}(x_s, k_s) W_Q^T / sqrt(r), dense.
 
     For small d: every result that can is computed from smaller matrices elsewhere.
 
@@ -84,7 +84,7 @@ def log_det(
     bound: ArrayLike | None = None,
     summed: bool = False,
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "..."]]:
-    """Sign and log absolute value of det D_t at every position, exact, from the reduced blocks.
+    """Compute sign and log absolute value of det D_t at every position, from the reduced blocks.
 
     The derivative is R_t^-T, exact up to the boundary, in forward and reverse mode and to any
     order. At an exactly singular block there is none; what is returned there is that of a block a
@@ -122,7 +122,7 @@ def relaxed_barrier(
     bound: ArrayLike | None = None,
     summed: bool = False,
 ) -> Float[Array, "..."]:
-    """Relaxed log-barrier on z_t = det D_t: the training penalty of every position, in nats.
+    """Compute the relaxed log-barrier on z_t = det D_t: a penalty of every position, in nats.
 
     It is -log z for z >= delta, the exact barrier; ((z - 2 delta)^2 / delta^2 - 1) / 2 - log delta
     below, down to z = -10 delta, which joins it with two continuous derivatives and is finite on
@@ -155,14 +155,14 @@ def relaxed_barrier(
 def _relaxed(
     sign: Float[Array, "*batch"], log_abs: Float[Array, "*batch"], delta: float
 ) -> Float[Array, "*batch"]:
-    """Relaxed barrier as a function of z = sign * exp(log_abs).
+    """Return the relaxed barrier as a function of z = sign * exp(log_abs).
 
     With u = 1 - z / delta the parabola is p(u) = u + u^2 / 2 above -log delta. Beyond
     u_0 = 1 + _QUADRATIC_DEPTH it turns into p_0 + p_0 asinh(p / p_0 - 1), with p_0 = p(u_0).
     """
     log_ratio = log_abs - math.log(delta)
     exact = (sign > 0) & (log_ratio >= 0)
-    # Each branch sees only arguments at which it is finite, else its derivative would be 0 * inf.
+    # Each branch gets only arguments at which it is finite, else its derivative is 0 * inf.
     far_below = log_ratio > 30.0  # here asinh is its logarithm to 1e-12, and exp might overflow
     near = jnp.where(exact | far_below, jnp.zeros_like(log_ratio), log_ratio)
     u = 1 - sign * jnp.exp(near)

@@ -29,7 +29,7 @@ from probattn.log_determinants import log_det, reduced_blocks
 MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]
 
 _HIGHEST = lax.Precision.HIGHEST
-_PARTS = 16  # of the positions of which eigenvalues may have to be found
+_PARTS = 16  # parts of the positions whose eigenvalues may have to be found
 
 
 def stability_margin(
@@ -40,7 +40,7 @@ def stability_margin(
     *,
     bound: ArrayLike | None = None,
 ) -> Float[Array, "*batch T"]:
-    """Margin of every position to the boundary where attention stops being invertible.
+    """Compute every position's margin to the boundary where attention is no longer invertible.
 
     Kinds:
         "sigma_min": smallest singular value of D_t, its spectral-norm distance to the nearest
@@ -87,7 +87,7 @@ def stability_margin(
 def infeasible(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Bool[Array, "*batch T"]:
-    """Whether each position lies beyond the boundary: R_t has a real eigenvalue <= 0.
+    """Tell which positions lie beyond the boundary: R_t has a real eigenvalue <= 0.
 
     Wider than a non-positive determinant, which an even number of negative eigenvalues hides.
 
@@ -119,7 +119,7 @@ def infeasible(
 
 
 def _surely_positive_real_parts(blocks: Float[Array, "n r r"]) -> Bool[Array, " n"]:
-    """Whether the symmetric part is positive definite, beyond what rounding could say."""
+    """Tell where the symmetric part is positive definite, whatever rounding may do."""
     rank = blocks.shape[-1]
     symmetric = (blocks + jnp.swapaxes(blocks, -1, -2)) / 2
     # More than what Cholesky's method errs by (Higham 2002, Theorem 10.3).
@@ -138,7 +138,7 @@ def _has_crossed(blocks: Float[Array, "n r r"]) -> Bool[Array, " n"]:
 
 
 def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
-    """Positions of the k smallest margins, smallest first (paper, Definition 3.1).
+    """Find the positions of the k smallest margins, smallest first (paper, Definition 3.1).
 
     Positions 0 and 1 have no spread in their past and are never support tokens. Ties go to the
     earliest position. A margin that is NaN comes first, since nothing is known to be smaller.
@@ -170,7 +170,7 @@ def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
 def embedding_margin(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T"]:
-    """First-order distance, in embedding space, from every position to the boundary.
+    """Compute every position's first-order distance to the boundary, in embedding space.
 
     It is |m_t| / ||dm_t/d(x_0 .. x_t)||_F, with m_t the margin "sigma_min": how far the
     embeddings up to t must move, to first order, before position t loses invertibility. It has
@@ -199,7 +199,7 @@ def embedding_margin(
 def both_margins(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
-    """Margin "sigma_min" and embedding margin, from one singular value decomposition.
+    """Compute margin "sigma_min" and embedding margin, from one singular value decomposition.
 
     Arguments and errors are those of `embedding_margin`.
     """
@@ -247,7 +247,7 @@ def _smallest_singular_value(
     w_key: Float[Array, "*weights d r"],
     bound: ArrayLike | None,
 ) -> tuple[Float[Array, "*all T"], Float[Array, "*all T d"], Float[Array, "*all T d"]]:
-    """Signed smallest singular value of every D_t and its singular vectors u and v.
+    """Return the signed smallest singular value of every D_t, and its vectors u and v.
 
     D_t is the identity on everything orthogonal to the columns of W_Q and of C_t, so where
     2r < d the singular values other than 1 are those of D_t within an orthonormal basis of 2r
@@ -296,7 +296,7 @@ def _bilinear(
 def _signed(
     sign: Float[Array, "*batch"], size: Float[Array, "*batch"], linear: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """Value `size` with the derivative of `linear`, both negative where the sign is not +1."""
+    """Return `size` with the derivative of `linear`, both negative where the sign is not +1."""
     value = size + (linear - lax.stop_gradient(linear))
     return jnp.where(sign > 0, value, -value)
 
@@ -306,7 +306,7 @@ def _centred_under(
     directions: Float[Array, "*directions T m"],
     vectors: Float[Array, "*vectors T m"],
 ) -> Float[Array, "*all T T"]:
-    """Scalars a_t . y_s, centred over s under the attention weights of row t."""
+    """Return scalars a_t . y_s, centred over s under the attention weights of row t."""
     scalars = jnp.matmul(directions, jnp.swapaxes(vectors, -1, -2), precision=_HIGHEST)
     return scalars - jnp.sum(weights * scalars, axis=-1, keepdims=True)
 
@@ -318,7 +318,7 @@ def _through_bound(
     context: Float[Array, "*context T d"],
     bound: ArrayLike,
 ) -> Float[Array, "*batch T T"]:
-    """Squared norms |J_s g_ts|^2 of the derivatives g_ts = sum_i c_tsi v_ti, from |g_ts|^2.
+    """Return |J_s g_ts|^2 of the derivatives g_ts = sum_i c_tsi v_ti, from |g_ts|^2.
 
     The Jacobian of phi at x_s is J_s = f_s (I - y_s y_s^T / c^2), with y_s = phi(x_s) and f_s^2 =
     1 - |y_s|^2 / c^2.

@@ -4,15 +4,15 @@ import reprlib
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line; its type where it has none."""
+    """Return an exception's message on one line; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def describe(value: object) -> str:
-    """A value's type and a short repr: it may be huge or deeply nested."""
+    """Return a value's type and a short repr: it may be huge or deeply nested."""
     return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def legible(text: str) -> str:
-    """A text of somebody else's for a message: quoted where it would break the line or steer."""
+    """Quote a text of somebody else's where it would break a message's line or steer a terminal."""
     return text if text.isprintable() else repr(text)

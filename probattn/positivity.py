@@ -22,7 +22,7 @@ from probattn.blocks.geometry import causal_softmax, projections
 def certainly_positive(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Bool[Array, "*batch T"]:
-    """Positions at which a sufficient condition says det D_t > 0; at others it may be, or not.
+    """Tell where a sufficient condition says det D_t > 0; elsewhere it may be, or not.
 
     Only traces of covariances are computed, and what rounding may have taken from them is added.
 

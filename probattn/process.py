@@ -22,7 +22,7 @@ from probattn.arguments import check_arguments
 from probattn.distributions import CausalAttention
 from probattn.quadrature import integrate
 
-_PIECES = 400  # of an interval, each of which is looked at
+_PIECES = 400  # pieces of an interval; the rule looks at each
 
 LogProb = Callable[[Array], Array]
 
@@ -114,7 +114,7 @@ def marginal_ratio_monte_carlo(
 def bidirectional_log_prob(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, scale: ArrayLike
 ) -> Float[Array, "*batch"]:
-    """Log density by the same formula, with attention that sees the future (paper, Proposition 2).
+    """Evaluate the same formula with attention to the future (paper, Proposition 2).
 
     Every token attends to every other token and to one at the origin, without which the residuals
     of two tokens would depend on their difference alone. The Jacobian is no longer triangular; its
@@ -160,7 +160,7 @@ def layered_process(
     noise_scale: ArrayLike = 1.0,
     bound: ArrayLike | None = None,
 ) -> Array:
-    """The transformer as a process over all its layers (paper, Theorem 3), as a NumPyro model.
+    """Model the transformer as a process over all its layers (paper, Theorem 3), in NumPyro.
 
     x^(0) ~ CausalAttention and x^(l+1)_t = F_l(x^(l)_0 .. x^(l)_t) + Normal(0, noise_scale^2).
     Given layer l the map from x^(l+1) to its noise is a shift: its Jacobian is the identity, and

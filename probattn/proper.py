@@ -26,7 +26,7 @@ _HIGHEST = lax.Precision.HIGHEST
 def is_proper(
     w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Bool[Array, "*batch"]:
-    """Whether the process is proper for every context: a repulsive coupling or a bounded context.
+    """Tell whether every context leaves it proper: a repulsive coupling or a bounded context.
 
     With A the coupling, Sigma_t the attention-weighted covariance of the context and D_t = I -
     Sigma_t A:
@@ -70,7 +70,7 @@ def is_proper(
 def certificate(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T"]:
-    """Certificate rho_t of the context x_0 .. x_{t-1}: below 1 it proves position t invertible.
+    """Compute rho_t of the context x_0 .. x_{t-1}: below 1 it proves position t invertible.
 
     rho_t = diam{q_s : s < t} diam{k_s : s < t} / (4 sqrt(r)), after W_Q and W_K are balanced by
     the singular value decomposition of A, and with phi(x_s) W_Q for q_s where there is a bound.
@@ -105,7 +105,7 @@ def certificate(
 def balanced(
     w_query: ArrayLike, w_key: ArrayLike
 ) -> tuple[Float[Array, "*batch d m"], Float[Array, "*batch d m"]]:
-    """Balanced factors of the coupling: A = K Q^T with Q^T Q = K^T K diagonal, m = min(d, r).
+    """Factor the coupling in a balanced way: A = K Q^T, Q^T Q = K^T K diagonal, m = min(d, r).
 
     Args:
         w_query: W_Q, (..., d, r).
@@ -131,7 +131,7 @@ def balanced(
 
 
 def _past_diameter(points: Float[Array, "*batch T m"]) -> Float[Array, "*batch T"]:
-    """Largest distance between two of the points before each position; 0 at positions 0 and 1."""
+    """Return the largest distance of two points before each position; 0 at positions 0 and 1."""
     rows = jnp.moveaxis(points, -2, 0)
 
     def farthest_before(position: Array) -> Array:

@@ -1,6 +1,6 @@
 """Adaptive quadrature that reaches its tolerance or says that it did not.
 
-An adaptive rule sees what its first nodes see. So both functions start from pieces, which the
+An adaptive rule knows of what its first nodes meet. So both functions start from pieces, which the
 caller makes no larger than what there is to be found.
 """
 
@@ -24,8 +24,8 @@ def integrate(
 
     Args:
         function: (n, 1) -> (n,).
-        edges: of the pieces, in ascending order. What is narrower than a twentieth of a piece may
-            be overlooked.
+        edges: edges of the pieces, in ascending order. What is narrower than a twentieth of a piece
+            may be overlooked.
         tolerance: error aimed at, absolute or relative.
 
     Returns:
@@ -62,21 +62,21 @@ def integrate_cells(
 
     Args:
         function: (n, 2) -> (n,).
-        centres: of the squares.
+        centres: centres of the squares.
         halves: half their sides.
         tolerance: absolute error aimed at.
 
     Raises:
         RuntimeError: if the tolerance is not reached.
     """
-    coarse, settled, left = _gauss(function, centres, halves), 0.0, tolerance
+    coarse, accepted, left = _gauss(function, centres, halves), 0.0, tolerance
     while len(centres):
         quarters, half = quartered(centres, halves)
         finer = _gauss(function, quarters, half)
         fine = finer.reshape(-1, 4).sum(1)
         error = np.abs(fine - coarse)
         if error.sum() <= left:
-            return settled + float(fine.sum())
+            return accepted + float(fine.sum())
         if len(quarters) > _MOST_CELLS:
             raise RuntimeError(
                 f"the integral did not reach the tolerance {tolerance:g}: its error is estimated "
@@ -84,17 +84,17 @@ def integrate_cells(
             )
         # Of what is left of the tolerance, half is for the cells that are done with.
         rough = error > left / (2 * len(error))
-        settled += float(fine[~rough].sum())
+        accepted += float(fine[~rough].sum())
         left -= float(error[~rough].sum())
         kept = np.repeat(rough, 4)
         centres, halves, coarse = quarters[kept], half[kept], finer[kept]
-    return settled
+    return accepted
 
 
 def quartered(
     centres: Float[np.ndarray, "cells 2"], halves: Float[np.ndarray, " cells"]
 ) -> tuple[Float[np.ndarray, "4*cells 2"], Float[np.ndarray, " 4*cells"]]:
-    """The four quarters of each square, one square after the other."""
+    """Return the four quarters of each square, one square after the other."""
     corners = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
     quarters = centres[:, None] + corners * halves[:, None, None] / 2
     return quarters.reshape(-1, 2), np.repeat(halves / 2, 4)
@@ -105,7 +105,7 @@ def _gauss(
     centres: Float[np.ndarray, "cells 2"],
     halves: Float[np.ndarray, " cells"],
 ) -> Float[np.ndarray, " cells"]:
-    """Integral over each square by the tensor product of Gauss and Legendre's rule."""
+    """Integrate over each square by the tensor product of Gauss and Legendre's rule."""
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     offsets = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
     values = function((centres[:, None] + offsets * halves[:, None, None]).reshape(-1, 2))

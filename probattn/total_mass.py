@@ -15,7 +15,7 @@ from jaxtyping import Float
 from probattn.arguments import check_arguments
 from probattn.quadrature import integrate_cells, quartered
 
-_NEGLIGIBLE = 1e-16  # of the mass, in one interval
+_NEGLIGIBLE = 1e-16  # fraction of the mass that one interval may lack
 _TAILS = 9.0  # standard deviations of the residual within which the mass is looked for
 _CELL = 2.0  # standard deviations that a residual may change by within a square
 _MOST_SQUARES = 2**18
@@ -30,7 +30,7 @@ def conditional_mass(
     bound: float | None = None,
     tolerance: float = 1e-6,
 ) -> float:
-    """Integral over x_t of the density formula, given the past; 1 where it is a density.
+    """Integrate the density formula over x_t, given the past; 1 where it is a density.
 
     In one dimension the integral is exact to rounding: the line is cut where the determinant
     changes sign, and on an interval where it is positive the integral is a difference of normal
@@ -73,7 +73,7 @@ def conditional_mass(
             "compare with a density of known mass by Monte Carlo"
         )
     if not all(np.all(np.isfinite(array)) for array in (past, w_query, w_key)):
-        raise ValueError("past, w_query and w_key must hold finite numbers only")
+        raise ValueError("past, w_query or w_key is not finite: expected finite numbers only")
     if len(past) < 2:
         return 1.0  # no spread, no change of variables
     # In NumPy, whose float64 does not depend on JAX's configuration.
@@ -125,7 +125,7 @@ def _distribution(
 def _moments(
     x: Float[np.ndarray, " n"], context: Float[np.ndarray, " t"], a: float
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Mean and variance of the context under the attention of each token x."""
+    """Return mean and variance of the context under the attention of each token x."""
     weights = _softmax(a * x[:, None] * context)
     mean = weights @ context
     return mean, np.sum(weights * (context - mean[:, None]) ** 2, axis=1)
@@ -158,7 +158,7 @@ def _mass_in_the_plane(
 def _cells(
     context: Float[np.ndarray, "t 2"], matrix: Float[np.ndarray, "2 2"], scale: float
 ) -> tuple[Float[np.ndarray, "cells 2"], Float[np.ndarray, " cells"]]:
-    """Squares outside of which x - mu(x) is beyond the tails, too small for a peak to hide in.
+    """Return squares that hold every peak: outside of them x - mu(x) is beyond the tails.
 
     The derivative of mu is Cov(x) A. A step of length s changes the logarithm of every weight's
     ratio to any other by at most |A| times the spread times s, and Cov by no more than that factor.

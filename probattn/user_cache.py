@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def user_cache() -> Path | None:
-    """`$XDG_CACHE_HOME/probattn`, by default `~/.cache/probattn`; None without a home directory."""
+    """Return `$XDG_CACHE_HOME/probattn`, by default `~/.cache/probattn`; None without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):  # the XDG specification has relative values ignored
         return Path(base) / "probattn"

@@ -37,7 +37,7 @@ def write_results(tasks: Sequence[Task], corpus: Corpus, setting: str, out: Path
 
     Args:
         tasks: a task for each run that there may be.
-        corpus: that they were fitted on.
+        corpus: text that they were fitted on.
         setting: what they have in common, for the reader.
         out: folder of the tables.
 
@@ -84,5 +84,5 @@ def write_results(tasks: Sequence[Task], corpus: Corpus, setting: str, out: Path
 
 
 def _sorted(rows: list[tuple], columns: int) -> list[tuple]:
-    """By the columns that name a row: others may be missing, which has no order."""
+    """Sort by the columns that name a row: others may be missing, which has no order."""
     return sorted(rows, key=lambda row: row[:columns])

@@ -73,7 +73,7 @@ def draw(folder: Path) -> list[Path]:
 
 @styled
 def training_curves(curves: Sequence[Row]) -> Figure:
-    """Bits per character of training and evaluation text against epochs, as in Fig. 7.4."""
+    """Draw bits per character of training and evaluation text against epochs, as in Fig. 7.4."""
     figure = new_figure(DOUBLE, 2.5, layout="constrained")
     entries: dict[str, Artist] = {}
     panels = {"bpc": "text that is fitted", "validation_bpc": "text to evaluate on"}
@@ -97,7 +97,7 @@ def training_curves(curves: Sequence[Row]) -> Figure:
 
 @styled
 def noise_sweep(noise: Sequence[Row]) -> Figure:
-    """Bits per character under Gaussian noise, and over those without, as in Fig. 7.5."""
+    """Draw bits per character under Gaussian noise, and over those without, as in Fig. 7.5."""
     figure = new_figure(DOUBLE, 4.4, layout="constrained")
     entries: dict[str, Artist] = {}
     columns = {"bpc": "bits per character", "degradation": _DEGRADATION}
@@ -120,7 +120,7 @@ def noise_sweep(noise: Sequence[Row]) -> Figure:
 
 @styled
 def weight_sweep(results: Results) -> Figure:
-    """What the weight of the barrier costs, gains, and does to the size of the embeddings."""
+    """Draw what the weight of the barrier costs, gains, and does to the size of embeddings."""
     noise, (method, unweighted) = results.noise, REFERENCE
     figure = new_figure(DOUBLE, 2.5, layout="constrained")
     costs, degradations, sizes = (figure.add_subplot(1, 3, 1 + place) for place in range(3))
@@ -159,7 +159,7 @@ def weight_sweep(results: Results) -> Figure:
 
 @styled
 def trade_off(noise: Sequence[Row]) -> Figure:
-    """Clean cost against degradation, at half and at one embedding RMS.
+    """Draw clean cost against degradation, at half and at one embedding RMS.
 
     A line joins the values of a method's setting, which were tried with the seeds that tune it; the
     marker with bars is its tuned setting with every seed. Costs are paired by seed.
@@ -191,7 +191,7 @@ def trade_off(noise: Sequence[Row]) -> Figure:
 
 @styled
 def frontier(noise: Sequence[Row]) -> Figure:
-    """As `trade_off`, of the settings that have every seed alone: all are means with intervals.
+    """Draw `trade_off` of the settings that have every seed: means with intervals.
 
     `margin` is left out, which is swept on its own and would hide the rest. Shaded is what halves
     the excess degradation of ce for half a per cent of clean bits per character.
@@ -223,7 +223,7 @@ def frontier(noise: Sequence[Row]) -> Figure:
 
 @styled
 def harm_by_margin(results: Results) -> Figure:
-    """Whether noise harms most where margins are small, in every attention stage of every method.
+    """Draw whether noise harms most where margins are small, by attention stage and method.
 
     A row for each stage; markers are means over seeds, among all tokens and among tokens of one
     symbol. The paper's idea is left of zero in the first panel and right of it in the second.
@@ -257,7 +257,7 @@ def harm_by_margin(results: Results) -> Figure:
 
 
 def _cost_panels(figure: Figure) -> Iterator[tuple[float, Axes]]:
-    """Panels of clean cost against degradation, at half and at one embedding RMS."""
+    """Make panels of clean cost against degradation, at half and at one embedding RMS."""
     for place, level in enumerate((0.5, 1.0)):
         axes = figure.add_subplot(1, 2, 1 + place)
         yield level, axes
@@ -277,7 +277,7 @@ def _both(
     level: float,
     seeds: Iterable[int] | None = None,
 ) -> tuple[Interval, Interval]:
-    """Cost in per cent and degradation, over some seeds or all."""
+    """Return cost in per cent and degradation, over some seeds or all."""
     costs = by_seed(noise, "bpc", method, setting)
     worse = by_seed(noise, "degradation", method, setting, level=level)
     kept = costs.keys() if seeds is None else set(seeds)
@@ -299,7 +299,7 @@ def _levels(noise: Sequence[Row], method: str, setting: str, unit: str) -> list[
 
 
 def _curve(axes: Axes, x: Sequence[float], found: Sequence[Interval], number: int) -> Artist:
-    """Means joined by a line, with a band or, of few points, bars for the intervals."""
+    """Draw means joined by a line, with a band or, of few points, bars for the intervals."""
     style = line_style(number)
     means = np.array([each.mean for each in found])
     reach = np.array([each.half_width for each in found])

@@ -32,7 +32,7 @@ _PLANNED = {
 
 
 def is_fitted(task: Task) -> bool:
-    """Whether the run is there, of this configuration, to its end.
+    """Tell whether the run is there, of this configuration, to its end.
 
     Raises:
         RunError: if the run is there with another configuration.
@@ -45,7 +45,7 @@ def is_fitted(task: Task) -> bool:
 
 
 def is_done(task: Task) -> bool:
-    """Whether the run is fitted, and everything that the task asks for is measured."""
+    """Tell whether the run is fitted, and everything that the task asks for is measured."""
     return is_fitted(task) and not _missing(task, load_run(task.out))
 
 
@@ -70,12 +70,12 @@ def work(task: Task) -> None:
 
 
 def measured(task: Task, run: Run) -> list[dict[str, Any]]:
-    """Every point of noise that was measured of a run, as the task would measure it."""
+    """Return every point of noise that was measured of a run, as the task would measure it."""
     return [point for name in _NOISE for point in _kept(task, run, name) or []]
 
 
 def compared(task: Task, run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Rows by table of what `sensitivity` found of a run, as the task would look at it."""
+    """Return what `sensitivity` found of a run, by table, as the task would look at it."""
     return _kept(task, run, "sensitivity") or {}
 
 
@@ -85,13 +85,13 @@ def _missing(task: Task, run: Run) -> list[str]:
 
 
 def _kept(task: Task, run: Run, name: str) -> Any:
-    """Points that were measured, None if they were not or in another way."""
+    """Return points that were measured, None if they were not or in another way."""
     kept = run.summary().get("reproduce", {}).get(name, {})
     return kept["points"] if kept.get("plan") == _plan(task, name) else None
 
 
 def _plan(task: Task, name: str) -> dict[str, Any]:
-    """What the points depend on beside the run, as JSON gives it back."""
+    """Return what the points depend on beside the run, as JSON gives it back."""
     plan = {field: getattr(task.noise, field) for field in _PLANNED[name]}
     return json.loads(json.dumps(plan))
 
@@ -136,7 +136,7 @@ def _measure(task: Task, run: Run, name: str) -> list[dict[str, Any]]:
 
 
 def _compare(task: Task, run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Margins, and how the harm of noise compares with them, over the text to evaluate on."""
+    """Compare margins with the harm of noise, over the evaluation text."""
     found = sensitivity(
         run,
         level=TUNED_AT,
@@ -164,7 +164,7 @@ def _compare(task: Task, run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it, which knows no NaN."""
+    """Return values as JSON has them: it knows no NaN."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and math.isnan(value) else value
 

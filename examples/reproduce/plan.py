@@ -35,7 +35,7 @@ class NoiseConfig:
         substituted: probabilities of a token to be replaced.
         ascent_tokens: worst-case directions are looked for at most so many tokens.
         sensitivity_tokens: losses and margins are compared token by token at most so many tokens.
-        sensitivity_draws: of the noise there, whose losses are averaged.
+        sensitivity_draws: number of draws of that noise, over which losses are averaged.
     """
 
     absolute: list
@@ -72,8 +72,8 @@ class Setting:
     """A method at one value of its setting.
 
     Attributes:
-        method: which.
-        name: of the value, for tables and folders.
+        method: name of the method.
+        name: name of the value, for tables and folders.
         changes: fields of the configuration; a string such as "2x" multiplies what the scale has.
         every_seed: whether it is run with every seed, even where another value is the tuned one.
     """
@@ -152,7 +152,7 @@ def read_labels(path: Path = METHODS) -> dict[str, str]:
 
 
 def choose_data(text: str | None, test: str | None) -> tuple[DataConfig, Corpus]:
-    """Text to fit and to evaluate on: those given, else WikiText-2, else Python's reference.
+    """Choose a text to fit and one to evaluate: given, else WikiText-2, else Python's reference.
 
     Raises:
         DataError: if a text that was given cannot be used.
@@ -180,7 +180,7 @@ def make_task(
     kinds: bool = False,
     sensitivity: bool = False,
 ) -> Task:
-    """The run of a setting and a seed.
+    """Make the run of a setting and a seed.
 
     Raises:
         ValueError: if the setting names a field that there is not, or a value that it cannot have.
@@ -215,7 +215,7 @@ def first_tasks(
     data: DataConfig,
     runs: Path,
 ) -> list[Task]:
-    """Every run that does not depend on the outcome of another, each once.
+    """List every run that does not depend on the outcome of another, each once.
 
     The paper's two, which the part sensitivity looks at too, then the sweep over the weight of the
     barrier, then every value of every method's setting with the seeds that tune it.
@@ -242,7 +242,7 @@ def first_tasks(
 def every_task(
     methods: Methods, seeds: Iterable[int], scale: Scale, data: DataConfig, runs: Path
 ) -> list[Task]:
-    """Every setting of every method with these seeds, of which not all need be run."""
+    """List every setting of every method with these seeds; not all of them need be run."""
     return [
         make_task(setting, seed, scale, data, runs)
         for settings in methods.values()
@@ -260,7 +260,7 @@ def tuned_tasks(
     data: DataConfig,
     runs: Path,
 ) -> list[Task]:
-    """Every method at its tuned setting, by name, with every seed; and what costs are over.
+    """List every tuned method, by name, with every seed; and the references for costs.
 
     These are measured under other kinds of noise too, where that is asked for. Settings that are
     run with every seed for a curve are not.
@@ -276,7 +276,7 @@ def tuned_tasks(
 
 
 def paper_settings(methods: Methods) -> list[Setting]:
-    """Cross-entropy, and the margin at the paper's weight."""
+    """Return the settings of the paper: cross-entropy, and the margin at its weight."""
     found = {(each.method, each.name): each for rows in methods.values() for each in rows}
     return [found[key] for key in PAPER]
 

@@ -20,7 +20,7 @@ from probattn.inference.runtime.signals import Ended, ended_by_signals
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, float, str]]:
-    """Do the tasks, so many at a time; with one job, in this process.
+    """Run the tasks, so many at a time; with one job, in this process.
 
     Yields:
         A task that has ended, the seconds that it took, and why it failed, "" if it did not.
@@ -102,5 +102,5 @@ def _child(task: Task, core: int | None, writer: multiprocessing.connection.Conn
 
 
 def _cores() -> list[int]:
-    """Cores that this process may use, where the system tells and lets choose."""
+    """Return the cores that this process may use, where the system tells and lets choose."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []

@@ -41,7 +41,7 @@ from probattn.text.corpora import NAMED_SOURCES, Corpus, DataConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; the exit status is 0 only when all of it is done."""
+    """Run what the command line names; the exit status is 0 only when all of it is done."""
     options = _parser().parse_args(arguments)
     keep_compiled_programs()
     try:
@@ -101,13 +101,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _seeds(options: argparse.Namespace) -> list[int]:
-    """Those asked for now, and those asked for before."""
+    """Return the seeds asked for now, and those asked for before."""
     found = (path.name.removeprefix("seed-") for path in options.runs.glob("*/*/seed-*"))
     return sorted({*range(options.seeds), *(int(name) for name in found if name.isdecimal())})
 
 
 def _do(tasks: Sequence[Task], jobs: int) -> int:
-    """Do what is not done yet, with a line for each; returns how many failed."""
+    """Run what is not done yet, with a line for each; returns how many failed."""
     left = [task for task in tasks if not is_done(task)]
     print(f"{len(tasks)} runs, {len(tasks) - len(left)} of them done before", flush=True)
     started, failures = time.monotonic(), 0
@@ -123,7 +123,7 @@ def _do(tasks: Sequence[Task], jobs: int) -> int:
 
 
 def _setting(options: argparse.Namespace, scale: Scale, data: DataConfig, corpus: Corpus) -> str:
-    """What all runs have in common, as the table's reader must know it."""
+    """Describe what all runs have in common, for the table's reader."""
     text = corpus.description if data.source in NAMED_SOURCES else corpus.name
     if options.text is None and data.source != "wikitext-2":
         text += ", as WikiText-2 could not be downloaded"

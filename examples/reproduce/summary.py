@@ -28,7 +28,7 @@ class Interval(NamedTuple):
 
     Attributes:
         mean: over seeds.
-        half_width: of the interval of Student's t.
+        half_width: half-width of the interval of Student's t.
         seeds: how many.
     """
 
@@ -46,8 +46,8 @@ class Results:
         curves: a row for each report of a run.
         noise: a row for each point of noise of a run.
         setting: what they have in common.
-        margins: a row for each attention stage of a run that margins were looked at of.
-        comparisons: of these, a row for each comparison of margins with the harm of noise.
+        margins: a row for each attention stage of a run whose margins were measured.
+        comparisons: a row for each comparison of those margins with the harm of noise.
         further: as noise, of further seeds of some settings, with which nothing was chosen.
     """
 
@@ -70,7 +70,7 @@ def read_results(folder: Path) -> Results:
 
 
 def interval(values: Iterable[float]) -> Interval:
-    """Mean and 95 % interval of Student's t over seeds."""
+    """Return mean and 95 % interval of Student's t over seeds."""
     found = np.array(list(values), float)
     if len(found) < 2:
         return Interval(float(found.mean()) if len(found) else np.nan, np.nan, len(found))
@@ -80,14 +80,14 @@ def interval(values: Iterable[float]) -> Interval:
 
 
 def paired_cost(values: dict[int, float], reference: dict[int, float]) -> Interval:
-    """Increase over a reference in per cent, paired by seed.
+    """Return the increase over a reference in per cent, paired by seed.
 
     Runs of a seed share their initial network and minibatches, so that the differences spread less
     than the values.
 
     Args:
-        values: by seed.
-        reference: by seed; seeds that only one of the two has are left out.
+        values: values by seed.
+        reference: values by seed; seeds that only one of the two has are left out.
     """
     return interval(
         100 * (values[seed] / reference[seed] - 1) for seed in sorted(values.keys() & reference)
@@ -95,7 +95,7 @@ def paired_cost(values: dict[int, float], reference: dict[int, float]) -> Interv
 
 
 def paired_difference(values: dict[int, float], reference: dict[int, float]) -> Interval:
-    """Difference from a reference, paired by seed, as in `paired_cost`."""
+    """Return the difference from a reference, paired by seed, as in `paired_cost`."""
     return interval(values[seed] - reference[seed] for seed in sorted(values.keys() & reference))
 
 
@@ -110,7 +110,7 @@ def by_seed(
     kind: str = "gaussian",
     half: str = "test",
 ) -> dict[int, float]:
-    """A column of noise.csv at one point of noise, by seed."""
+    """Return a column of noise.csv at one point of noise, by seed."""
     wanted = (method, setting, half, kind, unit)
     return {
         int(row["seed"]): float(row[column])
@@ -123,11 +123,11 @@ def by_seed(
 def of_stages(
     rows: Iterable[Row], column: str, **where: str
 ) -> dict[tuple[str, str, str], Interval]:
-    """A column over seeds, by method, setting and attention stage, in the order of the table.
+    """Return a column over seeds, by method, setting and stage, in the order of the table.
 
     Args:
-        rows: of the table of margins or of comparisons.
-        column: to average.
+        rows: rows of the table of margins or of comparisons.
+        column: column to average.
         where: text that other columns must have.
     """
     found: dict[tuple[str, str, str], list[float]] = {}
@@ -139,7 +139,7 @@ def of_stages(
 
 
 def settings_of(rows: Iterable[Row]) -> dict[str, list[str]]:
-    """Settings in a table by method, in the order of their numbers."""
+    """Return the settings in a table by method, in the order of their numbers."""
     found: dict[str, set[str]] = {}
     for row in rows:
         found.setdefault(str(row["method"]), set()).add(str(row["setting"]))
@@ -147,12 +147,12 @@ def settings_of(rows: Iterable[Row]) -> dict[str, list[str]]:
 
 
 def numbers(setting: str) -> list[float]:
-    """The values in a setting's name."""
+    """Return the values in a setting's name."""
     return [float(part.partition("=")[2].rstrip("x")) for part in setting.split()]
 
 
 def tuned_settings(noise: Sequence[Row], seeds: Iterable[int]) -> dict[str, str]:
-    """The setting of each method whose mean of clean BPC and BPC at half an RMS is least.
+    """Choose each method's setting whose mean of clean BPC and BPC at half an RMS is least.
 
     Both are of the half of the text that settings are tuned on, and means over the given seeds. A
     setting that lacks one of the seeds, as its fit failed, is not chosen.
@@ -173,7 +173,7 @@ def tuned_settings(noise: Sequence[Row], seeds: Iterable[int]) -> dict[str, str]
 
 
 def curves_of(noise: Sequence[Row]) -> dict[str, list[str]]:
-    """Settings with every seed that the reference has, of methods with several of them."""
+    """Return settings with every seed of the reference, of methods with several of them."""
     seeds = by_seed(noise, "bpc", *REFERENCE).keys()
     whole = {
         method: [name for name in names if seeds <= by_seed(noise, "bpc", method, name).keys()]

@@ -78,7 +78,7 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
 
 
 def paper_table(results: Results) -> str:
-    """What the paper reports of its Figs 7.4 and 7.5, beside the same here."""
+    """Write what the paper reports of its Figs 7.4 and 7.5, beside the same here."""
     noise, (ce, margin) = results.noise, PAPER
     whole = [
         {
@@ -118,7 +118,7 @@ def paper_table(results: Results) -> str:
 
 
 def methods_table(noise: Sequence[Row]) -> str:
-    """Every method at its tuned setting: clean BPC, its cost, and degradation under noise."""
+    """Write every method at its tuned setting: clean BPC, cost, and degradation under noise."""
     labels, tuned = read_labels(), tuned_settings(noise, range(TUNING_SEEDS))
     # In the order of methods.toml, and the rest after it.
     order = [method for method in [*labels, *sorted(tuned.keys() - labels)] if method in tuned]
@@ -126,7 +126,7 @@ def methods_table(noise: Sequence[Row]) -> str:
 
 
 def curves_table(noise: Sequence[Row]) -> str:
-    """The same of every setting that has every seed, of methods with several of these."""
+    """Write the same of every setting that has every seed, of methods with several."""
     curves = curves_of(noise)
     order = [method for method in [*read_labels(), *sorted(curves)] if method in curves]
     return _of_settings(
@@ -137,7 +137,7 @@ def curves_table(noise: Sequence[Row]) -> str:
 def pairs_table(
     noise: Sequence[Row], pairs: Sequence[tuple[tuple[str, str], tuple[str, str]]]
 ) -> str:
-    """One setting less another: clean cost in points of per cent over ce, and degradation."""
+    """Write one setting less another: clean cost in points of per cent, and degradation."""
     clean, rows = by_seed(noise, "bpc", *REFERENCE), []
     for pair in pairs:
         costs = [
@@ -155,7 +155,7 @@ def pairs_table(
 
 
 def further_tables(noise: Sequence[Row], further: Sequence[Row]) -> list[str]:
-    """Settings that were run with further seeds: with these alone, and with all."""
+    """Write settings that were run with further seeds: with these alone, and with all."""
     names = [(method, name) for method, found in settings_of(further).items() for name in found]
     return [_of_settings(rows, [REFERENCE, *names]) for rows in (further, [*noise, *further])]
 
@@ -191,7 +191,7 @@ def _of_settings(noise: Sequence[Row], settings: Sequence[tuple[str, str]]) -> s
 
 
 def kinds_table(noise: Sequence[Row]) -> str:
-    """Degradation of the tuned settings under every other kind of noise."""
+    """Write the degradation of the tuned settings under every other kind of noise."""
     labels, tuned = read_labels(), tuned_settings(noise, range(TUNING_SEEDS))
     points = sorted(
         {
@@ -212,7 +212,7 @@ def kinds_table(noise: Sequence[Row]) -> str:
 
 
 def sensitivity_table(results: Results) -> str:
-    """Margins after training, and how they compare with the harm of noise; not the heads'."""
+    """Write margins after training, and how they compare with the harm of noise; no heads."""
     labels = read_labels()
     figures = {
         "smallest margin": (results.margins, "smallest", {}, 1),
@@ -243,7 +243,7 @@ def sensitivity_table(results: Results) -> str:
 
 
 def heads_table(margins: Sequence[Row]) -> str:
-    """What the barrier does to the margins of the first layer's heads, which it does not act on."""
+    """Write what the barrier does to margins of the first layer's heads, apart from it."""
 
     def of_head(method: str, setting: str, stage: str, column: str, unit: int) -> dict[int, float]:
         wanted = (method, setting, stage)

@@ -38,7 +38,7 @@ _SHORT = {
     "--guide": "--fit.guide",
     "--model": "--kind",
 }
-_TABLES = {"latent": ("latent",), "language": ("model", "objective")}  # of each kind of `sample`
+_TABLES = {"latent": ("latent",), "language": ("model", "objective")}  # for `sample`
 _NO_FAULT_OF_THE_INPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -81,7 +81,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _print_what_the_encoding_holds() -> None:
-    """A question mark for what the encoding lacks, such as ±, instead of no output at all."""
+    """Print a question mark for what the encoding lacks, such as ±, instead of no output at all."""
     for stream in (sys.stdout, sys.stderr):
         # Other handlers cannot fail; surrogateescape is that of the locale C.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
@@ -122,14 +122,14 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _fit_defaults(arguments: list[str]) -> Fit:
-    """Defaults of `fit`: those of the configuration file or of the run to resume."""
+    """Return the defaults of `fit`: those of the configuration file or of the run to resume."""
     path = _configuration(arguments, "fit")
     config = RunConfig() if path is None else read_config(path)
     return Fit(out=tyro.MISSING, **_tables(config))
 
 
 def _sample_defaults(arguments: list[str]) -> Sample:
-    """Defaults of `sample`, likewise."""
+    """Return the defaults of `sample`, likewise."""
     path = _configuration(arguments, "sample")
     if path is None:
         return Sample(out=tyro.MISSING)
@@ -140,7 +140,7 @@ def _sample_defaults(arguments: list[str]) -> Sample:
 
 
 def _check_kind(kind: str, of_file: str | None, arguments: list[str]) -> None:
-    """Refuse what tells of the model that is not sampled: it would be ignored.
+    """Refuse settings of the model that is not sampled: they would be ignored.
 
     Flags are sought among the arguments, since one that repeats a default tells of it too.
     """
@@ -162,7 +162,7 @@ def _check_kind(kind: str, of_file: str | None, arguments: list[str]) -> None:
 
 
 def _configuration(arguments: list[str], command: str) -> Path | None:
-    """The file that holds the defaults of a command, if this command is asked for."""
+    """Return the file that holds the defaults of a command, if the arguments call this command."""
     if arguments[:1] != [command]:
         return None
     given, out = _value_of(arguments, "--config"), _value_of(arguments, "--out")
@@ -198,7 +198,7 @@ def _lengthened(arguments: Sequence[str]) -> list[str]:
 
 
 def _unframed(message: str) -> str:
-    """The message within tyro's frame, without its title and its pointer to --help."""
+    """Return the message within tyro's frame, without its title and its pointer to --help."""
     lines = [line for line in message.splitlines() if not line.startswith("╭")]
     bare = [line for line in lines if line.strip(" -")]
     if lines[1:2] and lines[1] not in bare:  # the frame of an encoding without boxes

@@ -146,7 +146,7 @@ class Sample:
         run, _ = sample_run(
             config,
             self.out,
-            start=parameters,
+            init_values=parameters,
             resume=self.resume,
             overwrite=self.overwrite,
             progress=True,

@@ -47,18 +47,18 @@ _SENSITIVITY = {
     "embedding_margin": "rank correlation of the increase with the embedding margin",
     "support": "mean increase at support tokens less that at others (nats; above 0: they suffer)",
 }
-_COLUMNS = 4  # of a comparison, in a terminal of 80 characters
+_COLUMNS = 4  # columns of a comparison, in a terminal of 80 characters
 _NEAR = 0.1  # margins below it are coloured
 
 
 def print_evaluations(
     screen: Console, results: Mapping[str, EvaluateResult], *, heads: bool = True
 ) -> None:
-    """One table with a column per run.
+    """Print one table with a column per run.
 
     Args:
         screen: where to print.
-        results: by label, at least one.
+        results: results by label, at least one.
         heads: whether to show the heads of the first layer.
     """
     table = Table(title=Text(printable(next(iter(results.values())).text)), title_justify="left")
@@ -78,7 +78,7 @@ def print_evaluations(
 
 
 def print_margins(screen: Console, margins: TextMargins) -> None:
-    """One table with a row per attention stage."""
+    """Print one table with a row per attention stage."""
     title = Text(f"margins of {printable(margins.name)} (sigma_min)")
     table = Table(title=title, title_justify="left")
     table.add_column("stage")
@@ -99,7 +99,7 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
 
 
 def print_sensitivity(screen: Console, found: Sensitivity) -> None:
-    """A table per statistic, with a row per attention stage and a column per set of tokens."""
+    """Print a table per statistic: a row per attention stage, a column per set of tokens."""
     unit = "" if found.kind == "substitution" else " embedding RMS"
     screen.print(
         Text(
@@ -130,7 +130,7 @@ def _interval(estimate: Estimate) -> str:
 
 
 def print_posterior(screen: Console, tree: "xr.DataTree") -> None:
-    """Identified quantities of a posterior with their diagnostics, and what diverged."""
+    """Print identified quantities of a posterior with their diagnostics, and what diverged."""
     table = Table()
     table.add_column("quantity")
     for name in ("mean", "sd", "r_hat", "ess bulk", "ess tail"):
@@ -153,7 +153,7 @@ def print_posterior(screen: Console, tree: "xr.DataTree") -> None:
 
 
 def print_compared(screen: Console, compared: Sequence[ComparedRun]) -> None:
-    """Tables with a column per run, four runs at a time."""
+    """Print tables with a column per run, four runs at a time."""
     for first in range(0, len(compared), _COLUMNS):
         rows = [compared_row(run) for run in compared[first : first + _COLUMNS]]
         table = Table()
@@ -176,7 +176,7 @@ def _cell(value: object) -> str:
 
 
 def print_comparisons(screen: Console, comparisons: Sequence[PaperComparison]) -> None:
-    """The paper's numbers beside ours, one row for each."""
+    """Print the paper's numbers beside ours, one row for each."""
     table = Table()
     for name in ("figure", "quantity", "paper", "formula", "reproduced"):
         table.add_column(name, justify="left" if name in ("figure", "quantity") else "right")
@@ -186,7 +186,7 @@ def print_comparisons(screen: Console, comparisons: Sequence[PaperComparison]) -
 
 
 def print_generated(screen: Console, result: Generated) -> None:
-    """The prompt in bold and its continuation, coloured by margin."""
+    """Print the prompt in bold and its continuation, coloured by margin."""
     text = Text(printable(result.prompt), style="bold")
     for token, margin in zip(result.tokens, result.margin, strict=True):
         style = "red" if margin < 0 else "yellow" if margin < _NEAR else ""
@@ -203,7 +203,7 @@ def print_generated(screen: Console, result: Generated) -> None:
 
 
 def print_paths(screen: Console, paths: Sequence[Path]) -> None:
-    """A line per file written."""
+    """Print a line per file written."""
     for path in paths:
         screen.print(Text(printable(f"wrote {path}")), soft_wrap=True)
 
@@ -230,13 +230,13 @@ def _evaluation_rows(result: EvaluateResult) -> dict[str, str]:
 
 
 def _with_reach(point: NoisePoint) -> str:
-    """Degradation, and half the width of its interval."""
+    """Return degradation, and half the width of its interval."""
     reach = (point.degradation_high - point.degradation_low) / 2
     return f"{point.degradation:.3f}" + (f" ± {reach:.3f}" if np.isfinite(reach) else "")
 
 
 def printable(text: str) -> str:
-    """Text without characters that would steer a terminal."""
+    """Return a text without characters that would steer a terminal."""
     return "".join(
         character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}"
         for character in text

@@ -30,8 +30,8 @@ class DemoResult:
     """What the demonstration made.
 
     Attributes:
-        runs: by objective.
-        evaluations: by objective.
+        runs: runs by objective.
+        evaluations: evaluations by objective.
         figures: files written.
     """
 
@@ -46,7 +46,7 @@ def demo(out: Path, *, config: RunConfig = DEMO_CONFIG, progress: bool = False) 
     Args:
         out: directory for the two runs and the figures; those of an earlier demonstration are
             replaced.
-        config: of both runs, up to the objective.
+        config: configuration of both runs, up to the objective.
         progress: show progress bars.
 
     Raises:

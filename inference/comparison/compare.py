@@ -31,8 +31,8 @@ from probattn.text.corpora import load_corpus
 
 QUANTILES = (0.01, 0.1, 0.5)
 
-_SEQUENCES = 64  # whose margins are taken where no posterior says which
-_DRAWS = 400  # of a guide
+_SEQUENCES = 64  # sequences for margins where no posterior names them
+_DRAWS = 400  # draws of a guide
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ class ComparedRun:
     """One run in a comparison; what does not apply to it is None.
 
     Attributes:
-        label: of the run.
+        label: label of the run.
         model: "language" or "latent".
-        objective: of a language model, such as "margin".
+        objective: objective of a language model, such as "margin".
         barrier_weight: lambda_m.
         inference: "map", the name of a guide, or "nuts".
-        predictions: of held-out text.
-        smallest_margin: over the compared sequences; the median over draws.
-        margin_quantiles: of all positions >= 2, by level; of all draws together.
-        margin_stage: of which attention stage: "trained", "first layer" (all its heads), or
-            "post hoc" of a run whose objective acts on none.
-        smallest_margin_draws: of every draw, (chain, draw).
+        predictions: predictions of held-out text.
+        smallest_margin: smallest margin over the compared sequences; the median over draws.
+        margin_quantiles: quantiles of all positions >= 2, by level; of all draws together.
+        margin_stage: attention stage that the margins are taken at: "trained", "first layer" (all
+            its heads), or "post hoc" for a run whose objective acts on none.
+        smallest_margin_draws: smallest margin in every draw, (chain, draw).
         elpd_loo: expected log predictive density by leave-one-out, nats; where there are draws.
         elpd_loo_se: its standard error.
         pareto_k: the largest Pareto k; above 0.7 the estimate cannot be trusted.
-        divergences: of NUTS.
-        seconds: that fitting or sampling took.
+        divergences: divergent transitions of NUTS.
+        seconds: time that fitting or sampling took.
     """
 
     label: str
@@ -88,8 +88,8 @@ def compare(
     margins with language models, and their sequences may be others.
 
     Args:
-        runs: by label, at least one, from `load_run`.
-        seed: of the noise, of particles and of the draws of guides.
+        runs: runs by label, at least one, from `load_run`.
+        seed: seed of the noise, of particles and of the draws of guides.
         progress: show a progress bar.
 
     Raises:
@@ -118,7 +118,7 @@ def compare(
 
 
 def _sequences(runs: Mapping[str, Run | PosteriorRun]) -> int:
-    """Over how many sequences, at most, the margins of fits are taken."""
+    """Return the largest number of sequences for the margins of fits."""
     sizes = (_sizes(run, "language") for run in runs.values())
     return next((size[0] for size in sizes if size), _SEQUENCES)
 
@@ -162,7 +162,7 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
 
 
 def _trained(objective: ObjectiveConfig) -> str:
-    """Which attention stage an objective acts on; of one that acts on none, that fitted to it."""
+    """Return the stage that an objective trains, or the one fitted to it if it trains none."""
     if objective.name == "ce":
         return "post hoc"
     return "trained" if objective.trains_attention_prior else "first layer"
@@ -189,7 +189,7 @@ def _of_draws(result: PosteriorResult) -> dict[str, Any]:
 
 
 def _members(result: PosteriorResult) -> dict[str, np.ndarray]:
-    """The draws of all chains, one after the other."""
+    """Return the draws of all chains, one after the other."""
     return {name: value.reshape(-1, *value.shape[2:]) for name, value in result.draws.items()}
 
 
@@ -199,7 +199,7 @@ def _objective(objective: ObjectiveConfig) -> dict[str, Any]:
 
 
 def _margins(margin: Float[np.ndarray, "chain draw *stage T"]) -> dict[str, Any]:
-    """Smallest margin of every draw, its median, and quantiles of all at positions >= 2."""
+    """Summarise margins: smallest of every draw, its median, quantiles of all at positions >= 2."""
     inner = margin[..., 2:]
     smallest = inner.min(tuple(range(2, inner.ndim)))
     return {
@@ -244,7 +244,7 @@ def _check_same_data(runs: Mapping[str, Run | PosteriorRun]) -> None:
 
 
 def _sizes(run: Run | PosteriorRun, kind: str) -> tuple[int, int] | None:
-    """Number and length of the sequences of a sampled posterior of this kind, None of others."""
+    """Return number and length of the sequences of such a posterior, None of others."""
     if not isinstance(run, PosteriorRun):
         return None
     model, latent = run.config.model, run.config.latent
@@ -255,7 +255,7 @@ def _sizes(run: Run | PosteriorRun, kind: str) -> tuple[int, int] | None:
 
 
 def _fit_seconds(run: Run) -> float:
-    """Seconds of steps, from the rate in every report."""
+    """Return the seconds of steps, from the rate in every report."""
     fit, done, seconds = run.config.fit, 0, 0.0
     for row in run.metrics():
         if row["tokens_per_s"]:

@@ -31,12 +31,12 @@ from probattn.arguments import check_bound
 from probattn.blocks.geometry import bounded
 from probattn.models.checks import check_symbols
 from probattn.models.coupling import attention_weights_of
-from probattn.text.batches import batched_rows
+from probattn.text.batches import map_batches
 
-PARTICLES = 128  # of each sequence
+PARTICLES = 128  # particles of each sequence
 
 _HIGHEST = lax.Precision.HIGHEST
-_NUMBERS = 2**18  # of the particles of the sequences in one call: bounds the memory
+_NUMBERS = 2**18  # numbers that the particles of one call hold: bounds the memory
 
 
 class FilterError(RuntimeError):
@@ -47,8 +47,8 @@ class Filtered(NamedTuple):
     """Predictions of token sequences, each token from those before it in its sequence.
 
     Attributes:
-        log_probabilities: of every symbol at every position, in nats, (N, T, V); those of the
-            first position are given nothing.
+        log_probabilities: log probability of every symbol at every position, in nats, (N, T, V);
+            those of the first position are given nothing.
         unconverged: particles at each position whose equation was not solved, and which therefore
             were left out, (N, T).
     """
@@ -102,14 +102,12 @@ def filter_tokens(
     count, length = tokens.shape
     keys = jax.vmap(partial(jax.random.fold_in, rng_key))(jnp.arange(count))
     of_one = particles * (2 * length * coupling.shape[0] + len(bias))
-    batches = batched_rows(count, max(min(_NUMBERS // of_one, count), 1))
-    parts = [
-        _filter(keys[rows], tokens[rows], *weights, emission, bias, bound, particles=particles)
-        for rows in batches
-    ]
-    log_probabilities, kept = (
-        np.concatenate([np.asarray(part) for part in each])[:count]
-        for each in zip(*parts, strict=True)
+    log_probabilities, kept = map_batches(
+        lambda _, rows: _filter(
+            keys[rows], tokens[rows], *weights, emission, bias, bound, particles=particles
+        ),
+        count,
+        max(min(_NUMBERS // of_one, count), 1),
     )
     if not kept.all():
         sequence, position = np.argwhere(kept == 0)[0]
@@ -132,7 +130,7 @@ def _filter(
     *,
     particles: int,
 ) -> tuple[Float[Array, "N T V"], Int[Array, "N T"]]:
-    """Log probabilities, and how many particles were left at each position."""
+    """Return log probabilities, and how many particles were left at each position."""
     length = tokens.shape[1]
     width, dtype = w_query.shape[0], w_query.dtype
     solve = jax.vmap(solve_token, in_axes=(0, 0, 0, None, None))
@@ -155,8 +153,8 @@ def _filter(
 
         start = jnp.zeros((particles, length, width), dtype)
         rng_keys = jax.vmap(jax.random.split)(jax.random.split(rng_key, length))
-        map_rows = jnp.arange(length), tokens, (rng_keys[:, 0], rng_keys[:, 1])
-        return lax.scan(position, (start, start), map_rows)[1]
+        steps = jnp.arange(length), tokens, (rng_keys[:, 0], rng_keys[:, 1])
+        return lax.scan(position, (start, start), steps)[1]
 
     return jax.vmap(sequence)(rng_keys, tokens)
 
@@ -164,7 +162,7 @@ def _filter(
 def _systematic(
     rng_key: Array, log_weights: Float[Array, " particles"], converged: Bool[Array, " particles"]
 ) -> Int[Array, " particles"]:
-    """Particles that go on: each as often as its share of the weight, rounded up or down."""
+    """Choose the particles that stay, each as often as its part of the weight, rounded."""
     log_weights = jnp.where(converged, log_weights, -jnp.inf)
     cumulated = jnp.cumsum(jax.nn.softmax(log_weights))
     count = len(log_weights)
@@ -181,7 +179,7 @@ def _checked(
     bias: ArrayLike,
     particles: int,
 ) -> tuple[Array, Array, Array]:
-    """The parameters as arrays of one dtype."""
+    """Return the parameters as arrays of one dtype."""
     arrays = tuple(jnp.asarray(array) for array in (coupling, emission, bias))
     shapes = tuple(array.shape for array in arrays)
     width, size = shapes[1] if len(shapes[1]) == 2 else (0, 0)

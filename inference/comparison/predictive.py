@@ -21,14 +21,14 @@ from probattn.inference.evaluation.perturbations import Gaussian
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig
 from probattn.models.coupling import sample_coupling
 from probattn.models.transformer import Parameters, embed, logits
-from probattn.text.batches import Windows, batched_rows, windows
+from probattn.text.batches import Windows, map_batches, windows
 from probattn.text.vocabulary import Vocabulary
 
-BINS = 10  # of the reliability diagram, equally wide in predicted probability
+BINS = 10  # bins of the reliability diagram, equally wide in predicted probability
 _NOISE_ABSOLUTE, _NOISE_RELATIVE = 0.5, 1.0  # the paper's, and one root mean square
-MEMBERS = 32  # of an ensemble, spread evenly over its draws
+MEMBERS = 32  # members of an ensemble, spread evenly over its draws
 
-_TOKENS = 8192  # of the held-out text, in windows spread evenly
+_TOKENS = 8192  # tokens of the held-out text, in windows spread evenly
 _BATCH = 32  # windows in one call
 
 
@@ -68,7 +68,7 @@ class Predictions:
         noise_relative: the same at noise of one root mean square of what enters the stack, of each
             member its own; in that unit the noise is the same.
         unconverged: fraction of a latent model's particles that were left out because their
-            equation was not solved, see `filtering.filter_tokens`.
+            equation was not solved, see `particle_filter.filter_tokens`.
     """
 
     members: int
@@ -88,7 +88,7 @@ def predictions(
     *,
     seed: int,
 ) -> Predictions:
-    """Score an ensemble of networks on a text, of which at most 8192 tokens are taken.
+    """Score an ensemble of networks on a text, on at most 8192 tokens.
 
     In windows of model.block tokens; the first is predicted from the token before the window.
 
@@ -97,7 +97,7 @@ def predictions(
         model: size of the network.
         members: parameters by name, the ensemble as the leading axis; at most `MEMBERS` are taken.
         held_out: tokens of the text, at least 2.
-        seed: of the noise.
+        seed: seed of the noise.
     """
     plan = _plan(held_out, model.block)
     inputs, targets = plan.take(held_out), plan.take(held_out[1:])
@@ -136,11 +136,11 @@ def latent_predictions(
     *,
     seed: int,
 ) -> Predictions:
-    """Score an ensemble of latent models on a text, of which at most 8192 tokens are taken.
+    """Score an ensemble of latent models on a text, on at most 8192 tokens.
 
-    In windows of latent.length tokens, each token predicted from those before it in the window by
-    `filtering.filter_tokens`, and the first from none. The tokens scored are those of a language
-    model whose block is as long, which sees one token more before each of them.
+    The windows have latent.length tokens. `particle_filter.filter_tokens` predicts each token from
+    those before it in the window, and the first from none. The tokens scored are those of a
+    language model whose block is as long, which is given one token more before each of them.
 
     Args:
         vocabulary: symbols of the tokens.
@@ -148,7 +148,7 @@ def latent_predictions(
         members: values by sample site, the ensemble as the leading axis; at most `MEMBERS` are
             taken, and of their embeddings, which are those of other sequences, none.
         held_out: tokens of the text, at least 2.
-        seed: of the particles.
+        seed: seed of the particles.
 
     Raises:
         FilterError: if a filter has no particle left.
@@ -178,7 +178,7 @@ def latent_predictions(
 
 
 def _plan(held_out: Int[np.ndarray, " N"], block: int) -> Windows:
-    """Windows over the tokens that have one before them, which models of both kinds are asked."""
+    """Place windows over the tokens that have one before them, for models of both kinds."""
     return windows(len(held_out) - 1, block=block).spread(_TOKENS)
 
 
@@ -201,14 +201,14 @@ def _scored(
 def _log_density(
     probabilities: Float[np.ndarray, "tokens V"], targets: Int[np.ndarray, " tokens"]
 ) -> float:
-    """Mean log probability of the targets, in nats."""
+    """Return the mean log probability of the targets, in nats."""
     return float(np.log(probabilities[np.arange(len(targets)), targets]).mean())
 
 
 def reliability(
     probabilities: Float[np.ndarray, "tokens V"], targets: Int[np.ndarray, " tokens"]
 ) -> Reliability:
-    """Reliability of the most probable token, in `BINS` bins of its probability."""
+    """Compare how often the most probable token is right with its probability, in `BINS` bins."""
     confidence = probabilities.max(1)
     right = probabilities.argmax(1) == targets
     number = np.minimum((confidence * BINS).astype(int), BINS - 1)
@@ -229,14 +229,12 @@ def _log_probabilities(
     *,
     heads: int,
 ) -> Float[np.ndarray, "windows T V"]:
-    parts = [
-        _log_softmax(
-            parameters, inputs[rows], sigma, jax.random.fold_in(rng_key, number), heads=heads
-        )
-        for number, rows in enumerate(batched_rows(len(inputs), _BATCH))
-    ]
+    def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> Array:
+        key = jax.random.fold_in(rng_key, number)
+        return _log_softmax(parameters, inputs[rows], sigma, key, heads=heads)
+
     # In float64, in which the probability of no token underflows.
-    return np.concatenate([np.asarray(part, np.float64) for part in parts])[: len(inputs)]
+    return map_batches(of_batch, len(inputs), _BATCH).astype(np.float64)
 
 
 @partial(jax.jit, static_argnames="heads")
@@ -248,7 +246,7 @@ def _log_softmax(
 
 
 def members_of(members: Mapping[str, np.ndarray]) -> Iterator[dict[str, Array]]:
-    """Parameter sets of an ensemble, at most `MEMBERS`, spread evenly over it."""
+    """Yield parameter sets of an ensemble, at most `MEMBERS`, spread evenly over it."""
     count = len(next(iter(members.values())))
     for number in np.linspace(0, count - 1, min(count, MEMBERS)).round().astype(int):
         yield {name: jnp.asarray(values[number], jnp.float32) for name, values in members.items()}

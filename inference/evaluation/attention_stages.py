@@ -17,7 +17,7 @@ from probattn.inference.runtime.blas_threads import one_blas_thread
 from probattn.margins import both_margins
 from probattn.models.language import attention_stage
 from probattn.models.transformer import Parameters, embed, first_layer, rms_normalised
-from probattn.text.batches import batched_rows
+from probattn.text.batches import map_batches
 
 StageInput = Literal["embeddings", "normalised", "first_layer"]
 _BATCH = 4  # windows in one call: the bases of 2 r directions take (windows, T, d, 2 r) numbers
@@ -31,7 +31,7 @@ class AttentionStage:
         label: what figures and tables call it.
         w_query: W_Q (d, r).
         w_key: W_K (d, r).
-        sees: the embeddings, the same divided by their root mean square, token by token, or the
+        input: the embeddings, the same divided by their root mean square, token by token, or the
             first layer's normalised input.
         bound: c of its bounded context, or None.
     """
@@ -48,10 +48,10 @@ class StageMargins:
     """Quantities of one stage at every position of the windows of a text.
 
     Attributes:
-        label: of the stage.
+        label: label of the stage.
         margin: "sigma_min", (windows, T).
         log_det: log det D_t in nats, -inf where the determinant is not positive.
-        embedding_margin: distance to the boundary in the space of what the stage sees, and in its
+        embedding_margin: distance to the boundary in the space of the stage's input, and in its
             unit: embeddings, or their normalised form, of root mean square 1.
         certificate: rho_t; below 1 the position is proved invertible.
         infeasible: whether R_t has a real eigenvalue <= 0.
@@ -66,7 +66,7 @@ class StageMargins:
 
 
 def stages(run: Run, prior: PostHocPrior | None) -> Iterator[AttentionStage]:
-    """Stages of a run: post hoc where a prior is given, trained where there is one, first layer's.
+    """Yield a run's stages: post hoc if a prior is given, trained if there is one, first layer's.
 
     Those of the first layer are one for each head.
     """
@@ -88,7 +88,7 @@ def stages(run: Run, prior: PostHocPrior | None) -> Iterator[AttentionStage]:
 def stage_margins(
     run: Run, stage: AttentionStage, inputs: Int[np.ndarray, "windows T"]
 ) -> StageMargins:
-    """Margins, log determinants and certificates of a stage over windows of tokens."""
+    """Compute margins, log determinants and certificates of a stage over windows of tokens."""
     measure = partial(
         _measure,
         input=stage.input,
@@ -96,14 +96,11 @@ def stage_margins(
         bound=stage.bound,
     )
     with one_blas_thread():
-        parts = [
-            measure(run.parameters, inputs[rows], stage.w_query, stage.w_key)
-            for rows in batched_rows(len(inputs), _BATCH)
-        ]
-        fields = [
-            np.concatenate([np.asarray(piece) for piece in pieces])[: len(inputs)]
-            for pieces in zip(*parts, strict=True)
-        ]
+        fields = map_batches(
+            lambda _, rows: measure(run.parameters, inputs[rows], stage.w_query, stage.w_key),
+            len(inputs),
+            _BATCH,
+        )
     return StageMargins(stage.label, *fields)
 
 

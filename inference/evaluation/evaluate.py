@@ -38,8 +38,8 @@ class MarginSummary:
     """Margins of one attention stage over the positions >= 2 of a text.
 
     Attributes:
-        label: of the stage.
-        kind: of the margin.
+        label: label of the stage.
+        kind: kind of the margin.
         quantiles: margin by quantile; that at 0 is the smallest.
         mean_log_det: mean log det D_t in nats over positions of positive determinant.
         infeasible_fraction: fraction of positions at which R_t has a real eigenvalue <= 0.
@@ -61,8 +61,8 @@ class EvaluateResult:
     """What `evaluate` measures.
 
     Attributes:
-        text: which text.
-        step: of the fit, after which the parameters were as they are here.
+        text: name of the text.
+        step: step of the fit, after which the parameters were as they are here.
         cross_entropy: nats per token.
         bpc: bits per character.
         tokens: predicted tokens.
@@ -106,15 +106,15 @@ def evaluate(
     configuration compare. Margins are those of at most 2048 positions, in windows spread evenly.
 
     Args:
-        run: from `load_run` or `fit`.
+        run: a run from `load_run` or `fit`.
         text: UTF-8 file to evaluate on, by default the run's validation text.
         noise_absolute: standard deviations of noise, in the embedding's unit; 0 is always added.
         noise_relative: standard deviations in units of the embedding's root mean square, likewise.
-        noise_kinds: which kinds of noise, see `perturbations`.
+        noise_kinds: kinds of noise, see `perturbations`.
         substituted: probabilities of a token to be replaced, for the kind substitution, likewise.
         ascent_tokens: worst-case directions are looked for in windows of at most so many tokens,
             spread evenly over the text.
-        seed: of the noise.
+        seed: seed of the noise.
         progress: show progress bars.
 
     Raises:
@@ -203,7 +203,7 @@ def _summary(margins: StageMargins) -> MarginSummary:
 
 
 def _plain(value: Any) -> Any:
-    """The result as JSON has it: keys are strings, infinities None."""
+    """Return the result as JSON has it: keys are strings, infinities None."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

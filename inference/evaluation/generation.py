@@ -28,8 +28,8 @@ class Generated:
         text: what was generated.
         tokens: what each generated token stands for; a token of several bytes may stand for part
             of a character.
-        margin: of each generated token, kind "sigma_min", under the post-hoc attention prior and
-            in the window in which it was generated.
+        margin: margin of each generated token, kind "sigma_min", under the post-hoc attention
+            prior and in the window in which it was generated.
     """
 
     prompt: str
@@ -53,12 +53,12 @@ def generate(
     The model sees a window of at most a block; when it is full it moves on by half a block.
 
     Args:
-        run: from `load_run` or `fit`.
+        run: a run from `load_run` or `fit`.
         prompt: text to continue, at least one token.
         length: tokens to generate.
         temperature: the logits are divided by it; 0 always takes the most probable token.
         top_k: sample from the k most probable tokens only; by default from all.
-        seed: of the sampling.
+        seed: seed of the sampling.
         progress: show a progress bar.
 
     Raises:
@@ -122,7 +122,7 @@ def _margins(
     *,
     progress: bool,
 ) -> Float[np.ndarray, " N"]:
-    """Margin of every generated token at its place in the window that it was generated in."""
+    """Return every generated token's margin, at its place in the window that generated it."""
     block = run.config.model.block
     unique, number = np.unique(starts, return_inverse=True)
     # What a window holds after a token does not change its margin.
@@ -150,7 +150,7 @@ def _next_token(
     greedy: bool,
     top_k: int | None,
 ) -> Int[Array, ""]:
-    """Token that follows position `last`; what the window holds after it is not looked at."""
+    """Draw the token that follows position `last`, whatever the window holds after it."""
     scores = logits(parameters, embed(parameters, window), heads=heads)[0, last]
     if greedy:
         return jnp.argmax(scores)

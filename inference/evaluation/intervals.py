@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
 def ratio(
     numerators: Float[np.ndarray, " windows"], denominators: Float[np.ndarray, " windows"]
 ) -> Estimate:
-    """Ratio of two sums over windows, with the interval of the ratio estimator.
+    """Estimate the ratio of two sums over windows, with the interval of the ratio estimator.
 
     The standard error is that of linearisation, from the residuals y_i - r x_i (Cochran 1977,
     Sampling Techniques, section 2.11), the quantile that of Student's t with one degree of freedom
@@ -64,13 +64,13 @@ def bootstrap(
     resamples: int,
     seed: int,
 ) -> list[Estimate]:
-    """Statistics of a text with percentile intervals of a bootstrap over its windows.
+    """Compute statistics of a text, with percentile intervals of a bootstrap over its windows.
 
     Args:
-        statistic: from how often each window was drawn to the k statistics of that text.
+        statistic: function from how often each window was drawn to the k statistics of that text.
         windows: how many there are, at least 2.
         resamples: how many texts to draw.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
         k estimates; the value is that of every window counted once.
@@ -106,7 +106,7 @@ def spearman(
     others: Sequence[Float[np.ndarray, " N"]],
     weights: Int[np.ndarray, "resamples N"],
 ) -> Float[np.ndarray, "others resamples"]:
-    """Spearman's rank correlation of x and each of the others, over N repeated observations.
+    """Compute the rank correlation of x and each of the others, over N repeated observations.
 
     Equal values, the repetitions among them, share the mean of their ranks.
 

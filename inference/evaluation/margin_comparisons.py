@@ -17,7 +17,7 @@ from probattn.inference.evaluation.token_margins import TokenMargins
 QUANTITIES = ("margin", "embedding_margin")
 
 _RESAMPLES = 1000
-_GROUPS = 10  # of a figure
+_GROUPS = 10  # groups of tokens in a figure
 _LOSS_GROUPS = 20
 
 
@@ -34,7 +34,7 @@ class MarginComparison:
             of the same "token", or in the same twentieth by "loss" without noise. Then ranks are
             those among such tokens, over how many they are, and increases are taken from their
             mean.
-        estimate: with its 95 % interval.
+        estimate: the estimate with its 95 % interval.
     """
 
     stage: str
@@ -51,7 +51,7 @@ class SupportCharacter:
         stage: label of the attention stage.
         token: the symbol.
         support: support tokens that are this symbol.
-        share: of all support tokens, with its 95 % interval (Wilson's, windows independent).
+        share: fraction of all support tokens, with its 95 % interval (Wilson's).
         positions: tokens at positions >= 2 that are this symbol.
         base: their share of all tokens there, what chance would give.
     """
@@ -82,11 +82,11 @@ def compare_with_margins(
     Args:
         loss: at each token without noise, in nats.
         noisy_loss: under noise.
-        margins: by stage.
-        symbols: of each token.
+        margins: margins by stage.
+        symbols: symbol of each token.
         window: number of each token's window, from 0 on; at least two of them.
-        position: of each token in its window; those at 0 and 1 are left out.
-        seed: of the bootstrap.
+        position: position of each token in its window; those at 0 and 1 are left out.
+        seed: seed of the bootstrap.
     """
     inner = position >= 2
     loss, window = loss[inner], window[inner]
@@ -127,16 +127,16 @@ def increase_by_margin(
     window: Int[np.ndarray, " N"],
     position: Int[np.ndarray, " N"],
 ) -> Float[np.ndarray, "groups 3"]:
-    """Mean increase of the loss in ten groups of tokens, by growing margin, and its intervals.
+    """Average the increase of the loss in ten groups of tokens by margin, with intervals.
 
     The groups have about as many tokens each, those at positions 0 and 1 left out; equal margins
     stay together, so a group may be empty, its row NaN. The intervals are those of `ratio`.
 
     Args:
-        increase: of the loss at each token, in nats.
+        increase: increase of the loss at each token, in nats.
         values: a margin of each token.
         window: number of each token's window, from 0 on.
-        position: of each token in its window.
+        position: position of each token in its window.
     """
     inner = position >= 2
     increase, values, window = increase[inner], values[inner], window[inner]
@@ -155,7 +155,7 @@ def increase_by_margin(
 def ranks_within(
     values: Float[np.ndarray, " N"], group: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, " N"]:
-    """Rank of each value in its group, less the group's mean rank, over the group's size."""
+    """Return each value's rank in its group, less the group's mean rank, over the group's size."""
     from scipy.stats import rankdata
 
     found = np.empty(len(values))
@@ -173,7 +173,7 @@ def _means_within(
 
 
 def _quantile_groups(values: Float[np.ndarray, " N"], count: int) -> Int[np.ndarray, " N"]:
-    """Number of the group, 0 to count - 1, by growing value; equal values are in the same one."""
+    """Return each value's group, 0 to count - 1; equal values are in the same one."""
     from scipy.stats import rankdata
 
     return np.ceil(rankdata(values) / len(values) * count).astype(int) - 1
@@ -184,7 +184,7 @@ def _differences(
     supports: Sequence[np.ndarray],
     weights: Int[np.ndarray, "resamples N"],
 ) -> Float[np.ndarray, "stages resamples"]:
-    """Weighted mean of the values at support tokens less that at the others."""
+    """Return the weighted mean of the values at support tokens less that at the others."""
     repeated = weights.astype(np.float64)
     with np.errstate(invalid="ignore"):  # a resample of few windows may hold no support token
         return np.array(
@@ -202,12 +202,12 @@ def support_characters(
     position: Int[np.ndarray, " N"],
     strings: Mapping[int, str],
 ) -> list[SupportCharacter]:
-    """How often each symbol is a support token of a stage, the most frequent first.
+    """Count how often each symbol is a support token of a stage, the most frequent first.
 
     Args:
-        margins: of the stage.
+        margins: margins of the stage.
         symbols: the symbol of each token.
-        position: of each token in its window.
+        position: position of each token in its window.
         strings: what each symbol stands for.
     """
     from scipy.stats import binomtest

@@ -35,8 +35,8 @@ class NoisePoint:
         degradation: bpc over the clean bpc of the same text.
         degradation_low: lower end of its 95 % interval over windows, NaN of a single window.
         degradation_high: upper end.
-        kind: of the noise.
-        probability: of a token to be replaced, None of noise on embeddings.
+        kind: kind of the noise.
+        probability: probability of a token to be replaced, None for noise on embeddings.
     """
 
     sigma: float | None
@@ -57,11 +57,11 @@ class NoiseSweeps:
     their steps, are looked for in windows spread evenly over the text.
 
     Args:
-        run: whose parameters.
-        tokens: of the text.
-        scorer: of the whole text.
+        run: run whose parameters are used.
+        tokens: tokens of the text.
+        scorer: scorer for the whole text.
         clean: losses of the scorer without noise.
-        seed: of the noise.
+        seed: seed of the noise.
         ascent_tokens: at most so many tokens for worst-case directions.
         done: called after each level.
     """
@@ -85,7 +85,7 @@ class NoiseSweeps:
     def of_embeddings(
         self, kinds: Sequence[NoiseKind], levels: Sequence[float], unit: float
     ) -> tuple[NoisePoint, ...]:
-        """Points of every kind but substitution, at each level times the unit."""
+        """Return points of every kind but substitution, at each level times the unit."""
         return tuple(
             NoisePoint(level * unit, level * unit / self.rms, *self._measured(kind, level * unit))
             for kind in kinds
@@ -96,7 +96,7 @@ class NoiseSweeps:
     def of_tokens(
         self, kinds: Sequence[NoiseKind], probabilities: Sequence[float]
     ) -> tuple[NoisePoint, ...]:
-        """Points of substitution at each probability, if it is among the kinds."""
+        """Return points of substitution at each probability, if it is among the kinds."""
         chosen = probabilities if "substitution" in kinds else ()
         return tuple(
             NoisePoint(None, None, *self._measured("substitution", each), probability=each)
@@ -137,7 +137,7 @@ class NoiseSweeps:
 
 
 def training_frequencies(run: Run) -> Float[np.ndarray, " V"]:
-    """Relative frequency of every symbol in the training text of a run.
+    """Return the relative frequency of every symbol in the training text of a run.
 
     Raises:
         ValueError: if the text is not there any more.
@@ -149,7 +149,7 @@ def training_frequencies(run: Run) -> Float[np.ndarray, " V"]:
 
 
 def check_kinds(name: str, kinds: Sequence[str]) -> None:
-    """Refuse kinds of noise that there are not.
+    """Refuse unknown kinds of noise.
 
     Raises:
         ValueError: if one is unknown; it is named after the argument.
@@ -161,7 +161,7 @@ def check_kinds(name: str, kinds: Sequence[str]) -> None:
 
 
 def check_levels(name: str, levels: Sequence[float], *, probabilities: bool = False) -> None:
-    """Refuse levels of noise that there are not.
+    """Refuse levels that no noise has.
 
     Raises:
         ValueError: if one is negative or not finite, or above 1 where they are probabilities.

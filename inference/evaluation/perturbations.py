@@ -38,11 +38,11 @@ class Perturbation(Protocol):
         """Embed the tokens of B windows and disturb them.
 
         Args:
-            rng_key: of what is random in it.
-            parameters: of the network.
+            rng_key: key of the random numbers.
+            parameters: parameters of the network.
             inputs: tokens of each window.
-            losses: from what enters the stack to the loss of every position; for a kind that
-                looks for a direction, which asks for it.
+            losses: function from what enters the stack to the loss of every position, for a kind
+                that looks for a direction.
         """
 
 
@@ -100,8 +100,8 @@ class Substitution:
     predicted stays the text's own next token.
 
     Attributes:
-        probability: of a token to be replaced, 0 to 1.
-        frequencies: of the symbols (V,), >= 0, of any sum.
+        probability: probability of a token to be replaced, 0 to 1.
+        frequencies: frequencies of the symbols (V,), >= 0, of any sum.
     """
 
     probability: ArrayLike
@@ -138,7 +138,7 @@ class Ascent:
 
     Attributes:
         sigma: radius of the ball over sqrt(d).
-        steps: of ascent, at least 1.
+        steps: number of steps of ascent, at least 1.
     """
 
     sigma: ArrayLike
@@ -193,12 +193,12 @@ _ON_EMBEDDINGS: dict[str, Callable[[ArrayLike], Perturbation]] = {
 def perturbation(
     kind: NoiseKind, level: float, *, frequencies: ArrayLike | None = None
 ) -> Perturbation:
-    """The perturbation of a kind at a level.
+    """Make the perturbation of a kind at a level.
 
     Args:
-        kind: which.
+        kind: kind of perturbation.
         level: sigma, or of substitution the probability of a token to be replaced.
-        frequencies: of the symbols that substitution draws from (V,).
+        frequencies: frequencies of the symbols that substitution draws from (V,).
 
     Raises:
         ValueError: if the kind is unknown, or substitution without frequencies.
@@ -215,13 +215,13 @@ def perturbation(
 
 
 def _direction(gradient: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
-    """Each token's gradient at length 1; 0 where there is none."""
+    """Scale each token's gradient to length 1; 0 where there is none."""
     length = jnp.linalg.norm(gradient, axis=-1, keepdims=True)
     return gradient / jnp.where(length > 0, length, 1)
 
 
 def _into_ball(moved: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
-    """Each token's displacement, shortened to length 1 where it is longer."""
+    """Shorten each token's displacement to length 1 where it is longer."""
     return moved / jnp.maximum(jnp.linalg.norm(moved, axis=-1, keepdims=True), 1)
 
 

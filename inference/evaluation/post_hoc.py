@@ -29,12 +29,12 @@ from probattn.models.transformer import embed
 from probattn.text.batches import windows
 from probattn.text.corpora import load_corpus
 
-_TOKENS = 65_536  # of training text, in windows spread evenly over it
+_TOKENS = 65_536  # tokens of training text, in windows spread evenly over it
 _BATCH = 16  # windows in a step
 _STEPS = 1000
 _STEPS_PER_CALL = 50
 _LEARNING_RATE = 0.03
-_SETTLED = 0.01  # of the whole improvement: the most that the last tenth of the steps may add
+_CONVERGED = 0.01  # most that the last tenth of the steps may add to the whole improvement
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PostHocPrior:
             a determinant is not positive.
         converged: whether the last tenth of the steps added less than a hundredth of what all did,
             or than the minibatches' noise.
-        steps: of the optimizer.
+        steps: number of steps of the optimizer.
         tokens: how many it was fitted on.
     """
 
@@ -112,10 +112,10 @@ def fit_attention_prior(
 
     Args:
         x: embeddings (B, T, d).
-        rank: of W_Q and W_K.
+        rank: rank of W_Q and W_K.
         training_tokens: tokens of the whole text, of which x is a sample: the prior's weight.
         bound: c of a bounded context, or None.
-        seed: of the prior draw that the fit starts from, and of the minibatches.
+        seed: seed of the prior draw that the fit starts from, and of the minibatches.
         progress: show a progress bar.
     """
     start_key, data_key = jax.random.split(jax.random.key(seed))
@@ -159,7 +159,7 @@ def fit_attention_prior(
         np.asarray(w_key),
         scale,
         float(_mean_log_density(x, w_query, w_key, scale, bound)),
-        bool(last <= max(_SETTLED * gained, 2 * noise)),
+        bool(last <= max(_CONVERGED * gained, 2 * noise)),
         _STEPS,
         x.shape[0] * x.shape[1],
     )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from probattn.inference.evaluation.perturbations import Gaussian, Perturbation
 from probattn.models import LanguageModelConfig
 from probattn.models.transformer import Parameters, Precision, logits
-from probattn.text.batches import batched_rows, windows
+from probattn.text.batches import map_batches, windows
 from probattn.text.vocabulary import Vocabulary
 
 _BATCH = 32  # windows in one call
@@ -53,7 +53,7 @@ class Scorer:
         vocabulary: symbols of the tokens.
         tokens: the text, (N,), N >= 2.
         most_tokens: if given, only that many tokens, in windows spread evenly over the text.
-        precision: of the matrix products.
+        precision: precision of the matrix products.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Scorer:
         """Score the text.
 
         Args:
-            parameters: of the network.
-            perturbation: of what enters the stack; by default none.
-            rng_key: of the perturbation.
+            parameters: parameters of the network.
+            perturbation: perturbation of what enters the stack; by default none.
+            rng_key: random key of the perturbation.
 
         Raises:
             ValueError: if the predicted tokens begin no character.
@@ -95,7 +95,7 @@ class Scorer:
         return self.summed(self.losses(parameters, perturbation, rng_key=rng_key))
 
     def summed(self, losses: Float[np.ndarray, "windows T"]) -> Score:
-        """Score of given losses, those of `losses`.
+        """Score given losses, those of `losses`.
 
         Raises:
             ValueError: if the predicted tokens begin no character.
@@ -122,18 +122,18 @@ class Scorer:
         *,
         rng_key: Array | None = None,
     ) -> Float[np.ndarray, "windows T"]:
-        """Loss of every position of every window, in nats."""
+        """Compute the loss of every position of every window, in nats."""
         rng_key = jax.random.key(0) if rng_key is None else rng_key
-        count = len(self.inputs)
-        results = []
-        for number, rows in enumerate(batched_rows(count, _BATCH)):
+
+        def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> Array:
             key = jax.random.fold_in(rng_key, number)
             inputs, targets = self.inputs[rows], self.targets[rows]
-            results.append(self._losses(perturbation, parameters, inputs, targets, key))
-        return np.concatenate([np.asarray(part) for part in results])[:count]
+            return self._losses(perturbation, parameters, inputs, targets, key)
+
+        return map_batches(of_batch, len(self.inputs), _BATCH)
 
     def embedding_rms(self, parameters: Parameters) -> float:
-        """Root mean square, per coordinate, of what enters the stack over this text."""
+        """Return the root mean square, per coordinate, of what enters the stack over this text."""
         counts = np.zeros((len(parameters["token_embedding"]), self.inputs.shape[1]))
         np.add.at(counts, (self.inputs, np.arange(self.inputs.shape[1])), self.reported)
         tokens, positions = (

@@ -45,19 +45,19 @@ class Sensitivity:
     """What `sensitivity` finds, for N tokens of a text.
 
     Attributes:
-        name: of the text.
-        kind: of the noise.
+        name: name of the text.
+        kind: kind of the noise.
         level: standard deviation in units of the embedding's root mean square; of substitution
             the probability of a token to be replaced.
-        index: of each token in the text, (N,).
+        index: index of each token in the text, (N,).
         tokens: what each stands for, N strings.
         window: number of its window, (N,).
-        position: in the window, (N,).
-        loss: of predicting the token after it, in nats, (N,).
+        position: position of each token in its window, (N,).
+        loss: loss of predicting the token after it, in nats, (N,).
         noisy_loss: the same under noise, the mean over draws, (N,).
         stages: margins, the post-hoc attention prior first, then the trained one where there is
             one, and the heads of the first layer.
-        comparisons: of each stage, three statistics among four sets of tokens.
+        comparisons: comparisons for each stage: three statistics among four sets of tokens.
         characters: symbols that are support tokens, by stage, most frequent first.
     """
 
@@ -91,14 +91,15 @@ def sensitivity(
     Windows are a block long and do not overlap.
 
     Args:
-        run: from `load_run` or `fit`.
+        run: a run from `load_run` or `fit`.
         text: UTF-8 file, by default the run's validation text.
         noise_kind: see `perturbations`.
-        level: of the noise, in units of the embedding's root mean square; of substitution the
-            probability of a token to be replaced.
-        draws: of the noise, whose losses are averaged; of a worst-case direction there is one.
+        level: level of the noise, in units of the embedding's root mean square; for substitution
+            the probability of a token to be replaced.
+        draws: number of draws of the noise, over which losses are averaged; a worst-case direction
+            has one.
         most_tokens: at most so many tokens, in windows spread evenly over the text.
-        seed: of the noise and the bootstrap.
+        seed: seed of the noise and the bootstrap.
         progress: show a progress bar.
 
     Raises:
@@ -168,7 +169,7 @@ def sensitivity(
 
 
 def tables(found: Sensitivity) -> dict[str, tuple[Sequence[str], list[tuple]]]:
-    """Columns and rows by table: tokens, comparisons, and which symbols are support tokens."""
+    """Return columns and rows by table: tokens, comparisons, which symbols are support tokens."""
     columns = {
         "index": found.index,
         "token": found.tokens,

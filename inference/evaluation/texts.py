@@ -21,7 +21,7 @@ def check_seed(seed: int) -> None:
 
 
 def text_tokens(run: Run, text: str | os.PathLike[str] | None) -> tuple[np.ndarray, str]:
-    """Tokens of a file, or of the run's validation text, and what to call it.
+    """Return the tokens of a file, or of the run's validation text, and what to call it.
 
     Raises:
         ValueError: if the run is a sampled posterior (RunError), or the text cannot be read, is

@@ -25,11 +25,11 @@ class TokenMargins:
     Every token is reported from one window, the first that holds it, at its position there.
 
     Attributes:
-        label: of the stage: "post hoc", "trained", or "layer 1 head 1" and so on.
+        label: label of the stage: "post hoc", "trained", or "layer 1 head 1" and so on.
         margin: kind "sigma_min", (N,).
         log_det: log det D_t in nats, -inf where the determinant is not positive, (N,).
-        embedding_margin: distance to the boundary in the space of what the stage sees, in its
-            unit (see `stages.StageMargins`), (N,).
+        embedding_margin: distance to the boundary in the space of the stage's input, in its
+            unit (see `attention_stages.StageMargins`), (N,).
         certificate: rho_t, below 1 where the position is proved invertible, (N,).
         support: whether the token is the support token of its window, (N,).
     """
@@ -47,10 +47,10 @@ class TextMargins:
     """What `text_margins` finds.
 
     Attributes:
-        name: of the text.
+        name: name of the text.
         tokens: what each token stands for, N strings.
-        position: of each token within the window that reports it, (N,); 0 and 1 have no spread in
-            their past and margin 1.
+        position: position of each token within the window that reports it, (N,); tokens 0 and 1
+            have no spread in their past and margin 1.
         window: number of that window, (N,).
         window_starts: where each window begins, (windows,).
         stages: margins by stage, the post-hoc attention prior first.
@@ -71,13 +71,13 @@ def text_margins(
     stride: int | None = None,
     progress: bool = False,
 ) -> TextMargins:
-    """Margins of every token of a text, of every attention stage of a run.
+    """Compute margins of every token of a text, for every attention stage of a run.
 
     A text longer than a block is read in windows; a token is reported from the first window that
     holds it, so that beyond the first window it has a context of at least block - stride tokens.
 
     Args:
-        run: from `load_run` or `fit`.
+        run: a run from `load_run` or `fit`.
         text: UTF-8 file of any length, by default the run's validation text.
         stride: distance between windows, 1 to block; by default half a block.
         progress: show progress bars.
@@ -112,7 +112,7 @@ def reported_margins(
     inputs: Int[np.ndarray, "windows T"],
     reported: Bool[np.ndarray, "windows T"],
 ) -> TokenMargins:
-    """Margins of a stage at the reported positions of windows, N in all, window after window."""
+    """Return a stage's margins at the reported positions, N in all, window after window."""
     values = stage_margins(run, stage, inputs)
     support = np.zeros_like(reported)
     first = np.asarray(support_tokens(values.margin))
@@ -134,7 +134,7 @@ def write_csv(margins: TextMargins, path: Path) -> None:
 
 
 def stage_columns(stages: Sequence[TokenMargins]) -> dict[str, np.ndarray]:
-    """Columns of a table with a row per token: five of each stage, named after it."""
+    """Return columns of a table with a row per token: five of each stage, named after it."""
     names = ("margin", "log_det", "embedding_margin", "certificate", "support")
     return {
         f"{stage.label.replace(' ', '_')}_{'sigma_min' if name == 'margin' else name}": getattr(

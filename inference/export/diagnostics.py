@@ -28,7 +28,7 @@ class QuantitySummary:
     """One identified quantity of a posterior, or the worst of many entries.
 
     Attributes:
-        name: of the quantity; with how many entries there are, where it is the worst of them.
+        name: name of the quantity, with the number of entries where the worst of them is told.
         mean: posterior mean; NaN for the worst of many.
         sd: posterior standard deviation, likewise.
         r_hat: rank-normalised split R-hat; the largest.
@@ -45,13 +45,13 @@ class QuantitySummary:
 
 
 def summarise(tree: "xr.DataTree") -> list[QuantitySummary]:
-    """Summary and diagnostics of what is identified: nothing that a rotation would change.
+    """Summarise and diagnose what is identified: nothing that a rotation would change.
 
     Of margins and log likelihoods, which are many, the worst diagnostics are given. Entries that
     are the same in all draws, such as the margins of positions 0 and 1, have none and are left out.
 
     Args:
-        tree: from `to_datatree`, of a posterior.
+        tree: tree of a posterior, from `to_datatree`.
 
     Raises:
         ValueError: if the tree holds no draws.
@@ -89,7 +89,7 @@ def summarise(tree: "xr.DataTree") -> list[QuantitySummary]:
 
 
 def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
-    """Expected log predictive density by PSIS leave-one-out, its standard error, the largest k.
+    """Estimate the expected log predictive density by PSIS-LOO, its error, and the largest k.
 
     None where there is no likelihood, or no tail to smooth: fewer than 25 draws of all chains
     together, or draws that hardly moved. A Pareto k above 0.7 means that the estimate cannot be
@@ -97,7 +97,7 @@ def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
     often are.
 
     Args:
-        tree: with log likelihoods of one site.
+        tree: tree with log likelihoods of one site.
     """
     import arviz as az
 
@@ -109,7 +109,7 @@ def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
     if sizes["chain"] * sizes["draw"] < 25:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a large Pareto k, which is returned
+        warnings.simplefilter("ignore")  # it warns of a large Pareto k, which is returned
         try:
             found = az.loo(tree, pointwise=True)
         except ValueError:
@@ -118,7 +118,7 @@ def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
 
 
 def divergence_margin(tree: "xr.DataTree") -> float | None:
-    """The smallest margin of a draw whose trajectory diverged; None if there is none."""
+    """Return the smallest margin of a draw whose trajectory diverged; None if there is none."""
     diverging = values_of(tree, "sample_stats", "diverging")
     margins = values_of(tree, "posterior", "smallest_margin")
     if diverging is None or margins is None or not diverging.any():
@@ -127,7 +127,7 @@ def divergence_margin(tree: "xr.DataTree") -> float | None:
 
 
 def values_of(tree: "xr.DataTree", group: str, name: str) -> np.ndarray | None:
-    """Values of a variable of a tree, None where there is none."""
+    """Return the values of a variable of a tree, None where there is none."""
     if group not in tree.children or name not in tree.children[group].data_vars:
         return None
     return np.asarray(tree.children[group].to_dataset()[name])

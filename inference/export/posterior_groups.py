@@ -58,14 +58,14 @@ def posterior_groups(
     dims: Mapping[str, Sequence[str]],
     labels: Mapping[str, Sequence],
 ) -> dict[str, "xr.Dataset"]:
-    """Groups of a DataTree: see `to_datatree`.
+    """Make the groups of a DataTree: see `to_datatree`.
 
     Args:
         result: the draws.
         log_likelihood: add the log likelihoods.
         posterior_predictive: add draws of the observed sites.
         prior: number of draws of the prior to add.
-        seed: of the predictive and prior draws.
+        seed: seed of the predictive and prior draws.
         dims: names of dimensions by site, after chain and draw.
         labels: coordinates by dimension.
     """
@@ -109,7 +109,7 @@ def posterior_groups(
 
 
 def located(group: "xr.Dataset") -> "xr.Dataset":
-    """The group with integer coordinates on every dimension that has none."""
+    """Return the group with integer coordinates on every dimension that has none."""
     missing = {
         name: np.arange(size) for name, size in group.sizes.items() if name not in group.coords
     }
@@ -141,7 +141,7 @@ class _Support:
         self._certified: np.ndarray | None = None
 
     def add(self, margin: np.ndarray, certificate: np.ndarray | None) -> dict[str, np.ndarray]:
-        """Count draws (draws, sequences, ..., T); their smallest margins."""
+        """Count draws (draws, sequences, ..., T), and return their smallest margins."""
         with jax.enable_x64(margin.dtype == np.float64):
             first = np.asarray(support_tokens(margin))
         is_support = np.arange(margin.shape[-1]) == first
@@ -180,7 +180,7 @@ def _prior(result: PosteriorResult, count: int, rng_key: Array) -> dict[str, np.
 
 
 def _smallest(margin: np.ndarray) -> dict[str, np.ndarray]:
-    """Smallest margin at positions >= 2 of every sequence, and of all: (draws, ...)."""
+    """Return smallest margins, positions >= 2, of every sequence and of all: (draws, ...)."""
     sequence = margin[..., 2:].min(tuple(range(2, margin.ndim)))
     return {"sequence_margin": sequence, "smallest_margin": sequence.min(1)}
 
@@ -216,7 +216,7 @@ def _dataset(
 def _dims_of(
     name: str, ndim: int, given: Mapping[str, Sequence[str]], *, likelihood: bool
 ) -> tuple[str, ...]:
-    """Names of a site's dimensions: those given, those of this package's models, or numbers."""
+    """Name a site's dimensions: as given, as this package's models do, or by numbers."""
     if name in given:
         if likelihood:
             return tuple(given[name][:ndim])

@@ -25,7 +25,7 @@ class SiteValues(NamedTuple):
 
     Attributes:
         deterministic: values of deterministic sites.
-        log_likelihood: of observed sites, in nats, in the shape of their batch.
+        log_likelihood: log likelihoods of observed sites, in nats, in the shape of their batch.
         predictive: draws in place of what was observed, given the rest.
     """
 
@@ -49,7 +49,7 @@ def site_values(
         result: the draws and their model.
         log_likelihood: compute log likelihoods of observed sites.
         predictive: draw from observed sites.
-        rng_key: of these draws.
+        rng_key: random key of these draws.
 
     Yields:
         Rows of the draws, chain after chain, and their values.
@@ -77,10 +77,10 @@ def site_values(
 
 
 def map_rows(of_one: Callable, *rows: Any, precision: str) -> Iterator[tuple[slice, Any]]:
-    """Call a function for every row, for as many at once as there is room for.
+    """Call a function for every row, with as many rows at once as fit into memory.
 
     Args:
-        of_one: of one row of each.
+        of_one: function of one row of each tree.
         rows: trees of arrays with a common leading axis.
         precision: "float64" to compile it with 64-bit numbers.
 
@@ -100,7 +100,7 @@ def map_rows(of_one: Callable, *rows: Any, precision: str) -> Iterator[tuple[sli
 
 
 def _compiled(of_batch: Any, rows: tuple, count: int) -> tuple[int, Callable]:
-    """The function for a batch, and how many rows that is: fewer where they take much memory."""
+    """Compile the function for a batch, of fewer rows where they take much memory."""
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), _dtype(leaf)), rows
     )
@@ -112,20 +112,20 @@ def _compiled(of_batch: Any, rows: tuple, count: int) -> tuple[int, Callable]:
 
 
 def _dtype(leaf: Any) -> Any:
-    """That of the array in a compiled program; random keys keep theirs."""
+    """Return the array's dtype in a compiled program; random keys keep theirs."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return leaf.dtype
     return jax.dtypes.canonicalize_dtype(leaf.dtype)
 
 
 def _without_filling(values: Any, batch: slice) -> Any:
-    """Arrays of a batch without the rows that `batched_rows` filled it up with."""
+    """Return arrays of a batch without the rows that `batched_rows` added to fill it."""
     count = batch.stop - batch.start
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], values)
 
 
 def observed_sites(sites: Mapping[str, dict]) -> dict[str, dict]:
-    """Sites of a trace that were observed, without factors: NumPyro observes those too."""
+    """Return sites of a trace that were observed, without factors: NumPyro observes those too."""
     return {
         name: site
         for name, site in sites.items()

@@ -62,13 +62,13 @@ def to_datatree(
 
     Args:
         source: a run from `load_run`, `fit` or `sample_run`, or the result of `sample`.
-        sequences: of a fitted run, at most so many windows spread evenly over the text: of a MAP
-            run over the validation text, of another guide over the training text.
-        draws: of a guide other than map.
+        sequences: for a fitted run, the most windows to spread evenly over the text: for a MAP
+            over the validation text, for another guide over the training text.
+        draws: number of draws of a guide other than map.
         log_likelihood: add the log likelihoods.
         posterior_predictive: add draws of the observed sites.
         prior: number of draws of the prior to add.
-        seed: of the predictive and prior draws, and of a guide's.
+        seed: seed of the predictive and prior draws, and of a guide's.
         dims: names of dimensions by site, after chain and draw, for sites of models of your own.
 
     Raises:

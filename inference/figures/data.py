@@ -20,25 +20,20 @@ def check_any(name: str, entries: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: got no entries, expected at least one label")
 
 
-def metric(label: str, rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Values]:
-    """Steps and values of one metric, without the rows where it is None.
-
-    Raises:
-        ValueError: if there are no rows, or one lacks the key or the step.
-    """
-    _check_keys(label, rows, "step", key)
-    return measured(rows, key)
-
-
-def measured(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Values]:
-    """Steps and values of a metric that rows of earlier versions lack, of the rows that have it."""
-    kept = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+def metric(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Values]:
+    """Return steps and values of one metric, without the rows where it is None."""
+    kept = [(row["step"], row[key]) for row in rows if row[key] is not None]
     found = np.array(kept, np.float64).reshape(-1, 2)
     return found[:, 0], found[:, 1]
 
 
+def measured(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Values]:
+    """Return the same of a metric that rows of earlier versions lack."""
+    return metric([row for row in rows if key in row], key)
+
+
 def table(name: str, values: ArrayLike, columns: int) -> Values:
-    """Table of floats with at least one row.
+    """Return a table of floats with at least one row.
 
     Raises:
         ValueError: if it has another number of columns, or no row.
@@ -52,12 +47,12 @@ def table(name: str, values: ArrayLike, columns: int) -> Values:
 
 
 def after_the_start(steps: Values, values: Values) -> Values:
-    """Values of the last four fifths of the steps; all where there are fewer than ten."""
+    """Return values of the last four fifths of the steps; all where there are fewer than ten."""
     return values if len(values) < 10 else values[steps >= 0.2 * steps.max()]
 
 
 def finite_range(values: Values) -> tuple[float, float]:
-    """Smallest and largest finite value; 0 and 0 if there is none."""
+    """Return the smallest and largest finite value; 0 and 0 if there is none."""
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
@@ -65,45 +60,29 @@ def finite_range(values: Values) -> tuple[float, float]:
 def smallest_margins(
     label: str, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[Values, Values]]:
-    """Kind of margin -> steps and min_margin of the rows that have one of that kind.
+    """Return, by kind of margin, steps and min_margin of the rows that have one of that kind.
 
     Raises:
-        ValueError: if there are no rows, or one lacks min_margin or min_margin_kind.
+        ValueError: if there are no rows.
     """
-    _check_keys(label, rows, "min_margin", "min_margin_kind")
-    measured = [row for row in rows if row["min_margin"] is not None]
-    kinds = dict.fromkeys(row["min_margin_kind"] for row in measured)
+    if not rows:
+        raise ValueError(f"runs[{label!r}]: got no rows, expected the lines of a metrics.jsonl")
+    kinds = dict.fromkeys(row["min_margin_kind"] for row in rows if row["min_margin"] is not None)
     return {
-        kind: metric(
-            label, [row for row in measured if row["min_margin_kind"] == kind], "min_margin"
-        )
+        kind: metric([row for row in rows if row["min_margin_kind"] == kind], "min_margin")
         for kind in kinds
     }
 
 
 def sweep(label: str, result: Mapping[str, Sequence[float]], unit: str) -> tuple[Values, Values]:
-    """Noise and bits per character of one sweep, by growing noise from 0 on.
+    """Return noise and bits per character of one sweep, in order of growing noise.
 
     Raises:
-        ValueError: if one of the two is missing, they differ in length, the least noise is not 0,
-            or the bits per character there, which divide the others, are not positive.
+        ValueError: if the two differ in length, the least noise is not 0, or the bits per
+            character there, which divide the others, are not positive.
     """
-    columns = []
-    for key in (f"noise_{unit}", f"bpc_{unit}"):
-        if key not in result:
-            raise ValueError(
-                f"results[{label!r}]: got keys {', '.join(map(str, result))}, expected {key!r} "
-                "among them"
-            )
-        columns.append(vector(f"results[{label!r}][{key!r}]", result[key]))
-    noise, bpc = columns
-    if len(noise) != len(bpc):
-        raise ValueError(
-            f"results[{label!r}]: got {len(noise)} values of noise_{unit} and {len(bpc)} of "
-            f"bpc_{unit}, expected as many of one as of the other"
-        )
-    order = np.argsort(noise, kind="stable")
-    noise, bpc = noise[order], bpc[order]
+    columns = np.array([result[f"noise_{unit}"], result[f"bpc_{unit}"]], np.float64)
+    noise, bpc = columns[:, np.argsort(columns[0], kind="stable")]
     if not len(noise) or noise[0] != 0 or not bpc[0] > 0:
         first = f"noise {noise[0]:g} with BPC {bpc[0]:g}" if len(noise) else "no points"
         raise ValueError(
@@ -114,7 +93,7 @@ def sweep(label: str, result: Mapping[str, Sequence[float]], unit: str) -> tuple
 
 
 def vector(name: str, values: ArrayLike) -> Values:
-    """One-dimensional array of floats.
+    """Return a one-dimensional array of floats.
 
     Raises:
         ValueError: if it has another number of dimensions.
@@ -126,7 +105,7 @@ def vector(name: str, values: ArrayLike) -> Values:
 
 
 def aligned(margins: Mapping[str, ArrayLike]) -> dict[str, Values]:
-    """Several margins of one text.
+    """Return several margins of one text, as vectors.
 
     Raises:
         ValueError: if there are none, or they are no vectors of one length, at least 1.
@@ -144,7 +123,7 @@ def aligned(margins: Mapping[str, ArrayLike]) -> dict[str, Values]:
 
 
 def positions(name: str, values: ArrayLike, length: int) -> Positions:
-    """Positions in a text of `length` tokens.
+    """Return positions in a text of `length` tokens, as a vector.
 
     Raises:
         ValueError: if they are no vector of integers from 0 to length - 1.
@@ -163,7 +142,7 @@ def positions(name: str, values: ArrayLike, length: int) -> Positions:
 
 
 def smallest_of_each(values: Values, stride: int) -> Positions:
-    """Position of the smallest value in each stretch of `stride`; a NaN only where all are."""
+    """Find the smallest value in each stretch of `stride`; a NaN only where all are."""
     filled = np.where(np.isnan(values), np.inf, values)
     starts = range(0, len(values), stride)
     return np.array(
@@ -172,14 +151,14 @@ def smallest_of_each(values: Values, stride: int) -> Positions:
 
 
 def above_an_edge(values: Values) -> Values:
-    """The values with -inf moved to an edge a little below 0 and below all finite ones."""
+    """Move values of -inf to an edge a little below 0 and below all finite ones."""
     finite = np.append(values[np.isfinite(values)], 0.0)
     edge = finite.min() - 0.1 * (float(np.ptp(finite)) or 1.0)
     return np.where(values == -np.inf, edge, values)
 
 
 def colour_limits(values: Values) -> tuple[float, float]:
-    """1st and 99th percentile of the finite values, never the same number."""
+    """Return the 1st and 99th percentile of the finite values, never the same number."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
@@ -189,7 +168,7 @@ def colour_limits(values: Values) -> tuple[float, float]:
 
 
 def cumulative(name: str, values: ArrayLike) -> tuple[Values, Values]:
-    """Empirical distribution function at the finite values.
+    """Evaluate the empirical distribution function at the finite values.
 
     Returns them in ascending order, and the fraction of all that is not above each. NaN
     counts for nothing; -inf counts below all, +inf above.
@@ -204,15 +183,3 @@ def cumulative(name: str, values: ArrayLike) -> tuple[Values, Values]:
     if not finite.any():
         raise ValueError(f"{name}: got {len(array)} margins, none finite, expected at least one")
     return ordered[finite], fraction[finite]
-
-
-def _check_keys(label: str, rows: Sequence[Mapping[str, Any]], *keys: str) -> None:
-    if not rows:
-        raise ValueError(f"runs[{label!r}]: got no rows, expected the lines of a metrics.jsonl")
-    for number, row in enumerate(rows):
-        for key in keys:
-            if key not in row:
-                raise ValueError(
-                    f"runs[{label!r}], row {number}: got keys {', '.join(map(str, row))}, "
-                    f"expected {key!r} among them"
-                )

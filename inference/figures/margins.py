@@ -26,7 +26,7 @@ from probattn.inference.figures.style import (
 
 __all__ = ["margin_along_text", "margin_distribution"]
 
-_POINTS = 600  # of a line along a text; more would lie less than two pixels apart
+_POINTS = 600  # points of a line along a text; more would lie less than two pixels apart
 _WINDOW_TICKS = 200  # window starts; more would be a band
 
 
@@ -38,7 +38,7 @@ def margin_along_text(
     window_starts: ArrayLike | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Margins of one text against the position, a panel for each label, with the boundary at 0.
+    """Draw margins of one text against the position, a panel per label, and the boundary at 0.
 
     Of more than 1200 tokens a panel shows the smallest margin in each of at most 600 stretches, at
     its own position, and the axis says so. A margin of -inf is drawn at a lower edge, one of NaN or
@@ -100,7 +100,7 @@ def margin_along_text(
 
 @styled
 def margin_distribution(margins: Mapping[str, ArrayLike]) -> Figure:
-    """Empirical distribution of margins, its lower tail spread out by a logarithmic axis.
+    """Draw the empirical distribution of margins, with a logarithmic axis for its lower tail.
 
     A marker is at the smallest margin of each label, which the legend states. NaN is left out; -inf
     and +inf count but are not drawn, and the legend says how many.

@@ -29,7 +29,7 @@ _SIGMA, _TIMES = "\N{GREEK SMALL LETTER SIGMA}", "\N{MULTIPLICATION SIGN}"
 
 @styled
 def noise_kinds(results: Mapping[str, Mapping[tuple[str, str], ArrayLike]]) -> Figure:
-    """Degradation under noise of several kinds: a row for each, a panel for each unit of a level.
+    """Draw degradation under several kinds of noise: a row for each, a panel per unit of a level.
 
     Panels share no axis: a worst-case direction harms many times as much as noise of its size. The
     units of a row stand in the order in which they are given.
@@ -70,7 +70,7 @@ def noise_kinds(results: Mapping[str, Mapping[tuple[str, str], ArrayLike]]) -> F
 
 @styled
 def loss_by_margin(bins: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
-    """Mean increase of the loss under noise in groups of tokens of growing margin.
+    """Draw the mean increase of the loss under noise in groups of tokens of growing margin.
 
     Args:
         bins: what the groups are made by, such as a kind of margin -> label of an attention stage
@@ -102,7 +102,7 @@ def loss_by_margin(bins: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
 
 @styled
 def noise_sweep(results: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Bits per character under Gaussian noise on the embeddings.
+    """Draw bits per character under Gaussian noise on the embeddings.
 
     Panels (a) and (b) are against its standard deviation sigma, (c) and (d) against sigma in units
     of the embedding RMS; (b) and (d) are relative to the same run without noise.
@@ -112,8 +112,9 @@ def noise_sweep(results: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             the least noise of a list is 0.
 
     Raises:
-        ValueError: if there is no run, one of the four lists is missing, the two of a pair differ
-            in length, the least noise is not 0, or the BPC there is not positive.
+        ValueError: if there is no run, the two lists of a pair differ in length, the least noise is
+            not 0, or the BPC there is not positive.
+        KeyError: if one of the four lists is missing.
     """
     data.check_any("results", results)
     units = {
@@ -134,7 +135,7 @@ def noise_sweep(results: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 
 def _with_intervals(panel: Axes, table: data.Values, number: int) -> Artist:
-    """A curve of the columns 0 and 1 with intervals from column 2 to column 3."""
+    """Draw a curve of the columns 0 and 1 with intervals from column 2 to column 3."""
     x, y, low, high = table.T
     style: dict[str, Any] = line_style(number)
     [line] = panel.plot(x, y, **style)

@@ -31,7 +31,7 @@ _MOST_SYMBOLS = 32 * 64  # cells of a map that are wide enough for the token's s
 
 @styled
 def smallest_margin(draws: ArrayLike, marks: Mapping[str, float] | None = None) -> Figure:
-    """Posterior of the smallest margin, with point estimates marked in it.
+    """Draw the posterior of the smallest margin, with point estimates marked in it.
 
     Args:
         draws: smallest margin, (chain, draw). Each chain is a thin line, all together the area.
@@ -49,7 +49,7 @@ def smallest_margin(draws: ArrayLike, marks: Mapping[str, float] | None = None) 
 def barrier_weights(
     draws: ArrayLike, weights: Mapping[float, float], others: Mapping[str, float]
 ) -> Figure:
-    """Which weight of the barrier stands for the posterior: the central comparison.
+    """Draw which weight of the barrier stands for the posterior: the central comparison.
 
     Panel (a) is the posterior of the smallest margin with the point estimates in it, panel (b) the
     smallest margin of the MAP over the weight of the barrier, on the posterior's median and its
@@ -91,7 +91,7 @@ def barrier_weights(
 
 @styled
 def reliability_diagram(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
-    """How often the most probable token is right, over the probability that it was given.
+    """Draw how often the most probable token is right, over the probability it was given.
 
     Args:
         curves: confidence and accuracy of every bin, by label of a run; NaN where it is empty.
@@ -114,7 +114,7 @@ def reliability_diagram(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Fi
 
 @styled
 def support_map(probability: ArrayLike, symbols: Sequence[Sequence[str]] | None = None) -> Figure:
-    """Posterior probability that each position is its sequence's support token.
+    """Draw the posterior probability that each position is its sequence's support token.
 
     Args:
         probability: (sequence, position).

@@ -32,7 +32,7 @@ _OPTIONAL = {"barrier", "noise", "noise_kinds"}  # figures of comparison_figures
 def comparison_figures(
     runs: Mapping[str, Run], evaluations: Mapping[str, EvaluateResult], folder: Path
 ) -> list[Path]:
-    """Training curves, what the barrier did, and noise sweeps with their table, by label of a run.
+    """Draw training curves, what the barrier did, and noise sweeps with their table, by run.
 
     The file barrier.png is there if a run's metrics have it, noise.png if all have Gaussian noise,
     noise_kinds.png if one has other noise: those of an earlier evaluation are removed.
@@ -58,7 +58,7 @@ def comparison_figures(
     ]
     table = write_table(folder / "noise.csv", ["run", *names], rows)
     paths = [table, *_save(folder, figures)]
-    for name in _OPTIONAL - figures.keys():  # of other noise than the table's beside it
+    for name in _OPTIONAL - figures.keys():  # they would show other noise than the table
         (folder / f"{name}.png").unlink(missing_ok=True)
     return paths
 
@@ -68,7 +68,7 @@ def _points(result: EvaluateResult) -> tuple[NoisePoint, ...]:
 
 
 def _gaussian(result: EvaluateResult) -> dict[str, list[Any]]:
-    """Levels and bits per character of Gaussian noise, in both units."""
+    """Return levels and bits per character of Gaussian noise, in both units."""
     absolute, relative = (
         [point for point in points if point.kind == "gaussian"]
         for points in (result.noise_absolute, result.noise_relative)
@@ -82,7 +82,7 @@ def _gaussian(result: EvaluateResult) -> dict[str, list[Any]]:
 
 
 def _by_kind(result: EvaluateResult) -> dict[tuple[str, str], np.ndarray]:
-    """Kind of noise and what its levels are -> level, degradation and its interval."""
+    """Return level, degradation and its interval, by kind of noise and unit of its levels."""
     tables: dict[tuple[str, str], list[tuple[float | None, ...]]] = {}
     for unit, name, points in (
         ("noise \N{GREEK SMALL LETTER SIGMA} (embedding units)", "sigma", result.noise_absolute),
@@ -101,7 +101,7 @@ def _by_kind(result: EvaluateResult) -> dict[tuple[str, str], np.ndarray]:
 
 
 def margin_figures(margins: TextMargins, folder: Path) -> list[Path]:
-    """Table of a text's margins, the text coloured by them, their course and distribution."""
+    """Write the table of a text's margins, and draw the text, their course and distribution."""
     from probattn.inference.figures.margins import margin_along_text, margin_distribution
     from probattn.inference.figures.text import text_by_margin
 
@@ -132,7 +132,7 @@ def margin_figures(margins: TextMargins, folder: Path) -> list[Path]:
 
 
 def sensitivity_report(found: Sensitivity, folder: Path) -> list[Path]:
-    """Tables of what noise does token by token, and the increase of the loss over the margin."""
+    """Write tables of what noise does token by token, and draw the loss over the margin."""
     from probattn.inference.figures.noise import loss_by_margin
 
     increase = found.noisy_loss - found.loss
@@ -149,7 +149,7 @@ def sensitivity_report(found: Sensitivity, folder: Path) -> list[Path]:
 
 
 def compared_report(compared: Sequence[ComparedRun], folder: Path) -> list[Path]:
-    """Table of a comparison, and its figures.
+    """Write the table of a comparison, and its figures.
 
     The figures are those that the runs allow: reliability.png and, where there is a sampled
     posterior, smallest_margin.png with all point estimates in it.
@@ -176,7 +176,7 @@ def compared_report(compared: Sequence[ComparedRun], folder: Path) -> list[Path]
 
 
 def _within_posterior(posterior: ComparedRun, compared: Sequence[ComparedRun]) -> "Figure":
-    """The posterior's smallest margin with those of all other runs, over the weight if several."""
+    """Draw the posterior's smallest margin with those of all other runs, by weight if several."""
     from probattn.inference.figures.posterior import barrier_weights, smallest_margin
 
     weights: dict[float, float] = {}
@@ -200,7 +200,7 @@ def _within_posterior(posterior: ComparedRun, compared: Sequence[ComparedRun]) -
 
 
 def compared_row(run: ComparedRun) -> dict[str, Any]:
-    """Columns of a comparison: what does not apply to a run is empty."""
+    """Return the columns of a comparison: what does not apply to a run is empty."""
     row: dict[str, Any] = {
         "run": run.label,
         "model": run.model,
@@ -250,7 +250,7 @@ def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
         figures["smallest_margin"] = smallest_margin(smallest)
     probability = values_of(tree, "support_tokens", "support_probability")
     if probability is not None and probability.ndim == 2:  # no heads
-        tokens = posterior_data(run)[0]  # whose embeddings have the margins: of targets, the inputs
+        tokens = posterior_data(run)[0]  # inputs: their embeddings have the margins
         symbols = [[run.vocabulary.decode([token]) for token in row] for row in tokens]
         figures["support_probability"] = support_map(probability, symbols)
     with run.lock(wait=LOCK_SECONDS):

@@ -54,14 +54,14 @@ styled = style.context(
 
 
 def new_figure(width: float, height: float, **options: Any) -> Figure:
-    """A figure of so many inches, off screen."""
+    """Make a figure of so many inches, off screen."""
     figure = Figure(figsize=(width, height), **options)
     FigureCanvasAgg(figure)
     return figure
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour, line style and marker of the curve with this number; the first 35 all differ."""
+    """Return colour, line style and marker of this curve's number; the first 35 all differ."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": _DASHES[number % len(_DASHES)],
@@ -72,7 +72,7 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def label_axes(axes: Axes, number: int | None, x: str, y: str, *, title: str = "") -> None:
-    """Axis labels, a light grid, and the panel's letter (from 0, if it has a number) and title."""
+    """Set axis labels, a light grid, the panel's letter (from 0, if it has a number) and title."""
     axes.set_xlabel(x)
     axes.set_ylabel(y, parse_math=False)
     letter = "" if number is None else f"({chr(ord('a') + number)})  "
@@ -87,7 +87,7 @@ def mark_boundary(axes: Axes, along: Literal["x", "y"]) -> dict[str, Artist]:
     """Draw margin 0 and, where the data go beyond it, shade the infeasible side.
 
     Args:
-        axes: with its data drawn already.
+        axes: axes whose data are drawn already.
         along: the axis of the margins.
 
     Returns:
@@ -108,7 +108,7 @@ def mark_boundary(axes: Axes, along: Literal["x", "y"]) -> dict[str, Artist]:
 
 
 def add_legend(figure: Figure, entries: Mapping[str, Artist], *, title: str = "") -> None:
-    """A title and a legend above the panels, in as many columns as fit the figure's width."""
+    """Add a title and a legend above the panels, in as many columns as fit the figure's width."""
     room, handle = figure.get_figwidth() - 0.1, 0.55  # inches; the handle with the space around it
     labels = [wrap_label(label, room - handle) for label in entries]
     widest = max(_width(line) for label in labels for line in label.splitlines() or [""])
@@ -128,14 +128,14 @@ def add_legend(figure: Figure, entries: Mapping[str, Artist], *, title: str = ""
 
 
 def wrap_label(text: str, room: float) -> str:
-    """A label in 8-point type broken into lines of at most `room` inches; see `drawable`."""
+    """Break a label in 8-point type into lines of at most `room` inches; see `drawable`."""
     text = drawable(text)
     width = _width(text)
     return text if width <= room else textwrap.fill(text, max(1, int(len(text) * room / width)))
 
 
 def _width(text: str) -> float:
-    """Width of a label, in inches."""
+    """Return the width of a label, in inches."""
     type_ = font_manager.FontProperties(family=SANS, size=TYPE_SIZE)
     canvas = FigureCanvasAgg(Figure((1, 1), dpi=DPI))
     return canvas.get_renderer().get_text_width_height_descent(text, type_, False)[0] / DPI
@@ -143,13 +143,13 @@ def _width(text: str) -> float:
 
 @cache
 def glyphs(family: str) -> frozenset[int]:
-    """Code points that a font can draw."""
+    """Return the code points that a font can draw."""
     font = font_manager.get_font(font_manager.findfont(family, fallback_to_default=False))
     return frozenset(font.get_charmap())
 
 
 def drawable(text: str) -> str:
-    """A label without characters that the font lacks, which Matplotlib warns of."""
+    """Return a label without characters that the font lacks: Matplotlib warns of those."""
     return replace_missing_glyphs(text, lambda character: ord(character) in glyphs(SANS))
 
 

@@ -39,7 +39,7 @@ def text_by_margin(
     label: str,
     max_characters: int = 1200,
 ) -> Figure:
-    """The text itself, each token on a background that tells its margin, support tokens boxed.
+    """Draw the text itself, each token on the colour of its margin, support tokens boxed.
 
     Newlines show as a return mark and break the row; what the font cannot draw shows as U+FFFD. The
     colours span the 1st to the 99th percentile of the finite margins drawn; NaN is grey. A text of
@@ -50,7 +50,7 @@ def text_by_margin(
         margin: its margin, shape (N,); NaN and infinities are allowed.
         support: positions of the support tokens, shape (k,).
         label: whose margin it is, and of which kind.
-        max_characters: of the text to draw, from its start.
+        max_characters: most characters to draw, from the start of the text.
 
     Raises:
         ValueError: if there are no tokens, or not as many margins, or a position is no integer from
@@ -131,7 +131,7 @@ def _draw_boxes(page: Axes, pieces: Sequence[Piece]) -> None:
 
 
 def _draw_characters(page: Axes, pieces: Sequence[Piece], faces: NDArray[np.float64]) -> None:
-    """Each by itself: advances are rounded to pixels, and a line of type drifts from its cells."""
+    """Draw each by itself: advances are rounded to pixels, and a line of type would drift."""
     for piece in pieces:
         ink = "black" if _luminance(faces[piece.token]) > 0.18 else "white"
         for offset, character in enumerate(piece.text):
@@ -150,14 +150,14 @@ def _draw_characters(page: Axes, pieces: Sequence[Piece], faces: NDArray[np.floa
 
 
 def _corners(piece: Piece, above: float) -> list[tuple[float, float]]:
-    """Rectangle of a piece that reaches so far above and below the middle of its row."""
+    """Return the rectangle of a piece that reaches so far above and below the middle of its row."""
     left, right = piece.column, piece.column + len(piece.text)
     top, bottom = piece.row + 0.5 - above, piece.row + 0.5 + above
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
 def _luminance(colour: NDArray[np.float64]) -> float:
-    """Relative luminance of an sRGB colour (WCAG 2.1); black and white contrast alike at 0.18."""
+    """Return an sRGB colour's relative luminance (WCAG 2.1); black and white are alike at 0.18."""
     rgb = colour[:3]
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])

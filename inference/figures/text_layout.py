@@ -19,7 +19,7 @@ class Piece:
     Attributes:
         token: index of the token.
         row: 0-based, from the top.
-        column: of its first character, 0-based.
+        column: column of its first character, 0-based.
         text: its characters, each one column wide.
     """
 
@@ -88,7 +88,7 @@ def lay_out(
 
 
 def replace_missing_glyphs(text: str, has_glyph: Callable[[str], bool]) -> str:
-    """A text of the same length in which every character is visible and takes one column.
+    """Return a text as long, with every character visible and one column wide.
 
     Newlines and tabs become marks, other spaces plain ones; control, combining and unassigned
     characters and those without a glyph become U+FFFD.

@@ -30,7 +30,7 @@ _TRAINING: dict[str, Any] = {"linestyle": (0, (4, 1.5)), "linewidth": 0.8, "mark
 
 @styled
 def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Bits per character and smallest margin while fitting.
+    """Draw bits per character and smallest margin while fitting.
 
     Panel (a) has the training text dashed and the validation text solid; its axis ends above the
     values of the last four fifths of the steps, so that the steep start does not flatten the rest.
@@ -42,7 +42,8 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             min_margin and min_margin_kind. A value that is None was not measured and is left out.
 
     Raises:
-        ValueError: if there is no run, or a run without rows, or a row without one of the keys.
+        ValueError: if there is no run, or a run without rows.
+        KeyError: if a row lacks one of the keys.
     """
     data.check_any("runs", runs)
     margins = {label: data.smallest_margins(label, rows) for label, rows in runs.items()}
@@ -60,7 +61,7 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         sparse = (0.04 * number % 0.2, 0.2) if len(rows) > 12 else None
         style = line_style(number) | {"linestyle": "-", "label": label, "markevery": sparse}
         for key, kind_of_line in (("bpc", _TRAINING), ("validation_bpc", {})):
-            steps, bpc = data.metric(label, rows, key)
+            steps, bpc = data.metric(rows, key)
             curves.plot(steps, bpc, **style | kind_of_line)
             late.append(data.after_the_start(steps, bpc))
         for panel, kind in zip(panels, kinds, strict=True):
@@ -96,7 +97,7 @@ _WATCHED: dict[tuple[str, bool], tuple[str, ...]] = {
 
 @styled
 def barrier_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """What the barrier does while fitting: coupling, margins, determinants, embeddings.
+    """Draw what the barrier does while fitting: coupling, margins, determinants, embeddings.
 
     Quantities of an attention stage have a panel for each kind of stage that was watched; the
     smallest and the largest eigenvalue of the coupling, A + A^T, share one.

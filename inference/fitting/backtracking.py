@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-_SHARES = 10  # of a step that are tried: the whole of it, and nine halvings
+_FRACTIONS = 10  # fractions of a step that are tried: the whole of it, and nine halvings
 
 
 class _Trial(NamedTuple):
@@ -44,9 +44,9 @@ def backtrack[Point](
 
     Args:
         start: a tree of arrays.
-        stop: of the same shapes.
+        stop: point of the same shapes.
         certainly_feasible: a cheap sufficient condition: most steps pay for nothing else.
-        inside: which positions are inside.
+        inside: function that tells which positions are inside.
 
     Returns:
         The point, and the fraction of the way: 1, 1/2, 1/4 and so on, or 0 after ten of them.
@@ -69,7 +69,7 @@ def backtrack[Point](
         return _Trial(trial.number + 1, whole, before, ~jnp.any(before & ~after))
 
     def unfinished(trial: _Trial) -> Array:
-        return ~trial.accepted & (trial.number <= _SHARES)
+        return ~trial.accepted & (trial.number <= _FRACTIONS)
 
     sure = certainly_feasible(stop)
     everywhere = jnp.ones_like(sure)
@@ -80,5 +80,5 @@ def backtrack[Point](
 
 
 def _fraction(number: Int[Array, ""]) -> Float[Array, ""]:
-    """Of a trial: the first is of the whole step, the second of its start alone."""
+    """Return the fraction of a trial: the first is all of the step, the second its start alone."""
     return 2.0 ** -jnp.maximum(number - 1, 0).astype(jnp.float32)

@@ -30,7 +30,7 @@ class OrderedELBO(ELBO):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Negative bound under "loss"; the random numbers are those that `Trace_ELBO` draws."""
+        """Return the negative bound under "loss"; random numbers are those of `Trace_ELBO`."""
         model_key, guide_key = jax.random.split(rng_key)
         guide_log, trace = log_density(seed(guide, guide_key), args, kwargs, param_map)
         replayed = replay(seed(model, model_key), trace)

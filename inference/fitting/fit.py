@@ -116,7 +116,7 @@ def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
 def training_tokens(
     corpus: Corpus, vocabulary: Vocabulary, config: RunConfig
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
-    """Tokens of training and validation text.
+    """Return the tokens of training and validation text.
 
     Raises:
         DataError: if there is one symbol alone, a text has no more tokens than a block, or the

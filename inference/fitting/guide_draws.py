@@ -19,21 +19,21 @@ from probattn.models.language import sample_parameters
 from probattn.text.batches import batched_rows
 from probattn.text.corpora import load_corpus
 
-_DRAWS, _VALUES = 128, 2**24  # of all parameters, that are made at once at most
+_DRAWS, _VALUES = 128, 2**24  # most draws, and most numbers, that are made at once
 
 
 def guide_draws(
     run: Run, *, draws: int = 1000, seed: int = 0, progress: bool = False
 ) -> dict[str, np.ndarray]:
-    """Draw parameters from the guide that a run was fitted with, as one chain.
+    """Draw parameters from a run's guide, as one chain.
 
     The guide laplace takes the Hessian of the objective over the whole training text here, in
     float64, which is as much work as a step on all of that text for every parameter.
 
     Args:
-        run: from `load_run` or `fit`, of a guide other than map.
+        run: a run from `load_run` or `fit`, with a guide other than map.
         draws: how many. More of them begin with the same ones.
-        seed: of the draws.
+        seed: seed of the draws.
         progress: show a progress bar.
 
     Returns:
@@ -69,7 +69,7 @@ Sampler = Callable[[Array, Any], dict[str, Array]]
 
 
 def _variational(run: Run) -> tuple[Sampler, dict[str, Array]]:
-    """How the run's guide samples, and the arguments that it does so with."""
+    """Return the sampler of the run's guide, and its arguments."""
     guide = make_guide(run.config.fit.guide, _parameters(run), run.parameters)
     shapes = jax.eval_shape(partial(init_params, guide))
     step, params = run.best.load_with_step(shapes, part="guide")

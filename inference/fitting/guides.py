@@ -43,11 +43,11 @@ def make_guide(
     """Make one of NumPyro's autoguides over the parameters of a model.
 
     Args:
-        name: of the guide.
+        name: name of the guide.
         parameters: a NumPyro model of sample sites alone. The guide's prototype is traced of it,
             which need not compile a network; the guide takes and ignores a minibatch.
         start: values of the sites that the guide is centred at before the first step.
-        hessian_fn: of laplace, see AutoLaplaceApproximation.
+        hessian_fn: Hessian function for laplace, see AutoLaplaceApproximation.
     """
 
     def model(*minibatch: Array) -> None:
@@ -84,6 +84,6 @@ def check_guide(config: RunConfig, vocabulary_size: int) -> None:
 
 
 def init_params(guide: AutoGuide) -> dict[str, Array]:
-    """The guide's own parameters before the first step; sets its prototype up."""
+    """Return the guide's own parameters before the first step; sets its prototype up."""
     trace = numpyro.handlers.trace(numpyro.handlers.seed(guide, rng_seed=0)).get_trace()
     return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}

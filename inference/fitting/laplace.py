@@ -20,9 +20,9 @@ from probattn.inference.runtime.progress import progress_bar
 from probattn.models import language_model
 from probattn.text.batches import batched_rows, windows
 
-_COLUMNS = 32  # of the Hessian in one call
-_TOKENS = 2048  # of the training text that are differentiated at once
-_BLOCKS = 16_384  # of the training text; more only where it takes more to cover it
+_COLUMNS = 32  # columns of the Hessian in one call
+_TOKENS = 2048  # tokens of the training text that are differentiated at once
+_BLOCKS = 16_384  # blocks of the training text; more only if it takes more to cover it
 
 Unpack = Callable[[Float[Array, " n"]], Mapping[str, Array]]
 Loss = Callable[[Float[Array, " n"]], Float[Array, ""]]
@@ -40,7 +40,7 @@ class Text:
     that cover it, and count as the N / block sequences that `fit` gives the text.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         tokens: the training text, (N,), N > block.
         vocabulary_size: number of symbols.
     """
@@ -68,7 +68,7 @@ class Text:
     def hessian_columns(
         self, unpack: Unpack, z: Float[Array, " n"], tangents: Float[Array, "k n"]
     ) -> Float[Array, "k n"]:
-        """The Hessian in the vector z, whose parameters by name `unpack` gives, times tangents."""
+        """Multiply the Hessian in z, whose parameters by name `unpack` gives, by tangents."""
 
         def add(total: Array, batch: Any) -> tuple[Array, None]:
             return total + _columns(lambda z: self._loss(unpack(z), *batch), z, tangents), None
@@ -94,7 +94,7 @@ class Text:
 def hessian(
     prior_loss: Loss, z: Float[Array, " n"], *, text: Text, unpack: Unpack, progress: bool = False
 ) -> Float[Array, "n n"]:
-    """Hessian of minus the log joint of a text and the parameters that a vector z stands for.
+    """Compute the Hessian of minus the log joint of a text and the parameters of a vector z.
 
     Args:
         prior_loss: minus the log prior of a vector.

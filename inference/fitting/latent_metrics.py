@@ -15,7 +15,7 @@ from probattn.models.language import latent_process
 from probattn.models.latent_language_guide import embedding_guide
 from probattn.models.transformer import Parameters
 
-_WINDOWS = 64  # of each text, at which the divergence is taken
+_WINDOWS = 64  # windows of each text for the divergence
 
 
 def latent_metrics(
@@ -24,14 +24,14 @@ def latent_metrics(
     parameters: Parameters,
     guide_params: Mapping[str, Array],
 ) -> dict[str, float]:
-    """Cross-entropies with the embeddings drawn from the guide, KL divergence, and both scales.
+    """Measure cross-entropies with embeddings drawn from the guide, KL divergence, both scales.
 
     Every report draws the same noise, so that two reports differ by their parameters alone.
 
     Args:
-        config: of the run.
-        scorers: of texts, by the prefix of their metrics.
-        parameters: of the network and the process, by site name.
+        config: configuration of the run.
+        scorers: scorers of texts, by the prefix of their metrics.
+        parameters: parameters of the network and the process, by site name.
         guide_params: the guide's own, with "guide_scale" where it is learned.
 
     Returns:
@@ -66,7 +66,7 @@ def _divergence(
     *,
     config: LanguageModelConfig,
 ) -> Float[Array, ""]:
-    """KL(guide || process) per token, by one draw of every sequence."""
+    """Estimate KL(guide || process) per token, by one draw of every sequence."""
     guide = embedding_guide(parameters, inputs, scale)
     process = latent_process(parameters, inputs.shape[1], config=config)
     x = guide.sample(rng_key)

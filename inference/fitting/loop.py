@@ -23,17 +23,17 @@ from probattn.inference.runtime.processes import (
 from probattn.inference.runtime.progress import Bar
 from probattn.inference.runtime.signals import Interrupted, deferred_interrupts
 
-CALL_SECONDS = 0.5  # of steps between two updates of the progress bar
+CALL_SECONDS = 0.5  # seconds between two updates of the progress bar
 
 
 class Loop:
     """The state of a fit between compiled calls.
 
     Args:
-        run: of the fit; its latest checkpoint is restored if there is one.
+        run: the run of the fit; its latest checkpoint is restored if there is one.
         train: training tokens, (N,).
         validation: validation tokens, (M,).
-        optimizer: of the user, or None for the default one.
+        optimizer: the user's optimizer, or None for the default one.
         placement: where the arrays of the fit lie.
 
     Attributes:

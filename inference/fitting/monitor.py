@@ -25,7 +25,7 @@ class Monitor:
     of the first attention layer stand in, which the kind says.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         inputs: windows of training text, (windows, T); the first few are watched.
     """
 
@@ -38,7 +38,7 @@ class Monitor:
         self._measure = jax.jit(partial(_measure, config=config, objective=objective))
 
     def __call__(self, parameters: Parameters) -> dict[str, Any]:
-        """Metrics of positions >= 2, and of the coupling.
+        """Return metrics of positions >= 2, and of the coupling.
 
         min_margin and mean_margin, of the kind min_margin_kind; infeasible_fraction; mean_log_det
         in nats over the positions of positive determinant, None if there are none;

@@ -13,7 +13,7 @@ from probattn.inference.config import FitConfig
 
 
 def default_optimizer(config: FitConfig) -> optax.GradientTransformation:
-    """Adam with linear warm-up and cosine decay to a tenth; AdamW where weight decay is asked for.
+    """Make Adam with linear warm-up and cosine decay to a tenth; AdamW if weights decay.
 
     By default not AdamW: the priors already regularise, and decoupled decay on top is not the MAP.
     """
@@ -43,7 +43,7 @@ def check_optimizer(config: FitConfig, optimizer: optax.GradientTransformation |
 
 
 def svi_optimizer(optimizer: optax.GradientTransformation, config: FitConfig) -> _NumPyroOptim:
-    """An optax transformation as NumPyro's SVI takes it, sharpness-aware where asked for."""
+    """Make an optimizer for NumPyro's SVI of an optax transformation, perhaps sharpness-aware."""
     if config.sam_rho > 0:
         return SharpnessAware(optimizer, config.sam_rho)
     return optax_to_numpyro(optimizer)
@@ -58,7 +58,7 @@ class SharpnessAware(_NumPyroOptim):
     where the parameters are.
 
     Args:
-        optimizer: that takes the step.
+        optimizer: optimizer that takes the step.
         rho: length of the step uphill, over all parameters together, > 0.
     """
 
@@ -74,7 +74,7 @@ class SharpnessAware(_NumPyroOptim):
         state: tuple[Array, Any],
         forward_mode_differentiation: bool = False,
     ) -> tuple[tuple[Array, Any], tuple[Array, Any]]:
-        """Loss and auxiliary output of `fn` at the parameters, and the state after the step."""
+        """Return loss and auxiliary output of `fn` at the parameters, and the next state."""
         if forward_mode_differentiation:
             raise NotImplementedError("SharpnessAware differentiates in reverse mode alone")
         count, (params, optimizer_state) = state
@@ -90,5 +90,5 @@ class SharpnessAware(_NumPyroOptim):
 
 
 def _matrices(params: dict[str, Array]) -> dict[str, bool]:
-    """What weight decay acts on: all matrices, but no gain of a norm, which is one per layer."""
+    """Tell where weights decay: in matrices, but not in gains of norms, which are one per layer."""
     return {name: leaf.ndim >= 2 and "norm" not in name for name, leaf in params.items()}

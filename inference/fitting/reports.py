@@ -14,7 +14,7 @@ from probattn.inference.fitting.monitor import Monitor
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import Run
 
-REPORT_TOKENS = 16_384  # of training and of validation text behind each line of metrics.jsonl
+REPORT_TOKENS = 16_384  # tokens of training and of validation text for each line of metrics.jsonl
 
 
 class Reports:
@@ -44,7 +44,7 @@ class Reports:
         rows = self._up_to(step)
         self._run.write_metrics(rows)
         self._best = min((row["validation_cross_entropy"] for row in rows), default=math.inf)
-        if (self._run.best.step or 0) > step:  # of steps that are taken again
+        if (self._run.best.step or 0) > step:  # its steps are taken again
             kept = self._run.best.load(self._run.parameter_shapes())
             self._best = self._scorers["validation_"].score(kept).cross_entropy
 
@@ -121,7 +121,7 @@ def _scorer(run: Run, tokens: np.ndarray, *, most_tokens: int | None) -> Scorer:
 
 
 def _report_steps(config: RunConfig, step: int) -> list[int]:
-    """Steps up to this one that have a report."""
+    """Return the steps up to this one that have a report."""
     fit = config.fit
     steps = list(range(fit.eval_every, step + 1, fit.eval_every))
     if step == fit.steps and fit.steps % fit.eval_every:

@@ -16,8 +16,8 @@ class FitResult:
 
     Attributes:
         run: the run directory; `run.parameters` are those of the best validation.
-        validation_cross_entropy: of these on the validation text, or on at most
-            `fit.evaluation_tokens` of its tokens, nats per token.
+        validation_cross_entropy: cross-entropy of `run.parameters` on the validation text, or on
+            at most `fit.evaluation_tokens` of its tokens, nats per token.
         validation_bpc: the same in bits per character.
         metrics: the lines of metrics.jsonl.
     """

@@ -26,7 +26,7 @@ _LEAST = 2**10  # numbers on a device, below which an array is not worth spreadi
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes of the axes, of a text such as "data=2,fsdp=4"; an axis that it leaves out is 1.
+    """Read the sizes of the axes, such as "data=2,fsdp=4"; an axis that is left out is 1.
 
     Raises:
         ValueError: if it is anything else.
@@ -85,37 +85,37 @@ class Placement:
         self.mesh = jax.make_mesh(tuple(sizes.values()), AXES, axis_types=automatic)
 
     def context(self) -> AbstractContextManager:
-        """What programs are traced within: see `sequences.per_device`."""
+        """Return the context that programs are traced within: see `blocks.per_device`."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def shapes(self, tree: Any) -> Any:
-        """Shapes of a tree's arrays with their shardings, to compile for."""
+        """Return the shapes of a tree's arrays with their shardings, for compilation."""
         return self._each(
             tree,
             lambda leaf, spread: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread),
         )
 
     def shardings(self, tree: Any) -> Any:
-        """Shardings of a tree's arrays; None, which leaves them to JAX, without a mesh."""
+        """Return shardings of a tree's arrays; None, which leaves them to JAX, without a mesh."""
         return None if self.mesh is None else self._each(tree, lambda _, spread: spread)
 
     def spread(self, tree: Any) -> Any:
-        """Within a program: parameters and moments, each device with its part of them."""
+        """Give each device its part of parameters and moments, within a program."""
         return self._each(tree, jax.lax.with_sharding_constraint)
 
     def gathered(self, tree: Any) -> Any:
-        """Within a program: the same, whole on every device; gradients are spread again."""
+        """Give every device the whole of them, within a program; gradients are spread again."""
         return self._each(tree, lambda leaf, _: self._gather(leaf))
 
     def sequences[T](self, batch: T) -> T:
-        """Within a program: arrays of sequences (B, ...), each device with its own."""
+        """Give each device its own sequences of arrays (B, ...), within a program."""
         if self.mesh is None:
             return batch
         rows = NamedSharding(self.mesh, PartitionSpec(AXES))
         return jax.lax.with_sharding_constraint(batch, rows)
 
     def put(self, tree: Any) -> Any:
-        """Arrays that every process has whole, to where the program wants them."""
+        """Move arrays that every process has whole to where the program wants them."""
         return self._each(
             tree,
             lambda leaf, spread: jax.make_array_from_callback(
@@ -124,11 +124,11 @@ class Placement:
         )
 
     def fetched(self, tree: Any) -> Any:
-        """Arrays whole, in the memory of this process; all processes must ask, at once."""
+        """Return arrays whole, in this process's memory; all processes must ask, at once."""
         return jax.tree.map(_fetched, tree)
 
     def local(self, tree: Any) -> Any:
-        """Arrays whole, on the first device of this process; all processes must ask, at once."""
+        """Return arrays whole, on this process's first device; all processes must ask, at once."""
         return tree if self.mesh is None else jax.tree.map(jnp.asarray, self.fetched(tree))
 
     def _each(self, tree: Any, of: Callable[[Any, NamedSharding], Any]) -> Any:
@@ -158,8 +158,8 @@ class PlacedOptimizer(_NumPyroOptim):
     """An optimizer of NumPyro's SVI whose parameters and moments are spread over a mesh.
 
     Args:
-        optimizer: that takes the steps; it treats every number on its own, or sums over all.
-        placement: on a mesh.
+        optimizer: optimizer of the steps; it treats every number on its own, or sums over all.
+        placement: placement on a mesh.
     """
 
     def __init__(self, optimizer: _NumPyroOptim, placement: Placement) -> None:
@@ -173,7 +173,7 @@ class PlacedOptimizer(_NumPyroOptim):
         state: tuple[Array, Any],
         forward_mode_differentiation: bool = False,
     ) -> tuple[tuple[Array, Any], tuple[Array, Any]]:
-        """Loss and auxiliary output of `fn` at the gathered parameters; the state, spread."""
+        """Return loss and auxiliary output at the gathered parameters; the state, spread."""
         loss, state = self._optimizer.eval_and_update(
             lambda params: fn(self._placement.gathered(params)),
             state,
@@ -183,7 +183,7 @@ class PlacedOptimizer(_NumPyroOptim):
 
 
 def spread_along(shape: tuple[int, ...], devices: int) -> PartitionSpec:
-    """How an array lies on so many devices of "fsdp": along its longest axis that they divide.
+    """Tell how an array lies on devices of "fsdp": along its longest axis that they divide.
 
     Arrays of fewer than 1024 numbers a device, such as gains, and those that no axis of which is
     divisible lie whole on every device.

@@ -51,7 +51,7 @@ class Trainer:
         tokens: training text, (N,).
         vocabulary_size: number of symbols.
         optimizer: any optax transformation; by default `default_optimizer(config.fit)`.
-        placement: of parameters and minibatches; by default on one device.
+        placement: placement of parameters and minibatches; by default on one device.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Trainer:
             self._advance = program.lower(*arguments).compile()
 
     def init(self) -> TrainState:
-        """State before the first step, which is a function of the seed."""
+        """Return the state before the first step, which is a function of the seed."""
         return self._init()
 
     def advance(self, state: TrainState, step: int, stop: int) -> tuple[TrainState, Progress]:
@@ -135,30 +135,26 @@ class Trainer:
         """
         return self._advance(state, self._tokens, self._keys, np.int32(step), np.int32(stop))
 
-    def parameters(self, state: TrainState) -> dict[str, Array]:
-        """Parameters by site name: one point, the median of the guide, on one device."""
-        return self._sites(self.guide_params(state))
-
     def guide_params(self, state: TrainState) -> dict[str, Array]:
-        """The guide's own parameters, by the names that NumPyro gives them, on one device."""
+        """Return the guide's own parameters, by NumPyro's names for them, on one device."""
         params = self._svi.optim.get_params(state.svi.optim_state)
         return self._svi.constrain_fn(self._placement.local(params))
 
     def reported(self, state: TrainState) -> TrainState:
-        """The state with no losses summed yet."""
+        """Return the state with no losses summed yet."""
         zeros = jnp.zeros_like(state.loss_sum), jnp.zeros_like(state.loss_count)
         return state._replace(loss_sum=zeros[0], loss_count=zeros[1])
 
     def saved(self, state: TrainState) -> dict[str, np.ndarray]:
-        """The state's arrays by name, whole, as `restored` takes them."""
+        """Return the state's arrays by name, whole, as `restored` takes them."""
         return self._placement.fetched(named_leaves(with_key_data(state)))
 
     def restored(self, state: TrainState, load: Callable[[Mapping], Mapping]) -> TrainState:
-        """A state that was saved, on whatever devices it was computed.
+        """Return a state that was saved, on whatever devices it was computed.
 
         Args:
             state: one of the same shapes.
-            load: from arrays by name to those that were saved, of the same names and shapes.
+            load: function from arrays by name to the saved ones of the same names and shapes.
         """
         plain = with_key_data(state)
         found = self._placement.put(with_leaves(plain, load(named_leaves(plain))))
@@ -168,12 +164,12 @@ class Trainer:
     def minibatch(
         self, tokens: Int[Array, " N"], step: int | Int[Array, ""], keys: Keys | None = None
     ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-        """Inputs and targets of a step, a function of the seed and the step alone.
+        """Return inputs and targets of a step, a function of the seed and the step alone.
 
         Args:
             tokens: training text, (N,).
             step: number of the step.
-            keys: of the fit, where a program takes them; by default those of its seed.
+            keys: keys of the fit, where a program takes them; by default those of its seed.
         """
         return self._placement.sequences(
             random_blocks(
@@ -185,18 +181,15 @@ class Trainer:
         )
 
     def noise(self, step: int | Int[Array, ""], keys: Keys | None = None) -> dict[str, Perturb]:
-        """The noise of a step as an option of the model, likewise of the seed and the step alone.
+        """Return a step's noise as an option of the model, a function of seed and step alone.
 
         No noise is no option, and compiles no random numbers. Arguments: see `minibatch`.
         """
         key = jax.random.fold_in((keys or self._keys).noise, step)
         return training_noise(self.config.fit, key)
 
-    def _sites(self, params: dict[str, Array]) -> dict[str, Array]:
-        return self.guide.median(params)
-
     def _gathered_sites(self, params: dict[str, Array]) -> dict[str, Array]:
-        return self._sites(self._placement.gathered(params))
+        return self.guide.median(self._placement.gathered(params))
 
     def _run(
         self, state: TrainState, tokens: Array, keys: Keys, step: Array, stop: Array
@@ -251,7 +244,7 @@ class Trainer:
 
 
 def training_noise(config: FitConfig, rng_key: Array) -> dict[str, Perturb]:
-    """Noise on what the network sees, as the option `perturb` of `language_model`, if any."""
+    """Return the noise on the network's input, as `language_model`'s option `perturb`, if any."""
     if config.embedding_noise > 0:
         noise = partial(gaussian_noise, scale=config.embedding_noise)
     elif config.neftune_alpha > 0:

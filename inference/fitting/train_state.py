@@ -28,7 +28,7 @@ class Progress(NamedTuple):
 
     Attributes:
         step: steps done in all; smaller than asked for if a loss was not finite.
-        loss: of the last step, in nats per token.
+        loss: loss of the last step, in nats per token.
         finite: whether that loss is finite.
     """
 
@@ -41,10 +41,10 @@ class Keys(NamedTuple):
     """Random keys of a fit, all of them functions of its seed.
 
     Attributes:
-        start: of the parameters that it starts from.
-        init: of NumPyro's state.
-        data: of the minibatches.
-        noise: of what `FitConfig.embedding_noise` and `FitConfig.neftune_alpha` add.
+        start: key of the parameters that it starts from.
+        init: key of NumPyro's state.
+        data: key of the minibatches.
+        noise: key of the noise of `FitConfig.embedding_noise` and `FitConfig.neftune_alpha`.
     """
 
     start: Array
@@ -64,5 +64,5 @@ def training_keys(seed: Array) -> Keys:
 
 
 def with_key_data(state: TrainState) -> TrainState:
-    """The state with its typed random key as plain numbers, which can be saved."""
+    """Return the state with its typed random key as plain numbers, which can be saved."""
     return state._replace(svi=state.svi._replace(rng_key=jax.random.key_data(state.svi.rng_key)))

@@ -19,11 +19,11 @@ from probattn.text.corpora import DataConfig, load_corpus
 
 PAST = (0.0, 2.0)  # x_1 and x_2 of figure 3.2
 PAIR = (-0.25, 0.0, 0.25)  # its couplings in panels (a) and (b)
-FAMILY = (-0.55, -0.35, 0.0, 0.35, 0.55)  # and in panel (c)
-STRENGTH, SEQUENCES, LENGTH, VARIANCE = 0.2, 4000, 5, 4.0  # of figure 3.3
+FAMILY = (-0.55, -0.35, 0.0, 0.35, 0.55)  # couplings in panel (c)
+STRENGTH, SEQUENCES, LENGTH, VARIANCE = 0.2, 4000, 5, 4.0  # settings of figure 3.3
 SEEDS = 20
-BOUND = 2.0  # of the bounded context in the figure of proper conditionals, in units of sigma
-TEXT = "support token"  # of figure 1.1
+BOUND = 2.0  # bound of the context in the figure of proper conditionals, in units of sigma
+TEXT = "support token"  # text of figure 1.1
 DIRECTIONS = (0.0, -0.9, 1.0, 0.6), (0.4, -0.2, 1.8, 0.7)  # W_Q and W_K of figure 1.1
 NEAREST = 0.3  # determinant of its support token
 
@@ -36,7 +36,7 @@ class PaperComparison:
         figure: where it stands in the paper.
         quantity: what it is.
         paper: as printed there.
-        formula: by hand from the definitions; empty where there is no closed form.
+        formula: value by hand from the definitions; empty where there is no closed form.
         reproduced: as computed here.
     """
 
@@ -110,7 +110,7 @@ class MassMap:
 
 
 def trajectory() -> Trajectory:
-    """Characters embedded by the statistics of the pydoc text, coupled almost to instability.
+    """Embed characters by the statistics of the pydoc text, coupled almost to instability.
 
     The embedding is that of the leading singular vectors of the characters' log bigram counts; the
     strength of the coupling is the smallest at which a determinant falls to `NEAREST`.
@@ -148,7 +148,10 @@ def trajectory() -> Trajectory:
 def conditional_density(
     coupling: float, grid: Float[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Density of x_3 given x_1 and x_2 of figure 3.2 at sigma = 1, and its factor 1 - a Var."""
+    """Compute the density of x_3 given x_1 and x_2 at sigma = 1, and its factor 1 - a Var.
+
+    Figure 3.2 shows them.
+    """
     past = np.array(PAST)
     x = jnp.concatenate([jnp.broadcast_to(past, (len(grid), 2)), grid[:, None]], axis=1)[..., None]
     weights = jnp.full((1, 1), coupling), jnp.ones((1, 1))
@@ -160,7 +163,7 @@ def conditional_density(
 
 
 def cloud(coupling: float, seed: int) -> Cloud:
-    """The random sequences of figure 3.3, for one seed."""
+    """Draw the random sequences of figure 3.3, for one seed."""
     key = jax.random.key(seed)
     x = math.sqrt(VARIANCE) * jax.random.normal(key, (SEQUENCES, LENGTH, 1))
     weights = jnp.full((1, 1), coupling), jnp.ones((1, 1))
@@ -171,7 +174,7 @@ def cloud(coupling: float, seed: int) -> Cloud:
 
 
 def mass_map(bound: float | None, size: int = 41) -> MassMap:
-    """Where the conditional of a token after two others is proper; they lie at +- spread / 2."""
+    """Map where a token's conditional after two others is proper; they lie at +- spread / 2."""
     couplings, spreads = np.geomspace(0.02, 2.0, size), np.geomspace(0.5, 20.0, size)
     one = np.ones((1, 1))
     mass, rho = np.empty((size, size)), np.empty((size, size))
@@ -187,10 +190,10 @@ def mass_map(bound: float | None, size: int = 41) -> MassMap:
 
 
 def comparisons(clouds: dict[float, list[Cloud]]) -> list[PaperComparison]:
-    """The paper's numbers beside ours.
+    """Return the paper's numbers beside ours.
 
     Args:
-        clouds: of figure 3.3 by coupling, one per seed.
+        clouds: clouds of figure 3.3 by coupling, one per seed.
     """
     rows = []
     grid = np.linspace(-4, 6, 2001)

@@ -33,7 +33,7 @@ _SIGMA, _RHO = "\N{GREEK SMALL LETTER SIGMA}", "\N{GREEK SMALL LETTER RHO}"
 
 @styled
 def margin_geometry(trajectory: Trajectory) -> Figure:
-    """Figure 1.1: tokens of a text, the boundary, and the support token's way to it.
+    """Draw figure 1.1: tokens of a text, the boundary, and the support token's way to it.
 
     On logarithmic axes the boundary is a straight line, and the distance of a token from it grows
     with its determinant.
@@ -93,7 +93,7 @@ def conditional_densities(
     factors: Mapping[float, np.ndarray],
     family: Mapping[float, np.ndarray],
 ) -> Figure:
-    """Figure 3.2: density of x_3 given the past, its factor, and a family of couplings."""
+    """Draw figure 3.2: density of x_3 given the past, its factor, and a family of couplings."""
     figure = new_figure(DOUBLE, 2.5, layout="constrained")
     panels = figure.subplots(1, 3)
     entries: dict[str, Artist] = {}
@@ -112,7 +112,7 @@ def conditional_densities(
 
 @styled
 def coupling_regimes(clouds: Sequence[Cloud]) -> Figure:
-    """Figure 3.3: factor and log density of random sequences over their last variance."""
+    """Draw figure 3.3: factor and log density of random sequences over their last variance."""
     figure = new_figure(DOUBLE, 4.2, layout="constrained")
     panels = figure.subplots(2, 2)
     entries: dict[str, Artist] = {}
@@ -149,7 +149,7 @@ def coupling_regimes(clouds: Sequence[Cloud]) -> Figure:
 
 @styled
 def proper_region(maps: Sequence[MassMap]) -> Figure:
-    """Mass of a conditional over coupling and spread, with the boundary of the certificate."""
+    """Draw the mass of a conditional over coupling and spread, and the certificate's boundary."""
     figure = new_figure(DOUBLE, 2.9, layout="constrained")
     panels = figure.subplots(1, len(maps), sharey=True)
     entries: dict[str, Artist] = {}

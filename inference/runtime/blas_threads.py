@@ -4,7 +4,7 @@ from threadpoolctl import threadpool_limits
 
 
 def one_blas_thread() -> threadpool_limits:
-    """A context in which OpenBLAS, which JAX takes LAPACK from, has one thread in each caller.
+    """Make a context in which each caller's OpenBLAS has one thread; JAX takes LAPACK from it.
 
     XLA spreads matrices over the cores. Threads of OpenBLAS below that share cores with each other
     and wait by spinning, up to a hundred times as long as the work takes.

@@ -4,7 +4,7 @@ import jax
 
 from probattn.user_cache import user_cache
 
-_LEAST_SECONDS = 0.01  # of compiling: reading from disk takes some milliseconds itself
+_LEAST_SECONDS = 0.01  # shortest compilation to keep: reading from disk takes milliseconds itself
 _MOST_BYTES = 2**30  # JAX then removes the programs that were not used for longest
 
 

@@ -22,9 +22,9 @@ AUTOMATIC = "auto"
 
 _SILENT = 30  # seconds without a sign of life, after which a process counts as lost
 _START = 300  # seconds to wait for all processes at the start
-_END = 30  # and at the end
-_LAST = 2  # that the first process outlives the others
-# With which a lost process is told, by a ValueError where the program is still being dispatched
+_END = 30  # seconds to wait for all processes at the end
+_LAST = 2  # seconds that the first process outlives the others
+# Status codes of a lost process; in a ValueError while the program is still being dispatched.
 _STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 
 
@@ -42,7 +42,7 @@ def distributed(
         coordinator: HOST:PORT of the first process, the same for all; or "auto", where Slurm, Open
             MPI or another cluster that JAX knows says it all.
         num_processes: how many there are.
-        process_id: which this is, from 0.
+        process_id: number of this process, from 0.
 
     Raises:
         ValueError: if the three do not go together.
@@ -96,12 +96,12 @@ def exit_process(status: int) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and prints: the first, or the only one."""
+    """Tell whether this is the process that writes and prints: the first, or the only one."""
     return _alone() or jax.process_index() == 0
 
 
 def agree_on(calls: int, signum: int) -> tuple[int, int]:
-    """How many steps come next, as the first process says; the signal that any process has got."""
+    """Return how many steps come next, as the first process says, and any process's signal."""
     if _alone():
         return calls, signum
     every = multihost_utils.process_allgather(np.array([calls, signum]))

@@ -12,13 +12,13 @@ class Bar(Protocol):
     """What a long computation tells of itself."""
 
     def update(self, done: int) -> None:
-        """So many more units are done."""
+        """Count so many more units as done."""
 
     def show(self, **values: str) -> None:
-        """Short values beside the bar."""
+        """Show short values beside the bar."""
 
     def line(self, text: str) -> None:
-        """A line above the bar, to stay."""
+        """Print a line above the bar, to stay."""
 
 
 class _TqdmBar:
@@ -50,7 +50,7 @@ class _Silent:
 def progress_bar(
     description: str, *, total: int, unit: str, initial: int = 0, visible: bool = True
 ) -> Iterator[Bar]:
-    """Progress bar on standard error; lines alone where that is no terminal; nothing if hidden."""
+    """Show a progress bar on standard error; only lines if that is no terminal; none if hidden."""
     if not visible:
         yield _Silent()
         return

@@ -12,7 +12,7 @@ class Ended(KeyboardInterrupt):
 
     Args:
         signum: number of the signal.
-        state: of what it had done.
+        state: what the computation had done.
     """
 
     def __init__(self, signum: int, state: str = "") -> None:

@@ -26,9 +26,9 @@ from probattn.inference.runtime.memory import gibibytes
 from probattn.inference.sampling.initialisation import check_initial_values, init_to_given
 from probattn.inference.sampling.lookahead import run_ahead
 
-_CALL_SECONDS = 2.0  # of all chains, between two updates of a progress bar
-_ITERATIONS, _VALUES = 400, 2**24  # in one call, and numbers in its buffers, at most
-_CALLS_AHEAD = 4  # that a chain may have begun and no one been given; so many buffers are kept
+_CALL_SECONDS = 2.0  # seconds of all chains between two updates of a progress bar
+_ITERATIONS, _VALUES = 400, 2**24  # most iterations of a call, most numbers in its buffers
+_CALLS_AHEAD = 4  # calls that a chain may have begun before the caller has the first of them
 _LARGEST = 16 * 2**30  # bytes of all draws
 
 # What ArviZ calls the fields of NumPyro's state.
@@ -68,16 +68,16 @@ class Chains:
         model: a NumPyro model.
         arguments: its arguments and keyword arguments.
         config: chains, warm-up, seed and method.
-        start: values of sample sites that every chain starts from; other sites start from a draw
-            of the prior.
+        init_values: values of sample sites that every chain starts from; other sites start from a
+            draw of the prior.
 
     Raises:
-        ValueError: if `start` names a site that the model lacks, or has density zero.
+        ValueError: if `init_values` names a site that the model lacks, or has density zero.
         SampleError: if a chain finds no start of positive density.
     """
 
     def __init__(
-        self, model: Callable, arguments: Sequence, config: SampleConfig, start: Mapping
+        self, model: Callable, arguments: Sequence, config: SampleConfig, init_values: Mapping
     ) -> None:
         self._config = config
         args, kwargs = arguments
@@ -85,9 +85,9 @@ class Chains:
             model,
             target_accept_prob=config.target_accept,
             max_tree_depth=config.max_tree_depth,
-            init_strategy=partial(init_to_given, start),
+            init_strategy=partial(init_to_given, init_values),
         )
-        check_initial_values(model, args, kwargs, start)
+        check_initial_values(model, args, kwargs, init_values)
 
         def init(rng_key: Array) -> HMCState:
             return kernel.init(rng_key, config.warmup, model_args=args, model_kwargs=kwargs)
@@ -116,7 +116,7 @@ class Chains:
 
         keys = jax.random.split(jax.random.key(config.seed), config.chains)
         starts = jax.jit(jax.vmap(init)).trace(keys)
-        size = sum(leaf.size for leaf in jax.tree.leaves(starts.out_info.z))  # of all chains
+        size = sum(leaf.size for leaf in jax.tree.leaves(starts.out_info.z))
         _check_size(size, config)
         self._most = max(1, min(_ITERATIONS, _VALUES // size))
         state = jax.block_until_ready(starts.lower().compile()(keys))
@@ -125,14 +125,14 @@ class Chains:
         devices = jax.local_devices()[: config.chains]
         self._spread = None if self._each else _spread(config.chains, devices)
         self._devices = devices if self._each else devices[:1]
-        # Of each chain, or of all in one: they are advanced, and go on, independently.
+        # States of single chains, or one of all chains; each is advanced by itself.
         self._states = self._placed(state)
         of_all = advance
         if not self._each:
             of_all = jax.vmap(advance, in_axes=(0, None))
             if self._spread is not None:
                 of_all = _for_own_chains(of_all, self._spread)
-        # For each device the same program: a chain has the same draws on any.
+        # The same program for each device: a chain has the same draws on any of them.
         self._programs = [
             jax.jit(of_all).lower(state, np.int32(0)).compile()
             for state in self._states[: len(self._devices)]
@@ -141,23 +141,23 @@ class Chains:
     def advance(self, first: int, stops: Sequence[int]) -> Generator[Iterations]:
         """Iterate all chains, from iteration `first` to the last of `stops`.
 
-        A chain, in any of the threads, does not wait for slower ones but goes a few calls ahead of
-        them; what all have done comes as soon as it is, and no part crosses one of `stops`.
-        Closing the iterator waits for the calls in progress, and leaves the chains where what came
-        last ended.
+        A chain has a thread of its own and does not wait for slower chains, but goes a few calls
+        ahead of them. What all chains have done is given at once, and no part crosses one of
+        `stops`. Closing the iterator waits for the calls in progress, and leaves the chains where
+        the part that was given last ended.
         """
         threads = min(len(self._states), os.cpu_count() or 1)
         latest = list(self._states)
         pace = _CallLength(first, stops, self._most, len(latest), threads)
 
-        def work(member: int, count: int) -> _Call:
-            # Each thread has settings of its own.
+        def work(chain: int, count: int) -> _Call:
+            # Every thread has JAX settings of its own.
             with jax.enable_x64(self._config.precision == "float64"):
                 started = time.perf_counter()
-                program = self._programs[member % len(self._programs)]
-                call = jax.block_until_ready(program(latest[member], np.int32(count)))
-                pace.took(member, count, time.perf_counter() - started)
-            latest[member] = call.state
+                program = self._programs[chain % len(self._programs)]
+                call = jax.block_until_ready(program(latest[chain], np.int32(count)))
+                pace.took(chain, count, time.perf_counter() - started)
+            latest[chain] = call.state
             # Copied: a view would keep the whole buffer.
             filled = (None, slice(count)) if self._each else (slice(None), slice(count))
             draws, statistics = jax.tree.map(
@@ -183,7 +183,7 @@ class Chains:
                 )
 
     def saved(self) -> dict[str, np.ndarray]:
-        """Leaves of the state by name, (chains, ...): where `advance` stands, to go on from."""
+        """Return the leaves of the state of all chains by name, each (chains, ...)."""
         states = [jax.tree.map(np.asarray, _plain(state)) for state in self._states]
         if self._each:
             return named_leaves(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
@@ -204,7 +204,7 @@ class Chains:
         )
 
     def _placed(self, state: HMCState) -> list[HMCState]:
-        """A state of all chains as those of each that is advanced, on their devices."""
+        """Divide a state of all chains into those that are advanced, on their devices."""
         if not self._each:
             return [state if self._spread is None else jax.device_put(state, self._spread)]
         chains = _each_of(state, self._config.chains)
@@ -219,28 +219,28 @@ class Chains:
 class _CallLength:
     """Iterations of each call: few at first, then so many that a round takes `_CALL_SECONDS`.
 
-    The slowest chain sets the pace: a round takes that where all are as slow, and where none of
-    its calls was as long yet, no one's is much longer than its last.
+    The slowest chain sets the pace. A round takes `_CALL_SECONDS` if all chains are as slow. Until
+    the slowest chain has made a call of that length, no call is much longer than its last.
 
     Args:
         first: iteration before them.
         stops: iterations that no call goes across; the last ends them.
-        most: in one call.
-        members: that are advanced each by itself.
-        threads: that share them.
+        most: most iterations of one call.
+        chains: number of chains; 1 where one call advances all of them.
+        threads: number of threads that share them.
     """
 
     def __init__(
-        self, first: int, stops: Sequence[int], most: int, members: int, threads: int
+        self, first: int, stops: Sequence[int], most: int, chains: int, threads: int
     ) -> None:
         self._at, self._stops, self._most = first, stops, most
-        # Of each one's last call: iterations, and seconds of an iteration.
-        self._counts, self._seconds = [0] * members, [0.0] * members
-        self._turns = members / threads
+        # Iterations of each chain's last call, and seconds of an iteration in it.
+        self._counts, self._seconds = [0] * chains, [0.0] * chains
+        self._turns = chains / threads
         self._count = 0
 
     def next(self, number: int) -> int | None:
-        """Iterations of the next call; None if there is none."""
+        """Return the iterations of the next call; None if there is none."""
         stop = next((stop for stop in self._stops if stop > self._at), None)
         if stop is None:
             return None
@@ -252,9 +252,9 @@ class _CallLength:
         self._at += count
         return count
 
-    def took(self, member: int, count: int, seconds: float) -> None:
+    def took(self, chain: int, count: int, seconds: float) -> None:
         """Note the seconds of a call, from any thread."""
-        self._counts[member], self._seconds[member] = count, seconds / count
+        self._counts[chain], self._seconds[chain] = count, seconds / count
 
 
 @partial(jax.jit, static_argnums=1)
@@ -267,7 +267,7 @@ def _is_key(leaf: Array) -> bool:
 
 
 def _plain(state: HMCState) -> HMCState:
-    """The state with its random keys as numbers, which can be saved."""
+    """Return the state with its random keys as numbers, which can be saved."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
 
 
@@ -281,7 +281,7 @@ def _check_density(energy: np.ndarray) -> None:
 
 
 def _spread(chains: int, devices: Sequence[jax.Device]) -> NamedSharding | None:
-    """As many chains on each of as many devices as there can be; None if that is one device."""
+    """Place chains equally on as many devices as there can be; None if that is one device."""
     count = next(n for n in range(len(devices), 0, -1) if chains % n == 0)
     if count == 1:
         return None
@@ -289,7 +289,7 @@ def _spread(chains: int, devices: Sequence[jax.Device]) -> NamedSharding | None:
 
 
 def _for_own_chains(advance: Callable, spread: NamedSharding) -> Callable:
-    """`advance` by every device for its own chains: none waits for those of another."""
+    """Let every device `advance` its own chains: none waits for those of another."""
     return jax.shard_map(
         advance,
         mesh=spread.mesh,

@@ -1,6 +1,7 @@
 """Where the chains of a sampler start: at given values, or at draws of the prior."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,8 +18,33 @@ from numpyro.infer.util import log_density
 from probattn import CausalAttention, log_det
 
 
+def given_values(
+    init_values: Mapping[str, Any] | None, start: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """Return the initial values of chains, which the keyword's old name may hold.
+
+    Args:
+        init_values: the values, by the keyword's name.
+        start: the values, by the name that it had before.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if start is None:
+        return init_values
+    if init_values is not None:
+        raise ValueError("init_values and start are both given: expected one; leave out start")
+    warnings.warn(
+        "start is the old name of init_values, which the next version does not know: "
+        "give init_values",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return start
+
+
 def init_to_given(values: Mapping[str, Any], site: dict | None = None) -> Any:
-    """NumPyro initialisation: the values given, and draws from the prior for other sites."""
+    """Initialise, for NumPyro, to the values given, and to draws from the prior at other sites."""
     if site is None:
         return partial(init_to_given, values)
     if site["type"] == "sample" and site["name"] in values:
@@ -26,9 +52,9 @@ def init_to_given(values: Mapping[str, Any], site: dict | None = None) -> Any:
     return init_to_sample(site)
 
 
-def check_initial_values(model: Callable, args: tuple, kwargs: dict, start: Mapping) -> None:
-    """Refuse a start that the model lacks or whose density is zero."""
-    if not start:
+def check_initial_values(model: Callable, args: tuple, kwargs: dict, values: Mapping) -> None:
+    """Refuse initial values of sites that the model lacks, or of density zero."""
+    if not values:
         return
 
     def latent() -> dict[str, Array]:
@@ -40,30 +66,30 @@ def check_initial_values(model: Callable, args: tuple, kwargs: dict, start: Mapp
         }
 
     shapes = {name: leaf.shape for name, leaf in jax.eval_shape(latent).items()}
-    if unknown := sorted(set(start) - set(shapes)):
+    if unknown := sorted(set(values) - set(shapes)):
         raise ValueError(
-            f"start names {', '.join(unknown)}: expected sample sites of the model, "
+            f"init_values names {', '.join(unknown)}: expected sample sites of the model, "
             f"{', '.join(sorted(shapes))}"
         )
-    for name, value in start.items():
+    for name, value in values.items():
         if jnp.shape(value) != shapes[name]:
             raise ValueError(
-                f"start has {name} of shape {jnp.shape(value)}: expected {shapes[name]}"
+                f"init_values has {name} of shape {jnp.shape(value)}: expected {shapes[name]}"
             )
-    if set(start) != set(shapes):
+    if set(values) != set(shapes):
         return  # the rest is drawn, until the density is positive
-    density = jax.jit(lambda values: log_density(model, args, kwargs, values)[0])(start)
+    density = jax.jit(lambda values: log_density(model, args, kwargs, values)[0])(values)
     if not np.isfinite(density):
         raise ValueError(
-            f"the start has a log density of {float(density)}"
-            f"{_infeasible(model, args, kwargs, start)}; "
+            f"the initial values have a log density of {float(density)}"
+            f"{_infeasible(model, args, kwargs, values)}; "
             "start from smaller couplings or embeddings, or from the prior"
         )
 
 
-def _infeasible(model: Callable, args: tuple, kwargs: dict, start: Mapping) -> str:
-    """How many tokens of attention processes lie outside the feasible region."""
-    sites = trace(seed(substitute(model, start), jax.random.key(0))).get_trace(*args, **kwargs)
+def _infeasible(model: Callable, args: tuple, kwargs: dict, values: Mapping) -> str:
+    """Tell how many tokens of attention processes lie outside the feasible region."""
+    sites = trace(seed(substitute(model, values), jax.random.key(0))).get_trace(*args, **kwargs)
     outside, smallest = 0, math.inf
     for site in sites.values():
         process = site.get("fn")

@@ -27,6 +27,7 @@ from probattn.inference.runtime.memory import check_memory
 from probattn.inference.runtime.progress import Bar, progress_bar
 from probattn.inference.runtime.signals import Interrupted, deferred_interrupts
 from probattn.inference.sampling.chains import Chains
+from probattn.inference.sampling.initialisation import given_values
 from probattn.inference.sampling.result import PosteriorResult
 
 _SAVE_SECONDS = 30.0  # between two segments
@@ -38,10 +39,11 @@ def sample(
     model_args: tuple = (),
     model_kwargs: Mapping[str, Any] | None = None,
     config: SampleConfig | None = None,
-    start: Mapping[str, Any] | None = None,
+    init_values: Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = False,
+    start: Mapping[str, Any] | None = None,
 ) -> PosteriorResult:
     """Sample the posterior of any NumPyro model by NUTS.
 
@@ -50,23 +52,25 @@ def sample(
         model_args: its arguments.
         model_kwargs: its keyword arguments.
         config: chains, iterations, seed; the defaults if not given.
-        start: values of sample sites that every chain starts from, such as a MAP; the sites that
-            it does not name start from a draw of the prior.
+        init_values: values of sample sites that every chain starts from, such as a MAP; the sites
+            that it does not name start from a draw of the prior.
         out: folder for the segments, new or empty unless `resume` is set; without one, nothing is
             saved.
         resume: go on from the segments in `out`. Model, arguments and configuration must be those
             of the run; draws may be raised.
         progress: show a progress bar.
+        start: the old name of `init_values`, which works for one more version.
 
     Returns:
         The draws of all chains.
 
     Raises:
-        ValueError: if `start` names a site that the model lacks, `out` holds segments already, or
-            they are damaged or of another model (SegmentError).
+        ValueError: if `init_values` names a site that the model lacks, `out` holds segments
+            already, or they are damaged or of another model (SegmentError).
         SampleError: if a chain finds no start of positive density.
         Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
     """
+    init_values = given_values(init_values, start)
     config = SampleConfig() if config is None else config
     folder = None if out is None else SegmentFolder(out)
     if resume and folder is None:
@@ -76,11 +80,11 @@ def sample(
             f"{folder.path}: holds segments already; go on with resume, or name another folder"
         )
     with jax.enable_x64(config.precision == "float64"):
-        *arguments, start = jax.tree.map(
+        *arguments, init_values = jax.tree.map(
             partial(_in_precision, dtype=jnp.dtype(config.precision)),
-            (tuple(model_args), dict(model_kwargs or {}), dict(start or {})),
+            (tuple(model_args), dict(model_kwargs or {}), dict(init_values or {})),
         )
-        chains = Chains(model, arguments, config, start)
+        chains = Chains(model, arguments, config, init_values)
         sampler = _Sampler(chains, config, folder, _digest(config, model, arguments))
         with progress_bar(
             "sample",
@@ -105,7 +109,7 @@ def sample(
 def load_draws(
     folder: SegmentFolder, config: SampleConfig
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float, int]:
-    """Draws, statistics, seconds and iterations of saved segments.
+    """Return draws, statistics, seconds and iterations of saved segments.
 
     Raises:
         SegmentError: if a segment is damaged, missing or of another configuration.
@@ -125,7 +129,7 @@ class _Kept:
         self.statistics: dict[str, np.ndarray] = {}
 
     def add(self, iteration: int, draws: Mapping, statistics: Mapping) -> None:
-        """Add what comes from this iteration on, unless it is warm-up."""
+        """Add rows that begin at this iteration, unless they are warm-up."""
         first = iteration - self._config.warmup
         if first < 0:
             return
@@ -138,7 +142,7 @@ class _Kept:
                 kept[name][:, first : first + values.shape[1]] = values
 
     def add_segment(self, path: Path, segment: Segment) -> float:
-        """Add a saved segment; the seconds that sampling took up to its end."""
+        """Add a saved segment, and return the seconds that sampling took up to its end."""
         warmup, total = self._config.warmup, self._config.warmup + self._config.draws
         if segment.first < warmup < segment.stop or segment.stop > total:
             raise SegmentError(
@@ -250,16 +254,16 @@ class _Sampler:
 
 
 def _in_precision(leaf: Any, *, dtype: jnp.dtype) -> Any:
-    """Arrays of floating-point numbers in the precision of the run; all else as it is."""
+    """Return floating-point arrays in the precision of the run, and all else as it is."""
     if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.asarray(leaf, dtype)
     return leaf
 
 
 def _digest(config: SampleConfig, model: Callable, arguments: Sequence) -> np.ndarray:
-    """SHA-256 of what draws depend on: all of the configuration but how many, and the model.
+    """Return the SHA-256 of all that draws depend on, except their number.
 
-    Of that its name and what `functools.partial` binds to it; not what it does.
+    A model counts by its name and what `functools.partial` binds to it, not by what it does.
     """
     digest = hashlib.sha256(repr(replace(config, draws=1)).encode())
     bound = []

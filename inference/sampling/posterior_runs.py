@@ -19,6 +19,7 @@ from probattn.inference.runs.npz import read_arrays
 from probattn.inference.runs.run import PosteriorRun, Run, create_posterior_run, load_run
 from probattn.inference.runtime.memory import check_memory
 from probattn.inference.sampling.chains import SampleError
+from probattn.inference.sampling.initialisation import given_values
 from probattn.inference.sampling.nuts import load_draws, sample
 from probattn.inference.sampling.result import PosteriorResult
 from probattn.models import language_model, latent_embeddings
@@ -31,20 +32,22 @@ def sample_run(
     config: SampleRunConfig,
     out: str | os.PathLike[str],
     *,
-    start: Mapping[str, Any] | None = None,
+    init_values: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    start: Mapping[str, Any] | None = None,
 ) -> tuple[PosteriorRun, PosteriorResult]:
     """Sample the posterior of a model given a text, into a run directory.
 
     Args:
         config: data, model and sampler.
         out: run directory, see `runs`; new or empty unless `resume` or `overwrite` is set.
-        start: see `sample`; it is kept in the run, and not given again to resume.
+        init_values: see `sample`; they are kept in the run, and not given again to resume.
         resume: go on with the run in `out`.
         overwrite: replace the run in `out`.
         progress: show a progress bar.
+        start: the old name of `init_values`, which works for one more version.
 
     Returns:
         The run, and its draws.
@@ -56,6 +59,7 @@ def sample_run(
         SampleError: if a chain finds no start of positive density.
         Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
     """
+    init_values = given_values(init_values, start)
     out = Path(out)
     check_options(out, resume=resume, overwrite=overwrite)
     if config.latent is not None:
@@ -65,7 +69,7 @@ def sample_run(
     corpus = load_corpus(config.data)
     if resume:
         run = _reopen(out, config, corpus)
-        start = _read_start(run)
+        init_values = _read_start(run)
         arguments = _tokens(config, corpus, run.vocabulary)
     else:
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
@@ -74,13 +78,13 @@ def sample_run(
     room = nullcontext() if resume else room_for_run(out, overwrite=overwrite)
     with locked(out), room:  # from before the run is made to its end
         if not resume:
-            run = create_posterior_run(out, config, corpus, vocabulary, start=start)
+            run = create_posterior_run(out, config, corpus, vocabulary, start=init_values)
         try:
             result = sample(
                 posterior_model(config, run.vocabulary),
                 model_args=arguments,
                 config=config.sample,
-                start=start,
+                init_values=init_values,
                 out=run.segments.path,
                 resume=True,
                 progress=progress,
@@ -95,7 +99,7 @@ def sample_run(
 
 
 def config_of_fit(run: Run, config: SampleConfig) -> SampleRunConfig:
-    """The posterior of a fitted run's own model, given sequences of its own text."""
+    """Describe the posterior of a fitted run's own model, given sequences of its own text."""
     return SampleRunConfig(
         data=run.config.data,
         sample=config,
@@ -105,7 +109,7 @@ def config_of_fit(run: Run, config: SampleConfig) -> SampleRunConfig:
 
 
 def load_posterior(run: PosteriorRun) -> PosteriorResult:
-    """The draws of a run that is finished, without compiling or sampling anything.
+    """Load the draws of a run that is finished, without compiling or sampling anything.
 
     Raises:
         RunError: if it is not finished.
@@ -132,12 +136,12 @@ def load_posterior(run: PosteriorRun) -> PosteriorResult:
 def guide_posterior(
     run: Run, *, draws: int = 1000, seed: int = 0, sequences: int = 64, progress: bool = False
 ) -> PosteriorResult:
-    """Draws of the guide of a fitted run, as one chain, given sequences of its training text.
+    """Draw from a fitted run's guide, as one chain, given sequences of its training text.
 
     Args:
-        run: of a guide other than map.
+        run: run with a guide other than map.
         draws: how many.
-        seed: of the draws.
+        seed: seed of the draws.
         sequences: at most so many of model.block tokens, spread evenly over the training text:
             margins and log likelihoods are taken of these.
         progress: show a progress bar.
@@ -156,7 +160,7 @@ def guide_posterior(
 
 
 def training_sequences(run: Run, at_most: int) -> tuple[np.ndarray, ...]:
-    """Inputs and targets (count, model.block) from the training text of a fitted run.
+    """Return inputs and targets (count, model.block) from a fitted run's training text.
 
     Raises:
         ValueError: if its text is not there any more, or too short for one.
@@ -169,7 +173,7 @@ def training_sequences(run: Run, at_most: int) -> tuple[np.ndarray, ...]:
 
 
 def posterior_data(run: PosteriorRun) -> tuple[np.ndarray, ...]:
-    """Tokens that a run's posterior is given, as its model takes them.
+    """Return the tokens that a run's posterior is given, as its model takes them.
 
     Raises:
         ValueError: if its text is not there any more.
@@ -180,7 +184,7 @@ def posterior_data(run: PosteriorRun) -> tuple[np.ndarray, ...]:
 
 
 def posterior_model(config: SampleRunConfig, vocabulary: Vocabulary) -> Callable:
-    """The NumPyro model of a configuration, as a function of its tokens."""
+    """Return the NumPyro model of a configuration, as a function of its tokens."""
     if config.latent is not None:
         return partial(latent_embeddings, vocabulary_size=vocabulary.size, config=config.latent)
     assert config.model is not None  # SampleRunConfig has one or the other
@@ -196,7 +200,7 @@ def posterior_model(config: SampleRunConfig, vocabulary: Vocabulary) -> Callable
 def _tokens(
     config: SampleRunConfig, corpus: Corpus, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, ...]:
-    """Arguments of the model: sequences from the training text, spread evenly over it."""
+    """Return the model's arguments: sequences from the training text, spread evenly over it."""
     tokens = vocabulary.encode(corpus.train)
     if config.latent is not None:
         count, length = config.latent.sequences, config.latent.length

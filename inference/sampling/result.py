@@ -23,7 +23,7 @@ class PosteriorResult:
         statistics: what NUTS says of each draw, (chains, draws): diverging, acceptance_rate,
             n_steps, energy, lp (log density in nats, up to a constant) and step_size. Empty for a
             guide.
-        seconds: that sampling took, in all sessions together, without compiling; NaN if unknown.
+        seconds: time of sampling in all sessions together, without compiling; NaN if unknown.
         config: how NUTS was run; None for a guide.
     """
 

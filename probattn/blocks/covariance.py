@@ -18,7 +18,7 @@ def attention_covariance(
     left: Float[Array, "*left T m"],
     right: Float[Array, "*right T n"],
 ) -> Float[Array, "*batch T m n"]:
-    """Covariance of `left` and `right` under each row of the attention weights.
+    """Return the covariance of `left` and `right` under each row of the attention weights.
 
     Both factors are centred at the row's own mean before they are multiplied: a difference of
     second moments loses all its digits where attention is sharp (at scale 10 the float32 log
@@ -56,7 +56,7 @@ def centred_covariance(
     left: Float[Array, "*left past m"],
     right: Float[Array, "*right past n"],
 ) -> Float[Array, "*batch rows m n"]:
-    """The same of any rows of weights, all at once."""
+    """Return the covariance under any rows of weights, of all rows at once."""
 
     def centred(factor: Array) -> Array:
         return factor[..., None, :, :] - _matmul(weights, factor)[..., :, None, :]

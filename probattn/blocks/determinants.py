@@ -36,14 +36,14 @@ _FEW = 2**14  # products of queries and keys that are not worth the compilation 
 def determinant_values(
     pointwise: Pointwise, projected: Projections, *, summed: bool = False
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "..."]]:
-    """Signs of det R_t and a function of them and of log|det R_t|, at every position.
+    """Return the signs of det R_t and a function of them and of log|det R_t|, by position.
 
     The derivative is R_t^-T, in forward and reverse mode and to any order; at an exactly singular
     block that of a block a rounding error away.
 
     Args:
-        pointwise: of signs (..., T) and log|det| (..., T), -inf where singular.
-        projected: of sequences (..., T, d), already checked.
+        pointwise: function of signs (..., T) and log|det| (..., T), -inf where singular.
+        projected: projections of sequences (..., T, d), already checked.
         summed: whether to sum over positions: faster, since the derivative needs no second look
             at the determinants.
 
@@ -81,7 +81,7 @@ def _in_groups(
 
 
 def _together(sequences: int, numbers: int) -> int:
-    """The largest divisor of `sequences` of which, with so many numbers each, there is room."""
+    """Return the largest divisor of `sequences` whose numbers fit into memory, so many each."""
     most = _AT_ONCE if jax.default_backend() == "cpu" else _AT_ONCE_ELSEWHERE
     return next(
         count
@@ -96,7 +96,7 @@ def _directly(
     queries: Float[Array, "N T r"],
     keys: Float[Array, "N T r"],
 ) -> tuple[Array, Array]:
-    """Centred at every position: right everywhere, and compiled in a third of the time."""
+    """Centre at every position: accurate everywhere, and compiled in a third of the time."""
 
     def centred(own: Array, queries: Array, keys: Array) -> tuple[Array, Array]:
         *batch, rank = keys.shape
@@ -114,7 +114,7 @@ def _where_whole(
     queries: Float[Array, "N T r"],
     keys: Float[Array, "N T r"],
 ) -> tuple[Array, Array]:
-    """A token that is not finite reaches the rows after it, as NaN, and not those before it."""
+    """Let a token that is not finite reach the rows after it, as NaN, and not those before it."""
     lost = after_nonfinite(queries, keys)
     sign, value = centred(own, zero_nonfinite(queries), zero_nonfinite(keys))
     return jnp.where(lost, jnp.nan, sign), jnp.where(lost, jnp.nan, value)
@@ -179,7 +179,7 @@ def _summed_by_moments(
 
 
 def _blocks_of_rows(length: int) -> list[tuple[int, int]]:
-    """Where blocks of positions start and stop.
+    """Return where blocks of positions start and stop.
 
     A past of s < stop is all that rows start..stop attend to: the rest need not be computed.
     """
@@ -194,7 +194,7 @@ def _by_centring(
     queries: Float[Array, "N T r"],
     keys: Float[Array, "N T r"],
 ) -> tuple[Array, Array]:
-    """At the positions that are not fine; elsewhere perhaps, perhaps zero."""
+    """Centre at the positions that are not accurate; at others the values may be zero."""
     length, rank = keys.shape[-2:]
 
     @jax.checkpoint

@@ -47,7 +47,7 @@ class Elimination(NamedTuple):
 def determinant(
     blocks: Float[Array, "*batch r r n"], *, pivoting: bool = False
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
-    """Sign and log|det|, 0 and -inf where singular; without a derivative.
+    """Return sign and log|det|, 0 and -inf where singular; without a derivative.
 
     Args:
         blocks: (..., r, r, n).
@@ -66,7 +66,7 @@ def determinant(
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def eliminate(blocks: Float[Array, "*batch r r n"], pivoting: bool = False) -> Elimination:
-    """Determinant and inverse; differentiable to any order. Arguments: see `determinant`."""
+    """Return determinant and inverse, differentiable to any order. Arguments: see `determinant`."""
     pivots, inverse = _lapack(blocks) if pivoting else _guarded(blocks)
     nearby_sign, log_abs = _sign_and_log_abs(_without_zeros(pivots))
     return Elimination(_sign_and_log_abs(pivots)[0], nearby_sign, log_abs, inverse)
@@ -98,7 +98,7 @@ def _sign_and_log_abs(pivots: Float[Array, "*batch r n"]) -> tuple[Array, Array]
 
 
 def _without_zeros(pivots: Float[Array, "*batch r n"]) -> Float[Array, "*batch r n"]:
-    """Pivots, those that are zero moved by one rounding error of the largest."""
+    """Return pivots, those that are zero moved by one rounding error of the largest."""
     limits = jnp.finfo(pivots.dtype)
     size = jnp.max(jnp.abs(pivots), axis=-2, keepdims=True)
     rounding = limits.eps * jnp.where(size > 0, size, jnp.ones_like(size))
@@ -111,7 +111,7 @@ def _is_zero(pivots: Array) -> Array:
 
 
 def _guarded(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
-    """Pivots and inverse."""
+    """Return pivots and inverse."""
     pivots, inverse, largest = _swept(blocks)
     pivots, inverse = _where_unstable(_lapack, largest, blocks, (pivots, inverse))
     return pivots, inverse
@@ -123,7 +123,7 @@ def _where_unstable(
     blocks: Float[Array, "*batch r r n"],
     found: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """What was found, (..., n), but of matrices with a large multiplier what `pivoted` finds."""
+    """Replace what was found, (..., n), of matrices with a large multiplier by `pivoted`'s."""
     stable = largest <= _LARGEST_MULTIPLIER
     if stable.size == 0:
         return found
@@ -158,21 +158,21 @@ def _where_unstable(
 
 
 def _swept(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:
-    """Pivots (..., r, n), inverse and largest multiplier (..., n), without pivoting.
+    """Return pivots (..., r, n), inverse and largest multiplier (..., n), without pivoting.
 
     Gauss and Jordan's way, in place: to eliminate p, let R be its row, with 1 at p, divided by the
     pivot, and C its column, with -1 at p; the next A is A without row and column p, minus C R.
     """
     rank = blocks.shape[-2]
     found, multipliers = [], jnp.zeros_like(blocks[..., 0, :])
-    together = 3  # of columns that stay, a pass of more holds more than it saves
+    together = 3  # columns of a pass; with more it holds more than it saves
     for start in range(0, rank, together):
         stop = min(start + together, rank)
         columns: list[Array] = []
         rows: list[Array] = []
 
         def left_by(parts: Sequence[Array], p: int, start: int = start) -> list[Array]:
-            """What these leave when the rows before p are eliminated."""
+            """Return what these leave when the rows before p are eliminated."""
             return [_without(start + i + 1, p, part) for i, part in enumerate(parts)]
 
         for p in range(start, stop):
@@ -197,7 +197,7 @@ def _swept(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:
 
 
 def _swept_pivots(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
-    """Pivots and largest multiplier alone: what is eliminated is left behind."""
+    """Return pivots and largest multiplier alone: what is eliminated is left behind."""
     found, largest = [], []
     while blocks.shape[-2]:
         together = min(4, blocks.shape[-2])
@@ -222,7 +222,7 @@ def _swept_pivots(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
 
 
 def _updated(array: Array, left: Sequence[Array], right: Sequence[Array]) -> Array:
-    """Minus the products of vectors (..., m, n) with numbers (..., n), or of either pairs."""
+    """Subtract the products of vectors (..., m, n) with numbers (..., n), or of either pairs."""
     for one, other in zip(left, right, strict=True):
         array = array - one * (other if other.ndim == one.ndim else other[..., None, :])
     return array
@@ -243,7 +243,7 @@ def _larger(
     column: Float[Array, "*batch r n"],
     pivot: Float[Array, "*batch n"],
 ) -> Float[Array, "*batch r n"]:
-    """The larger of either; infinite where the pivot is zero."""
+    """Return the larger of the two; infinite where the pivot is zero."""
     own = jnp.abs(column / pivot[..., None, :])
     own = jnp.where(_is_zero(pivot)[..., None, :], jnp.inf, own)
     return jnp.maximum(multipliers, own)
@@ -271,7 +271,7 @@ def _lapack(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
 
 
 def _lapack_pivots(factors: Array, swaps: Array) -> Array:
-    """The diagonal, (..., r, n), the sign of the permutation in its first entry."""
+    """Return the diagonal, (..., r, n), the sign of the permutation in its first entry."""
     diagonal = jnp.diagonal(factors, axis1=-2, axis2=-1)
     count = jnp.sum(swaps != jnp.arange(swaps.shape[-1], dtype=swaps.dtype), axis=-1)
     parity = jnp.where(count % 2 == 0, 1, -1).astype(diagonal.dtype)

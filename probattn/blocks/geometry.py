@@ -52,7 +52,7 @@ class Geometry(NamedTuple):
 
 
 def bounded(x: ArrayLike, bound: ArrayLike | None) -> Float[Array, "*batch d"]:
-    """What values and keys see of x: phi(x) = x / sqrt(1 + |x|^2 / c^2), or x itself.
+    """Bound x, as values and keys need it: phi(x) = x / sqrt(1 + |x|^2 / c^2), or x itself.
 
     Args:
         x: vectors (..., d).
@@ -83,7 +83,7 @@ def geometry(
     w_key: Float[Array, "*weights d r"],
     bound: ArrayLike | None,
 ) -> Geometry:
-    """Projections and attention weights that covariances and margins start from.
+    """Compute projections and attention weights, the start of covariances and margins.
 
     The arguments are those of `residual`, already checked by `check_arguments`.
     """
@@ -101,7 +101,7 @@ def projections(
     w_key: Float[Array, "*weights d r"],
     bound: ArrayLike | None,
 ) -> Projections:
-    """Queries and keys of a sequence; the arguments are those of `geometry`."""
+    """Compute queries and keys of a sequence; the arguments are those of `geometry`."""
     context = bounded(x, bound)
     # No result depends on it, nor then does a derivative.
     first = lax.stop_gradient(context[..., :1, :])
@@ -120,7 +120,7 @@ def causal_softmax(
     keys: Float[Array, "*keys past r"],
     positions: Int[Array, "*positions rows"] | None = None,
 ) -> Float[Array, "*batch rows past"]:
-    """Attention weights of rows at these positions, by default 0, 1, ..., over tokens 0, 1, ..."""
+    """Return attention weights of rows at these positions, by default 0, 1, ..., over all keys."""
     rows, past, rank = queries.shape[-2], keys.shape[-2], keys.shape[-1]
     if rows == 0:
         leading = jnp.broadcast_shapes(queries.shape[:-2], keys.shape[:-2])

@@ -38,7 +38,7 @@ _materialise = lax.optimization_barrier
 def representable(
     queries: Float[Array, "*batch T r"], keys: Float[Array, "*batch T r"]
 ) -> Bool[Array, "*batch T"]:
-    """Positions up to which no product of queries and keys can overflow."""
+    """Tell up to which positions no product of queries and keys can overflow."""
     squares = (jnp.sum(lax.stop_gradient(vectors) ** 2, axis=-1) for vectors in (queries, keys))
     longest = [lax.cummax(square, axis=square.ndim - 1) for square in squares]
     limits = jnp.finfo(keys.dtype)
@@ -53,10 +53,10 @@ def row_values(
     queries: Float[Array, "*batch past r"],
     keys: Float[Array, "*batch past r"],
 ) -> tuple[Float[Array, "*batch rows"], Float[Array, "*batch rows"], Float[Array, "*batch rows"]]:
-    """Signs of det R_t and a function of them and of log|det R_t|, with the derivative R_t^-T.
+    """Return signs of det R_t and a function of them and log|det R_t|, with derivative R_t^-T.
 
     Args:
-        pointwise: of signs and log|det|, -inf where singular.
+        pointwise: function of signs and log|det|, -inf where singular.
         start: first of the positions, which end where the past ends.
         own: queries with which they attend.
         queries: those of the past, relative to one token.
@@ -89,7 +89,7 @@ def summed_over_rows(
     queries: Float[Array, "*batch past r"],
     keys: Float[Array, "*batch past r"],
 ) -> tuple[Float[Array, "*batch rows"], Float[Array, " *batch"], Float[Array, "*batch rows"]]:
-    """As `row_values`, but the sum of the function over the positions that count.
+    """Return what `row_values` does, the function summed over the positions that count.
 
     The derivative of a sum is one number for every entry of own, queries and keys. It is computed
     with the value, so nothing is computed anew for it and nothing of size r x r is kept.
@@ -103,7 +103,7 @@ def summed_over_rows(
         keys: as there.
 
     Returns:
-        Signs; the sum; and 1 where a position counts, else 0: one that may, and is fine.
+        Signs; the sum; and 1 where a position counts, else 0: one that may, and is accurate.
     """
     sign, value, accurate = row_values(pointwise, start, own, queries, keys)
     accurate *= counted
@@ -134,7 +134,7 @@ def _with_pullback(
     weights_last = _last(weights)
     own_last, queries_last, keys_last = (_last(array) for array in (own, queries, keys))
     blocks, query_mean, key_mean, accurate = _blocks(weights_last, queries_last, keys_last)
-    # Values that are not fine are used by nobody, and need not be finite.
+    # Nobody uses values that are not accurate, and they need not be finite.
     sign, value, by_moment = slope_of(pointwise, blocks, factor=-accurate / math.sqrt(rank))
 
     # The value's derivative with respect to moments and means, (..., r * r or r, rows), then to
@@ -177,7 +177,7 @@ def slope_of(
     factor: Float[Array, "*batch T"] | float = 1.0,
     pivoting: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """Sign, value, and a multiple of its derivative by the transposed block, (..., r, r, T).
+    """Return sign, value, and a multiple of its derivative by the transposed block, (..., r, r, T).
 
     Where the factor is zero, so is the multiple, whatever the derivative is. Not by the chain rule
     through log|det R|: at det R = 0 the product of R^-T with a slope that vanishes as fast is
@@ -203,7 +203,7 @@ def _blocks(
     queries: Float[Array, "*batch r past"],
     keys: Float[Array, "*batch r past"],
 ) -> tuple[Array, Array, Array, Array]:
-    """Reduced blocks (..., r, r, rows), mean query and key, (..., r, rows), and what is fine."""
+    """Return R_t (..., r, r, rows), mean query and key (..., r, rows), and what is accurate."""
     rank = keys.shape[-2]
     products = _materialise(queries[..., :, None, :] * keys[..., None, :, :])
     moments = _matmul(_flat(products), weights)
@@ -236,7 +236,7 @@ def _rows(array: Float[Array, "*batch r past"]) -> Float[Array, "*batch past r"]
 def _contracted(
     array: Float[Array, "*batch i j n"], vectors: Float[Array, "*batch m n"], axis: int
 ) -> Float[Array, "*batch k n"]:
-    """Sum over j (axis -2) or i (axis -3) of the entries times the vectors', for each n."""
+    """Sum, over j (axis -2) or i (axis -3), the entries times the vectors', for each n."""
     # Term by term: as a reduction XLA would write out all terms before it adds them.
     size = vectors.shape[-2]
     vectors = jnp.expand_dims(vectors, -3 if axis == -2 else -2)

@@ -5,13 +5,13 @@ from jaxtyping import Array, Bool, Float
 
 
 def after_nonfinite(*arrays: Float[Array, "*batch T m"]) -> Bool[Array, "*batch T"]:
-    """Rows before which a row of any of the arrays is not finite: those that attend to it."""
-    broken = sum((~_finite(array)).astype(jnp.int32) for array in arrays)
-    return jnp.cumsum(broken, axis=-1) > broken
+    """Tell which rows come after one that is not finite in any array: they attend to it."""
+    nonfinite = sum((~_finite(array)).astype(jnp.int32) for array in arrays)
+    return jnp.cumsum(nonfinite, axis=-1) > nonfinite
 
 
 def zero_nonfinite(array: Float[Array, "*batch T m"]) -> Float[Array, "*batch T m"]:
-    """The array with zeros for the rows that are not finite."""
+    """Return the array with zeros for the rows that are not finite."""
     return jnp.where(_finite(array)[..., None], array, jnp.zeros((), array.dtype))
 
 

@@ -9,14 +9,14 @@ from jaxtyping import Array
 
 
 def per_device[R](function: Callable[..., R], *arrays: Array) -> R:
-    """`function(*arrays)`, by every device of JAX's mesh for its own part of the sequences.
+    """Let every device of JAX's mesh compute `function(*arrays)` for its own sequences.
 
     Loops and conditions over sequences would otherwise gather them on every device. Nothing changes
     where no mesh is set (`jax.set_mesh`), where its axes are not left to the compiler, and where
     its devices do not divide the sequences.
 
     Args:
-        function: of arrays whose first axis is that of the sequences, N, to such arrays; a
+        function: function of arrays whose first axis is that of the sequences, N, to such arrays; a
             sequence's results depend on it alone.
         arrays: its arguments, each (N, ...).
     """

@@ -1,7 +1,7 @@
 """Blocks of a token sequence: random minibatches to fit, windows to evaluate."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,11 @@ class Windows(NamedTuple):
     reported: Bool[np.ndarray, "windows length"]
 
     def take(self, tokens: Int[np.ndarray, " N"]) -> Int[np.ndarray, "windows length"]:
-        """Tokens of each window."""
+        """Return the tokens of each window."""
         return tokens[self.starts[:, None] + np.arange(self.length)]
 
     def spread(self, most_tokens: int) -> "Windows":
-        """Windows that hold at most that many positions, and one at least, spread evenly."""
+        """Return windows that hold at most that many positions, and one at least, spread evenly."""
         most = min(max(most_tokens // self.length, 1), len(self.starts))
         chosen = np.linspace(0, len(self.starts) - 1, most).round().astype(int)
         return Windows(self.starts[chosen], self.length, self.reported[chosen])
@@ -36,7 +36,7 @@ class Windows(NamedTuple):
 def random_blocks(
     rng_key: PRNGKeyArray, tokens: Int[Array, " N"], *, batch: int, block: int
 ) -> tuple[Int[Array, "batch block"], Int[Array, "batch block"]]:
-    """Minibatch of blocks that start at random positions, and the token that follows each input.
+    """Draw blocks that start at random positions, and the token that follows each input.
 
     Args:
         rng_key: the minibatch is a function of it, so a step's data can be drawn again.
@@ -64,7 +64,7 @@ def random_blocks(
 
 
 def windows(length: int, *, block: int, stride: int | None = None) -> Windows:
-    """Windows that cover a text of any length.
+    """Cover a text of any length by windows.
 
     The first window reports all of its positions; each later one begins `stride` further and
     reports those that no earlier window held, so that they have at least block - stride tokens of
@@ -93,9 +93,29 @@ def windows(length: int, *, block: int, stride: int | None = None) -> Windows:
 
 
 def batched_rows(count: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
-    """Indices of rows in batches of one size, the last filled up with the last row.
+    """Yield indices of rows in batches of one size, the last filled up with the last row.
 
     One size is one compilation; what is computed of the filling is to be cut off after `count`.
     """
     for start in range(0, count, size):
         yield np.minimum(np.arange(start, start + size), count - 1)
+
+
+def map_batches(
+    function: Callable[[int, Int[np.ndarray, " size"]], Any], count: int, size: int
+) -> Any:
+    """Call a function for batches of rows, and join what it returns.
+
+    Args:
+        function: takes the number of a batch and the indices of its rows, as `batched_rows` gives
+            them, and returns a tree of arrays whose leading axis is that of the rows.
+        count: number of rows, >= 1.
+        size: rows of a batch, >= 1.
+
+    Returns:
+        The tree, with NumPy arrays whose leading axis is that of all rows.
+    """
+    parts = [function(number, rows) for number, rows in enumerate(batched_rows(count, size))]
+    return jax.tree.map(
+        lambda *pieces: np.concatenate([np.asarray(piece) for piece in pieces])[:count], *parts
+    )

@@ -143,7 +143,7 @@ class BytePairVocabulary:
         return np.array(counts, np.int32)
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of any text, the empty one included, shape (tokens,).
+        """Return the token ids of any text, the empty one included, shape (tokens,).
 
         Raises:
             UnknownCharacter: at a lone surrogate, which has no UTF-8.
@@ -157,10 +157,10 @@ class BytePairVocabulary:
         return np.concatenate(parts)
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of token ids of shape (tokens,), the inverse of `encode`.
+        """Return the text of token ids of shape (tokens,), the inverse of `encode`.
 
         Ids that are no text's encoding, such as a sequence cut inside a character, decode with the
-        replacement character U+FFFD in place of the broken bytes.
+        replacement character U+FFFD in place of the invalid bytes.
 
         Raises:
             ValueError: if `ids` is not a vector of integers from 0 to size - 1.
@@ -169,7 +169,7 @@ class BytePairVocabulary:
         return b"".join(self.tokens[index] for index in checked).decode("utf-8", errors="replace")
 
     def characters(self, ids: ArrayLike) -> int:
-        """Number of characters that begin in token ids of any shape; see `token_characters`.
+        """Count the characters that begin in token ids of any shape; see `token_characters`.
 
         Raises:
             ValueError: if `ids` holds anything but integers from 0 to size - 1.
@@ -177,7 +177,7 @@ class BytePairVocabulary:
         return int(self.token_characters[check_ids(ids, self.size)].sum(dtype=np.int64))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe values: the kind and the list of merges."""
+        """Return JSON-safe values: the kind and the list of merges."""
         return {"kind": "byte_pair", "merges": [list(pair) for pair in self.merges]}
 
     @functools.cached_property
@@ -191,7 +191,7 @@ class BytePairVocabulary:
 
 
 def _lines(text: str) -> io.StringIO:
-    """The lines of a text with their ends; only a newline ends one."""
+    """Return the lines of a text with their ends; only a newline ends one."""
     return io.StringIO(text, newline="\n")
 
 
@@ -238,7 +238,7 @@ class UnknownCharacter(ValueError):  # noqa: N818 (the standard name of the thin
 
 
 def check_text(text: str) -> None:
-    """Refuse a text that no vocabulary can be built from: empty, or with a lone surrogate."""
+    """Refuse a text that gives no vocabulary: empty, or with a lone surrogate."""
     if not text:
         raise ValueError("text: got an empty text, expected one character or more")
     check_surrogates(text)
@@ -254,7 +254,7 @@ def check_surrogates(text: str) -> None:
 
 
 def check_ids(ids: ArrayLike, size: int, *, ndim: int | None = None) -> NDArray[np.integer[Any]]:
-    """Token ids as an array, refused unless they are integers from 0 to size - 1."""
+    """Return token ids as an array, refused unless they are integers from 0 to size - 1."""
     array = np.asarray(ids)
     if array.size == 0:  # an empty list has dtype float
         array = array.astype(np.int32)

@@ -28,7 +28,6 @@ _LARGEST = 2**31 - 1  # bytes of a text
 WIKITEXT_2 = Archive(
     name="wikitext-2",
     url="https://wikitext.smerity.com/wikitext-2-raw-v1.zip",  # the first author's own copy
-    size=4_721_645,
     sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
     folder="wikitext-2-raw",
     files=(

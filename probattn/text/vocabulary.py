@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-OTHER = "\N{REPLACEMENT CHARACTER}"  # of a frequent vocabulary's last symbol
+OTHER = "\N{REPLACEMENT CHARACTER}"  # name of a frequent vocabulary's last symbol
 
 
 class Vocabulary(Protocol):
@@ -57,16 +57,16 @@ class Vocabulary(Protocol):
         """Characters that begin in each token, shape (size,)."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of a text, shape (tokens,)."""
+        """Return the token ids of a text, shape (tokens,)."""
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of token ids of shape (tokens,)."""
+        """Return the text of token ids of shape (tokens,)."""
 
     def characters(self, ids: ArrayLike) -> int:
-        """Number of characters that token ids of any shape stand for."""
+        """Count the characters in token ids of any shape."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The vocabulary as JSON-safe values, read back by `vocabulary_from_dict`."""
+        """Return the vocabulary as JSON-safe values, read back by `vocabulary_from_dict`."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class CharacterVocabulary:
 
     @classmethod
     def from_text(cls, text: str) -> "CharacterVocabulary":
-        """The vocabulary of all characters of a text.
+        """Make the vocabulary of all characters of a text.
 
         Raises:
             ValueError: if the text is empty.
@@ -124,7 +124,7 @@ class CharacterVocabulary:
         return np.ones(self.size, np.int32)
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of a text over the symbols, the empty one included, shape (len(text),).
+        """Return the ids of a text over the symbols, the empty one included, shape (len(text),).
 
         Raises:
             UnknownCharacter: at the first character that is not among the symbols.
@@ -138,7 +138,7 @@ class CharacterVocabulary:
         return ids
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of token ids of shape (tokens,), the inverse of `encode`.
+        """Return the text of token ids of shape (tokens,), the inverse of `encode`.
 
         Raises:
             ValueError: if `ids` is not a vector of integers from 0 to size - 1.
@@ -146,7 +146,7 @@ class CharacterVocabulary:
         return self._points[check_ids(ids, self.size, ndim=1)].tobytes().decode("utf-32-le")
 
     def characters(self, ids: ArrayLike) -> int:
-        """Number of characters that token ids of any shape stand for: one each.
+        """Count the characters in token ids of any shape: one each.
 
         Raises:
             ValueError: if `ids` holds anything but integers from 0 to size - 1.
@@ -154,7 +154,7 @@ class CharacterVocabulary:
         return check_ids(ids, self.size).size
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe values: the kind and the list of symbols."""
+        """Return JSON-safe values: the kind and the list of symbols."""
         return {"kind": "character", "symbols": list(self.symbols)}
 
     @functools.cached_property
@@ -189,7 +189,7 @@ class FrequentVocabulary:
 
     @classmethod
     def from_text(cls, text: str, size: int) -> "FrequentVocabulary":
-        """The vocabulary of `size` symbols, the last of them for what is not kept.
+        """Make the vocabulary of `size` symbols, the last of them for what is not kept.
 
         Raises:
             ValueError: if size < 2, or the text has fewer than `size` distinct characters.
@@ -220,14 +220,14 @@ class FrequentVocabulary:
         return np.ones(self.size, np.int32)
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of any text, shape (len(text),)."""
+        """Return the token ids of any text, shape (len(text),)."""
         codes = _code_points(text)
         points = _code_points("".join(self.symbols))
         ids = np.minimum(np.searchsorted(points, codes), len(points) - 1).astype(np.int32)
         return np.where(points[ids] == codes, ids, np.int32(len(points)))
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of token ids of shape (tokens,), U+FFFD for the last symbol.
+        """Return the text of token ids of shape (tokens,), U+FFFD for the last symbol.
 
         Raises:
             ValueError: if `ids` is not a vector of integers from 0 to size - 1.
@@ -236,7 +236,7 @@ class FrequentVocabulary:
         return "".join(shown[token] for token in check_ids(ids, self.size, ndim=1))
 
     def characters(self, ids: ArrayLike) -> int:
-        """Number of characters that token ids of any shape stand for: one each.
+        """Count the characters in token ids of any shape: one each.
 
         Raises:
             ValueError: if `ids` holds anything but integers from 0 to size - 1.
@@ -244,7 +244,7 @@ class FrequentVocabulary:
         return check_ids(ids, self.size).size
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe values: the kind and the list of symbols kept."""
+        """Return JSON-safe values: the kind and the list of symbols kept."""
         return {"kind": "frequent", "symbols": list(self.symbols)}
 
 

@@ -13,7 +13,6 @@ from jaxtyping import TypeCheckError
 
 import probattn as pa
 from probattn.inference import load_run
-from probattn.inference.cli import main
 from probattn.inference.config import RunConfig
 from probattn.inference.config_files import read_tables
 from probattn.inference.runs.checks import check_same_corpus
@@ -170,16 +169,6 @@ for wrong in ("x", 1j, {}, -1.0):
     for line, start in zip(lines, starts, strict=True):
         assert line.startswith(start)
         assert ": expected " in line
-
-
-def test_sizes_that_no_float_holds(tmp_path, capsys):
-    length = "1" + "0" * 400
-    out = str(tmp_path / "out")
-    assert main(["sample", "--out", out, "--latent.length", length, "--data=absent"]) == 2
-    message = capsys.readouterr().err
-    assert "would take more than 1,099,511,627,776 GiB: expected at most the " in message
-    assert message.count("\n") == 1
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("function", [pa.stability_margin, pa.embedding_margin])

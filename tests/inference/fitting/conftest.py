@@ -31,7 +31,7 @@ def whole_fixture(config, tmp_path_factory):
     def recording_advance(self, state, step, stop):
         if step == 0:
             trainers.append(self)
-            starts.append(jax.tree.map(np.array, self.parameters(state)))
+            starts.append(jax.tree.map(np.array, self.guide.median(self.guide_params(state))))
         return advance(self, state, step, stop)
 
     def recording_append(self, row):

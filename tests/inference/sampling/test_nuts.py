@@ -204,7 +204,7 @@ def test_shapes_and_precision(whole):
 def test_float64_is_the_default_where_jax_is_not_in_it(whole):
     with jax.enable_x64(False):
         data = jnp.asarray(DATA, jnp.float32)
-        result = sample(model, model_args=(data,), config=FEW, start={"location": data})
+        result = sample(model, model_args=(data,), config=FEW, init_values={"location": data})
         assert jnp.zeros(()).dtype == jnp.float32  # and it stays as it was
     assert result.draws["scale"].dtype == np.float64
 
@@ -224,7 +224,7 @@ def test_lp_is_the_log_density_of_each_draw(whole):
 
 def test_the_slowest_chain_sets_the_pace(monkeypatch):
     monkeypatch.setattr(chains_module, "_CALL_SECONDS", 6.0)
-    pace = chains_module._CallLength(0, (50, 90), most=12, members=3, threads=2)
+    pace = chains_module._CallLength(0, (50, 90), most=12, chains=3, threads=2)
     counts, number = [], 0
     while (count := pace.next(number)) is not None:
         counts.append(count)
@@ -238,7 +238,7 @@ def test_the_slowest_chain_sets_the_pace(monkeypatch):
 
 
 def test_calls_do_not_become_long_before_the_slowest_chain_has_ended_any():
-    pace = chains_module._CallLength(0, (1000,), most=400, members=2, threads=2)
+    pace = chains_module._CallLength(0, (1000,), most=400, chains=2, threads=2)
     counts = []
     for number in range(8):
         counts.append(pace.next(number))
@@ -254,7 +254,7 @@ def test_calls_do_not_become_long_before_the_slowest_chain_has_ended_any():
 def test_start_at_given_values():
     start = {"scale": 1.5, "location": np.array([1.0, 2.0, 3.0])}
     config = SampleConfig(chains=2, warmup=0, draws=1, max_tree_depth=1)
-    result = sample(model, model_args=(DATA,), config=config, start=start)
+    result = sample(model, model_args=(DATA,), config=config, init_values=start)
     # One leapfrog step from there, or there still.
     assert np.all(np.abs(result.draws["location"] - start["location"]) < 3)
 
@@ -262,13 +262,28 @@ def test_start_at_given_values():
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        ({"sigma": 1.0}, "start names sigma: expected sample sites of the model, location, scale"),
-        ({"location": np.zeros(2)}, r"start has location of shape \(2,\): expected \(3,\)"),
+        (
+            {"sigma": 1.0},
+            "init_values names sigma: expected sample sites .*, location, scale",
+        ),
+        ({"location": np.zeros(2)}, r"init_values has location of shape \(2,\): expected \(3,\)"),
     ],
 )
 def test_starts_that_do_not_fit(start, message):
     with pytest.raises(ValueError, match=message):
-        sample(model, model_args=(DATA,), config=FEW, start=start)
+        sample(model, model_args=(DATA,), config=FEW, init_values=start)
+
+
+def test_the_old_name_of_the_initial_values_warns():
+    values = {"scale": 1.5, "location": np.array([1.0, 2.0, 3.0])}
+    config = SampleConfig(chains=1, warmup=0, draws=1, max_tree_depth=1)
+    with pytest.warns(FutureWarning, match="start is the old name of init_values") as warned:
+        old = sample(model, model_args=(DATA,), config=config, start=values)
+    assert warned[0].filename == __file__
+    new = sample(model, model_args=(DATA,), config=config, init_values=values)
+    np.testing.assert_array_equal(old.draws["location"], new.draws["location"])
+    with pytest.raises(ValueError, match="init_values and start are both given: expected one"):
+        sample(model, model_args=(DATA,), config=config, start=values, init_values=values)
 
 
 def test_a_start_outside_the_feasible_region():
@@ -281,7 +296,7 @@ def test_a_start_outside_the_feasible_region():
     start["embeddings"] = jnp.array([[-4.0, 4.0, 0.0, 0.1], [0.0, 0.1, 0.2, 0.3]])[..., None]
     message = r"log density of -inf: 2 tokens have a determinant <= 0, the smallest of -3\.8;"
     with pytest.raises(ValueError, match=message):
-        sample(free, model_args=(sites["tokens"]["value"],), config=FEW, start=start)
+        sample(free, model_args=(sites["tokens"]["value"],), config=FEW, init_values=start)
 
 
 def test_no_start_of_positive_density():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probattn.text.batches import Windows, batched_rows, random_blocks, windows
+from probattn.text.batches import Windows, batched_rows, map_batches, random_blocks, windows
 
 BLOCK = 8
 # Every token once and out of order, so that a block shows where it was taken from.
@@ -229,5 +229,14 @@ def test_rows_come_in_order_in_batches_of_one_size(count, size):
 
 def test_results_cut_off_after_the_count_are_those_of_all_rows():
     values = np.random.default_rng(0).normal(size=(10, 3))
-    batches = [values[rows].sum(axis=1) for rows in batched_rows(10, 4)]
-    np.testing.assert_array_equal(np.concatenate(batches)[:10], values.sum(axis=1))
+    calls = []
+
+    def of_batch(number, rows):
+        calls.append((number, rows.size))
+        return {"sum": jnp.asarray(values[rows]).sum(axis=1), "rows": (values[rows],)}
+
+    found = map_batches(of_batch, 10, 4)
+    assert calls == [(0, 4), (1, 4), (2, 4)]
+    assert isinstance(found["sum"], np.ndarray)
+    np.testing.assert_array_equal(found["rows"][0], values)
+    np.testing.assert_allclose(found["sum"], values.sum(axis=1), rtol=1e-5)

@@ -22,9 +22,7 @@ any_text = st.one_of(plain_text, st.text(_CODE_POINTS + _SURROGATES, max_size=6)
 
 integers = st.one_of(
     st.integers(-3, 40),
-    st.sampled_from(
-        [0, -1, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63, 10**19, 10**400, -(10**400)]
-    ),
+    st.sampled_from([0, -1, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63, 10**19]),
     st.integers(),
 )
 floats = st.one_of(
