@@ -25,6 +25,7 @@ from probattn.inference.cli.commands import (
     Sample,
 )
 from probattn.inference.cli.console import printable
+from probattn.inference.cli.quiet import silence_libraries
 from probattn.inference.config import SAMPLED_DATA, SAMPLED_OBJECTIVE, RunConfig, SampleRunConfig
 from probattn.inference.config_files import read_config, read_tables
 from probattn.inference.runs.folder import check_folder
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         143 when SIGINT or SIGTERM ended it. Errors are one line on standard error.
     """
     _print_what_the_encoding_holds()
+    if arguments is None:  # the process is the command's own
+        silence_libraries()
     with ended_by_signals():
         status = _main(arguments)
         if status:

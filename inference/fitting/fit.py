@@ -1,7 +1,6 @@
 """Fit a language model by SVI: what is checked before, and the run directory that it leaves."""
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -9,24 +8,18 @@ import optax
 from jaxtyping import Int
 
 from probattn.inference.config import RunConfig
-from probattn.inference.config_files import format_config
 from probattn.inference.fitting.guides import check_guide
 from probattn.inference.fitting.loop import Loop
 from probattn.inference.fitting.optimizers import check_optimizer
 from probattn.inference.fitting.reports import summarise_fit
 from probattn.inference.fitting.result import FitResult
 from probattn.inference.fitting.sharding import Placement
-from probattn.inference.runs.checks import check_options, check_same_config, check_same_corpus
-from probattn.inference.runs.folder import locked, room_for_run
-from probattn.inference.runs.run import Run, create_run, load_fit
-from probattn.inference.runtime.processes import (
-    check_same_everywhere,
-    is_main_process,
-    wait_for_all,
-)
+from probattn.inference.runs.opening import find_run, open_run
+from probattn.inference.runs.run import Run
+from probattn.inference.runtime.processes import is_main_process, wait_for_all
 from probattn.inference.runtime.progress import progress_bar
-from probattn.text.corpora import Corpus, DataError, load_corpus
-from probattn.text.vocabulary import Vocabulary, build_vocabulary
+from probattn.text.corpora import Corpus, DataError
+from probattn.text.vocabulary import Vocabulary
 
 
 def fit(
@@ -68,28 +61,15 @@ def fit(
             any more. metrics.jsonl says so, see `Run.stopped`; the checkpoint before is kept.
         Interrupted: on SIGINT or SIGTERM, after the state was saved.
     """
-    out = Path(out)
     placement = Placement(mesh, batch=config.fit.batch)
-    if is_main_process():
-        check_options(out, resume=resume, overwrite=overwrite)
     check_optimizer(config.fit, optimizer)
-    corpus = load_corpus(config.data)
-    check_same_everywhere("the options", format_config(config), corpus.sha256, mesh, resume)
-    if resume:
-        run = _reopen(out, config, corpus)
-        train, validation = training_tokens(corpus, run.vocabulary, config)
-    else:
-        vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
-        train, validation = training_tokens(corpus, vocabulary, config)
-        check_guide(config, vocabulary.size)
-    with ExitStack() as held:
-        if is_main_process():
-            held.enter_context(locked(out))  # from before the run is made to its end
-        if is_main_process() and not resume:
-            held.enter_context(room_for_run(out, overwrite=overwrite))
-            create_run(out, config, corpus, vocabulary)
-        wait_for_all("made")
-        run = load_fit(out)
+    run, corpus = find_run(
+        Run, Path(out), config, resume=resume, overwrite=overwrite, agreed=(mesh,)
+    )
+    train, validation = training_tokens(corpus, run.vocabulary, config)
+    if not resume:
+        check_guide(config, run.vocabulary.size)
+    with open_run(run, resume=resume, overwrite=overwrite) as run:
         loop = Loop(run, train, validation, optimizer, placement)
         with progress_bar(
             f"fit {config.objective.name}",
@@ -104,13 +84,6 @@ def fit(
         wait_for_all("concluded")
     score = run.summary()["fit"]
     return FitResult(run, score["validation_cross_entropy"], score["validation_bpc"], run.metrics())
-
-
-def _reopen(out: Path, config: RunConfig, corpus: Corpus) -> Run:
-    run = load_fit(out)
-    check_same_config(run, config)
-    check_same_corpus(run, corpus)
-    return run
 
 
 def training_tokens(

@@ -1,15 +1,18 @@
-"""Checkpoints by orbax: one folder for the latest state, one for the best parameters."""
+"""Checkpoints by orbax: one folder for the latest state, one for the best parameters.
+
+Orbax's `CheckpointManager` is not used: it brings nothing to the disk before it renames, and it
+deletes the checkpoint before as soon as the new one has its name. See record 12 of
+`docs/decisions.md`.
+"""
 
 import glob
 import hashlib
-import logging
 import math
 import os
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from probattn.messages import one_line
-from probattn.inference.runtime.memory import check_memory
 from probattn.inference.runs.files import WriteError, fsync, write_errors
+from probattn.inference.runtime.memory import check_memory
+from probattn.messages import one_line
 
 if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
+    import tensorstore
 
 _ARRAYS = "arrays"
 _CHECKSUMS = "SHA256SUMS"
 _SLACK = 2**24  # bytes of a checkpoint beside its arrays, at most
-_LATE: dict[str, Callable[[Any], None]] = {}  # the hook that is set, see `_ignore_late_errors`
 
 
 class CheckpointError(ValueError):
@@ -39,9 +41,9 @@ class CheckpointError(ValueError):
 class CheckpointFolder:
     """A folder with one checkpoint of named arrays, under the number of its step.
 
-    A new checkpoint takes its name only when it is complete, and the one before it is deleted
-    only then. Loading executes nothing: names, shapes and dtypes are compared with what the
-    caller expects before an array is read.
+    A new checkpoint takes its name only when it is complete and on the disk, and the one before it
+    is deleted only then. Loading executes nothing: checksums, names, shapes and dtypes are compared
+    with what the caller expects before an array is read.
 
     Args:
         path: the folder; `save` creates it.
@@ -70,25 +72,32 @@ class CheckpointFolder:
             step: the checkpoint's number.
             arrays: what `load` gives by default.
             others: further parts, each of named arrays: all are saved, or none.
+
+        Raises:
+            WriteError: if they cannot be written; the checkpoint before is kept.
         """
-        target = self._path / str(step)
+        target, partial = self._path / str(step), self._path / f"{step}.saving"
         if not target.exists():
-            partial = self._path / f"{step}.saving"
+            parts = {
+                part: {name: np.asarray(leaf) for name, leaf in named.items()}
+                for part, named in {_ARRAYS: arrays, **others}.items()
+            }
             shutil.rmtree(partial, ignore_errors=True)
-            for part, named in {_ARRAYS: arrays, **others}.items():
-                _save(partial / part, {name: np.asarray(leaf) for name, leaf in named.items()})
-            with write_errors(target):
+            try:
+                _write(partial, parts)
                 for entry in (*partial.rglob("*"), partial):
                     fsync(entry)
                 partial.rename(target)
                 fsync(self._path)
-        self._tidy(step)
+            # Tensorstore raises a ValueError, which quotes the system, where a disk is full.
+            except Exception as error:
+                shutil.rmtree(partial, ignore_errors=True)  # which makes room again
+                raise WriteError(target, _system_error(error)) from None
+        self.tidy(step)
 
-    def tidy(self) -> None:
-        """Remove all but the newest checkpoint: those before it, and what was not saved whole."""
-        self._tidy(self.step)
-
-    def _tidy(self, kept: int | None) -> None:
+    def tidy(self, step: int | None = None) -> None:
+        """Remove all but one checkpoint, by default the newest: older ones, and unfinished ones."""
+        kept = self.step if step is None else step
         for entry in self._path.iterdir() if self._path.is_dir() else ():
             if entry.name != str(kept):
                 with write_errors(entry):
@@ -108,14 +117,11 @@ class CheckpointFolder:
     def load_with_step(
         self, like: Mapping[str, Any], *, part: str = _ARRAYS
     ) -> tuple[int, dict[str, Array]]:
-        """The same, and its step, which may be a later one than `step` was before."""
-        expected = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in like.items()
-        }
+        """Load the same, and the step, which may be a later one than `step` was before."""
         while (step := self.step) is not None:
             folder = self._path / str(step)
             try:
-                stored = _stored(folder / part, expected)
+                stored = _read(folder / part, like)
             # Orbax and tensorstore raise what they meet: KeyError, OSError, JSON errors and others.
             except Exception as error:
                 if self.step != step:  # a fit that goes on has replaced it
@@ -127,13 +133,13 @@ class CheckpointFolder:
                     "start again with --overwrite"
                 ) from None
             return step, {
-                name: jnp.asarray(leaf, expected[name].dtype) for name, leaf in stored.items()
+                name: jnp.asarray(leaf, like[name].dtype) for name, leaf in stored.items()
             }
         raise CheckpointError(f"{self._path}: got no checkpoint, expected one to load")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves of any tree by their path, as `CheckpointFolder` saves them."""
+    """Return the leaves of any tree by their path, as `CheckpointFolder` saves them."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -141,147 +147,14 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """The tree with its leaves replaced by those of the same path."""
+    """Return the tree with its leaves replaced by those of the same path."""
     return jax.tree.unflatten(
         jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)]
     )
 
 
-def _stored(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays as they were saved, which have the names and shapes that are expected."""
-    # Before tensorstore opens them: a file cut short can end the process there.
-    _check_sizes(folder, expected)
-    _check_files(folder)
-    from orbax.checkpoint.args import StandardRestore
-
-    with _quiet(), _checkpointer() as checkpointer:
-        described = _described(checkpointer, folder)
-        kinds = {
-            name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
-            for name, leaf in described.items()
-        }
-        _check_same(kinds, expected)
-        _check_chunks(described)
-        # As NumPy arrays: JAX would round float64 where that is not enabled.
-        empty = {name: np.empty(kind.shape, kind.dtype) for name, kind in kinds.items()}
-        return checkpointer.restore(folder, args=StandardRestore(empty))
-
-
-def _described(checkpointer: "ocp.Checkpointer", folder: Path) -> Mapping[str, Any]:
-    """What a saved folder says of its arrays: the shape, dtype and storage of each."""
-    description = checkpointer.metadata(folder).item_metadata
-    if description is None:
-        raise ValueError("what it holds is not described")
-    return description.tree
-
-
-def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Save arrays by orbax, and their checksums beside them.
-
-    Raises:
-        WriteError: if they cannot be written, or what was written does not describe them.
-    """
-    from orbax.checkpoint.args import StandardSave
-
-    try:
-        with _quiet(), _checkpointer() as checkpointer:
-            with _literal(folder) as literal:
-                checkpointer.save(literal, args=StandardSave(dict(arrays)))
-            # Orbax reports no error where it found nothing to merge, and none could be loaded.
-            _check_same(_described(checkpointer, folder), arrays)
-        with _checksum_file(folder).open("x", encoding="utf-8") as file:
-            file.write(_checksums(folder))
-    # Tensorstore raises a ValueError, which quotes the system, where a disk is full.
-    except Exception as error:
-        shutil.rmtree(folder.parent, ignore_errors=True)  # which makes room again
-        raise WriteError(folder.parent.with_suffix(""), _system_error(error)) from None
-
-
-@contextmanager
-def _literal(folder: Path) -> Iterator[Path]:
-    """The folder, through a link where a glob would read its own path as a pattern.
-
-    Orbax merges what it has written by a glob on the absolute path. It finds nothing below a
-    folder named `[2024]`, and could find another run's files below one named `*`.
-    """
-    if glob.escape(str(folder)) == str(folder):
-        yield folder
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="probattn-") as temporary:
-        link = Path(temporary) / "link"
-        link.symlink_to(folder.parent)
-        yield link / folder.name
-
-
-def _checkpointer() -> "ocp.Checkpointer":
-    """Orbax's, of this process alone: what it saves and loads is whole in its memory.
-
-    Not the asynchronous one, which gives up after ten minutes by the time of day: a clock that is
-    set forward would end a save.
-    """
-    import orbax.checkpoint as ocp  # here, since it takes an eighth of the time of all imports
-
-    options = ocp.options.MultiprocessingOptions()
-    if jax.process_count() > 1:
-        this = jax.process_index()
-        options = ocp.options.MultiprocessingOptions(
-            primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"
-        )
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
-
-
-def _system_error(error: Exception) -> OSError:
-    """What the system said, of an exception that may be another library's."""
-    if isinstance(error, OSError):
-        return error
-    if quoted := re.search(r"os_error_code='(\d+)'", str(error)):
-        return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
-    return OSError(one_line(error)[:200])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of orbax beside the one line that an error is."""
-    _ignore_late_errors()
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _ignore_late_errors() -> None:
-    """No tracebacks, either, of arrays still being read or written when another has failed.
-
-    Orbax closes its event loop at the first error. Tensorstore's threads call it all the same, at
-    any time after, and Python reports what nobody can catch through `sys.unraisablehook`. Tasks
-    that failed too are reported by asyncio's logger, when they are collected.
-    """
-    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
-    before = sys.unraisablehook
-    if before is _LATE.get("hook"):
-        return
-
-    def hook(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-        if not (late and unraisable.object is None):
-            before(unraisable)
-
-    sys.unraisablehook = _LATE["hook"] = hook
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Whether what asyncio says is not of a task whose code lies in orbax."""
-    return f"{os.sep}orbax{os.sep}" not in record.getMessage()
-
-
-def _checksums(folder: Path) -> str:
-    """SHA-256 of every file, as `sha256sum --check` reads it beside the folder."""
+def checksums(folder: Path) -> str:
+    """Return the SHA-256 of every file, as `sha256sum --check` reads it beside the folder."""
     lines = []
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -293,14 +166,97 @@ def _checksums(folder: Path) -> str:
     return "".join(lines)
 
 
+def _write(checkpoint: Path, parts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write the parts of a checkpoint by orbax, and their checksums beside them."""
+    import orbax.checkpoint as ocp  # here, since it takes an eighth of the time of all imports
+
+    options = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:  # what this process saves is whole in its memory
+        this = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"
+        )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    checkpoint.mkdir(parents=True)
+    # Not the asynchronous one, which gives up after ten minutes by the time of day: a clock that is
+    # set forward would end a save.
+    with (
+        _without_pattern(checkpoint) as folder,
+        ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer,
+    ):
+        for part, arrays in parts.items():
+            checkpointer.save(folder / part, args=ocp.args.StandardSave(dict(arrays)))
+            # Orbax reports no error where it found nothing to merge, and none could be loaded.
+            _check_same(_open(checkpoint / part), arrays)
+            _checksum_file(checkpoint / part).write_text(checksums(checkpoint / part), "utf-8")
+
+
+def _read(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Read arrays as they were saved, if they have the names and shapes that are expected."""
+    # Before tensorstore opens them: a file cut short can end the process there.
+    _check_sizes(folder, expected)
+    _check_files(folder)
+    arrays = _open(folder)
+    _check_same(arrays, expected)
+    for name, array in arrays.items():  # of which one chunk is allocated at a time
+        chunk = tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or ())
+        if math.prod(chunk) > max(1, math.prod(array.shape)):
+            raise ValueError(f"array {name} of {array.shape} is in chunks of {chunk}")
+    reads = {name: array.read() for name, array in arrays.items()}
+    return {name: read.result() for name, read in reads.items()}
+
+
+def _open(folder: Path) -> dict[str, "tensorstore.TensorStore"]:
+    """Open the arrays that orbax saved, without reading them.
+
+    By tensorstore, as orbax does, and without orbax's event loop: where an array is damaged, orbax
+    closes the loop, and those that are still being read then print a traceback each.
+    """
+    import tensorstore
+
+    place = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+    keys = tensorstore.KvStore.open(place).result().list().result()
+    names = [key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")]
+    plain = {"driver": "zarr", "fill_missing_data_reads": False}  # what is missing is no zero
+    stores = {name: plain | {"kvstore": place | {"path": f"{name}/"}} for name in names}
+    opened = {name: tensorstore.open(store, read=True) for name, store in stores.items()}
+    return {name: future.result() for name, future in opened.items()}
+
+
+@contextmanager
+def _without_pattern(folder: Path) -> Iterator[Path]:
+    """Give the folder, through a link where a glob would read its path as a pattern.
+
+    Orbax merges what it has written by a glob on the absolute path. It finds nothing below a
+    folder named `[2024]`, and could find another run's files below one named `*`.
+    """
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="probattn-") as temporary:
+        link = Path(temporary) / "link"
+        link.symlink_to(folder)
+        yield link
+
+
+def _system_error(error: Exception) -> OSError:
+    """Return what the system said, of an exception that may be another library's."""
+    if isinstance(error, OSError):
+        return error
+    if quoted := re.search(r"os_error_code='(\d+)'", str(error)):
+        return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
+    return OSError(one_line(error)[:200])
+
+
 def _checksum_file(folder: Path) -> Path:
-    """Where the checksums of a part stand: beside it."""
+    """Return where the checksums of a part stand: beside it."""
     return folder.with_name(_CHECKSUMS if folder.name == _ARRAYS else f"{_CHECKSUMS}.{folder.name}")
 
 
 def _check_files(folder: Path) -> None:
+    """Refuse files that are not those that were saved."""
     stored = set(_checksum_file(folder).read_text(encoding="utf-8").splitlines())
-    changed = stored ^ set(_checksums(folder).splitlines())
+    changed = stored ^ set(checksums(folder).splitlines())
     if changed:
         names = sorted({line.partition("  ")[2] for line in changed})
         raise ValueError(f"files that do not fit their checksums: {', '.join(names)}")
@@ -316,20 +272,18 @@ def _check_sizes(folder: Path, expected: Mapping[str, Any]) -> None:
         raise ValueError(f"it has {files} bytes, expected at most {largest}")
 
 
-def _check_chunks(stored: Mapping[str, Any]) -> None:
-    """Refuse arrays in chunks larger than themselves: one is allocated at a time."""
-    for name, leaf in stored.items():
-        chunk = leaf.storage.chunk_shape
-        if math.prod(chunk) > max(1, math.prod(leaf.shape)):
-            raise ValueError(f"array {name} of {leaf.shape} is in chunks of {tuple(chunk)}")
+def _dtype(array: Any) -> np.dtype:
+    """Return the dtype of a NumPy array, or of one that tensorstore has opened."""
+    return np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
 
 
 def _check_same(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse other names, shapes or dtypes than are expected."""
     if stored.keys() != expected.keys():
         difference = sorted(stored.keys() ^ expected.keys())
         raise ValueError(f"it differs in the arrays {', '.join(difference[:5])}")
     for name, leaf in expected.items():
-        shape, dtype = stored[name].shape, stored[name].dtype
+        shape, dtype = stored[name].shape, _dtype(stored[name])
         # A run fitted in one floating precision may be opened in a process that has another.
         both_floating = all(jnp.issubdtype(kind, jnp.floating) for kind in (dtype, leaf.dtype))
         if shape != leaf.shape or not (both_floating or dtype == leaf.dtype):

@@ -1,29 +1,11 @@
-"""Whether a run directory is one to start in, and a run one to go on with."""
+"""Whether a run is one to go on with."""
 
-from pathlib import Path
-
-from probattn.text.corpora import Corpus
-from probattn.inference.config import RunConfig
+from probattn.inference.config import RunConfig, SampleRunConfig
 from probattn.inference.config_files import differences
 from probattn.inference.runs.files import RunError
-from probattn.messages import legible
-from probattn.inference.runs.folder import check_target
 from probattn.inference.runs.run import RunDirectory
-from probattn.inference.config import SampleRunConfig
-
-
-def check_options(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a directory for what is asked of it.
-
-    Raises:
-        ValueError: if both are asked for; RunError if a new run would damage what is there.
-    """
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other: expected at most one of them")
-    if not resume:
-        check_target(path, overwrite=overwrite)
-    elif not (path / "config.toml").exists():
-        raise RunError(f"{path}: holds no run to resume; start one without --resume")
+from probattn.messages import legible
+from probattn.text.corpora import Corpus
 
 
 def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) -> None:

@@ -119,5 +119,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunError(f"{path}: damaged: expected an object, got {type(content).__name__}")
     return content
-
-

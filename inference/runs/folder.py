@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,8 +33,8 @@ ENTRIES = (
 LOCK_SECONDS = 60.0
 """To wait for the lock with work that is done: but for fits and samplers nobody holds it long."""
 
-# Where the entries of a run that is being replaced lie: those moved so far, and then all of them.
-_PUT_ASIDE, _REPLACED = "put-aside", "replaced"
+_REPLACED = "replaced"  # where the run that is being replaced lies
+_PUT_ASIDE = "put-aside"  # where older versions put its entries first
 
 # Most bytes of what is read in one go; a million reports are within.
 _LARGEST = {
@@ -109,67 +109,89 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def clear(path: Path) -> None:
-    """Remove all that a run consists of; its folder and its lock stay.
+def clear(path: Path, names: Iterable[str] = ENTRIES) -> None:
+    """Remove all that a run consists of, the configuration first; its folder and its lock stay.
 
     Raises:
         WriteError: if something cannot be removed.
     """
-    for name in ENTRIES:
+    for name in names:
         entry = path / name
         with write_errors(entry):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
 @contextmanager
-def room_for_run(path: Path, *, overwrite: bool) -> Iterator[None]:
-    """Put aside the run that a new one replaces, under the lock that the caller holds.
+def replacement(path: Path, *, overwrite: bool) -> Iterator[None]:
+    """Set aside the run that a new one replaces, under the lock that the caller holds.
 
     It is removed after the block. But it comes back if the block raises before the new run has a
-    checkpoint to resume from or draws, or a kill ends it before the new one is a run at all.
+    checkpoint to resume from or draws.
+
+    Args:
+        path: of both runs.
+        overwrite: false where a run goes on, which may be one that replaces another.
 
     Raises:
-        RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
-        WriteError: if something cannot be moved.
+        WriteError: if something cannot be moved or removed.
     """
-    check_target(path, overwrite=overwrite)
-    if not (path / "config.toml").exists():  # what there may be is no run
-        clear(path)
-        yield
-        return
     try:
-        with write_errors(path):
-            (path / _PUT_ASIDE).mkdir()
-            for entry in [path / name for name in ENTRIES if (path / name).exists()]:
-                entry.rename(path / _PUT_ASIDE / entry.name)
-            (path / _PUT_ASIDE).rename(path / _REPLACED)
+        if overwrite:
+            _set_aside(path)
         yield
     except BaseException:
-        _end_replacement(path, back=is_replacing(path))
+        if is_replacing(path):
+            _bring_back(path)
+        else:
+            _drop(path)
         raise
-    _end_replacement(path, back=False)
+    _drop(path)
 
 
 def is_replacing(path: Path) -> bool:
-    """Whether the run that was there before would come back if the new one failed now."""
+    """Tell whether the run that was there before would come back if the new one failed now."""
+    if not (path / _REPLACED).is_dir():
+        return False
     saved = *path.glob("checkpoints/latest/*"), *path.glob("segments/*.npz")
     begun = any(re.fullmatch(r"\d+|\d+-\d+\.npz", entry.name) for entry in saved)
-    return (path / _REPLACED).is_dir() and not begun
+    return not (begun and _is_whole(path))
 
 
-def _end_replacement(path: Path, *, back: bool) -> None:
-    """Bring back the run that was put aside, or drop it; one only half put aside comes back."""
+def _is_whole(path: Path) -> bool:
+    """Tell whether the old run is wholly set aside: its configuration goes last, and returns first.
+
+    Until then all that lies beside is of the old run too.
+    """
+    return (path / _REPLACED / "config.toml").exists()
+
+
+def _set_aside(path: Path) -> None:
+    if not (path / "config.toml").exists() or is_replacing(path):
+        clear(path)  # what there may be is no run, or one that a kill ended before it had begun
+        return
+    _drop(path)
     with write_errors(path):
-        if (path / _REPLACED).is_dir():
-            if back:
-                clear(path)
-                (path / _REPLACED).rename(path / _PUT_ASIDE)
-            else:
-                shutil.rmtree(path / _REPLACED)
-        if (path / _PUT_ASIDE).is_dir():
-            for entry in (path / _PUT_ASIDE).iterdir():
-                entry.rename(path / entry.name)
-            (path / _PUT_ASIDE).rmdir()
+        (path / _REPLACED).mkdir()
+        for name in reversed(ENTRIES):
+            if (path / name).exists():
+                (path / name).rename(path / _REPLACED / name)
+
+
+def _bring_back(path: Path, aside: str = _REPLACED) -> None:
+    if _is_whole(path):
+        clear(path)
+    with write_errors(path):
+        for name in ENTRIES:
+            if (path / aside / name).exists():
+                (path / aside / name).rename(path / name)
+        (path / aside).rmdir()
+
+
+def _drop(path: Path) -> None:
+    if (path / _REPLACED).is_dir():
+        clear(path / _REPLACED, reversed(ENTRIES))
+        with write_errors(path):
+            (path / _REPLACED).rmdir()
 
 
 @contextmanager
@@ -210,5 +232,8 @@ def _tidy(path: Path) -> None:
             if name != entry.name and _WRITTEN.fullmatch(written):
                 with write_errors(entry):
                     entry.unlink()
-    # A new run that is whole stays: it is what --resume goes on with.
-    _end_replacement(path, back=not (path / "config.toml").exists())
+    if (path / _PUT_ASIDE).is_dir():
+        _bring_back(path, _PUT_ASIDE)
+    # A new run stays: it is what --resume goes on with, and the old one lies aside until it ends.
+    if (path / _REPLACED).is_dir() and not ((path / "config.toml").exists() and _is_whole(path)):
+        _bring_back(path)

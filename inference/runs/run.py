@@ -18,33 +18,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
-from probattn.messages import describe
-from probattn.text.corpora import Corpus
+from probattn.inference.config import RunConfig, SampleRunConfig
+from probattn.inference.config_files import read_tables
 from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder
-from probattn.inference.config import RunConfig
-from probattn.inference.config_files import format_config, read_tables
 from probattn.inference.runs.files import (
     RunError,
+    fsync,
     read_bytes,
     read_json,
-    replacing,
-    fsync,
-    write_text,
     write_errors,
+    write_text,
 )
-from probattn.inference.runs.folder import check_folder, check_target, clear, locked, room_for_run
-from probattn.inference.config import SampleRunConfig
+from probattn.inference.runs.folder import check_folder, locked
 from probattn.inference.runs.segments import SegmentFolder
+from probattn.messages import describe
 from probattn.models.language import parameter_shapes
 from probattn.text.vocabulary import Vocabulary, vocabulary_from_dict
-
-_END = "\n# end\n"  # of a config.toml
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,17 @@ class RunDirectory:
     config: RunConfig | SampleRunConfig
     data: Mapping[str, Any]
     vocabulary: Vocabulary
+
+    def reopened(self) -> Self:
+        """Open the run again, under its lock.
+
+        Raises:
+            RunError: if another run has been made there.
+        """
+        there = load_run(self.path)
+        if not isinstance(there, type(self)) or there != self:
+            raise RunError(f"{self.path}: holds another run than when it was opened; open that one")
+        return there
 
     def summary(self) -> dict[str, Any]:
         """Results so far, by the command that made them."""
@@ -84,11 +89,7 @@ class RunDirectory:
             RunError: if it holds it still, or another run has been made there.
         """
         with locked(self.path, wait=wait):
-            there = load_run(self.path)
-            if (there.config, there.data) != (self.config, self.data):
-                raise RunError(
-                    f"{self.path}: holds another run than when it was opened; open that one"
-                )
+            self.reopened()
             yield
 
 
@@ -215,9 +216,6 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
         )
     except ValueError as error:
         raise RunError(f"damaged run: {error}") from None
-    # A file that was cut off at the end of a line is still TOML, of a run with other settings.
-    if not text.endswith(_END):
-        raise RunError(f"{path / 'config.toml'}: damaged: expected {_END.strip()!r} at its end")
     data = read_json(path / "data.json")
     try:
         vocabulary = vocabulary_from_dict(data["vocabulary"])
@@ -254,60 +252,6 @@ def require_fit(run: RunDirectory) -> Run:
     return run
 
 
-def create_run(
-    path: str | os.PathLike[str],
-    config: RunConfig,
-    corpus: Corpus,
-    vocabulary: Vocabulary,
-    *,
-    overwrite: bool = False,
-) -> Run:
-    """Make the run directory of a fit.
-
-    Raises:
-        RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
-    """
-    run = Run(Path(path), config, _describe(corpus), vocabulary)
-    _create(run, overwrite=overwrite)
-    return run
-
-
-def create_posterior_run(
-    path: str | os.PathLike[str],
-    config: SampleRunConfig,
-    corpus: Corpus,
-    vocabulary: Vocabulary,
-    *,
-    start: Mapping[str, Any] | None = None,
-) -> PosteriorRun:
-    """Make the run directory of a sampled posterior, with what its chains start from.
-
-    Raises:
-        RunError: if the path holds a run, or anything else.
-    """
-    run = PosteriorRun(Path(path), config, _describe(corpus), vocabulary)
-    _create(run, overwrite=False, start=start)
-    return run
-
-
-def _create(run: RunDirectory, *, overwrite: bool, start: Mapping[str, Any] | None = None) -> None:
-    path = run.path
-    check_target(path, overwrite=overwrite)
-    # The room checks the target again: another process may have been faster.
-    with locked(path), room_for_run(path, overwrite=overwrite):
-        try:
-            description = {**run.data, "vocabulary": run.vocabulary.to_dict()}
-            write_text(path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
-            if start is not None:
-                with replacing(path / "start.npz") as stream:
-                    np.savez(stream, allow_pickle=False, **start)
-            # Last: a directory with a config.toml is a run, and must be a whole one.
-            write_text(path / "config.toml", format_config(run.config) + _END)
-        except BaseException:
-            clear(path)
-            raise
-
-
 _DATA_FIELDS = {
     "name": str,
     "description": str,
@@ -315,16 +259,6 @@ _DATA_FIELDS = {
     "train_characters": int,
     "validation_characters": int,
 }
-
-
-def _describe(corpus: Corpus) -> dict[str, Any]:
-    return {
-        "name": corpus.name,
-        "description": corpus.description,
-        "sha256": corpus.sha256,
-        "train_characters": len(corpus.train),
-        "validation_characters": len(corpus.validation),
-    }
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from probattn.inference.runs.npz import read_arrays
 from probattn.inference.runs.files import replacing
+from probattn.inference.runs.npz import read_arrays
 
 _NAME = re.compile(r"(\d{8})-(\d{8})\.npz")
 _KINDS = ("draws", "statistics", "state")

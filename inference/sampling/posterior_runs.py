@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import numpy as np
 
 from probattn.inference.config import SampleConfig, SampleRunConfig
 from probattn.inference.fitting.guide_draws import guide_draws
-from probattn.inference.runs.checks import check_options, check_same_config, check_same_corpus
+from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError
-from probattn.inference.runs.folder import clear, locked, room_for_run
+from probattn.inference.runs.folder import clear
 from probattn.inference.runs.npz import read_arrays
-from probattn.inference.runs.run import PosteriorRun, Run, create_posterior_run, load_run
+from probattn.inference.runs.opening import find_run, open_run
+from probattn.inference.runs.run import PosteriorRun, Run
 from probattn.inference.runtime.memory import check_memory
 from probattn.inference.sampling.chains import SampleError
 from probattn.inference.sampling.initialisation import given_values
@@ -25,7 +25,7 @@ from probattn.inference.sampling.result import PosteriorResult
 from probattn.models import language_model, latent_embeddings
 from probattn.text.batches import windows
 from probattn.text.corpora import Corpus, DataError, load_corpus
-from probattn.text.vocabulary import Vocabulary, build_vocabulary
+from probattn.text.vocabulary import Vocabulary
 
 
 def sample_run(
@@ -61,24 +61,16 @@ def sample_run(
     """
     init_values = given_values(init_values, start)
     out = Path(out)
-    check_options(out, resume=resume, overwrite=overwrite)
     if config.latent is not None:
         size = config.latent  # embeddings, and a coupling
         numbers = size.width * (size.sequences * size.length + size.width)
         check_memory("chains of [latent]", 8 * config.sample.chains * numbers)
-    corpus = load_corpus(config.data)
+    run, corpus = find_run(PosteriorRun, out, config, resume=resume, overwrite=overwrite)
+    arguments = _tokens(config, corpus, run.vocabulary)
     if resume:
-        run = _reopen(out, config, corpus)
         init_values = _read_start(run)
-        arguments = _tokens(config, corpus, run.vocabulary)
-    else:
-        vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
-        arguments = _tokens(config, corpus, vocabulary)
     made = not out.exists()
-    room = nullcontext() if resume else room_for_run(out, overwrite=overwrite)
-    with locked(out), room:  # from before the run is made to its end
-        if not resume:
-            run = create_posterior_run(out, config, corpus, vocabulary, start=init_values)
+    with open_run(run, resume=resume, overwrite=overwrite, start=init_values) as run:
         try:
             result = sample(
                 posterior_model(config, run.vocabulary),
@@ -233,12 +225,3 @@ def _read_start(run: PosteriorRun) -> dict[str, np.ndarray] | None:
     # NumPy and zipfile raise what they meet: EOFError, BadZipFile and others.
     except Exception as error:
         raise RunError(f"{path}: damaged ({error}); start again with --overwrite") from None
-
-
-def _reopen(out: Path, config: SampleRunConfig, corpus: Corpus) -> PosteriorRun:
-    run = load_run(out)
-    if not isinstance(run, PosteriorRun):
-        raise RunError(f"{out}: is a fitted run: resume it with fit, or name another directory")
-    check_same_config(run, config)
-    check_same_corpus(run, corpus)
-    return run

@@ -1,4 +1,4 @@
-"""What `benchmarks/faults.py` calls whole after a kill, and what it calls torn."""
+"""What `kill.py` calls whole after a kill, and what it calls torn."""
 
 import hashlib
 from pathlib import Path

@@ -1,12 +1,13 @@
 """Runs that come from anybody: no link leads out of them, and no claim of theirs is believed."""
 
 import asyncio
-import gc
 import io
 import json
+import logging
 import os
 import shutil
 import sys
+import threading
 import zipfile
 from types import SimpleNamespace
 
@@ -16,14 +17,21 @@ import tensorstore
 
 from probattn.inference import load_run
 from probattn.inference.cli import main
-from probattn.inference.runs import checkpoints
-from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder
+from probattn.inference.cli.quiet import silence_libraries
+from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder, checksums
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.npz import read_arrays
-from probattn.inference.runs.run import create_run
 from probattn.inference.runs.segments import Segment, SegmentError, SegmentFolder
 from probattn.inference.runtime import memory
-from tests.support.made_runs import ARRAYS, CONFIG, CORPUS, VOCABULARY, draw, make_run
+from tests.support.made_runs import (
+    ARRAYS,
+    CONFIG,
+    CORPUS,
+    VOCABULARY,
+    create_run,
+    draw,
+    make_run,
+)
 from tests.support.refusals import refusal
 from tests.support.tiny_run import files_of
 
@@ -200,8 +208,10 @@ def folder(tmp_path):
     [
         ({"shape": [2**40, 70]}, "array a.b is float64 (1099511627776, 70), expected float64"),
         ({"chunks": [2**20, 2**20]}, "array a.b of (90, 70) is in chunks of (1048576, 1048576)"),
-        ({"dtype": "|O"}, "what it holds is not described"),
-        ({"filters": [{"id": "pickle"}]}, "what it holds is not described"),
+        ({"dtype": "|O"}, 'Error reading "a.b/.zarray"'),
+        ({"filters": [{"id": "pickle"}]}, 'Error reading "a.b/.zarray"'),
+        ({"compressor": {"id": "zlib", "level": 1}}, 'Error reading "a.b/0.0"'),
+        ({"chunks": [45, 70]}, "a.b"),  # of which the second is not there
     ],
 )
 def test_a_checkpoint_that_claims_what_it_is_not(folder, tmp_path, caplog, changes, reason):
@@ -211,45 +221,44 @@ def test_a_checkpoint_that_claims_what_it_is_not(folder, tmp_path, caplog, chang
     store = tensorstore.KvStore.open(specification).result()
     described = json.loads(store.read("a.b/.zarray").result().value) | changes
     store.write("a.b/.zarray", json.dumps(described).encode()).result()
-    (arrays.parent / "SHA256SUMS").write_text(checkpoints._checksums(arrays), encoding="utf-8")
+    (arrays.parent / "SHA256SUMS").write_text(checksums(arrays), encoding="utf-8")
     assert reason in refusal(CheckpointError, folder.load, ARRAYS)
     assert [record.getMessage() for record in caplog.records] == []
 
 
-def test_what_is_read_too_late_is_no_traceback(folder, monkeypatch):
+def test_saving_and_loading_leave_the_process_as_it_was(folder):
+    """Its hooks and its loggers are its own."""
+
+    def state():
+        loggers = [logging.getLogger(name) for name in (None, "absl", "asyncio")]
+        hooks = (sys.unraisablehook, sys.excepthook, threading.excepthook)
+        return hooks, [(each.level, each.filters[:], each.handlers[:]) for each in loggers]
+
+    before = state()
+    folder.load(ARRAYS)
+    folder.save(4, ARRAYS)
+    refusal(CheckpointError, folder.load, {})
+    assert state() == before
+
+
+def test_the_command_prints_no_traceback_of_what_is_read_too_late(monkeypatch, caplog):
     """After one array has failed, tensorstore calls the event loop that orbax closed."""
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
-    folder.load(ARRAYS)
-    first = sys.unraisablehook
-    folder.load(ARRAYS)
-    assert sys.unraisablehook is first
+    for name in ("absl", "asyncio"):
+        caplog.set_level(logging.WARNING, logger=name)  # as it was, after the test
     closed = asyncio.new_event_loop()
     closed.close()
     with pytest.raises(RuntimeError) as late:
         closed.call_soon_threadsafe(print)
     others = [(late.value, print), (RuntimeError("another"), None), (None, None)]
+    silence_libraries()
     for error, owner in [(late.value, None), *others]:
         sys.unraisablehook(SimpleNamespace(exc_value=error, object=owner))
     assert [(one.exc_value, one.object) for one in told] == others
-
-
-@pytest.mark.parametrize(
-    ("file", "told"),
-    [("/python/orbax/checkpoint/handlers.py", []), ("/python/another.py", ["asyncio"])],
-)
-def test_a_task_that_fails_second_is_no_traceback(folder, caplog, file, told):
-    """Asyncio tells of a task whose error nobody took, and names the file of its code."""
-    folder.load(ARRAYS)
-    exec(compile("async def fail(): raise OSError", file, "exec"), namespace := {})
-
-    async def forget():
-        await asyncio.wait([asyncio.create_task(namespace["fail"]())])
-
-    caplog.clear()
-    asyncio.run(forget())
-    gc.collect()
-    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == told
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).error("told twice")
+    assert caplog.records == []
 
 
 def test_a_checkpoint_too_large_for_what_it_holds(folder, tmp_path):

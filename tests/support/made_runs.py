@@ -1,10 +1,14 @@
 """Runs made by hand, without a fit, and copies of one to do anything with."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 
 from probattn.inference import FitConfig, RunConfig
-from probattn.inference.runs.run import create_run
+from probattn.inference.runs.folder import check_target
+from probattn.inference.runs.opening import new_run, open_run
+from probattn.inference.runs.run import Run
 from probattn.models import ObjectiveConfig
 from probattn.text.corpora import Corpus
 from probattn.text.vocabulary import CharacterVocabulary
@@ -25,6 +29,13 @@ def draw(shapes, seed=0):
     }
 
 
+def create_run(path, config, corpus, vocabulary, *, overwrite=False):
+    """A run of a fit that has taken no step."""
+    check_target(Path(path), overwrite=overwrite)
+    with open_run(new_run(Run, Path(path), config, corpus, vocabulary), overwrite=overwrite) as run:
+        return run
+
+
 def make_run(path, **options):
     """A run as a fit of eight steps leaves it."""
     run = create_run(path, CONFIG, CORPUS, VOCABULARY, **options)
@@ -39,6 +50,7 @@ def make_run(path, **options):
 ARRAYS = {
     "a.b": jnp.asarray(np.random.default_rng(0).normal(size=(90, 70))),
     "single": jnp.array([[1.5, -0.0, jnp.inf]], jnp.float32),
+    "zeros": jnp.zeros((3, 2)),
     "count": jnp.int32(2**31 - 1),
     "key": jnp.array([1, 2**32 - 1], jnp.uint32),
 }

@@ -1,24 +1,28 @@
 """A run that replaces another: which of them is there afterwards, whatever ends it."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from tests.support.made_runs import (
-    CONFIG,
-    CORPUS,
-    VOCABULARY,
-)
-from tests.support.refusals import refusal
-from tests.support.tiny_run import files_of
 
 from probattn.inference import FitConfig, load_run
 from probattn.inference.config import DataConfig
 from probattn.inference.runs.files import RunError, WriteError
-from probattn.inference.runs.folder import is_replacing, locked, room_for_run
-from probattn.inference.runs.run import create_run
+from probattn.inference.runs.folder import is_replacing, locked
+from probattn.inference.runs.opening import new_run, open_run
+from probattn.inference.runs.run import Run
+from tests.support.made_runs import (
+    CONFIG,
+    CORPUS,
+    VOCABULARY,
+    create_run,
+)
+from tests.support.refusals import refusal
+from tests.support.tiny_run import files_of
 
+ENDING = ValueError("no more")
 OTHER = dataclasses.replace(CONFIG, fit=FitConfig(seed=1))
 
 
@@ -26,31 +30,34 @@ class Killed(BaseException):
     """The process is gone: it does nothing any more."""
 
 
+def replace_run(path, *, saved=None, resume=False, ending=ENDING):
+    """Run a command that replaces a run, or goes on with the replacing, up to an error."""
+    other = new_run(Run, path, OTHER, CORPUS, VOCABULARY)
+    with open_run(other, resume=resume, overwrite=not resume) as run:
+        assert run.config == OTHER
+        if saved:
+            (path / saved).parent.mkdir(parents=True, exist_ok=True)
+            (path / saved).write_text("new")
+        if ending is not None:
+            raise ending
+
+
+def killed_early(run):
+    """A run that replaces another, as a kill leaves it before the first checkpoint."""
+    with open_run(new_run(Run, run.path, OTHER, CORPUS, VOCABULARY), overwrite=True):
+        return Path(shutil.copytree(run.path, run.path.with_name("killed")))
+
+
 @pytest.mark.parametrize("saved", [None, "checkpoints/latest/3", "segments/0-10.npz"])
 def test_the_old_run_stays_until_the_new_one_has_something_to_go_on_from(run, saved):
     before = files_of(run.path)
-
-    def fail():
-        with locked(run.path), room_for_run(run.path, overwrite=True):
-            create_run(run.path, OTHER, CORPUS, VOCABULARY)
-            assert load_run(run.path).config == OTHER
-            assert is_replacing(run.path)
-            if saved:
-                (run.path / saved).mkdir(parents=True)
-                assert not is_replacing(run.path)
-            raise ValueError("no more")
-
-    assert refusal(ValueError, fail) == "no more"
+    assert refusal(ValueError, replace_run, run.path, saved=saved) == "no more"
     if saved:
         assert load_run(run.path).config == OTHER
-        assert {path.name for path in run.path.iterdir()} == {
-            "config.toml",
-            "data.json",
-            saved.split("/")[0],
-            "lock",
-        }
+        assert files_of(run.path).keys() == {"config.toml", "data.json", saved}
     else:
         assert files_of(run.path) == before
+    assert not (run.path / "replaced").exists()
 
 
 def test_a_run_that_cannot_be_described_leaves_the_old_one(run):
@@ -62,14 +69,20 @@ def test_a_run_that_cannot_be_described_leaves_the_old_one(run):
     assert files_of(run.path) == before
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_kill_at_any_moment_leaves_one_run_whole(run, tmp_path, monkeypatch, begun):
+@pytest.mark.parametrize(
+    ("saved", "ending"),
+    [
+        (None, KeyboardInterrupt()),
+        ("segments/0-10.npz", KeyboardInterrupt()),
+        ("segments/0-10.npz", None),
+    ],
+)
+def test_a_kill_at_any_moment_loses_neither_run(run, tmp_path, monkeypatch, saved, ending):
     """The moments are those before and after each change to the folder."""
     old = files_of(run.path)
-    new = [{"config.toml": b"new"}, {"config.toml": b"new", "segments/0-10.npz": b"new"}]
-    outcomes = set()
+    where = set()
     for moment in range(100):
-        path = shutil.copytree(run.path, tmp_path / f"copy{moment}")
+        path = Path(shutil.copytree(run.path, tmp_path / f"copy{moment}"))
         changes = 0
 
         def counted(change, last=moment):
@@ -82,54 +95,99 @@ def test_a_kill_at_any_moment_leaves_one_run_whole(run, tmp_path, monkeypatch, b
 
             return call
 
+        killed = False
         with monkeypatch.context() as patch:
             for owner, name in (
                 (Path, "mkdir"),
                 (Path, "rename"),
                 (Path, "unlink"),
+                (Path, "rmdir"),
                 (shutil, "rmtree"),
+                (os, "replace"),
             ):
                 patch.setattr(owner, name, counted(getattr(owner, name)))
             try:
-                with locked(path), room_for_run(path, overwrite=True):
-                    (path / "config.toml").write_text("new")
-                    if begun:
-                        (path / "segments").mkdir()
-                        (path / "segments" / "0-10.npz").write_text("new")
-                    raise KeyboardInterrupt
-            except (Killed, KeyboardInterrupt) as ended:
-                finished = isinstance(ended, KeyboardInterrupt)
+                replace_run(path, saved=saved, ending=ending)
+            except Killed:
+                killed = True
+            except KeyboardInterrupt:
+                pass
         with locked(path):
             found = files_of(path)
-        outcomes.add("old" if found == old else "new")
-        assert found in (old, *new)
-        if finished:
+        if found == old:
+            where.add("in its place")
+            continued = {"resume": False}
+        else:
+            assert load_run(path).config == OTHER
+            begun = saved in found
+            aside = files_of(path / "replaced") if (path / "replaced").exists() else {}
+            assert begun or not killed or aside == old
+            where.add("aside" if aside == old else "dropped")
+            continued = {"resume": True}
+        replace_run(path, saved="segments/0-20.npz", ending=None, **continued)  # copes with it
+        assert load_run(path).config == OTHER
+        assert not (path / "replaced").exists()
+        if not killed:
             break
-    assert finished
-    assert found == (new[-1] if begun else old)
-    assert outcomes == {"old", "new"}
+    assert not killed
+    assert where >= {"in its place", "aside"}
+    assert ("dropped" in where) == (saved is not None)
 
 
 def test_after_a_kill_it_is_the_new_run_that_is_resumed(run):
-    with locked(run.path), room_for_run(run.path, overwrite=True):
-        create_run(run.path, OTHER, CORPUS, VOCABULARY)
-        shutil.copytree(run.path, run.path.with_name("killed"))
-    killed = load_run(run.path.with_name("killed"))
-    assert killed.config == OTHER
-    with killed.lock():
-        assert load_run(killed.path).config == OTHER
-    assert files_of(killed.path).keys() == {"config.toml", "data.json"}
+    before = files_of(run.path)
+    path = killed_early(run)
+    with load_run(path).lock():  # a command of another kind
+        assert load_run(path).config == OTHER
+    assert files_of(load_run(path / "replaced").path) == before
+    replace_run(path, resume=True, saved="checkpoints/latest/3", ending=None)
+    assert files_of(path).keys() == {"config.toml", "data.json", "checkpoints/latest/3"}
+
+
+def test_after_a_kill_the_old_run_comes_back_if_the_new_one_fails_again(run):
+    before = files_of(run.path)
+    path = killed_early(run)
+    assert is_replacing(path)
+    assert refusal(ValueError, replace_run, path, resume=True) == "no more"
+    assert files_of(path) == before
+
+
+def test_after_a_kill_a_second_replacement_keeps_the_run_that_has_results(run):
+    before = files_of(run.path)
+    path = killed_early(run)
+    assert refusal(ValueError, replace_run, path) == "no more"
+    assert files_of(path) == before
+
+
+def test_after_a_later_kill_a_second_replacement_keeps_the_newer_run(run):
+    path = killed_early(run)
+    checkpoint = path / "checkpoints" / "latest" / "3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "array").write_text("new")
+    expected = {k: v for k, v in files_of(path).items() if not k.startswith("replaced/")}
+    assert refusal(ValueError, replace_run, path) == "no more"
+    assert files_of(path) == expected
+
+
+@pytest.mark.parametrize("aside", ["put-aside", "replaced"])
+def test_what_a_kill_of_an_older_version_left_is_brought_back(run, aside):
+    """It moved the configuration first, into one folder, and renamed that when all was there."""
+    before = files_of(run.path)
+    moved = [path for path in run.path.iterdir() if path.name != "lock"]
+    if aside == "put-aside":
+        moved = [path for path in moved if path.name in ("config.toml", "data.json")]
+    (run.path / aside).mkdir()
+    for path in moved:
+        path.rename(run.path / aside / path.name)
+    if aside == "replaced":
+        (run.path / "data.json").write_text("of the run that was to come")
+    with locked(run.path):
+        assert files_of(run.path) == before
 
 
 def test_what_is_no_run_is_not_kept(tmp_path):
     (tmp_path / "data.json").write_text("of a start that was killed")
-
-    def fail():
-        with locked(tmp_path), room_for_run(tmp_path, overwrite=False):
-            create_run(tmp_path, OTHER, CORPUS, VOCABULARY)
-            raise ValueError("no more")
-
-    assert refusal(ValueError, fail) == "no more"
+    assert refusal(ValueError, replace_run, tmp_path) == "no more"
     assert load_run(tmp_path).config == OTHER
 
 

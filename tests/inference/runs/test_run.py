@@ -1,5 +1,6 @@
 """Run directories: made, opened, replaced, refused, damaged. No fit is needed."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,6 +9,15 @@ import pickletools
 import threading
 
 import pytest
+
+from probattn.inference import FitConfig, RunConfig, load_run
+from probattn.inference.runs.checkpoints import (
+    CheckpointError,
+)
+from probattn.inference.runs.checks import check_same_corpus
+from probattn.inference.runs.files import RunError, write_text
+from probattn.text.corpora import Corpus
+from probattn.text.vocabulary import BytePairVocabulary
 from tests.support.made_runs import (
     CONFIG,
     CORPUS,
@@ -15,21 +25,12 @@ from tests.support.made_runs import (
     TEXT,
     VOCABULARY,
     assert_same,
+    create_run,
     draw,
     make_run,
 )
 from tests.support.refusals import refusal
 from tests.support.tiny_run import files_of, held_by_another_process
-
-from probattn.text.corpora import Corpus
-from probattn.inference import FitConfig, load_run
-from probattn.inference.runs.checkpoints import (
-    CheckpointError,
-)
-from probattn.inference.runs.checks import check_same_corpus
-from probattn.inference.runs.files import RunError, write_text
-from probattn.inference.runs.run import create_run
-from probattn.text.vocabulary import BytePairVocabulary
 
 # What is there
 
@@ -193,11 +194,33 @@ def test_what_is_no_run_cannot_be_opened(tmp_path):
         assert message == f"{tmp_path / name}: expected a run directory, which has a config.toml"
 
 
-def test_a_configuration_cut_off_anywhere_is_refused(run):
-    whole = (run.path / "config.toml").read_bytes()
+def test_a_configuration_cut_off_anywhere_opens_nothing_that_was_not_there(run):
+    """Cut off within a value it is refused, or its end is missing: the rest has its defaults."""
+    whole, default = (run.path / "config.toml").read_bytes(), RunConfig()
     for end in range(len(whole)):
         (run.path / "config.toml").write_bytes(whole[:end])
-        assert f"{run.path / 'config.toml'}: " in refusal(RunError, load_run, run.path), end
+        if not whole[:end].endswith(b"\n"):
+            with contextlib.suppress(RunError):
+                load_run(run.path)
+            continue
+        found = load_run(run.path).config
+        for table in dataclasses.fields(found):
+            for field in dataclasses.fields(getattr(found, table.name)):
+                given, own, usual = (
+                    getattr(getattr(config, table.name), field.name)
+                    for config in (found, CONFIG, default)
+                )
+                assert given in (own, usual), (end, field.name)
+    path = run.path / "config.toml"
+    for end in (whole.index(b"\n[model]") + 4, whole.index(b"= ") + 2):
+        path.write_bytes(whole[:end])
+        assert f"{path}: " in refusal(RunError, load_run, run.path), end
+
+
+def test_a_configuration_of_an_older_run_has_a_last_line(run):
+    with (run.path / "config.toml").open("a") as file:
+        file.write("\n# end\n")
+    assert load_run(run.path).config == CONFIG
 
 
 def test_a_field_newer_than_the_run_has_its_default(run):

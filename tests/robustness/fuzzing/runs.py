@@ -17,13 +17,14 @@ from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.config_files import format_config
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.runs.checks import check_same_corpus
-from probattn.inference.runs.run import Run, create_run, load_run
+from probattn.inference.runs.run import Run, load_run
 from probattn.inference.runs.segments import Segment, SegmentFolder
 from probattn.models import LanguageModelConfig
 from probattn.text.corpora import Corpus
 from probattn.text.vocabulary import CharacterVocabulary
 from tests.robustness.fuzzing.material import edited, edits, integers, json_values, same
 from tests.robustness.fuzzing.target import Target, refused, require
+from tests.support.made_runs import create_run
 
 _TEXT = "a text with \u00e9, 'quotes' and\na second line"
 _CORPUS = Corpus("text", _TEXT, _TEXT[::-1], "file text")

@@ -1,0 +1,135 @@
+"""The one way to open a run to write to it: a new one, or one that goes on."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from probattn.inference.config import RunConfig, SampleRunConfig
+from probattn.inference.config_files import format_config
+from probattn.inference.runs.checks import check_same_config, check_same_corpus
+from probattn.inference.runs.files import RunError, replacing, write_text
+from probattn.inference.runs.folder import check_target, locked, replacement
+from probattn.inference.runs.run import Run, RunDirectory, load_run
+from probattn.inference.runtime.processes import (
+    check_same_everywhere,
+    is_main_process,
+    wait_for_all,
+)
+from probattn.text.corpora import Corpus, load_corpus
+from probattn.text.vocabulary import Vocabulary, build_vocabulary
+
+
+def find_run[R: RunDirectory](
+    kind: type[R],
+    path: Path,
+    config: RunConfig | SampleRunConfig,
+    *,
+    resume: bool,
+    overwrite: bool,
+    agreed: tuple[Any, ...] = (),
+) -> tuple[R, Corpus]:
+    """Find the run to go on with, or describe a new one; write nothing yet.
+
+    Args:
+        kind: of the run: that of a fit, or a sampled posterior.
+        path: its directory.
+        config: its configuration.
+        resume: go on with the run that is there.
+        overwrite: replace the run that is there.
+        agreed: what else all processes must be told alike.
+
+    Returns:
+        The run, and its corpus.
+
+    Raises:
+        ValueError: if both are asked for, or the text is unusable; RunError if a new run would
+            damage what is there, or the run to resume is another one.
+    """
+    if is_main_process():
+        _check_options(path, resume=resume, overwrite=overwrite)
+    corpus = load_corpus(config.data)
+    check_same_everywhere("the options", format_config(config), corpus.sha256, resume, *agreed)
+    if not resume:
+        vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
+        return new_run(kind, path, config, corpus, vocabulary), corpus
+    run = load_run(path)
+    if not isinstance(run, kind):
+        other = "sample" if kind is Run else "fit"
+        raise RunError(f"{path}: is a run of `probattn {other}`: resume it with that command")
+    check_same_config(run, config)
+    check_same_corpus(run, corpus)
+    return run, corpus
+
+
+def new_run[R: RunDirectory](
+    kind: type[R],
+    path: Path,
+    config: RunConfig | SampleRunConfig,
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+) -> R:
+    """Describe a run that `open_run` is to make."""
+    data = {
+        "name": corpus.name,
+        "description": corpus.description,
+        "sha256": corpus.sha256,
+        "train_characters": len(corpus.train),
+        "validation_characters": len(corpus.validation),
+    }
+    return kind(path, config, data, vocabulary)
+
+
+@contextmanager
+def open_run[R: RunDirectory](
+    run: R,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    start: Mapping[str, Any] | None = None,
+) -> Iterator[R]:
+    """Hold a run from before it is made, or goes on, to its end; the main process alone writes.
+
+    Args:
+        run: as `find_run` returns it.
+        resume: the run is there already.
+        overwrite: replace the run that is there. It is removed at the end of the block, and comes
+            back if the block raises before the new run has a checkpoint or draws.
+        start: arrays that the chains of a sampler start from.
+
+    Raises:
+        RunError: if another process holds the run, or has made another one there.
+        WriteError: if it cannot be written.
+    """
+    with ExitStack() as held:
+        if is_main_process():
+            held.enter_context(locked(run.path))
+            if not resume:  # again: another process may have been faster
+                check_target(run.path, overwrite=overwrite)
+            held.enter_context(replacement(run.path, overwrite=not resume))
+            if not resume:
+                _write_description(run, start)
+        wait_for_all("made")
+        yield run.reopened()
+
+
+def _check_options(path: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other: expected at most one of them")
+    if not resume:
+        check_target(path, overwrite=overwrite)
+    elif not (path / "config.toml").exists():
+        raise RunError(f"{path}: holds no run to resume; start one without --resume")
+
+
+def _write_description(run: RunDirectory, start: Mapping[str, Any] | None) -> None:
+    description = {**run.data, "vocabulary": run.vocabulary.to_dict()}
+    write_text(run.path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
+    if start is not None:
+        with replacing(run.path / "start.npz") as stream:
+            np.savez(stream, allow_pickle=False, **start)
+    # Last: a directory with a config.toml is a run, and must be a whole one.
+    write_text(run.path / "config.toml", format_config(run.config))
