@@ -226,8 +226,8 @@ def true_derivatives(inputs):
 @pytest.mark.parametrize("regime", ["repulsive", "bounded"])
 def test_derivative_is_that_of_the_implicit_function(regime, mode):
     """J dx = de - (d residual / d theta) dtheta, with a dense J."""
-    every = range(3 if regime == "repulsive" else 4)
-    derive = quick_jit(lambda *inputs: (solved(*inputs), mode(solved, tuple(every))(*inputs)))
+    every = tuple(range(3 if regime == "repulsive" else 4))
+    derive = quick_jit(lambda *inputs: (solved(*inputs), mode(solved, every)(*inputs)))
     for strength in (1.0, 300.0) if regime == "repulsive" else (1.0,):
         inputs = inputs_of(regime, strength=(strength, strength))
         every = tuple(range(len(inputs)))
