@@ -230,10 +230,6 @@ def test_derivative_is_that_of_the_implicit_function(regime, mode):
     derive = quick_jit(lambda *inputs: (solved(*inputs), mode(solved, every)(*inputs)))
     for strength in (1.0, 300.0) if regime == "repulsive" else (1.0,):
         inputs = inputs_of(regime, strength=(strength, strength))
-        every = tuple(range(len(inputs)))
-        derive = derive or quick_jit(
-            lambda *inputs: (solved(*inputs), mode(solved, every)(*inputs))
-        )
         x, got = derive(*inputs)
         partial = true_derivatives([np.asarray(part) for part in (x, *inputs[1:])])
         identity = np.reshape(got[0], (x.size, x.size)) @ partial[0]
