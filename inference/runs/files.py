@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing_path(path: Path) -> Iterator[Path]:
-    """A path beside this one, for a file that takes this one's name when it is whole, on disk.
+    """Yield a path beside this one; its file takes this one's name when it is whole, on disk.
 
     Raises:
         WriteError: if it cannot be written; what was there is then as it was.
@@ -67,7 +67,7 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """What the system says when a file cannot be written, as one clear line."""
+    """Turn what the system says of a file that cannot be written into one clear line."""
     try:
         yield
     except WriteError:
@@ -86,7 +86,7 @@ def fsync(path: Path) -> None:
 
 
 def final_name(name: str) -> str:
-    """The name that a temporary file is to take; any other name as it is."""
+    """Return the name that a temporary file is to take, and any other name as it is."""
     match = _TEMPORARY.fullmatch(name)
     return match[1] if match else name
 

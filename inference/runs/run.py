@@ -242,7 +242,7 @@ def load_fit(path: str | os.PathLike[str]) -> Run:
 
 
 def require_fit(run: RunDirectory) -> Run:
-    """The run, which is that of a fit.
+    """Return the run, which must be that of a fit.
 
     Raises:
         RunError: if it is not.

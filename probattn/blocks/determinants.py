@@ -25,12 +25,12 @@ from probattn.blocks.selection import all_in_batch, compute_where
 
 # Numbers in products of queries and keys, at once: as many as a CPU's cache can hold, or as many
 # as an accelerator wants.
-_AT_ONCE, _AT_ONCE_ELSEWHERE = 2**18, 2**24
+AT_ONCE, AT_ONCE_ELSEWHERE = 2**18, 2**24
 # Rows at once of a long sequence: at least so many, in at most so many parts.
 _ROWS, _PARTS = 64, 4
 # Positions to be centred at once, mostly few: so many, or of short sequences so many numbers.
 _CENTRED, _CENTRED_NUMBERS = 16, 2**15
-_FEW = 2**14  # products of queries and keys that are not worth the compilation of two ways
+FEW = 2**14  # products of queries and keys that are not worth the compilation of two ways
 
 
 def determinant_values(
@@ -67,7 +67,7 @@ def _in_groups(
     keys: Float[Array, "N T r"],
 ) -> tuple[Array, Array]:
     sequences, length, rank = keys.shape
-    if math.prod(keys.shape) * length * rank <= _FEW:
+    if math.prod(keys.shape) * length * rank <= FEW:
         sign, value = _directly(pointwise, own, queries, keys)
         return sign, jnp.sum(value, axis=-1) if summed else value
     of = partial(_of_sequences, pointwise, summed)
@@ -82,7 +82,7 @@ def _in_groups(
 
 def _together(sequences: int, numbers: int) -> int:
     """Return the largest divisor of `sequences` whose numbers fit into memory, so many each."""
-    most = _AT_ONCE if jax.default_backend() == "cpu" else _AT_ONCE_ELSEWHERE
+    most = AT_ONCE if jax.default_backend() == "cpu" else AT_ONCE_ELSEWHERE
     return next(
         count
         for count in range(sequences, 0, -1)

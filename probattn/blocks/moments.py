@@ -24,7 +24,7 @@ from probattn.blocks.geometry import causal_softmax
 # Second moments leave an error of eps times their size in I - Cov / sqrt(r). Fine are positions
 # where they are at most so large, or at most so many times the variances, of which centring
 # itself leaves a rounding error.
-_LARGEST_MOMENT, _LARGEST_RATIO = 32.0, 8.0
+LARGEST_MOMENT, _LARGEST_RATIO = 32.0, 8.0
 
 # Of sign and log|det|, elementwise: what is wanted of the determinants.
 Pointwise = Callable[[Array, Array], Array]
@@ -216,7 +216,7 @@ def _blocks(
     moment, variance = query_square * key_square, jnp.ones_like(key_square)
     for mean, square in ((query, query_square), (key, key_square)):
         variance *= jnp.maximum(square - jnp.sum(mean**2, axis=-2, keepdims=True), 0.0)
-    allowed = jnp.maximum(_LARGEST_MOMENT**2 * rank, _LARGEST_RATIO**2 * variance)
+    allowed = jnp.maximum(LARGEST_MOMENT**2 * rank, _LARGEST_RATIO**2 * variance)
     accurate = lax.stop_gradient(moment <= allowed)[..., 0, :].astype(blocks.dtype)
     return _materialise(blocks), query, key, accurate
 

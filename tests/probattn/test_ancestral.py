@@ -7,15 +7,17 @@ import pytest
 import scipy.optimize
 from jax.test_util import check_grads
 
-from probattn import _reference as reference
 from probattn.ancestral import solve_residual
+from tests.support import dense
+from tests.support.dense import quick_jit
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 SHAPE, SCALAR, WIDE = (6, 3, 2), (6, 1, 1), (6, 2, 4)
 regimes = pytest.mark.parametrize("regime", ["repulsive", "bounded"])
 
-solve = jax.jit(solve_residual)
+SLOW = pytest.mark.slow
+solve = quick_jit(solve_residual)
 
 
 def draws(regime, count=(), *, shape=SHAPE, strength=(1.0, 1.0), seed=0):
@@ -44,16 +46,22 @@ def draws(regime, count=(), *, shape=SHAPE, strength=(1.0, 1.0), seed=0):
     return e, w_query * 0.95 * strengths / (size * bound**2), w_key, bound
 
 
-true_residual = jax.jit(jax.vmap(reference.residual, in_axes=(0, 0, 0, None)))
+def true_residual(x, *others):
+    return dense.residual(np.asarray(x), *others)
 
 
+# As many as the processes of training have, or so few that it takes no time.
+counts = pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=SLOW)])
+
+
+@counts
 @pytest.mark.parametrize(
     ("regime", "strength"),
     [("repulsive", (0.1, 10.0)), ("repulsive", (100.0, 1000.0)), ("bounded", (0.1, 1.0))],
     ids=["repulsive", "sharp", "bounded"],
 )
-def test_residuals_of_ten_thousand_sequences_are_recovered(regime, strength):
-    e, w_query, w_key, bound = draws(regime, (10_000,), strength=strength)
+def test_residuals_of_many_sequences_are_recovered(regime, strength, count):
+    e, w_query, w_key, bound = draws(regime, (count,), strength=strength)
     solution = solve(e, w_query, w_key, bound=bound)
     assert solution.x.dtype == np.float64
     assert solution.unconverged == 0
@@ -61,7 +69,7 @@ def test_residuals_of_ten_thousand_sequences_are_recovered(regime, strength):
     np.testing.assert_allclose(recovered, e, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("norm", [5.0, 10.0, 20.0])
+@pytest.mark.parametrize("norm", [*(pytest.param(n, marks=SLOW) for n in (5.0, 10.0)), 20.0])
 def test_antisymmetric_couplings_are_solved(norm):
     """Proper at any norm, but the way to the solution winds: many short steps in a row."""
     e = np.random.default_rng(0).standard_normal((1000, 20, 2))
@@ -69,10 +77,11 @@ def test_antisymmetric_couplings_are_solved(norm):
     assert solve(e, w_query, w_key).unconverged == 0
 
 
+@counts
 @regimes
-def test_float32_residuals_are_recovered(regime):
+def test_float32_residuals_are_recovered(regime, count):
     """To 1e-5: some 20 roundings of tokens that reach 6."""
-    e, w_query, w_key, bound = draws(regime, (10_000,), strength=(0.1, 1.0))
+    e, w_query, w_key, bound = draws(regime, (count,), strength=(0.1, 1.0))
     e, w_query, w_key = (array.astype(np.float32) for array in (e, w_query, w_key))
     solution = solve(e, w_query, w_key, bound=bound)
     assert solution.x.dtype == np.float32
@@ -81,14 +90,25 @@ def test_float32_residuals_are_recovered(regime):
     np.testing.assert_allclose(true_residual(*exact, bound), e, rtol=0, atol=1e-5)
 
 
-@regimes
-@pytest.mark.parametrize("shape", [SCALAR, WIDE], ids=["scalar", "rank_above_width"])
+@pytest.mark.parametrize(
+    ("regime", "shape"),
+    [
+        pytest.param("repulsive", SCALAR, id="repulsive_scalar"),
+        pytest.param("bounded", WIDE, id="bounded_rank_above_width"),
+        pytest.param("bounded", SCALAR, id="bounded_scalar", marks=SLOW),
+        pytest.param("repulsive", WIDE, id="repulsive_rank_above_width", marks=SLOW),
+    ],
+)
 def test_other_shapes_are_recovered(regime, shape):
     e, w_query, w_key, bound = draws(regime, (100,), shape=shape, strength=(0.3, 1.0))
     solution = solve(e, w_query, w_key, bound=bound)
     assert solution.unconverged == 0
     recovered = true_residual(solution.x, w_query, w_key, bound)
     np.testing.assert_allclose(recovered, e, rtol=0, atol=1e-12)
+
+
+def last_residual(token, past, *others):
+    return dense.residual(np.array([*past, token]), *others)[-1]
 
 
 def solve_by_brentq(e, w_query, w_key, bound):
@@ -99,7 +119,7 @@ def solve_by_brentq(e, w_query, w_key, bound):
         reach = 1 + max(np.abs(x), default=0.0)
 
         def equation(token, past=past, noise=noise):
-            found = reference.residual_of(np.array([token]), past, w_query, w_key, bound)
+            found = last_residual(np.array([token]), past, w_query, w_key, bound)
             return float(found[0]) - noise
 
         x.append(scipy.optimize.brentq(equation, noise - reach, noise + reach, xtol=1e-13))
@@ -112,7 +132,7 @@ def solve_by_root(e, w_query, w_key, bound):
     for noise in e:
 
         def equation(token, past=tuple(x), noise=noise):
-            return reference.residual_of(token, list(past), w_query, w_key, bound) - noise
+            return last_residual(token, past, w_query, w_key, bound) - noise
 
         x.append(scipy.optimize.root(equation, noise, tol=1e-13).x)
     return np.array(x)
@@ -131,12 +151,22 @@ def test_another_solver_finds_the_same_sequence(solver, shape, regime):
 
 def test_first_token_is_its_residual_and_the_second_follows_the_first():
     e, w_query, w_key, bound = draws("bounded")
-    np.testing.assert_array_equal(solve_residual(e[:1], w_query, w_key).x, e[:1])
+    np.testing.assert_array_equal(solve(e[:1], w_query, w_key).x, e[:1])
     x = solve(e, w_query, w_key, bound=bound).x
-    np.testing.assert_allclose(x[1], e[1] + reference.bounded(e[0], bound), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(
+        x[1], e[1] + e[0] / np.sqrt(1 + np.sum(e[0] ** 2) / bound**2), rtol=0, atol=1e-14
+    )
 
 
-@pytest.mark.parametrize("axes", [((4,), ()), ((), (5,)), ((3, 1), (2,)), ((2, 0), (2, 1))])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param(((4,), ()), marks=SLOW),
+        pytest.param(((), (5,)), marks=SLOW),
+        ((3, 1), (2,)),
+        ((2, 0), (2, 1)),
+    ],
+)
 def test_leading_axes_broadcast(axes):
     """Of e and of the weights: alone, and together."""
     e, *_, bound = draws("bounded", axes[0])
@@ -151,13 +181,17 @@ def test_leading_axes_broadcast(axes):
         np.testing.assert_allclose(solution.x[index], alone.x, rtol=0, atol=1e-13)
 
 
-def test_vmap_and_no_jit_change_nothing():
+def test_vmap_changes_nothing():
     e, w_query, w_key, bound = draws("bounded", (4,))
     bounds = bound * np.array([0.5, 0.8, 0.9, 1.0])
-    mapped = jax.vmap(solved)(e, w_query, w_key, bounds)
+    mapped = quick_jit(jax.vmap(solved))(e, w_query, w_key, bounds)
     for i in range(4):
         alone = solve(e[i], w_query[i], w_key[i], bound=bounds[i])
         np.testing.assert_allclose(mapped[i], alone.x, rtol=0, atol=1e-13)
+
+
+def test_no_jit_changes_nothing():
+    e, w_query, w_key, bound = draws("bounded")
     eager = solve_residual(e, w_query, w_key, bound=bound)
     np.testing.assert_allclose(eager.x, solve(e, w_query, w_key, bound=bound).x, atol=1e-13)
 
@@ -175,28 +209,38 @@ def inputs_of(regime, **options):
     return tuple(jnp.asarray(part) for part in draws(regime, **options) if part is not None)
 
 
+def true_derivatives(inputs):
+    """Derivative of the residuals by every input, of shape (T * d, inputs)."""
+    found = []
+    for number, array in enumerate(inputs):
+        columns = []
+        for index in np.ndindex(array.shape):
+            moved = [np.asarray(part, complex) for part in inputs]
+            moved[number][index] += 1j * dense.STEP
+            columns.append(dense.residual(*moved).imag.ravel() / dense.STEP)
+        found.append(np.array(columns).T)
+    return found
+
+
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
-@pytest.mark.parametrize(
-    ("regime", "strength"),
-    [("repulsive", 1.0), ("repulsive", 300.0), ("bounded", 1.0)],
-    ids=["repulsive", "sharp", "bounded"],
-)
-def test_derivative_is_that_of_the_implicit_function(regime, strength, mode):
+@pytest.mark.parametrize("regime", ["repulsive", "bounded"])
+def test_derivative_is_that_of_the_implicit_function(regime, mode):
     """J dx = de - (d residual / d theta) dtheta, with a dense J."""
-    inputs = inputs_of(regime, strength=(strength, strength))
-    every = tuple(range(len(inputs)))
-    x = jax.jit(solved)(*inputs)
-    got = jax.jit(mode(solved, every))(*inputs)
-    partial = jax.jit(jax.jacfwd(reference.residual, every))(x, *inputs[1:])
-    dense = np.reshape(partial[0], (x.size, x.size))
-    identity = np.reshape(got[0], dense.shape) @ dense
-    np.testing.assert_allclose(identity, np.eye(x.size), rtol=0, atol=1e-9)
-    for one, moved in zip(got[1:], partial[1:], strict=True):
-        expected = -np.linalg.solve(dense, np.reshape(moved, (x.size, -1)))
-        atol = 1e-9 * np.abs(expected).max()
-        np.testing.assert_allclose(np.ravel(one), np.ravel(expected), rtol=0, atol=atol)
+    every = tuple(range(3 if regime == "repulsive" else 4))
+    derive = quick_jit(lambda *inputs: (solved(*inputs), mode(solved, every)(*inputs)))
+    for strength in (1.0, 300.0) if regime == "repulsive" else (1.0,):
+        inputs = inputs_of(regime, strength=(strength, strength))
+        x, got = derive(*inputs)
+        partial = true_derivatives([np.asarray(part) for part in (x, *inputs[1:])])
+        identity = np.reshape(got[0], (x.size, x.size)) @ partial[0]
+        np.testing.assert_allclose(identity, np.eye(x.size), rtol=0, atol=1e-9)
+        for one, moved in zip(got[1:], partial[1:], strict=True):
+            expected = -np.linalg.solve(partial[0], moved)
+            atol = 1e-9 * np.abs(expected).max()
+            np.testing.assert_allclose(np.ravel(one), np.ravel(expected), rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fwd", "rev"])
 def test_derivatives_to_second_order_match_finite_differences(mode):
     check_grads(jax.jit(solved), inputs_of("bounded", shape=(4, 2, 2)), order=2, modes=[mode])
@@ -206,7 +250,7 @@ def test_forward_over_reverse_matches_finite_differences():
     """The Hessian of a scalar, as a Laplace approximation takes it."""
     towards = np.cos(np.arange(8.0)).reshape(4, 2)
 
-    @jax.jit
+    @quick_jit
     def gradient(*inputs):
         return jax.grad(lambda *inputs: jnp.sum(towards * solved(*inputs)), (0, 1, 2, 3))(*inputs)
 
@@ -305,7 +349,7 @@ def test_residuals_whose_squares_overflow_or_vanish_are_solved_or_reported(unit,
     """In another unit of length the same sequence is an ordinary one."""
     e, one = np.array([[1.0], [-2.0], [0.2], [0.3]]), np.ones((1, 1))
     solution = solve(*(array.astype(dtype) for array in (unit * e, -one / unit, one / unit)))
-    error = reference.residual(np.asarray(solution.x, np.float64) / unit, -one, one) - e
+    error = dense.residual(np.asarray(solution.x, np.float64) / unit, -one, one) - e
     assert np.all(np.abs(error[solution.converged]) <= 1e-6)
 
 
@@ -316,7 +360,7 @@ def test_failed_sequence_leaves_the_gradient_of_the_others_alone():
         x = solve_residual(e, w_query, w_key, bound=bound).x
         return jnp.sum(jnp.where(jnp.isnan(x), 0.0, x) ** 2)
 
-    gradient = jax.jit(jax.grad(size_of_others))
+    gradient = quick_jit(jax.grad(size_of_others))
     expected = gradient(e)
     e[1, 2, 0] = np.nan
     others = np.array([0, 2, 3])

@@ -12,111 +12,160 @@ import numpy as np
 import pytest
 
 import probattn as pa
-from probattn import _reference as reference
 from probattn import margins
 from tests.support.cases import (
     BY_NAME,
-    CASES,
     LARGE_CASES,
-    SINGULAR_CASES,
+    SCALAR,
     SINGULAR_POSITION,
     THIN,
     Case,
+    evaluated,
+    every_shape,
+    main_shapes,
     make,
+    of_shape,
+    shapes,
+)
+from tests.support.dense import (
+    dense,
+    flat,
+    margin_slopes,
+    quick_jit,
+    real_eigenvalue_at_most_zero,
+    reduced_blocks,
+    signed_sigma_min,
 )
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
-all_cases = pytest.mark.parametrize("case", CASES + SINGULAR_CASES, ids=str)
 
 KINDS = ["sigma_min", "reduced", "det", "log_det"]
 EPS32 = np.finfo(np.float32).eps
-stability_margin = jax.jit(pa.stability_margin, static_argnames="kind")
-embedding_margin = jax.jit(pa.embedding_margin)
-infeasible = jax.jit(margins.infeasible)
-log_det = jax.jit(pa.log_det)
+embedding_margin = quick_jit(pa.embedding_margin)
+margin_and_sign = quick_jit(lambda *inputs: (pa.stability_margin(*inputs), pa.log_det(*inputs)[0]))
+infeasible = quick_jit(margins.infeasible)
+
+
+@quick_jit
+@jax.vmap
+def every_margin(*inputs):
+    """Each kind, the embedding margin, and what is infeasible."""
+    kinds = {kind: pa.stability_margin(*inputs, kind=kind) for kind in KINDS}
+    return kinds | {"embedding": pa.embedding_margin(*inputs), "crossed": pa.infeasible(*inputs)}
+
+
+@jax.jit
+@jax.vmap
+def both_margins_32(*inputs):
+    return {kind: pa.stability_margin(*inputs, kind=kind) for kind in ("sigma_min", "reduced")}
+
+
 # One (T, …) array for each input.
-margin_derivative = jax.jit(jax.jacrev(pa.stability_margin, argnums=(0, 1, 2)))
+margin_derivative = quick_jit(jax.vmap(jax.jacrev(pa.stability_margin, argnums=(0, 1, 2))))
 
 
 def exactly(case, dtype=np.float64):
     """The numbers of a case after rounding to a dtype, in float64."""
-    return tuple(jnp.asarray(array, np.float64) for array in make(case, dtype))
+    return tuple(array.astype(np.float64) for array in make(case, dtype))
 
 
-@functools.cache
+def shape_of(case):
+    return case.length, case.width, case.rank
+
+
+def margins_of(name):
+    return evaluated(every_margin, shape_of(BY_NAME[name]))[BY_NAME[name]]
+
+
 def true_margin(case, kind="sigma_min", dtype=np.float64):
-    return np.asarray(reference.stability_margin(*exactly(case, dtype), kind=kind))
+    blocks = dense(case, dtype).blocks
+    if kind == "reduced":
+        return signed_sigma_min(reduced_blocks(*exactly(case, dtype)))
+    if kind == "sigma_min":
+        return signed_sigma_min(blocks)
+    if kind == "det":
+        return np.linalg.det(blocks)
+    sign, log_abs = np.linalg.slogdet(blocks)
+    return np.where(sign > 0, log_abs, -np.inf)
 
 
 # ---- margins ----------------------------------------------------------------------------------
 
 
-@all_cases
-@pytest.mark.parametrize("kind", KINDS)
-def test_margin_matches_dense_blocks(case, kind):
-    got, true = np.asarray(stability_margin(*make(case), kind=kind)), true_margin(case, kind)
-    if kind == "log_det":
-        sigma_min = np.abs(true_margin(case))
-        assert np.array_equal(np.isneginf(got), np.isneginf(true))
-        finite = np.isfinite(true)
-        bound = np.maximum(1e-9, 8 * np.finfo(np.float64).eps / sigma_min[finite])
-        assert np.all(np.abs(got[finite] - true[finite]) <= bound)
-    else:
-        # An absolute error of rounding keeps the sign of the nearest steered margin, 1e-8.
-        np.testing.assert_allclose(got, true, rtol=1e-10, atol=1e-12)
+@every_shape
+def test_margin_matches_dense_blocks(shape):
+    for case, found in evaluated(every_margin, shape).items():
+        for kind in KINDS:
+            got, true = found[kind], true_margin(case, kind)
+            if kind == "log_det":
+                sigma_min = np.abs(true_margin(case))
+                assert np.array_equal(np.isneginf(got), np.isneginf(true)), case
+                finite = np.isfinite(true)
+                bound = np.maximum(1e-9, 8 * np.finfo(np.float64).eps / sigma_min[finite])
+                assert np.all(np.abs(got[finite] - true[finite]) <= bound), case
+            else:
+                # An absolute error of rounding keeps the sign of the nearest margin, 1e-8.
+                np.testing.assert_allclose(
+                    got, true, rtol=1e-10, atol=1e-12, err_msg=f"{case}, {kind}"
+                )
 
 
-@all_cases
-@pytest.mark.parametrize("kind", ["sigma_min", "reduced"])
-def test_margin_in_float32_matches_float64_oracle(case, kind):
-    margin = stability_margin(*make(case, np.float32), kind=kind)
-    assert margin.dtype == np.float32
-    true = true_margin(case, kind, np.float32)
-    largest = np.abs(reference.reduced_blocks(*exactly(case, np.float32))).max()
-    np.testing.assert_allclose(margin, true, rtol=1e-5, atol=16 * EPS32 * (1 + largest))
+@main_shapes
+def test_margin_in_float32_matches_float64_oracle(shape):
+    for case, found in evaluated(both_margins_32, shape, np.float32).items():
+        for kind, margin in found.items():
+            assert margin.dtype == np.float32
+            true = true_margin(case, kind, np.float32)
+            largest = np.abs(reduced_blocks(*exactly(case, np.float32))).max()
+            np.testing.assert_allclose(
+                margin,
+                true,
+                rtol=1e-5,
+                atol=16 * EPS32 * (1 + largest),
+                err_msg=f"{case}, {kind}",
+            )
 
 
 def test_first_two_positions_are_always_safe():
-    x, w_query, w_key = make(BY_NAME["thin"])
-    every_kind = np.array([stability_margin(x, 5 * w_query, w_key, kind=kind) for kind in KINDS])
-    np.testing.assert_array_equal(every_kind[:, :2], [[1, 1], [1, 1], [1, 1], [0, 0]])
+    for case, found in evaluated(every_margin, THIN).items():
+        first = np.array([found[kind][:2] for kind in KINDS])
+        expected = [[1, 1], [1, 1], [1, 1], [0, 0]]
+        np.testing.assert_array_equal(first, expected, err_msg=str(case))
 
 
 def test_folded_token_ranks_below_every_safe_one():
     """Past (−4, 4), a = 0.3: sigma_min is 3.8, and the margin −3.8."""
-    inputs = make(BY_NAME["length_3_tied_logits"])
+    found = margins_of("scalar_tied_logits")
     for kind in ("sigma_min", "reduced", "det"):
-        np.testing.assert_allclose(stability_margin(*inputs, kind=kind), [1, 1, -3.8], rtol=1e-14)
-    np.testing.assert_array_equal(stability_margin(*inputs, kind="log_det"), [0, 0, -np.inf])
+        np.testing.assert_allclose(found[kind][:3], [1, 1, -3.8], rtol=1e-14)
+    np.testing.assert_array_equal(found["log_det"][:3], [0, 0, -np.inf])
 
 
-@pytest.mark.parametrize("name", ["scalar", "scalar_repulsive", "scalar_scale_3", "scalar_folded"])
-def test_scalar_margins_agree(name):
+def test_scalar_margins_agree():
     """Three kinds say 1 − a Var."""
-    inputs = make(BY_NAME[name])
-    sigma_min, reduced, det = (stability_margin(*inputs, kind=kind) for kind in KINDS[:3])
-    np.testing.assert_allclose(sigma_min, det, rtol=1e-13)
-    np.testing.assert_allclose(reduced, det, rtol=1e-13)
+    for case, found in evaluated(every_margin, SCALAR).items():
+        # Of tokens that share a large offset the smallest digits differ.
+        options = {"rtol": 1e-13, "atol": 1e-15, "err_msg": str(case)}
+        np.testing.assert_allclose(found["sigma_min"], found["det"], **options)
+        np.testing.assert_allclose(found["reduced"], found["det"], **options)
 
 
 @hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 3))
 def test_margin_is_at_most_one_with_fewer_queries_than_dimensions(seed, scale):
     """And the sign is that of the determinant."""
     inputs = make(Case("", *THIN, scale=scale, seed=seed))
-    margin = np.asarray(stability_margin(*inputs))
+    margin, sign = map(np.asarray, margin_and_sign(*inputs))
     assert np.all(margin <= 1 + 1e-14)
-    np.testing.assert_array_equal(np.sign(margin), log_det(*inputs)[0])
+    np.testing.assert_array_equal(np.sign(margin), sign)
 
 
-@all_cases
-def test_infeasible_is_a_real_eigenvalue_of_the_dense_block_at_most_zero(case):
+@every_shape
+def test_infeasible_is_a_real_eigenvalue_of_the_dense_block_at_most_zero(shape):
     """Which two negative eigenvalues hide from the determinant."""
-    blocks = [reference.jacobian_block(*exactly(case), t) for t in range(case.length)]
-    eigenvalues = np.linalg.eigvals(np.array(blocks))
-    real = np.abs(eigenvalues.imag) < 1e-12
-    expected = np.any(real & (eigenvalues.real <= 0), axis=-1)
-    # The nearest steered block is 1e-8 from singular: well above rounding, on either side.
-    np.testing.assert_array_equal(infeasible(*make(case)), expected)
+    for case, found in evaluated(every_margin, shape).items():
+        expected = real_eigenvalue_at_most_zero(dense(case).blocks)
+        # The nearest steered block is 1e-8 from singular: well above rounding, on either side.
+        np.testing.assert_array_equal(found["crossed"], expected, err_msg=str(case))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
@@ -124,14 +173,14 @@ def test_infeasible_of_many_positions_some_of_which_need_no_eigenvalues(dtype):
     """Those with a positive definite symmetric part, in a batch with others; mapped too."""
     x, w_query, w_key = (jnp.asarray(array) for array in make(LARGE_CASES[0], dtype))
     inputs = x[None], jnp.stack([w_query, 3 * w_query]), w_key[None]
-    blocks = np.asarray(pa.reduced_blocks(*(array.astype(np.float64) for array in inputs)))
+    blocks = reduced_blocks(*(np.asarray(array, np.float64) for array in inputs))
     definite = np.linalg.eigvalsh((blocks + np.swapaxes(blocks, -1, -2)) / 2)[..., 0] > 0
     eigenvalues = np.linalg.eigvals(blocks)
     expected = np.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
     assert 0.2 < np.mean(definite) < 0.8
     assert 0 < np.mean(expected) < np.mean(~definite)
     np.testing.assert_array_equal(infeasible(*inputs), expected)
-    mapped = jax.jit(jax.vmap(margins.infeasible, in_axes=(None, 0, None)))
+    mapped = quick_jit(jax.vmap(margins.infeasible, in_axes=(None, 0, None)))
     np.testing.assert_array_equal(mapped(x, inputs[1], w_key), expected)
 
 
@@ -159,24 +208,11 @@ def test_unknown_kind_lists_the_kinds():
 # ---- the derivative of the margin -------------------------------------------------------------
 
 
-def true_margin_derivative(case):
-    inputs = exactly(case)
-    rows = []
-    for t in range(case.length):
-
-        def margin_at(*inputs, t=t):
-            return reference.signed_sigma_min(reference.jacobian_block(*inputs, t))
-
-        parts = jax.grad(margin_at, argnums=(0, 1, 2))(*inputs)
-        rows.append(np.concatenate([np.ravel(part) for part in parts]))
-    return np.array(rows)
-
-
 # Smallest singular value simple, or the block constant to first order.
 SMOOTH = [
     "length_1",
     "length_2",
-    "length_3_tied_logits",
+    "scalar_tied_logits",
     "scalar_folded",
     "rank_one_attractive",
     "thin",
@@ -192,56 +228,73 @@ SMOOTH = [
 ]
 
 
-@pytest.mark.parametrize("name", SMOOTH)
-def test_margin_derivative_matches_dense_singular_values(name):
-    """Also at T = 1 and 2, with repeated tokens, and with fewer than r + 1 past tokens."""
-    case = BY_NAME[name]
-    parts = margin_derivative(*make(case))
-    got = np.concatenate([np.reshape(part, (case.length, -1)) for part in parts], axis=1)
-    true = true_margin_derivative(case)
-    # A margin of 1e-8 has the derivative of a margin of 1: it is the singular vectors that count.
-    np.testing.assert_allclose(got, true, rtol=1e-9, atol=1e-10 * np.abs(true).max(initial=1))
+# Without two tokens, which the values above have.
+derivative_shapes = shapes("rank_one", "two_tokens")
+
+
+def smooth(shape):
+    return of_shape(shape, [BY_NAME[name] for name in SMOOTH])
+
+
+@derivative_shapes
+def test_margin_derivative_matches_dense_singular_values(shape):
+    """Also at T = 1, with repeated tokens, and with fewer than r + 1 past tokens."""
+    assert smooth(shape)
+    for case in smooth(shape):
+        got = flat(evaluated(margin_derivative, shape)[case])
+        true = flat(margin_slopes(dense(case))[:3])
+        # A margin of 1e-8 has the derivative of a margin of 1: it is the singular vectors that
+        # count.
+        atol = 1e-10 * np.abs(true).max(initial=1)
+        np.testing.assert_allclose(got, true, rtol=1e-9, atol=atol, err_msg=str(case))
 
 
 @pytest.mark.parametrize("name", ["thin", "wide"])
 def test_margin_derivative_matches_finite_differences(name):
     """From the values alone."""
-    inputs = make(BY_NAME[name])
+    case = BY_NAME[name]
+    inputs = make(case)
     rng = np.random.default_rng(0)
     direction = [rng.standard_normal(array.shape) for array in inputs]
+    count = len(of_shape(shape_of(case)))  # for which it is compiled
 
     def along(step):
         moved = (array + step * way for array, way in zip(inputs, direction, strict=True))
-        return np.asarray(stability_margin(*moved))
+        many = (np.broadcast_to(array, (count, *array.shape)) for array in moved)
+        return np.asarray(every_margin(*many)["sigma_min"][0])
 
     slope = (along(1e-6) - along(-1e-6)) / 2e-6
-    got = sum(
-        np.tensordot(part, way, way.ndim)
-        for part, way in zip(margin_derivative(*inputs), direction, strict=True)
-    )
+    parts = evaluated(margin_derivative, shape_of(case))[case]
+    got = sum(np.tensordot(part, way, way.ndim) for part, way in zip(parts, direction, strict=True))
     np.testing.assert_allclose(got, slope, atol=1e-7)
 
 
-@all_cases
-def test_every_margin_derivative_is_finite(case):
-    assert all(np.all(np.isfinite(part)) for part in margin_derivative(*make(case)))
+@derivative_shapes
+def test_every_margin_derivative_is_finite(shape):
+    for case, parts in evaluated(margin_derivative, shape).items():
+        assert all(np.all(np.isfinite(part)) for part in parts), case
 
 
 # ---- embedding margin -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in SMOOTH if "all_equal" not in name])
-def test_embedding_margin_matches_oracle(name):
-    case = BY_NAME[name]
-    got = np.asarray(embedding_margin(*make(case)))
-    true = np.asarray(reference.embedding_margin(*exactly(case)))
-    # Beyond 1e12 the slope is the rounding of zero.
-    measurable = true < 1e12
-    np.testing.assert_array_equal(got < 1e12, measurable)
-    # An error of rounding in the margin, over its slope.
-    slope = np.abs(true_margin(case))[measurable] / true[measurable]
-    error = np.abs(got[measurable] - true[measurable])
-    assert np.all(error <= 1e-9 * true[measurable] + 1e-14 / slope)
+@every_shape
+def test_embedding_margin_matches_oracle(shape):
+    for case in smooth(shape):
+        if case.kind == "all_equal":
+            continue
+        got = evaluated(every_margin, shape)[case]["embedding"]
+        by_x = margin_slopes(dense(case))[0].reshape(case.length, -1)
+        slope = np.linalg.norm(by_x, axis=1)
+        with np.errstate(divide="ignore"):
+            true = np.abs(true_margin(case)) / slope
+        # Beyond 1e12 the slope is the rounding of zero.
+        measurable = true < 1e12
+        np.testing.assert_array_equal(got < 1e12, measurable, err_msg=str(case))
+        # An error of rounding in the margin, over its slope.
+        error = np.abs(got[measurable] - true[measurable])
+        bound = 1e-9 * true[measurable] + 1e-14 / slope[measurable]
+        assert np.all(error <= bound), case
 
 
 def test_embedding_margin_is_infinite_where_nothing_moves_the_margin():
@@ -256,16 +309,17 @@ def test_embedding_margin_is_infinite_where_nothing_moves_the_margin():
 )
 def test_embedding_margin_is_the_distance_to_the_boundary(name):
     """A step of that length straight down, or up, the gradient ends at a singular block."""
-    x, w_query, w_key = make(BY_NAME[name])
-    t = SINGULAR_POSITION
-    margin = float(stability_margin(x, w_query, w_key)[t])
-    distance = float(embedding_margin(x, w_query, w_key)[t])
-    gradient = margin_derivative(x, w_query, w_key)[0][t]
+    case, t = BY_NAME[name], SINGULAR_POSITION
+    x, w_query, w_key = make(case)
+    margin, distance = (margins_of(name)[kind][t] for kind in ("sigma_min", "embedding"))
+    gradient = evaluated(margin_derivative, shape_of(case))[case][0][t]
     np.testing.assert_array_equal(gradient[t + 1 :], 0)
     step = -np.sign(margin) * distance * gradient / np.linalg.norm(gradient)
-    after = float(stability_margin(x + step, w_query, w_key)[t])
+    count = len(of_shape(shape_of(case)))  # for which it is compiled
+    moved = np.stack([x + step, *[x + step / 2] * (count - 1)])
+    weights = (np.broadcast_to(array, (count, *array.shape)) for array in (w_query, w_key))
+    after, half_way = every_margin(moved, *weights)["sigma_min"][:2, t]
     assert abs(after) < 0.05 * abs(margin)
-    half_way = float(stability_margin(x + step / 2, w_query, w_key)[t])
     assert half_way == pytest.approx(margin / 2, rel=0.05)
 
 
@@ -314,7 +368,7 @@ def test_support_tokens_of_a_batch_under_jit_and_vmap():
 
 
 def test_steered_token_is_the_support_token():
-    margin = stability_margin(*make(BY_NAME["scalar_margin_-1e-07"]))
+    margin = margins_of("scalar_margin_-1e-07")["sigma_min"]
     np.testing.assert_array_equal(pa.support_tokens(margin, k=2), [SINGULAR_POSITION, 5])
 
 

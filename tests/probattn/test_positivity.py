@@ -5,29 +5,55 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import probattn as pa
 from probattn.positivity import certainly_positive
-from tests.support.cases import BY_NAME, CASES, LARGE_CASES, LONG_CASE, SINGULAR_CASES, make
+from tests.support import dense
+from tests.support.cases import (
+    BY_NAME,
+    LARGE_CASES,
+    LONG_CASE,
+    RANK_ONE,
+    REGISTERED,
+    evaluated,
+    every_shape,
+    main_shapes,
+    make,
+)
+from tests.support.dense import quick_jit
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
-EVERY = [*CASES, *SINGULAR_CASES, *LARGE_CASES, LONG_CASE]
-surely = jax.jit(certainly_positive)
+surely = quick_jit(certainly_positive)
+surely_mapped = quick_jit(jax.vmap(certainly_positive))
+both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
 def lowest(arguments, bound=None):
     """Lowest eigenvalue of the symmetric part of every R_t, of centred covariances."""
     arguments = (np.asarray(each, np.float64) for each in arguments)
-    blocks = np.asarray(pa.reduced_blocks(*arguments, bound=bound))
+    blocks = dense.reduced_blocks(*arguments, bound)
     return np.linalg.eigvalsh((blocks + np.swapaxes(blocks, -1, -2)) / 2)[..., 0]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("case", EVERY, ids=str)
-def test_what_is_called_positive_is(case, dtype):
-    arguments = make(case, dtype)
-    sure = np.asarray(surely(*arguments))
-    assert np.all(lowest(arguments)[sure] > 0)
-    assert np.all(sure[:2])
+def check_sure(sure, case, dtype):
+    assert np.all(lowest(make(case, dtype))[sure] > 0), case
+    assert np.all(sure[:2]), case
+
+
+@every_shape
+def test_what_is_called_positive_is(shape):
+    for case, sure in evaluated(surely_mapped, shape).items():
+        check_sure(sure, case, np.float64)
+
+
+@main_shapes
+def test_what_is_called_positive_in_float32_is(shape):
+    for case, sure in evaluated(surely_mapped, shape, np.float32).items():
+        check_sure(sure, case, np.float32)
+
+
+@both_dtypes
+def test_what_is_called_positive_of_large_cases_is(dtype):
+    for case in (*LARGE_CASES, LONG_CASE):
+        check_sure(np.asarray(surely(*make(case, dtype))), case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -48,28 +74,30 @@ def test_rounding_never_makes_it_too_sure(dtype):
     assert not np.any(sure & (lower <= 0))
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
-def test_with_one_direction_it_is_the_sign_of_the_determinant(scale):
+def test_with_one_direction_it_is_the_sign_of_the_determinant():
     """Of rank one, with keys along the queries, nothing is lost."""
-    x, w_query, _ = make(BY_NAME["rank_one"])
-    x = scale * np.random.default_rng(1).standard_normal((200, *x.shape))
-    sign, log_abs = pa.log_det(x, w_query, w_query)
-    far = np.abs(np.asarray(log_abs)) > 1e-9
-    assert far.sum() > 700
-    np.testing.assert_array_equal(surely(x, w_query, w_query)[far], sign[far] > 0)
+    _, w_query, _ = make(BY_NAME["rank_one"])
+    for scale in (0.3, 1.0, 3.0):
+        x = scale * np.random.default_rng(1).standard_normal((200, *RANK_ONE[:2]))
+        determinants = dense.reduced_blocks(x, w_query, w_query)[..., 0, 0]
+        far = np.abs(np.log(np.abs(determinants))) > 1e-9
+        assert far.sum() > 700, scale
+        sure = np.asarray(surely(x, w_query, w_query))
+        np.testing.assert_array_equal(sure[far], determinants[far] > 0)
 
 
-@pytest.mark.parametrize("case", [case for case in EVERY if case.kind == "repulsive"], ids=str)
-def test_repulsive_attention_is_positive_at_any_scale(case):
-    x, w_query, w_key = make(case)
-    assert np.all(surely(10 * x, w_query, w_key))
+def test_repulsive_attention_is_positive_at_any_scale():
+    repulsive = [case for case in REGISTERED if case.kind == "repulsive"]
+    assert len(repulsive) == 5
+    for case in repulsive:
+        x, w_query, w_key = make(case)
+        assert np.all(surely(10 * x, w_query, w_key)), case
 
 
 def test_a_bounded_context_is_seen_as_it_is():
     """Which makes a context positive that is not without the bound."""
     x, w_query, w_key = make(BY_NAME["square_twice_folded"])
-    wide = np.asarray(certainly_positive(x, w_query, w_key, bound=3.0))
-    narrow = np.asarray(certainly_positive(x, w_query, w_key, bound=0.5))
+    wide, narrow = (np.asarray(surely(x, w_query, w_key, bound=bound)) for bound in (3.0, 0.5))
     assert np.all(lowest((x, w_query, w_key), 3.0)[wide] > 0)
     assert np.all(narrow)
     assert not np.all(surely(x, w_query, w_key))

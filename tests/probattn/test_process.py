@@ -25,6 +25,7 @@ ONE = jnp.ones((1, 1))
 
 
 def causal(coupling, bound=None):
+    @jax.jit
     def log_prob(x):
         length = x.shape[-2]
         return pa.CausalAttention(coupling * ONE, ONE, 1.0, length, bound=bound).log_prob(x)
@@ -32,16 +33,27 @@ def causal(coupling, bound=None):
     return log_prob
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("coupling", "bound"), [(-0.5, None), (-3.0, None), (0.9, 1.0), (0.24, 2.0)]
+    ("coupling", "bound"),
+    [
+        (-0.5, None),
+        pytest.param(-3.0, None, marks=SLOW),
+        pytest.param(0.9, 1.0, marks=SLOW),
+        (0.24, 2.0),
+    ],
 )
-@pytest.mark.parametrize("x", [[[0.5], [-1.5]], [[0.5], [-6.0], [4.0]]])
+@pytest.mark.parametrize(
+    "x", [pytest.param([[0.5], [-1.5]], marks=SLOW), [[0.5], [-6.0], [4.0]]], ids=len
+)
 def test_proper_processes_are_consistent(coupling, bound, x):
     ratio = marginal_ratio(causal(coupling, bound), jnp.array(x), -40, 40)
     assert ratio.value == pytest.approx(1, abs=1e-7)
 
 
-@pytest.mark.parametrize("gap", [4.5, 6.0])
+@pytest.mark.parametrize("gap", [4.5, pytest.param(6.0, marks=SLOW)])
 def test_where_the_map_folds_the_ratio_is_the_conditional_mass(gap):
     x = jnp.array([[-gap / 2], [gap / 2]])
     ratio = marginal_ratio(causal(0.2), x, -40, 40)
@@ -54,6 +66,7 @@ def test_monte_carlo_in_the_plane():
     w_query = jax.random.normal(jax.random.key(1), (2, 2))
     proposal = dist.MultivariateStudentT(5.0, x.mean(0), 4 * jnp.eye(2))
 
+    @jax.jit
     def log_prob(x):
         return pa.CausalAttention(w_query, -w_query, 1.0, x.shape[-2]).log_prob(x)
 
@@ -63,7 +76,7 @@ def test_monte_carlo_in_the_plane():
     # Without the log determinant it is not one, and the estimate says so.
     wrong = marginal_ratio_monte_carlo(
         jax.random.key(2),
-        lambda x: dist.Normal().log_prob(pa.residual(x, w_query, -w_query)).sum((-2, -1)),
+        jax.jit(lambda x: dist.Normal().log_prob(pa.residual(x, w_query, -w_query)).sum((-2, -1))),
         x,
         proposal,
     )
@@ -77,24 +90,26 @@ def without_coupling(length):
     return inverse @ inverse.T
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, pytest.param(2, marks=SLOW), 3])
 def test_the_non_causal_variant_without_coupling_is_gaussian(length):
     x = jax.random.normal(jax.random.key(length), (5, length, 2))
-    got = bidirectional_log_prob(x, jnp.zeros((2, 1)), jnp.ones((2, 1)), 1.0)
+    got = jax.jit(bidirectional_log_prob)(x, jnp.zeros((2, 1)), jnp.ones((2, 1)), 1.0)
     normal = scipy.stats.multivariate_normal(cov=without_coupling(length))
     expected = normal.logpdf(x[..., 0]) + normal.logpdf(x[..., 1])
     np.testing.assert_allclose(got, np.reshape(expected, 5), rtol=1e-10)
 
 
 def test_the_non_causal_variant_is_no_process():
-    log_prob = functools.partial(bidirectional_log_prob, w_query=0 * ONE, w_key=ONE, scale=1.0)
+    log_prob = jax.jit(
+        functools.partial(bidirectional_log_prob, w_query=0 * ONE, w_key=ONE, scale=1.0)
+    )
     ratio = marginal_ratio(log_prob, jnp.array([[1.5]]), -40, 40)
     marginal = scipy.stats.norm.pdf(1.5, scale=math.sqrt(20 / 9))
     assert ratio.value == pytest.approx(marginal / scipy.stats.norm.pdf(1.5), rel=1e-7)
     assert ratio.value > 1.2
 
 
-@pytest.mark.parametrize("coupling", [-0.5, -0.1])
+@pytest.mark.parametrize("coupling", [-0.5, pytest.param(-0.1, marks=SLOW)])
 def test_causality_is_what_the_non_causal_variant_lacks(coupling):
     """With the same token at the origin, which causal attention may see too."""
 
@@ -102,6 +117,7 @@ def test_causality_is_what_the_non_causal_variant_lacks(coupling):
         longer = jnp.concatenate([jnp.zeros_like(x[..., :1, :]), x], axis=-2)
         return causal(coupling)(longer)
 
+    @jax.jit
     def future(x):
         return bidirectional_log_prob(x, coupling * ONE, ONE, 1.0)
 
@@ -154,6 +170,7 @@ def test_layers_are_consistent_if_they_are_causal(causal_layers):
     """A token of all layers at once is integrated out; a layer that sees the future spoils it."""
     maps = MAPS if causal_layers else [lambda x: x + jnp.sum(x, axis=-2, keepdims=True), MAPS[1]]
 
+    @jax.jit
     def log_prob(stacked):
         def of_one(stacked):
             model = functools.partial(

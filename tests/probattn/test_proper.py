@@ -16,18 +16,24 @@ import pytest
 
 import probattn as pa
 from probattn import _reference as reference
-from tests.support.cases import BY_NAME, CASES, SINGULAR_CASES, THIN, WIDE, Case, make
+from tests.support import cases as registry
+from tests.support import dense
+from tests.support.cases import BY_NAME, THIN, WIDE, Case, evaluated, make
+from tests.support.dense import quick_jit
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
-all_cases = pytest.mark.parametrize("case", CASES + SINGULAR_CASES, ids=str)
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
-every_shape = pytest.mark.parametrize("shape", [(1, 1), (2, 2), (4, 2)], ids=str)  # (d, r)
+SLOW = pytest.mark.slow
+# (d, r); the search is compiled for each.
+slow_shapes = [pytest.param((1, 1), marks=SLOW), pytest.param((2, 2), marks=SLOW)]
+every_shape = pytest.mark.parametrize("shape", [*slow_shapes, (4, 2)], ids=str)
 
-certificate = jax.jit(pa.certificate)
-is_proper = jax.jit(pa.is_proper)
-log_det = jax.jit(pa.log_det)
-reduced_blocks = jax.jit(pa.reduced_blocks)
-residual = jax.jit(pa.residual)
+certificate = quick_jit(pa.certificate)
+certificates = quick_jit(jax.vmap(pa.certificate))
+bounded_certificates = quick_jit(jax.vmap(lambda *inputs: pa.certificate(*inputs, bound=0.7)))
+is_proper = quick_jit(pa.is_proper)
+log_det = quick_jit(pa.log_det)
+residual = quick_jit(pa.residual)
 
 STARTS, LENGTH, STEPS = 128, 5, 250
 
@@ -35,7 +41,7 @@ STARTS, LENGTH, STEPS = 128, 5, 250
 # ---- the adversary ----------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def lowest_found(measure, start, fixed):
     """Smallest value that Adam meets on its way from each start.
 
@@ -132,7 +138,8 @@ def test_no_context_brings_the_determinant_of_a_repulsive_coupling_below_one(sha
     lowest = lowest_found(determinant, starts(shape[0]), (units(-2, 3), *weights, None))
     assert lowest.min() > 1 - 1e-12
     # The proof says more; a double eigenvalue of one moves with the root of the rounding.
-    eigenvalues = np.linalg.eigvals(pa.jacobian_blocks(starts(shape[0]), *weights))
+    inputs = (np.asarray(part) for part in (starts(shape[0]), *weights))
+    eigenvalues = np.linalg.eigvals(dense.blocks(*inputs))
     assert np.all(eigenvalues.real >= 1 - 1e-6)
 
 
@@ -257,15 +264,17 @@ def test_weights_of_wrong_shape_say_given_and_expected(w_key):
 # ---- certificate ------------------------------------------------------------------------------
 
 
-@all_cases
-@pytest.mark.parametrize("bound", [None, 0.7])
-def test_certificate_matches_explicit_loops(case, bound):
-    inputs = make(case)
-    got, true = certificate(*inputs, bound=bound), reference.certificate(*inputs, bound)
-    # Squared distances of tokens that share a large offset lose its square.
-    scale = np.abs(inputs[0]).max() ** 2 * np.abs(inputs[1]).max() * np.abs(inputs[2]).max()
-    np.testing.assert_allclose(got, true, rtol=1e-10, atol=1e-10 * scale)
-    np.testing.assert_array_equal(got[:2], 0)
+@registry.every_shape
+def test_certificate_matches_explicit_loops(shape):
+    for bound, function in ((None, certificates), (0.7, bounded_certificates)):
+        for case, got in evaluated(function, shape).items():
+            inputs = make(case)
+            true = reference.certificate(*inputs, bound)
+            # Squared distances of tokens that share a large offset lose its square.
+            x, w_query, w_key = (np.abs(part).max() for part in inputs)
+            atol = 1e-10 * x**2 * w_query * w_key
+            np.testing.assert_allclose(got, true, rtol=1e-10, atol=atol, err_msg=f"{case}, {bound}")
+            np.testing.assert_array_equal(got[:2], 0)
 
 
 @pytest.mark.parametrize("bound", [None, 0.7])
@@ -278,9 +287,9 @@ def test_certificate_proves_nothing_of_a_past_that_is_not_finite(bound):
 
 
 def test_gruess_bound_is_attained_by_two_tokens():
-    x, w_query, w_key = make(BY_NAME["length_3_tied_logits"])
-    np.testing.assert_allclose(certificate(x, w_query, w_key), [0, 0, 4.8])
-    np.testing.assert_allclose(reduced_blocks(x, w_query, w_key)[-1], 1 - 4.8)
+    x, w_query, w_key = make(BY_NAME["scalar_tied_logits"])
+    np.testing.assert_allclose(certificate(x, w_query, w_key)[:3], [0, 0, 4.8])
+    np.testing.assert_allclose(dense.reduced_blocks(x, w_query, w_key)[2], 1 - 4.8)
 
 
 def margin_at_certificate(point, unit, rho, w_query, w_key, bound):
@@ -292,8 +301,23 @@ def margin_at_certificate(point, unit, rho, w_query, w_key, bound):
     return margin, margin
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (4, 2), (2, 4)], ids=str)
-@pytest.mark.parametrize("bound", [None, 0.7])
+@pytest.mark.parametrize(
+    ("shape", "bound"),
+    [
+        ((4, 2), None),
+        *(
+            pytest.param(shape, bound, marks=SLOW)
+            for shape, bound in (
+                ((4, 2), 0.7),
+                ((1, 1), None),
+                ((1, 1), 0.7),
+                ((2, 4), None),
+                ((2, 4), 0.7),
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_no_context_with_a_certificate_below_one_folds(shape, bound):
     """The balanced block keeps its positive sign and a singular value of 1 - rho; no more."""
     weights = of_norm(1.0, shape)
@@ -314,13 +338,15 @@ def test_no_context_with_a_certificate_below_one_folds(shape, bound):
 def test_certificate_bounds_the_balanced_block(seed, scale, shape, bound):
     x, w_query, w_key = make(Case("", *shape, scale=scale, seed=seed))
     rho = np.asarray(certificate(x, w_query, w_key, bound=bound))
-    blocks = reduced_blocks(x, *reference.balanced(w_query, w_key), bound=bound)
+    blocks = dense.reduced_blocks(x, *reference.balanced(w_query, w_key), bound)
     sigma_min = np.linalg.svd(blocks, compute_uv=False)[..., -1]
     assert np.all(sigma_min >= 1 - rho - 1e-12)
     proven = rho < 1
-    assert np.all(np.asarray(log_det(x, w_query, w_key, bound=bound)[0])[proven] == 1)
+    signs = np.linalg.slogdet(dense.reduced_blocks(x, w_query, w_key, bound))[0]
+    assert np.all(signs[proven] == 1)
     if bound is not None:  # what is proper for every context has a certificate in each
-        assert np.all(rho <= bound**2 * np.linalg.norm(pa.coupling(w_query, w_key), 2) + 1e-12)
+        coupling = w_key @ w_query.T / np.sqrt(shape[2])
+        assert np.all(rho <= bound**2 * np.linalg.norm(coupling, 2) + 1e-12)
 
 
 @hypothesis.given(st.integers(0, 2**32 - 1))

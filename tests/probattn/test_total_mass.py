@@ -11,7 +11,6 @@ import pytest
 import scipy.stats
 
 import probattn as pa
-from probattn import _reference as reference
 from probattn.process import marginal_ratio_monte_carlo
 from tests.support.project import ROOT
 
@@ -20,7 +19,9 @@ ONE = np.ones((1, 1))
 
 def integrated(past, a, scale, bound=None):
     """The formula by Gauss' rule on 200,000 cells, blind to where the determinant changes sign."""
-    past = np.array([float(reference.bounded(jnp.array([p]), bound)[0]) for p in past])
+    past = np.array(past)
+    if bound is not None:
+        past = past / np.sqrt(1 + past**2 / bound**2)
     edges = np.linspace(min(past) - 10 * scale, max(past) + 10 * scale, 200_001)
     nodes, rule = np.polynomial.legendre.leggauss(3)
     half = np.diff(edges)[:, None] / 2

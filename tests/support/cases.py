@@ -1,12 +1,15 @@
 """One registry of named inputs, shared by every test of the mathematics.
 
-`make(case, dtype)` is deterministic. Shapes are few on purpose: JAX compiles once for each.
+`make(case, dtype)` is deterministic. Shapes are few on purpose: JAX compiles once for each, and
+`evaluated` computes all cases of one shape at once.
 """
 
 import dataclasses
 import functools
 
+import jax
 import numpy as np
+import pytest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ def _registry():
     cases = [
         Case("length_1", 1, 4, 2),
         Case("length_2", 2, 4, 2),
-        Case("length_3_tied_logits", 3, 1, 1, kind="tied"),
+        Case("scalar_tied_logits", *SCALAR, kind="tied"),
     ]
     for number, (label, shape) in enumerate(SHAPES.items()):
         cases += [
@@ -114,6 +117,63 @@ LARGE_CASES = [
 ]
 
 
+REGISTERED = CASES + SINGULAR_CASES
+# One test for each shape, and the name of the case in its message.
+SHAPE_IDS = {
+    "one_token": (1, 4, 2),
+    "two_tokens": (2, 4, 2),
+    "scalar": SCALAR,
+    "thin": THIN,
+    "square": SQUARE,
+    "wide": WIDE,
+    "rank_one": RANK_ONE,
+}
+
+
+def shapes(*slow):
+    """Parametrise a test by the shapes of the registry, of which some make it slow."""
+    parameters = [
+        pytest.param(shape, id=name, marks=[pytest.mark.slow] if name in slow else [])
+        for name, shape in SHAPE_IDS.items()
+    ]
+    return pytest.mark.parametrize("shape", parameters)
+
+
+every_shape = shapes("rank_one")
+# Where the program is large, or is compiled a second time for single precision.
+main_shapes = shapes("rank_one", "one_token", "two_tokens")
+
+
+def of_shape(shape, cases=None):
+    """Cases of one shape, (T, d, r): by default all that are registered."""
+    cases = REGISTERED if cases is None else cases
+    return [case for case in cases if (case.length, case.width, case.rank) == shape]
+
+
+def stacked(cases, dtype=np.float64):
+    """Inputs of several cases of one shape, each with one axis more in front."""
+    return tuple(
+        np.stack(part) for part in zip(*(make(case, dtype) for case in cases), strict=True)
+    )
+
+
+@functools.cache
+def evaluated(function, shape, dtype=np.float64):
+    """What a compiled function returns for each registered case of a shape.
+
+    Args:
+        function: of stacked x, w_query and w_key; jitted, and mapped where it takes one sequence.
+        shape: T, d and r.
+        dtype: of the inputs.
+
+    Returns:
+        A dictionary from cases to NumPy arrays, or to tuples of them.
+    """
+    cases = of_shape(shape)
+    found = jax.tree.map(np.asarray, function(*stacked(cases, dtype)))
+    return {case: jax.tree.map(lambda part, n=n: part[n], found) for n, case in enumerate(cases)}
+
+
 def make(case, dtype=np.float64):
     """Inputs of a case.
 
@@ -143,7 +203,7 @@ def _build(case):
         case "repulsive":
             w_key = -w_query
         case "tied":
-            x = np.array([[-4.0], [4.0], [0.0]])
+            x[:, 0] = [-4.0, 4.0, 0.0, 0.0, 0.0, 0.0]
             w_query, w_key = np.array([[0.3]]), np.array([[1.0]])
         case "repeated":
             x[:4] = x[0]

@@ -16,6 +16,18 @@ def inputs(length, scale=1.0, dtype=np.float64, width=3, rank=3, seed=0):
     return tuple(jnp.asarray(array, dtype) for array in (x, w_query, w_key))
 
 
+def differences(gradient, point, step=1e-4):
+    """Derivative of a gradient at a flat point, by differences of fourth order."""
+    rows = []
+    for direction in np.eye(len(point)):
+        near, far = (
+            gradient(point + size * direction) - gradient(point - size * direction)
+            for size in (step, 2 * step)
+        )
+        rows.append((8 * near - far) / (12 * step))
+    return np.array(rows)
+
+
 def defined(x, w_query, w_key):
     """log|det R_t| from the definition of a covariance."""
     queries, keys = x @ w_query, x @ w_key

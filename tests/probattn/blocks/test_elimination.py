@@ -8,21 +8,29 @@ import numpy as np
 import pytest
 
 from probattn.blocks import elimination
+from tests.support.dense import quick_jit
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 both_dtypes = pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
-ranks = pytest.mark.parametrize("rank", [1, 2, 3, 8, 9, 21, 64])
+SLOW = pytest.mark.slow
+# A few pivots at a time: 9 needs two turns.
+ranks = pytest.mark.parametrize(
+    "rank", [1, 3, 9, *(pytest.param(rank, marks=SLOW) for rank in (2, 8, 21, 64))]
+)
 ways = pytest.mark.parametrize("pivoting", [False, True], ids=["guarded", "pivoting"])
 
 
+@partial(jax.jit, static_argnames="pivoting")
+def both(blocks, pivoting=False):
+    """What `determinant` and `eliminate` return of matrices along the first axis."""
+    moved = jnp.moveaxis(blocks, 0, -1)
+    found = elimination.eliminate(moved, pivoting)
+    alone = elimination.determinant(moved, pivoting=pivoting)
+    return alone, found._replace(inverse=jnp.moveaxis(found.inverse, -1, 0))
+
+
 def eliminate(blocks, pivoting=False):
-    """With the matrices along the first axis."""
-    found = elimination.eliminate(jnp.moveaxis(blocks, 0, -1), pivoting)
-    return found._replace(inverse=jnp.moveaxis(found.inverse, -1, 0))
-
-
-def determinant(blocks, pivoting=False):
-    return elimination.determinant(jnp.moveaxis(blocks, 0, -1), pivoting=pivoting)
+    return both(blocks, pivoting)[1]
 
 
 def matrices(kind, rank, count=50, seed=0):
@@ -41,73 +49,74 @@ def unit(blocks, dtype):
 @ways
 @ranks
 @both_dtypes
-@pytest.mark.parametrize("kind", ["near the identity", "any"])
-def test_matches_numpy(kind, rank, dtype, pivoting):
-    blocks = matrices(kind, rank).astype(dtype)
-    exact = blocks.astype(np.float64)
-    sign, log_abs = np.linalg.slogdet(exact)
-    inverse = np.linalg.inv(exact)
-    found = jax.jit(partial(eliminate, pivoting=pivoting))(blocks)
-    alone = jax.jit(partial(determinant, pivoting=pivoting))(blocks)
-    bound = 4 * np.sqrt(rank) * unit(exact, dtype)
-    for got_sign, got_log_abs in (alone, (found.sign, found.log_abs)):
-        assert got_log_abs.dtype == dtype
-        np.testing.assert_array_equal(got_sign, sign)
-        assert np.all(np.abs(np.asarray(got_log_abs) - log_abs) <= bound)
-    error = np.abs(np.asarray(found.inverse) - inverse).max((1, 2)) / np.abs(inverse).max((1, 2))
-    assert np.all(error <= bound)
+def test_matches_numpy(rank, dtype, pivoting):
+    for kind in ("near the identity", "any"):
+        blocks = matrices(kind, rank).astype(dtype)
+        exact = blocks.astype(np.float64)
+        sign, log_abs = np.linalg.slogdet(exact)
+        inverse = np.linalg.inv(exact)
+        alone, found = both(blocks, pivoting)
+        bound = 4 * np.sqrt(rank) * unit(exact, dtype)
+        for got_sign, got_log_abs in (alone, (found.sign, found.log_abs)):
+            assert got_log_abs.dtype == dtype
+            np.testing.assert_array_equal(got_sign, sign, err_msg=kind)
+            assert np.all(np.abs(np.asarray(got_log_abs) - log_abs) <= bound), kind
+        error = np.abs(np.asarray(found.inverse) - inverse).max((1, 2))
+        assert np.all(error / np.abs(inverse).max((1, 2)) <= bound), kind
 
 
 @both_dtypes
-@pytest.mark.parametrize("rank", [2, 5, 16])
+@pytest.mark.parametrize("rank", [3, 9, *(pytest.param(rank, marks=SLOW) for rank in (2, 5, 16))])
 def test_one_matrix_that_needs_pivoting_is_enough(rank, dtype):
     """A leading entry of zero, or as small as a rounding error, among matrices that need none."""
-    blocks = matrices("near the identity", rank, count=20).astype(dtype)
+    blocks = matrices("near the identity", rank).astype(dtype)
     for leading in (0.0, np.finfo(dtype).eps / 8):
         blocks[7] = np.roll(np.eye(rank), 1, axis=0)  # a cyclic permutation
         blocks[7, 0, 0] = leading
         sign, log_abs = np.linalg.slogdet(blocks.astype(np.float64))
-        found = eliminate(jnp.asarray(blocks))
+        found = eliminate(blocks)
         np.testing.assert_array_equal(found.sign, sign)
         np.testing.assert_allclose(found.log_abs, log_abs, atol=8 * np.finfo(dtype).eps)
         product = blocks[7] @ np.asarray(found.inverse[7])
         np.testing.assert_allclose(product, np.eye(rank), atol=8 * np.finfo(dtype).eps)
 
 
+few_ranks = pytest.mark.parametrize("rank", [1, 3, 9, pytest.param(16, marks=SLOW)])
+
+
 @ways
-@pytest.mark.parametrize("rank", [1, 3, 16])
+@few_ranks
 def test_singular_matrix_leaves_the_others_alone(rank, pivoting):
-    blocks = matrices("near the identity", rank, count=5)
+    blocks = matrices("near the identity", rank)
     blocks[2, :, 0] = 0
-    sign, log_abs = determinant(jnp.asarray(blocks), pivoting)
+    (sign, log_abs), found = both(blocks, pivoting)
     assert sign[2] == 0
     assert log_abs[2] == -np.inf
-    found = eliminate(jnp.asarray(blocks), pivoting)
     assert found.sign[2] == 0
     assert abs(found.nearby_sign[2]) == 1
     assert np.isfinite(found.log_abs[2])
     assert np.all(np.isfinite(found.inverse[2]))
-    others = np.arange(5) != 2
+    others = np.arange(len(blocks)) != 2
     np.testing.assert_allclose(log_abs[others], np.linalg.slogdet(blocks[others])[1], atol=1e-12)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 16])
+@few_ranks
 def test_nan_stays_where_it_is(rank):
-    blocks = matrices("near the identity", rank, count=5)
+    blocks = matrices("near the identity", rank)
     blocks[2, 0, 0] = np.nan
-    found = eliminate(jnp.asarray(blocks))
+    found = eliminate(blocks)
     assert np.isnan(found.log_abs[2])
-    others = np.arange(5) != 2
+    others = np.arange(len(blocks)) != 2
     true = np.linalg.slogdet(blocks[others])[1]
     np.testing.assert_allclose(found.log_abs[others], true, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["near the identity", "any"])
-def test_mapped_is_a_larger_batch_with_one_condition(kind):
-    blocks = jnp.moveaxis(jnp.asarray(matrices(kind, 9, count=12).reshape(3, 4, 9, 9)), 0, -1)
-    mapped = jax.vmap(elimination.eliminate)(blocks)
-    for one, other in zip(mapped, elimination.eliminate(blocks), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-10)
+def test_mapped_is_a_larger_batch_with_one_condition():
+    mapped, whole = quick_jit(jax.vmap(elimination.eliminate)), quick_jit(elimination.eliminate)
+    for kind in ("near the identity", "any"):
+        blocks = jnp.moveaxis(jnp.asarray(matrices(kind, 9, count=12).reshape(3, 4, 9, 9)), 0, -1)
+        for one, other in zip(mapped(blocks), whole(blocks), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-10, err_msg=kind)
     # A mapped condition that depends on the element would be computed on both sides.
     assert " cond[" in str(jax.make_jaxpr(jax.vmap(elimination.determinant))(blocks))
 
@@ -122,7 +131,7 @@ def test_lapack_is_not_called_where_nothing_is_to_be_pivoted(function):
 
 
 @ways
-@pytest.mark.parametrize("rank", [3, 9])
+@pytest.mark.parametrize("rank", [3, pytest.param(9, marks=SLOW)])
 def test_derivatives_match_those_of_numpy_s_definitions(rank, pivoting):
     """Value and inverse along a line of matrices, first and second derivative."""
     start, slope = matrices("near the identity", rank, count=2, seed=1)
@@ -134,10 +143,13 @@ def test_derivatives_match_those_of_numpy_s_definitions(rank, pivoting):
         found = eliminate(blocks, pivoting)
         return found.log_abs[0], found.inverse[0]
 
-    for order in (jax.jacfwd, lambda f: jax.jacfwd(jax.jacfwd(f))):
-        got, expected = (order(partial(line, library=which))(0.3) for which in (False, True))
-        for one, other in zip(got, expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+    def both_orders(t, library):
+        first = jax.jacfwd(partial(line, library=library))
+        return jax.jacfwd(lambda t: (first(t),) * 2, has_aux=True)(t)
+
+    got, expected = (quick_jit(partial(both_orders, library=which))(0.3) for which in (False, True))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_no_matrices():

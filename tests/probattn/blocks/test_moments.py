@@ -9,20 +9,29 @@ import pytest
 from jax.extend.core import subjaxprs
 
 import probattn as pa
-from probattn import _reference as reference
 from probattn.blocks import determinants, moments
 from probattn.blocks.geometry import Projections
-from tests.support.few_inputs import INPUTS, LONG, SHORT, defined, inputs, reduced_blocks
+from tests.support.dense import dense_of, flat, log_abs_slopes, quick_jit
+from tests.support.few_inputs import (
+    INPUTS,
+    LONG,
+    SHORT,
+    defined,
+    differences,
+    inputs,
+    reduced_blocks,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 scales = pytest.mark.parametrize("scale", [SHORT, LONG])
-FEW = determinants._FEW
+SLOW = pytest.mark.slow
+FEW = determinants.FEW
 
 
 @pytest.fixture(autouse=True)
 def two_ways(monkeypatch):
     """However few the numbers are."""
-    monkeypatch.setattr(determinants, "_FEW", 0)
+    monkeypatch.setattr(determinants, "FEW", 0)
 
 
 def weighted(function, *arguments):
@@ -35,15 +44,25 @@ def log_abs(*arguments):
     return pa.log_det(*arguments)[1]
 
 
-def error_of_single_precision(scale):
+# The programs of this file, compiled once for each length. They take both ways, as the fixture
+# above has it whenever they are traced.
+value_and_slopes = quick_jit(partial(jax.value_and_grad(weighted, (1, 2, 3)), log_abs))
+true_value_and_slopes = quick_jit(partial(jax.value_and_grad(weighted, (1, 2, 3)), defined))
+
+
+def log_abs_of_projections(*projected):
+    projected = Projections(*projected)
+    return determinants.determinant_values(lambda _, log_abs: log_abs, projected)[1]
+
+
+def error_of_single_precision(compiled, scale):
     """Largest error of log|det|, relative to its block's condition, of sharp but exact weights."""
     rng = np.random.default_rng(0)
     queries, keys = (scale * rng.standard_normal((2, 40, 4))).astype(np.float32)
     keys[:, 0] = rng.permutation(40)  # so that logits are whole numbers
     queries, keys = queries - queries[0], keys - keys[0]
     own = np.tile(np.array([10, 0, 0, 0], np.float32), (40, 1))
-    projected = Projections(*(jnp.asarray(array) for array in (own, own, queries, keys)))
-    found = determinants.determinant_values(lambda _, log_abs: log_abs, projected)[1]
+    found = compiled(own, own, queries, keys)
     own, queries, keys = (array.astype(np.float64) for array in (own, queries, keys))
     blocks = reduced_blocks(pa.attention_weights(own, keys), queries, keys)
     sizes = np.linalg.svd(blocks, compute_uv=False)
@@ -51,23 +70,25 @@ def error_of_single_precision(scale):
     return np.max(error * sizes[:, -1] / sizes[:, 0]) / np.finfo(np.float32).eps
 
 
-@pytest.mark.parametrize("scale", [0.1, 0.3, 1.0, 3.0, 30.0])
-def test_single_precision_loses_four_bits_at_most(scale):
+def test_single_precision_loses_four_bits_at_most():
     """The promise is 1e-5, which is 84 times the rounding error."""
-    assert error_of_single_precision(scale) <= 16
+    compiled = jax.jit(log_abs_of_projections)
+    for scale in (0.1, 0.3, 1.0, 3.0, 30.0):
+        assert error_of_single_precision(compiled, scale) <= 16, scale
 
 
 def test_second_moments_everywhere_would_lose_some(monkeypatch):
-    monkeypatch.setattr(moments, "_LARGEST_MOMENT", np.inf)
-    assert error_of_single_precision(30.0) > 100
+    monkeypatch.setattr(moments, "LARGEST_MOMENT", np.inf)
+    compiled = jax.jit(partial(log_abs_of_projections))
+    assert error_of_single_precision(compiled, 30.0) > 100
 
 
 @scales
-@pytest.mark.parametrize("length", [7, 130, 300])
+@pytest.mark.parametrize("length", [7, 70, *(pytest.param(n, marks=SLOW) for n in (130, 300))])
 def test_value_and_derivative_match_the_definition(length, scale):
     arguments = inputs(length, scale)
-    value = jax.jit(partial(jax.value_and_grad(weighted, (1, 2, 3)), log_abs))(*arguments)
-    expected = jax.jit(partial(jax.value_and_grad(weighted, (1, 2, 3)), defined))(*arguments)
+    value = value_and_slopes(*arguments)
+    expected = true_value_and_slopes(*arguments)
     tolerance = 1e-10 if scale == SHORT else 1e-8
     np.testing.assert_allclose(value[0], expected[0], rtol=tolerance)
     for one, other in zip(value[1], expected[1], strict=True):
@@ -76,25 +97,23 @@ def test_value_and_derivative_match_the_definition(length, scale):
 
 @scales
 def test_few_numbers_take_one_way_with_the_same_result(scale, monkeypatch):
-    def of(x, w_query, w_key):
-        return jax.value_and_grad(weighted, (1, 2, 3))(log_abs, x, w_query, w_key)
-
     def conditions():
         return str(jax.make_jaxpr(partial(log_abs))(*arguments)).count(" cond[")
 
     arguments = inputs(7, scale)
     assert conditions() > 0
-    expected = jax.jit(of)(*arguments)
-    monkeypatch.setattr(determinants, "_FEW", FEW)
+    expected = value_and_slopes(*arguments)
+    monkeypatch.setattr(determinants, "FEW", FEW)
     assert conditions() == 0
-    found = jax.jit(partial(of))(*arguments)
+    one_way = partial(jax.value_and_grad(weighted, (1, 2, 3)), log_abs)
+    found = quick_jit(one_way)(*arguments)
     tolerance = 1e-10 if scale == SHORT else 1e-8
     np.testing.assert_allclose(found[0], expected[0], rtol=tolerance)
     for one, other in zip(found[1], expected[1], strict=True):
         np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
 
 
-@pytest.mark.parametrize("length", [7, 130])
+@pytest.mark.parametrize("length", [7, pytest.param(130, marks=SLOW)])
 @pytest.mark.parametrize("number", INPUTS)
 def test_derivative_in_one_input_alone(number, length):
     """As where a matrix is fixed: forward and reverse mode agree, and with the definition."""
@@ -104,17 +123,24 @@ def test_derivative_in_one_input_alone(number, length):
         return weighted(function, *arguments[:number], array, *arguments[number + 1 :])
 
     own = arguments[number]
-    expected = jax.grad(of_one)(own, defined)
-    np.testing.assert_allclose(jax.grad(of_one)(own, log_abs), expected, atol=1e-9)
     direction = np.random.default_rng(2).standard_normal(own.shape)
-    pushed = jax.jvp(lambda array: of_one(array, log_abs), (own,), (direction,))[1]
+
+    @quick_jit
+    def both_modes(own):
+        pushed = jax.jvp(lambda array: of_one(array, log_abs), (own,), (direction,))[1]
+        return jax.grad(of_one)(own, log_abs), pushed
+
+    expected = true_value_and_slopes(*arguments)[1][number]
+    gradient, pushed = both_modes(own)
+    np.testing.assert_allclose(gradient, expected, atol=1e-9)
     np.testing.assert_allclose(pushed, np.vdot(expected, direction), rtol=1e-9)
 
 
-@pytest.mark.parametrize("length", [7, 130])
+@pytest.mark.parametrize("length", [7, pytest.param(130, marks=SLOW)])
 def test_derivative_in_the_bound_alone(length):
     arguments = inputs(length)
 
+    @quick_jit
     def of(bound):
         return weighted(partial(log_abs_bounded, arguments), bound)
 
@@ -123,10 +149,10 @@ def test_derivative_in_the_bound_alone(length):
 
     bound, step = jnp.asarray(1.5), 1e-5
     slope = (of(bound + step) - of(bound - step)) / (2 * step)
-    np.testing.assert_allclose(jax.jit(jax.grad(of))(bound), slope, rtol=1e-7)
+    np.testing.assert_allclose(quick_jit(jax.grad(of))(bound), slope, rtol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("dtype", [pytest.param(np.float64, marks=SLOW), np.float32], ids=str)
 def test_a_long_token_changes_no_bit_of_the_past(dtype):
     x, w_query, w_key = inputs(9, SHORT, dtype)
 
@@ -142,21 +168,23 @@ def test_a_long_token_changes_no_bit_of_the_past(dtype):
     np.testing.assert_array_equal(past(x.at[5:].multiply(1e25))[0], value)
 
 
-@scales
 @pytest.mark.parametrize("in_axes", [(0, 0, 0), (0, None, 0), (None, 1, None)])
-def test_mapped_is_a_larger_batch_with_one_condition(in_axes, scale):
-    arguments = inputs(7, scale)
-    batched = [
-        array if axis is None else np.stack([array, array[::-1] * 1.0], axis=axis)
-        for array, axis in zip(arguments, in_axes, strict=True)
-    ]
+def test_mapped_is_a_larger_batch_with_one_condition(in_axes):
     mapped = jax.vmap(log_abs, in_axes)
-    for number in range(2):
-        own = [
-            array if axis is None else np.take(array, number, axis)
-            for array, axis in zip(batched, in_axes, strict=True)
+    compiled, alone = quick_jit(mapped), quick_jit(log_abs)
+    for scale in (SHORT, LONG):
+        arguments = inputs(7, scale)
+        batched = [
+            array if axis is None else np.stack([array, array[::-1] * 1.0], axis=axis)
+            for array, axis in zip(arguments, in_axes, strict=True)
         ]
-        np.testing.assert_allclose(mapped(*batched)[number], log_abs(*own), rtol=1e-9, atol=1e-9)
+        found = compiled(*batched)
+        for number in range(2):
+            own = [
+                array if axis is None else np.take(array, number, axis)
+                for array, axis in zip(batched, in_axes, strict=True)
+            ]
+            np.testing.assert_allclose(found[number], alone(*own), rtol=1e-9, atol=1e-9)
     program = str(jax.make_jaxpr(mapped)(*batched))
     # Three in all: whether any position is to be centred, whether any of a part of them is, and of
     # the pivots. Mapped ones would be selections instead.
@@ -165,10 +193,15 @@ def test_mapped_is_a_larger_batch_with_one_condition(in_axes, scale):
 
 def test_second_derivative_of_long_tokens():
     arguments = inputs(5, 12.0)
-    hessian = jax.jit(jax.hessian(partial(weighted, log_abs)))(*arguments)
-    expected = jax.hessian(partial(weighted, lambda *inputs: reference.log_det(*inputs)[1]))(
-        *arguments
-    )
+    hessian = quick_jit(jax.hessian(partial(weighted, log_abs)))(*arguments)
+    signs = np.random.default_rng(1).standard_normal(5)  # those of `weighted`
+    x, *others = map(np.asarray, arguments)
+
+    def gradient(moved):
+        slopes = log_abs_slopes(dense_of(moved.reshape(x.shape), *others))
+        return signs @ flat(slopes)[:, : x.size]
+
+    expected = differences(gradient, x.ravel()).reshape(hessian.shape)
     assert not np.all(short(*arguments))
     np.testing.assert_allclose(hessian, expected, atol=1e-7 * np.abs(expected).max())
 
