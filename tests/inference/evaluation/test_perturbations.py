@@ -36,10 +36,17 @@ def losses(x):
     return optax.softmax_cross_entropy_with_integer_labels(predicted, TARGETS)
 
 
+@jax.jit
+def seen(disturbed, inputs, key):
+    """What enters the stack."""
+    return disturbed(key, PARAMETERS, inputs, losses)
+
+
 def moved(disturbed, inputs=INPUTS, key=KEY):
     """Displacement of what enters the stack."""
-    x = jax.jit(lambda each: each(key, PARAMETERS, inputs, losses))(disturbed)
-    return np.asarray(x) - embedded(SimpleNamespace(parameters=PARAMETERS), inputs)
+    return np.asarray(seen(disturbed, inputs, key)) - embedded(
+        SimpleNamespace(parameters=PARAMETERS), inputs
+    )
 
 
 def window_losses(displacement):
@@ -74,7 +81,7 @@ def test_uniform_noise_has_the_standard_deviation_of_gaussian_noise_of_its_level
 
 def tokens_after(disturbed, inputs, key=KEY):
     """Tokens whose embeddings these are, each the nearest."""
-    x = np.asarray(disturbed(key, PARAMETERS, inputs)) - PARAMETERS["position_embedding"]
+    x = np.asarray(seen(disturbed, inputs, key)) - PARAMETERS["position_embedding"]
     table = np.asarray(PARAMETERS["token_embedding"])
     distance = np.linalg.norm(x[..., None, :] - table, axis=-1)
     assert distance.min(-1).max() < 1e-12

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -66,15 +67,20 @@ def direct(run):
     inputs = np.stack([tokens[start : start + BLOCK] for start in STARTS])
     found = {}
     for label, arguments in stage_arguments(run, inputs).items():
-        arguments = [jnp.asarray(argument) for argument in arguments]
-        sign, log_abs = log_det(*arguments)
-        found[label] = {
-            "margin": stability_margin(*arguments),
-            "log_det": jnp.where(sign > 0, log_abs, -jnp.inf),
-            "embedding_margin": embedding_margin(*arguments),
-            "certificate": certificate(*arguments),
-        }
+        found[label] = quantities(*arguments)
     return found
+
+
+@partial(jax.jit, static_argnames="bound")
+def quantities(x, w_query, w_key, bound=None):
+    arguments = x, w_query, w_key
+    sign, log_abs = log_det(*arguments, bound=bound)
+    return {
+        "margin": stability_margin(*arguments, bound=bound),
+        "log_det": jnp.where(sign > 0, log_abs, -jnp.inf),
+        "embedding_margin": embedding_margin(*arguments, bound=bound),
+        "certificate": certificate(*arguments, bound=bound),
+    }
 
 
 def test_every_token_is_reported_once_from_the_first_window_that_holds_it(margins):
@@ -250,14 +256,9 @@ def test_margins_of_a_bounded_context(own_run):
     for stage in stages(run, prior):
         bound = None if stage.label.startswith("layer") else 0.5
         got = stage_margins(run, stage, inputs)
-        x, w_query, w_key = map(jnp.asarray, arguments[stage.label])
-        for name, function in (
-            ("margin", stability_margin),
-            ("embedding_margin", embedding_margin),
-            ("certificate", certificate),
-        ):
-            expected = function(x, w_query, w_key, bound=bound)
-            np.testing.assert_allclose(getattr(got, name), expected, rtol=1e-9, err_msg=name)
+        expected = quantities(*arguments[stage.label], bound=bound)
+        for name in ("margin", "embedding_margin", "certificate"):
+            np.testing.assert_allclose(getattr(got, name), expected[name], rtol=1e-9, err_msg=name)
 
 
 def test_margins_of_normalised_embeddings(own_run):
@@ -270,7 +271,7 @@ def test_margins_of_normalised_embeddings(own_run):
     (stage,) = [s for s in stages(run, post_hoc_prior(own_run)) if s.label == "trained"]
     x, w_query, w_key = stage_arguments(own_run, inputs)["trained"]
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-8)
-    expected = stability_margin(*map(jnp.asarray, (x, w_query, w_key)))
+    expected = quantities(x, w_query, w_key)["margin"]
     assert np.abs(expected - 1).max() > 0.01
     np.testing.assert_allclose(stage_margins(run, stage, inputs).margin, expected, rtol=1e-9)
 

@@ -1,7 +1,6 @@
 """Guides other than MAP: what they fit, what they leave in a run, and the draws from them."""
 
 import dataclasses
-import importlib
 import math
 import random
 import shutil
@@ -14,7 +13,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from probattn.inference import FitConfig, LaplaceError, RunConfig, fit, guide_draws, load_run
-from probattn.inference.cli import main
+from probattn.inference.cli import commands, main
+from probattn.inference.fitting import guide_draws as drawing
 from probattn.inference.fitting.svi import Trainer
 from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder, named_leaves
 from probattn.inference.runs.run import Run
@@ -22,9 +22,6 @@ from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.text.corpora import DataConfig
 from tests.support.refusals import refusal
 from tests.support.tiny_run import copy_of, files_of
-
-commands = importlib.import_module("probattn.inference.cli.commands")
-guides = importlib.import_module("probattn.inference.fitting.guides")
 
 WIDTH, BLOCK, WEIGHT = 2, 4, 0.05  # the last is that of the barrier
 MODEL = LanguageModelConfig(layers=1, heads=1, width=WIDTH, block=BLOCK, prior_rank=1)
@@ -62,9 +59,9 @@ def laplace(folder):
         taken.append((z, matrix))
         return matrix
 
-    hessian = guides.hessian
+    hessian = drawing.hessian
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guides, "hessian", noting)
+        patch.setattr(drawing, "hessian", noting)
         draws = guide_draws(run, draws=DRAWS, seed=1)
     assert len(taken) == 1
     return SimpleNamespace(run=run, draws=draws, z=taken[0][0], hessian=taken[0][1])
@@ -101,7 +98,7 @@ def training_text(run):
 
 @pytest.fixture(scope="module")
 def low_rank(folder):
-    return fit(config_of(folder, "low_rank"), folder / "low_rank").run
+    return fit(config_of(folder, "low_rank", "ce"), folder / "low_rank").run
 
 
 def flat(sites, axes=0):
@@ -209,6 +206,7 @@ def curvature(laplace):
 # Laplace
 
 
+@pytest.mark.slow
 def test_laplace_ends_where_map_does(laplace, folder):
     config = config_of(folder, "map")
     tokens = laplace.run.vocabulary.encode(training_text(laplace.run))
@@ -378,10 +376,10 @@ def test_draws_are_functions_of_the_seed(request, guide, monkeypatch):
     run = getattr(fixture, "run", fixture)
     if guide == "laplace":  # as the fixture drew them
         first = {name: value[:, :7] for name, value in fixture.draws.items()}
-        monkeypatch.setattr(guides, "hessian", lambda *_, **__: fixture.hessian)
+        monkeypatch.setattr(drawing, "hessian", lambda *_, **__: fixture.hessian)
     else:
         first = guide_draws(run, draws=7, seed=1)
-    monkeypatch.setattr(guides, "_VALUES", 200)  # two draws at once
+    monkeypatch.setattr(drawing, "VALUES", 200)  # two draws at once
     again, other = (guide_draws(run, draws=5, seed=seed) for seed in (1, 2))
     for name, value in first.items():
         assert value.dtype == run.parameters[name].dtype

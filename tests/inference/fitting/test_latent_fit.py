@@ -1,7 +1,6 @@
 """Objective latent: its bound against one written by hand, NumPyro on the pair, and a whole fit."""
 
 import dataclasses
-import importlib
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from probattn import is_proper
 from probattn.inference import fit, load_run
 from probattn.inference.evaluation.attention_stages import stages
 from probattn.inference.export.posterior_groups import DIMS
+from probattn.inference.fitting.latent_metrics import latent_metrics
 from probattn.inference.fitting.svi import Trainer
 from probattn.models import ObjectiveConfig, language_model, latent_guide
 from probattn.models.language import latent_process, parameter_shapes, sample_parameters
@@ -30,7 +30,6 @@ from probattn.models.transformer import embed, logits
 from tests.support.tiny_run import BLOCK, FIT, MODEL, RANK, WIDTH, tiny_config, tiny_text
 from tests.support.tiny_trainer import STATE, draw, log_prior, state_at
 
-METRICS = importlib.import_module("probattn.inference.fitting.latent_metrics")
 BETA, SCALE = 0.3, 0.6
 OBJECTIVE = ObjectiveConfig("latent", beta=BETA, guide_scale=SCALE, learn_guide_scale=True)
 SEQUENCES = 3600 // BLOCK
@@ -250,7 +249,7 @@ def test_a_fit_reports_what_its_draws_cost(fitted):
 
 def test_another_objective_has_no_such_report(fitted):
     config = dataclasses.replace(fitted.run.config, objective=ObjectiveConfig("ce"))
-    assert METRICS.latent_metrics(config, {}, {}, {}) == {}
+    assert latent_metrics(config, {}, {}, {}) == {}
 
 
 def test_a_latent_run_opens_with_the_stage_of_its_process(fitted):
