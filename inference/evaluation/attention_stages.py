@@ -31,7 +31,7 @@ class AttentionStage:
         label: what figures and tables call it.
         w_query: W_Q (d, r).
         w_key: W_K (d, r).
-        sees: the embeddings, the same divided by their root mean square, token by token, or the
+        input: the embeddings, the same divided by their root mean square, token by token, or the
             first layer's normalised input.
         bound: c of its bounded context, or None.
     """

@@ -15,7 +15,7 @@ from probattn.models.transformer import Parameters, Precision, logits
 from probattn.text.batches import batched_rows, windows
 from probattn.text.vocabulary import Vocabulary
 
-_BATCH = 32  # windows in one call
+BATCH = 32  # windows in one call
 _CLEAN = Gaussian(0.0)  # noise at level 0: one program scores a text clean and under noise
 
 
@@ -126,7 +126,7 @@ class Scorer:
         rng_key = jax.random.key(0) if rng_key is None else rng_key
         count = len(self.inputs)
         results = []
-        for number, rows in enumerate(batched_rows(count, _BATCH)):
+        for number, rows in enumerate(batched_rows(count, BATCH)):
             key = jax.random.fold_in(rng_key, number)
             inputs, targets = self.inputs[rows], self.targets[rows]
             results.append(self._losses(perturbation, parameters, inputs, targets, key))

@@ -32,7 +32,7 @@ def compiled_once():
         return TRAINERS[key]
 
     def monitor(config, inputs):
-        key = same_program(config), inputs.tobytes()
+        key = config.model, config.objective, inputs.tobytes()
         if key not in MONITORS:
             MONITORS[key] = Monitor(config, inputs)
         return MONITORS[key]

@@ -48,10 +48,14 @@ def config_of(folder, guide, objective="margin", **schedule):
     return RunConfig(DataConfig(str(folder / "text")), MODEL, ObjectiveConfig(objective), schedule)
 
 
-@pytest.fixture(scope="module")
-def laplace(folder):
+# The barrier triples what a guide takes to compile.
+objectives = ["ce", pytest.param("margin", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=objectives)
+def laplace(request, folder):
     """A run, its draws, and the Hessian that was taken for them."""
-    run = fit(config_of(folder, "laplace"), folder / "laplace").run
+    run = fit(config_of(folder, "laplace", request.param), folder / f"laplace-{request.param}").run
     taken = []
 
     def noting(prior_loss, z, **options):
@@ -96,9 +100,10 @@ def training_text(run):
     return (run.path.parent / "text").read_text()[:1800]
 
 
-@pytest.fixture(scope="module")
-def low_rank(folder):
-    return fit(config_of(folder, "low_rank", "ce"), folder / "low_rank").run
+@pytest.fixture(scope="module", params=objectives)
+def low_rank(request, folder):
+    config = config_of(folder, "low_rank", request.param)
+    return fit(config, folder / f"low_rank-{request.param}").run
 
 
 def flat(sites, axes=0):
@@ -208,7 +213,7 @@ def curvature(laplace):
 
 @pytest.mark.slow
 def test_laplace_ends_where_map_does(laplace, folder):
-    config = config_of(folder, "map")
+    config = config_of(folder, "map", laplace.run.config.objective.name)
     tokens = laplace.run.vocabulary.encode(training_text(laplace.run))
     trainer = Trainer(config, jnp.asarray(tokens), 3)
     state, _ = trainer.advance(trainer.init(), 0, 400)
@@ -241,14 +246,14 @@ def assert_standard(draws):
     np.testing.assert_allclose(off, np.zeros((size, size)), atol=SURE / math.sqrt(count))
 
 
-def test_a_point_that_is_no_mode_has_no_draws(laplace, curvature, folder):
+def test_a_point_that_is_no_mode_has_no_draws(laplace, curvature, tmp_path):
     saddle = {
         name: jnp.asarray(np.random.default_rng(0).normal(size=value.shape) / 3 + ("norm" in name))
         for name, value in laplace.run.parameters.items()
     }
     eigenvalues = np.linalg.eigvalsh(curvature(flat(saddle)))
     assert eigenvalues[0] < -1
-    run = copy_of(laplace.run, folder / "saddle")
+    run = copy_of(laplace.run, tmp_path / "saddle")
     run.best.save(401, saddle)
     message = refusal(LaplaceError, guide_draws, run, draws=5)
     assert message.startswith(f"{run.path}: the parameters of step 401 are no mode: ")
@@ -370,21 +375,23 @@ def test_a_fit_that_was_killed_goes_on_to_the_same_guide(mean_field, trainer, tm
 # Draws
 
 
-@pytest.mark.parametrize("guide", ["low_rank", "laplace"])
-def test_draws_are_functions_of_the_seed(request, guide, monkeypatch):
-    fixture = request.getfixturevalue(guide)
-    run = getattr(fixture, "run", fixture)
-    if guide == "laplace":  # as the fixture drew them
-        first = {name: value[:, :7] for name, value in fixture.draws.items()}
-        monkeypatch.setattr(drawing, "hessian", lambda *_, **__: fixture.hessian)
-    else:
-        first = guide_draws(run, draws=7, seed=1)
+def assert_draws_of_seed_1(run, first, monkeypatch):
+    """Draws of the seed 1 begin with the same ones, however many are made at once."""
     monkeypatch.setattr(drawing, "VALUES", 200)  # two draws at once
     again, other = (guide_draws(run, draws=5, seed=seed) for seed in (1, 2))
     for name, value in first.items():
         assert value.dtype == run.parameters[name].dtype
         np.testing.assert_allclose(again[name], value[:, :5], rtol=1e-12, atol=1e-12)
         assert not np.isclose(other[name], value[:, :5]).any()
+
+
+def test_draws_of_low_rank_are_functions_of_the_seed(low_rank, monkeypatch):
+    assert_draws_of_seed_1(low_rank, guide_draws(low_rank, draws=7, seed=1), monkeypatch)
+
+
+def test_draws_of_laplace_are_functions_of_the_seed(laplace, monkeypatch):
+    monkeypatch.setattr(drawing, "hessian", lambda *_, **__: laplace.hessian)
+    assert_draws_of_seed_1(laplace.run, laplace.draws, monkeypatch)
 
 
 def test_map_has_no_draws(laplace):

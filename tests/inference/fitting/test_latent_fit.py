@@ -24,9 +24,9 @@ from probattn.inference.evaluation.attention_stages import stages
 from probattn.inference.export.posterior_groups import DIMS
 from probattn.inference.fitting.latent_metrics import latent_metrics
 from probattn.inference.fitting.svi import Trainer
-from probattn.models import ObjectiveConfig, language_model, latent_guide
+from probattn.models import ObjectiveConfig, language_model, latent_guide, transformer
 from probattn.models.language import latent_process, parameter_shapes, sample_parameters
-from probattn.models.transformer import embed, logits
+from probattn.models.transformer import embed
 from tests.support.tiny_run import BLOCK, FIT, MODEL, RANK, WIDTH, tiny_config, tiny_text
 from tests.support.tiny_trainer import STATE, draw, log_prior, state_at
 
@@ -34,6 +34,7 @@ BETA, SCALE = 0.3, 0.6
 OBJECTIVE = ObjectiveConfig("latent", beta=BETA, guide_scale=SCALE, learn_guide_scale=True)
 SEQUENCES = 3600 // BLOCK
 STEPS = 20
+logits = jax.jit(transformer.logits, static_argnames="heads")
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +170,9 @@ def test_the_model_draws_embeddings_and_then_tokens(start):
     size = len(start["token_embedding"])
     sharp = start | {"final_norm": 1000 * start["final_norm"]}
     model, _ = pair(size, start)
-    draws = Predictive(model, jax.tree.map(lambda value: jnp.asarray(value)[None], sharp))(
-        jax.random.key(0), jnp.zeros((3, BLOCK), int)
-    )
+    points = jax.tree.map(lambda value: jnp.asarray(value)[None], sharp)
+    inputs = jnp.zeros((3, BLOCK), int)
+    draws = jax.jit(lambda key: Predictive(model, points)(key, inputs))(jax.random.key(0))
     assert draws["embeddings"].shape == (1, 3, BLOCK, WIDTH)
     scores = np.asarray(logits(sharp, draws["embeddings"][0], heads=MODEL.heads))
     np.testing.assert_array_equal(draws["tokens"][0], scores.argmax(-1))

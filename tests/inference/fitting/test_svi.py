@@ -152,8 +152,9 @@ def test_the_default_optimizer_warms_up_and_decays_to_a_tenth(warmup):
     optimizer = default_optimizer(config)
     gradient = jnp.array([3.0, -1e-2])  # constant, so that Adam moves by the learning rate
     state, rates = optimizer.init(gradient), []
+    step = jax.jit(optimizer.update)
     for _ in range(21):
-        update, state = optimizer.update(gradient, state)
+        update, state = step(gradient, state)
         np.testing.assert_allclose(update[0], -update[1], rtol=1e-5)
         rates.append(-float(update[0]))
     steps = np.arange(21)
@@ -203,7 +204,8 @@ def objective(parameters, inputs, targets):
 
     N counts the tokens of whole blocks.
     """
-    scores = np.asarray(logits(parameters, embed(parameters, inputs), heads=MODEL.heads))
+    network = jax.jit(partial(logits, heads=MODEL.heads))
+    scores = np.asarray(network(parameters, embed(parameters, inputs)))
     picked = np.take_along_axis(scores, np.asarray(targets)[..., None], -1)[..., 0]
     return (
         np.mean(logsumexp(scores, axis=-1) - picked)
