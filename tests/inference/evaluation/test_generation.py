@@ -85,7 +85,7 @@ def test_top_k_beyond_the_vocabulary_is_all_of_it(tiny_run):
     assert generate(tiny_run, PROMPT, length=20, top_k=10_000).text == whole.text
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0])
+@pytest.mark.parametrize("temperature", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_tokens_are_drawn_with_the_networks_probabilities(tiny_run, temperature):
     # The log probability of a draw has expectation minus the entropy: sums over many contexts.
     result = generate(tiny_run, PROMPT, length=400, temperature=temperature, seed=1)

@@ -9,7 +9,6 @@ import optax
 import pytest
 from scipy import stats
 
-from probattn.inference.evaluation import scoring
 from probattn.inference.evaluation.perturbations import (
     Ascent,
     Gaussian,
@@ -202,13 +201,16 @@ def test_a_scorer_looks_for_the_directions_of_its_own_losses():
 # All of them
 
 
-def test_levels_of_a_kind_share_a_compiled_program():
+def test_levels_of_a_kind_share_a_compiled_program(caplog):
     scorer = scorer_of(text(2 * BLOCK + 1))
     for kind in ("gaussian", "uniform", "substitution", "ascent-1"):
-        scorer.losses(PARAMETERS, perturbation(kind, 0.1, frequencies=FREQUENCIES))
-        compiled = scoring._losses._cache_size()
-        scorer.losses(PARAMETERS, perturbation(kind, 0.2, frequencies=FREQUENCIES))
-        assert scoring._losses._cache_size() == compiled, kind
+        compiled = []
+        for level in (0.1, 0.2):
+            caplog.clear()
+            with jax.log_compiles():
+                scorer.losses(PARAMETERS, perturbation(kind, level, frequencies=FREQUENCIES))
+            compiled.append(caplog.text.count("Compiling"))
+        assert compiled[0] > compiled[1] == 0, kind
 
 
 def test_kinds_by_name():
