@@ -63,7 +63,7 @@ def logits(
         )
     stacked = [_unstack(parameters[name]) for name in LAYER_PARAMETERS]
     for layer in zip(*stacked, strict=True):
-        x = _layer(dict(zip(LAYER_PARAMETERS, layer, strict=True)), x, heads, precision)
+        x = apply_layer(dict(zip(LAYER_PARAMETERS, layer, strict=True)), x, heads, precision)
     x = _norm(x, parameters["final_norm"])
     return _product(x, parameters["token_embedding"].T, precision, result=x.dtype)
 
@@ -91,9 +91,10 @@ def first_layer(
     return _norm(x, parameters["attention_norm"][0]), w_query, w_key
 
 
-def _layer(
+def apply_layer(
     parameters: Parameters, x: Float[Array, "B T d"], heads: int, precision: Precision
 ) -> Float[Array, "B T d"]:
+    """Add one attention layer and its MLP to the stream; its parameters have no layer axis."""
     sequences, length, width = x.shape
     projected = _product(
         _norm(x, parameters["attention_norm"]), parameters["attention_in"], precision

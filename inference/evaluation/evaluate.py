@@ -30,7 +30,7 @@ from probattn.text.batches import windows
 
 QUANTILES = (0.0, 0.01, 0.1, 0.5)
 
-_MARGIN_TOKENS = 2048  # positions whose margins are taken, in windows spread over the text
+MARGIN_TOKENS = 2048  # positions whose margins are taken, in windows spread over the text
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def evaluate(
 
 
 def _margins(run: Run, prior: Any, tokens: np.ndarray, bar: Bar) -> tuple[MarginSummary, ...]:
-    plan = windows(len(tokens), block=run.config.model.block).spread(_MARGIN_TOKENS)
+    plan = windows(len(tokens), block=run.config.model.block).spread(MARGIN_TOKENS)
     inputs = plan.take(tokens)
     if inputs.shape[1] < 3:
         return ()

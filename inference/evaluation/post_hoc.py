@@ -29,9 +29,9 @@ from probattn.models.transformer import embed
 from probattn.text.batches import windows
 from probattn.text.corpora import load_corpus
 
-_TOKENS = 65_536  # tokens of training text, in windows spread evenly over it
+TOKENS = 65_536  # of training text, in windows spread evenly over it
 _BATCH = 16  # windows in a step
-_STEPS = 1000
+STEPS = 1000
 _STEPS_PER_CALL = 50
 _LEARNING_RATE = 0.03
 _CONVERGED = 0.01  # most that the last tenth of the steps may add to the whole improvement
@@ -77,13 +77,14 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
     tokens = run.vocabulary.encode(corpus.train)
-    plan = windows(len(tokens), block=run.config.model.block).spread(_TOKENS)
+    plan = windows(len(tokens), block=run.config.model.block).spread(TOKENS)
     prior = fit_attention_prior(
         embed(run.parameters, jnp.asarray(plan.take(tokens))),
         rank=run.config.model.prior_rank,
         bound=run.config.model.bound,
         training_tokens=len(tokens),
         seed=run.config.fit.seed,
+        steps=STEPS,
         progress=progress,
     )
     with run.lock(wait=LOCK_SECONDS):
@@ -101,6 +102,7 @@ def fit_attention_prior(
     training_tokens: int,
     bound: float | None = None,
     seed: int,
+    steps: int = STEPS,
     progress: bool = False,
 ) -> PostHocPrior:
     """Fit W_Q, W_K and sigma to embeddings by the exact log density, by Adam on minibatches.
@@ -116,13 +118,14 @@ def fit_attention_prior(
         training_tokens: tokens of the whole text, of which x is a sample: the prior's weight.
         bound: c of a bounded context, or None.
         seed: seed of the prior draw that the fit starts from, and of the minibatches.
+        steps: steps of Adam.
         progress: show a progress bar.
     """
     start_key, data_key = jax.random.split(jax.random.key(seed))
     prior = attention_prior(x.shape[-1], rank)
     w_query, w_key = (prior.sample(key).astype(x.dtype) for key in jax.random.split(start_key))
     params = w_query, w_key, jnp.log(jnp.std(x))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, _LEARNING_RATE, _STEPS // 20, _STEPS)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, _LEARNING_RATE, steps // 20, steps)
     optimizer = optax.adam(schedule, b2=0.99)
     objective = partial(_objective, bound=bound, training_tokens=training_tokens)
 
@@ -140,10 +143,10 @@ def fit_attention_prior(
 
     carry, values = (params, optimizer.init(params)), np.empty(0)
     with progress_bar(
-        "post-hoc attention prior", total=_STEPS, unit="step", visible=progress
+        "post-hoc attention prior", total=steps, unit="step", visible=progress
     ) as bar:
-        for first in range(0, _STEPS, _STEPS_PER_CALL):
-            numbers = jnp.arange(first, min(first + _STEPS_PER_CALL, _STEPS))
+        for first in range(0, steps, _STEPS_PER_CALL):
+            numbers = jnp.arange(first, min(first + _STEPS_PER_CALL, steps))
             carry, losses = several(x, carry, numbers)
             values = np.append(values, np.asarray(losses))
             bar.update(len(numbers))
@@ -160,7 +163,7 @@ def fit_attention_prior(
         scale,
         float(_mean_log_density(x, w_query, w_key, scale, bound)),
         bool(last <= max(_CONVERGED * gained, 2 * noise)),
-        _STEPS,
+        steps,
         x.shape[0] * x.shape[1],
     )
 

@@ -15,7 +15,7 @@ from probattn.models.transformer import Parameters, Precision, logits
 from probattn.text.batches import map_batches, windows
 from probattn.text.vocabulary import Vocabulary
 
-_BATCH = 32  # windows in one call
+BATCH = 32  # windows in one call
 _CLEAN = Gaussian(0.0)  # noise at level 0: one program scores a text clean and under noise
 
 
@@ -130,7 +130,7 @@ class Scorer:
             inputs, targets = self.inputs[rows], self.targets[rows]
             return self._losses(perturbation, parameters, inputs, targets, key)
 
-        return map_batches(of_batch, len(self.inputs), _BATCH)
+        return map_batches(of_batch, len(self.inputs), BATCH)
 
     def embedding_rms(self, parameters: Parameters) -> float:
         """Return the root mean square, per coordinate, of what enters the stack over this text."""

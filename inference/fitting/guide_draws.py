@@ -19,7 +19,7 @@ from probattn.models.language import sample_parameters
 from probattn.text.batches import batched_rows
 from probattn.text.corpora import load_corpus
 
-_DRAWS, _VALUES = 128, 2**24  # most draws, and most numbers, that are made at once
+DRAWS, VALUES = 128, 2**24  # most draws, and most numbers, that are made at once
 
 
 def guide_draws(
@@ -129,7 +129,7 @@ def _drawn(
 ) -> dict[str, np.ndarray]:
     result = {name: np.empty((draws, *leaf.shape), leaf.dtype) for name, leaf in point.items()}
     # One size for any number of draws is one compilation.
-    size = max(1, min(_DRAWS, _VALUES // sum(leaf.size for leaf in point.values())))
+    size = max(1, min(DRAWS, VALUES // sum(leaf.size for leaf in point.values())))
 
     @jax.jit
     def batch(rng_key: Array, numbers: Array, arguments: Any) -> dict[str, Array]:

@@ -135,13 +135,14 @@ class Loop:
         parameters = self._trainer.guide.median(guide_params)
         fit, block = self.run.config.fit, self.run.config.model.block
         tokens = (self.step - self._reported_step) * fit.batch * block
-        row = {
-            "step": self.step,
-            "loss": float(self._state.loss_sum) / max(int(self._state.loss_count), 1),
-            "tokens_per_s": tokens / self._seconds if self._seconds else None,
-            "rejected_steps": int(self._state.rejected),
-            **self._reports.measure(parameters, guide_params),
-        }
+        row = self._reports.measure(
+            parameters,
+            guide_params,
+            step=self.step,
+            loss=float(self._state.loss_sum) / max(int(self._state.loss_count), 1),
+            tokens_per_s=tokens / self._seconds if self._seconds else None,
+            rejected_steps=int(self._state.rejected),
+        )
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 self._fail(self.step, f"{name} is {value}")

@@ -49,17 +49,27 @@ class Reports:
             self._best = self._scorers["validation_"].score(kept).cross_entropy
 
     def measure(
-        self, parameters: dict[str, jax.Array], guide_params: dict[str, jax.Array]
+        self,
+        parameters: dict[str, jax.Array],
+        guide_params: dict[str, jax.Array],
+        *,
+        step: int,
+        loss: float,
+        tokens_per_s: float | None,
+        rejected_steps: int,
     ) -> dict[str, Any]:
-        """Return the scores and margins of parameters, by the names of metrics.jsonl."""
-        row: dict[str, Any] = {}
+        """Return a line of metrics.jsonl: scores and margins of parameters, and what is given."""
+        row: dict[str, Any] = {"step": step}
         for prefix, scorer in self._scorers.items():
             score = scorer.score(parameters)
             row |= {f"{prefix}cross_entropy": score.cross_entropy, f"{prefix}bpc": score.bpc}
         config = self._run.config
         return row | {
+            "loss": loss,
+            "tokens_per_s": tokens_per_s,
             **self._monitor(parameters),
             **latent_metrics(config, self._scorers, parameters, guide_params),
+            "rejected_steps": rejected_steps,
             "embedding_rms": self._scorers[""].embedding_rms(parameters),
         }
 

@@ -1,8 +1,10 @@
 """Models of embeddings: their log density term by term, both forms, and what they record."""
 
+import functools
 from dataclasses import replace
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,50 +17,93 @@ from probattn.models import LatentEmbeddingsConfig, latent_embeddings, observed_
 from probattn.models.checks import check_symbols
 from probattn.models.coupling import attention_weights_of
 
-SYMBOLS = 5
-SMALL = LatentEmbeddingsConfig(width=2, sequences=3, length=5)
-COUPLINGS = ("bounded", "repulsive", "free")
+SYMBOLS, WIDTH = 5, 2
+SMALL = LatentEmbeddingsConfig(width=WIDTH, sequences=3, length=5)
+RNG = np.random.default_rng(3)
+TOKENS = RNG.integers(0, SYMBOLS, (SMALL.sequences, SMALL.length))
+X = RNG.normal(size=(SMALL.sequences, SMALL.length, WIDTH))
+EMISSION = {
+    "emission": RNG.normal(size=(WIDTH, SYMBOLS)),
+    "emission_bias": RNG.normal(size=SYMBOLS),
+}
+EMISSION = {name: value - value.mean(-1, keepdims=True) for name, value in EMISSION.items()}
+# Strong enough to matter, and so weak that every determinant at X is positive.
+COUPLINGS = {
+    "bounded": {"direction": RNG.normal(size=(WIDTH, WIDTH))},
+    "repulsive": {"repulsion": np.array([[0.8, 0.0], [0.3, 0.5]]), "rotation": np.array([0.7])},
+    "free": {"free_coupling": 0.3 * RNG.normal(size=(WIDTH, WIDTH))},
+}
+RECORDED = ("coupling", "coupling_trace", "coupling_norm", "coupling_eigenvalues")
+RECORDED += ("log_det", "margin", "certificate")
 
 
 def latent(config):
     return partial(latent_embeddings, vocabulary_size=SYMBOLS, config=config)
 
 
-def drawn(model, key=0):
-    sites = trace(seed(model, key)).get_trace()
-    return {name: site["value"] for name, site in sites.items()}
+def bound_of(kind, unit=1.0):
+    return SMALL.bound * unit if kind == "bounded" else None
+
+
+@functools.cache
+def latent_density(kind):
+    """The joint log density at any values, and the deterministic sites that it records."""
+    model = latent(replace(SMALL, coupling=kind))
+
+    @jax.jit
+    def evaluate(values):
+        density, sites = log_density(model, (TOKENS,), {}, values)
+        return density, {name: sites[name]["value"] for name in RECORDED}
+
+    return evaluate
+
+
+@functools.cache
+def observed_density(kind, unit):
+    """The same of observed embeddings in a given unit."""
+    config = replace(SMALL, coupling=kind)
+
+    @jax.jit
+    def evaluate(x, values):
+        options = {"config": config, "unit": unit}
+        density, sites = log_density(observed_embeddings, (x,), options, values)
+        return density, {name: sites[name]["value"] for name in RECORDED}
+
+    return evaluate
+
+
+@jax.jit
+def oracle(x, matrix, bound):
+    """Residuals and dense Jacobians of all sequences, by the slow oracle."""
+    weights = attention_weights_of(matrix)
+    return jax.vmap(
+        lambda sequence: (
+            _reference.residual(sequence, *weights, bound=bound),
+            _reference.jacobian_blocks(sequence, *weights, bound=bound),
+        )
+    )(x)
 
 
 def attention_log_density(x, matrix, scale, bound):
     """Of all sequences, by the dense Jacobians of the slow oracle."""
-    weights = attention_weights_of(jnp.asarray(matrix))
-    total = 0.0
-    for sequence in np.asarray(x):
-        e = _reference.residual(sequence, *weights, bound=bound)
-        determinants = np.linalg.det(_reference.jacobian_blocks(sequence, *weights, bound=bound))
-        assert np.all(determinants > 0)
-        total += stats.norm(0, scale).logpdf(e).sum() + np.log(determinants).sum()
-    return total
+    e, blocks = oracle(x, matrix, bound)
+    determinants = np.linalg.det(blocks)
+    assert np.all(determinants > 0)
+    return stats.norm(0, scale).logpdf(e).sum() + np.log(determinants).sum()
 
 
-def coupling_log_prior(kind, sites):
+def coupling_log_prior(kind):
     """Without the constant of the Wishart matrix's Cholesky factor, which SciPy lacks."""
     if kind == "bounded":
-        return stats.norm.logpdf(sites["direction"]).sum()
-    return stats.norm(0, 1 / np.sqrt(2)).logpdf(sites["free_coupling"]).sum()
+        return stats.norm.logpdf(COUPLINGS[kind]["direction"]).sum()
+    return stats.norm(0, 1 / np.sqrt(2)).logpdf(COUPLINGS[kind]["free_coupling"]).sum()
 
 
 @pytest.mark.parametrize("kind", ["bounded", "free"])
 def test_log_density_of_the_latent_model_is_the_sum_of_its_terms(kind):
-    config = replace(SMALL, coupling=kind)
-    sites = drawn(latent(config), key=3)
-    tokens = np.asarray(sites["tokens"])
-    names = ("direction", "free_coupling", "emission", "emission_bias", "embeddings")
-    values = {name: sites[name] for name in names if name in sites}
-    found, _ = log_density(latent(config), (tokens,), {}, values)
-
-    x, emission, bias = (np.asarray(sites[n]) for n in ("embeddings", "emission", "emission_bias"))
-    logits = x @ emission + bias
+    found, recorded = latent_density(kind)(COUPLINGS[kind] | EMISSION | {"embeddings": X})
+    emission, bias = EMISSION.values()
+    logits = X @ emission + bias
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     # A vector that sums to zero has a density on that plane: one dimension less.
     plane = (SYMBOLS - 1) * np.log(2 * np.pi) / 2
@@ -66,75 +111,105 @@ def test_log_density_of_the_latent_model_is_the_sum_of_its_terms(kind):
         -np.sum((row / 2) ** 2) / 2 - plane - (SYMBOLS - 1) * np.log(2) for row in emission
     )
     expected = (
-        coupling_log_prior(kind, sites)
+        coupling_log_prior(kind)
         + emission_prior
         - np.sum(bias**2) / 2
         - plane
-        + attention_log_density(x, sites["coupling"], 1.0, config.context_bound)
-        + np.take_along_axis(log_p, tokens[..., None], -1).sum()
+        + attention_log_density(X, recorded["coupling"], 1.0, bound_of(kind))
+        + np.take_along_axis(log_p, TOKENS[..., None], -1).sum()
     )
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", COUPLINGS)
+@pytest.mark.parametrize(
+    "kind", ["bounded", *(pytest.param(k, marks=pytest.mark.slow) for k in ("repulsive", "free"))]
+)
 def test_both_forms_are_the_same_up_to_the_change_of_variables(kind):
-    centred = replace(SMALL, coupling=kind)
-    residuals = replace(centred, centred=False)
-    sites = drawn(latent(residuals))
-    names = [
-        name
-        for name, site in trace(seed(latent(residuals), 0)).get_trace().items()
-        if site["type"] == "sample" and name not in ("tokens", "embeddings_base")
-    ]
-    shared = {name: sites[name] for name in names}
-    arguments = (sites["tokens"],), {}
-    one, _ = log_density(latent(centred), *arguments, shared | {"embeddings": sites["embeddings"]})
-    other, _ = log_density(
-        latent(residuals), *arguments, shared | {"embeddings_base": sites["embeddings_base"]}
-    )
-    sign, log_abs = log_det(
-        sites["embeddings"],
-        *attention_weights_of(sites["coupling"]),
-        bound=centred.context_bound,
-    )
+    shared = COUPLINGS[kind] | EMISSION
+    residuals = latent(replace(SMALL, coupling=kind, centred=False))
+
+    @jax.jit
+    def density(values):
+        found, sites = log_density(residuals, (TOKENS,), {}, values)
+        return found, sites["embeddings"]["value"]
+
+    other, x = density(shared | {"embeddings_base": X})
+    assert np.abs(x - X)[:, 1:].max() > 0.1
+    one, recorded = latent_density(kind)(shared | {"embeddings": x})
+    _, blocks = oracle(x, recorded["coupling"], bound_of(kind))
+    sign, log_abs = np.linalg.slogdet(blocks)
     assert np.all(sign > 0)
     np.testing.assert_allclose(one - other, log_abs.sum(), rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["bounded", "free"])
 def test_a_rotation_of_the_embeddings_changes_nothing(kind):
-    config = replace(SMALL, coupling=kind)
-    sites = drawn(latent(config), key=3)
-    turn = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(2, 2)))[0])
-    name = "direction" if kind == "bounded" else "free_coupling"
-    values = {n: sites[n] for n in (name, "emission", "emission_bias", "embeddings")}
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 2)))[0]
+    ((name, matrix),) = COUPLINGS[kind].items()
+    values = EMISSION | {name: matrix, "embeddings": X}
     turned = values | {
-        name: turn.T @ values[name] @ turn,
+        name: turn.T @ matrix @ turn,
         "emission": turn.T @ values["emission"],
-        "embeddings": values["embeddings"] @ turn,
+        "embeddings": X @ turn,
     }
-    (one, before), (other, after) = (
-        log_density(latent(config), (sites["tokens"],), {}, v) for v in (values, turned)
-    )
+    (one, before), (other, after) = (latent_density(kind)(v) for v in (values, turned))
     np.testing.assert_allclose(one, other, rtol=1e-11)
     for site in ("coupling_trace", "coupling_norm", "coupling_eigenvalues", "margin"):
-        np.testing.assert_allclose(before[site]["value"], after[site]["value"], atol=1e-12)
+        np.testing.assert_allclose(before[site], after[site], atol=1e-12)
+
+
+@functools.cache
+def public_margins(bound):
+    @jax.jit
+    def evaluate(x, matrix):
+        stage = (x, *attention_weights_of(matrix))
+        sign, log_abs = log_det(*stage, bound=bound)
+        return {
+            "log_det": jnp.where(sign > 0, log_abs, -jnp.inf),
+            "margin": stability_margin(*stage, bound=bound),
+            "certificate": certificate(*stage, bound=bound),
+        }
+
+    return evaluate
 
 
 @pytest.mark.parametrize("kind", COUPLINGS)
 def test_recorded_margins_are_those_of_the_public_functions(kind):
-    config = replace(SMALL, coupling=kind)
-    for sites in (drawn(latent(config)), drawn(partial(observed_embeddings, config=config))):
-        weights = attention_weights_of(sites["coupling"])
-        stage = (sites["embeddings"], *weights)
-        sign, log_abs = log_det(*stage, bound=config.context_bound)
-        np.testing.assert_allclose(sites["log_det"], jnp.where(sign > 0, log_abs, -jnp.inf))
-        for name, function in (("margin", stability_margin), ("certificate", certificate)):
-            np.testing.assert_allclose(sites[name], function(*stage, bound=config.context_bound))
+    _, of_latent = latent_density(kind)(COUPLINGS[kind] | EMISSION | {"embeddings": X})
+    found = [of_latent]
+    if kind != "repulsive":
+        found.append(observed_density(kind, 1.0)(X, COUPLINGS[kind] | {"scale": 1.5})[1])
+    for recorded in found:
+        expected = public_margins(bound_of(kind))(X, recorded["coupling"])
+        for name, value in expected.items():
+            np.testing.assert_allclose(recorded[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "kind", ["bounded", *(pytest.param(k, marks=pytest.mark.slow) for k in ("repulsive", "free"))]
+)
+@pytest.mark.parametrize(
+    "form",
+    ["latent", *(pytest.param(f, marks=pytest.mark.slow) for f in ("residuals", "observed"))],
+)
+def test_draws_of_the_prior_record_their_margins(kind, form):
+    config = replace(SMALL, coupling=kind, centred=form != "residuals")
+    model = partial(observed_embeddings, config=config) if form == "observed" else latent(config)
+
+    @jax.jit
+    def draw(key):
+        sites = trace(seed(model, key)).get_trace()
+        return {name: sites[name]["value"] for name in (*RECORDED, "embeddings")}
+
+    sites = draw(jax.random.key(0))
+    expected = public_margins(bound_of(kind))(sites["embeddings"], sites["coupling"])
+    for name, value in expected.items():
+        np.testing.assert_allclose(sites[name], value, err_msg=name)
 
 
 def test_one_log_likelihood_per_sequence_in_a_named_plate():
-    sites = trace(seed(latent(SMALL), 0)).get_trace()
+    sites = {}
+    jax.eval_shape(lambda: sites.update(trace(seed(latent(SMALL), 0)).get_trace()))
     assert sites["sequences"]["type"] == "plate"
     assert sites["tokens"]["fn"].batch_shape == (3,)
     assert sites["embeddings"]["fn"].batch_shape == (3,)
@@ -144,17 +219,12 @@ def test_one_log_likelihood_per_sequence_in_a_named_plate():
 @pytest.mark.parametrize("kind", ["bounded", "free"])
 @pytest.mark.parametrize("unit", [1.0, 0.05])
 def test_log_density_of_the_observed_model(kind, unit):
-    config = replace(SMALL, coupling=kind)
-    sites = drawn(partial(observed_embeddings, config=config, unit=unit), key=5)
-    name = "direction" if kind == "bounded" else "free_coupling"
-    values = {name: sites[name], "scale": sites["scale"]}
-    arguments = (sites["embeddings"],), {"config": config, "unit": unit}
-    found, _ = log_density(observed_embeddings, *arguments, values)
-    bound = config.bound * unit if kind == "bounded" else None
+    x, scale = unit * X, 1.5 * unit
+    found, recorded = observed_density(kind, unit)(x, COUPLINGS[kind] | {"scale": scale})
     expected = (
-        coupling_log_prior(kind, sites)
-        + stats.lognorm(1.0, scale=unit).logpdf(sites["scale"])
-        + attention_log_density(sites["embeddings"], sites["coupling"], sites["scale"], bound)
+        coupling_log_prior(kind)
+        + stats.lognorm(1.0, scale=unit).logpdf(scale)
+        + attention_log_density(x, recorded["coupling"], scale, bound_of(kind, unit))
     )
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
@@ -162,20 +232,11 @@ def test_log_density_of_the_observed_model(kind, unit):
 def test_another_unit_is_another_name_for_the_same_model():
     """x -> u x, A -> A / u^2, sigma -> u sigma, c -> u c: densities differ by the units alone."""
     unit = 0.05
-    sites = drawn(partial(observed_embeddings, config=SMALL))
-    one, _ = log_density(
-        observed_embeddings,
-        (sites["embeddings"],),
-        {"config": SMALL},
-        {"direction": sites["direction"], "scale": sites["scale"]},
+    one, other = (
+        observed_density("bounded", u)(u * X, COUPLINGS["bounded"] | {"scale": 1.5 * u})[0]
+        for u in (1.0, unit)
     )
-    other, _ = log_density(
-        observed_embeddings,
-        (unit * sites["embeddings"],),
-        {"config": SMALL, "unit": unit},
-        {"direction": sites["direction"], "scale": unit * sites["scale"]},
-    )
-    numbers = sites["embeddings"].size + 1  # and the scale
+    numbers = X.size + 1  # and the scale
     np.testing.assert_allclose(other, one - numbers * np.log(unit), rtol=1e-10)
 
 

@@ -158,7 +158,7 @@ def test_layers_above_the_attention_stage_add_nothing_to_the_log_determinant():
 
     def next_state(layer, state):
         each = {name: parameters[name][layer] for name in transformer.LAYER_PARAMETERS}
-        return transformer._layer(each, state[None], HEADS, "float32")[0]
+        return transformer.apply_layer(each, state[None], HEADS, "float32")[0]
 
     def residuals(states):
         above = [states[n + 1] - next_state(n, states[n]) for n in range(LAYERS)]

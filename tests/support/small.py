@@ -33,6 +33,6 @@ def cheap_figures(patch: pytest.MonkeyPatch) -> None:
 
 def cheap_post_hoc(patch: pytest.MonkeyPatch) -> None:
     """A post-hoc prior from little text in few steps, and margins at few positions."""
-    patch.setattr(post_hoc, "_TOKENS", 512)
-    patch.setattr(post_hoc, "_STEPS", 20)
-    patch.setattr(evaluate, "_MARGIN_TOKENS", 256)
+    patch.setattr(post_hoc, "TOKENS", 512)
+    patch.setattr(post_hoc, "STEPS", 20)
+    patch.setattr(evaluate, "MARGIN_TOKENS", 256)

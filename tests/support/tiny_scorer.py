@@ -15,7 +15,7 @@ SIZE = 6  # of the vocabulary
 # Characters of each token, as of byte pairs: several, or none where one goes on.
 CHARACTERS = np.array([1, 2, 3, 0, 5, 1], np.int32)
 VOCABULARY = SimpleNamespace(size=SIZE, token_characters=CHARACTERS)
-LONG = 8 * scoring._BATCH + 3 * BLOCK + 5  # two calls, the second not full, and a rest of a block
+LONG = 8 * scoring.BATCH + 3 * BLOCK + 5  # two calls, the second not full, and a rest of a block
 
 
 def draw(seed=0, **factors):

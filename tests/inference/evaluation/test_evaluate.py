@@ -5,7 +5,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -251,13 +250,17 @@ def folded(x, w_query, w_key):
     return found
 
 
+@jax.jit
+def quantities(*stage):
+    return stability_margin(*stage), *log_det(*stage), certificate(*stage)
+
+
 @pytest.mark.parametrize("label", LABELS)
 def test_margins_are_those_of_every_window(evaluated, label):
     run, result = evaluated
     summary = next(summary for summary in result.margins if summary.label == label)
     x, w_query, w_key = stage_arguments(run, windows_of(run))[label]
-    arguments = jnp.asarray(x), jnp.asarray(w_query), jnp.asarray(w_key)
-    margin = np.asarray(stability_margin(*arguments))[:, 2:]
+    margin, sign, log_abs, rho = (np.asarray(part)[:, 2:] for part in quantities(x, w_query, w_key))
     assert summary.kind == "sigma_min"
     assert summary.positions == margin.size == len(VALIDATION) * (BLOCK - 2) // BLOCK
     ordered = np.sort(margin, axis=None)
@@ -266,10 +269,8 @@ def test_margins_are_those_of_every_window(evaluated, label):
         place = level * (margin.size - 1)
         between = ordered[math.floor(place)], ordered[math.ceil(place)]
         assert between[0] - 1e-9 <= quantile <= between[1] + 1e-9
-    sign, log_abs = (np.asarray(part)[:, 2:] for part in log_det(*arguments))
     assert summary.mean_log_det == pytest.approx(log_abs[sign > 0].mean(), abs=1e-9)
-    certified = np.asarray(certificate(*arguments))[:, 2:] < 1
-    assert summary.certified_fraction == pytest.approx(certified.mean())
+    assert summary.certified_fraction == pytest.approx((rho < 1).mean())
     outside = [folded(sequence, w_query, w_key) for sequence in x]
     assert summary.infeasible_fraction == pytest.approx(np.mean(outside))
 

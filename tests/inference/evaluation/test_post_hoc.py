@@ -1,7 +1,6 @@
 """The post-hoc attention prior: a maximum of the exact density, fitted once and stored."""
 
 import dataclasses
-import importlib
 import io
 import os
 import pickle
@@ -14,6 +13,7 @@ import pytest
 
 from probattn import _reference as reference
 from probattn.inference import PostHocPrior, load_run, post_hoc_prior
+from probattn.inference.evaluation import post_hoc
 from probattn.inference.evaluation.post_hoc import fit_attention_prior
 from probattn.models.priors import attention_prior
 from tests.support.tiny_run import (
@@ -23,8 +23,6 @@ from tests.support.tiny_run import (
     files_of,
     store_prior,
 )
-
-post_hoc = importlib.import_module("probattn.inference.evaluation.post_hoc")
 
 TRAINING_TOKENS = 5000
 FAKE = PostHocPrior(
@@ -103,13 +101,21 @@ def test_fit_rests_where_the_exact_log_posterior_is_flat(x, fitted):
     assert fitted.converged
 
 
-def test_no_neighbour_and_no_other_start_is_better(x, fitted):
-    best = float(log_posterior(params_of(fitted), x, TRAINING_TOKENS))
+@pytest.fixture(scope="module")
+def best(x, fitted):
+    return float(log_posterior(params_of(fitted), x, TRAINING_TOKENS))
+
+
+def test_no_neighbour_is_better(x, fitted, best):
     rng = np.random.default_rng(0)
     for size in (0.01, 0.1, 1.0):
         for _ in range(10):
             moved = tuple(p + size * rng.standard_normal(p.shape) for p in params_of(fitted))
             assert log_posterior(moved, x, TRAINING_TOKENS) < best + 2e-3
+
+
+@pytest.mark.slow
+def test_no_other_start_ends_elsewhere(x, fitted, best):
     other = fit_attention_prior(x, rank=2, training_tokens=TRAINING_TOKENS, seed=1)
     assert not np.allclose(other.w_query, fitted.w_query, atol=0.1)  # another gauge at least
     found = float(log_posterior(params_of(other), x, TRAINING_TOKENS))
@@ -118,12 +124,13 @@ def test_no_neighbour_and_no_other_start_is_better(x, fitted):
 
 def test_scale_is_the_rms_of_the_residual(x, fitted):
     matrices = fitted.w_query, fitted.w_key
-    residuals = [reference.residual(sequence, *matrices) for sequence in x]
+    of_sequence = jax.jit(jax.vmap(reference.residual, in_axes=(0, None, None)))
+    residuals = of_sequence(x, *matrices)
     assert fitted.scale == pytest.approx(np.sqrt(np.mean(np.square(residuals))), rel=1e-12)
 
 
 def test_log_density_is_that_of_the_definition(x, fitted):
-    expected = log_density(x, *map(jnp.asarray, (fitted.w_query, fitted.w_key, fitted.scale)))
+    expected = jax.jit(log_density)(x, fitted.w_query, fitted.w_key, fitted.scale)
     assert fitted.log_density == pytest.approx(float(expected), abs=1e-9)
     assert fitted.tokens == 60 * 5
 
@@ -134,6 +141,7 @@ def test_a_shorter_text_lets_the_prior_weigh_more(x, fitted):
     assert short_size < 0.9 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 2])
 def test_fit_recovers_a_repulsive_process(width):
     strength, sigma = 0.6, 0.8
@@ -197,6 +205,7 @@ def test_first_call_fits_the_training_text_and_later_calls_read(unfitted_run, mo
         "bound": None,
         "training_tokens": 3600,
         "seed": 3,
+        "steps": post_hoc.STEPS,
         "progress": False,
     }
 

@@ -1,6 +1,7 @@
 """Losses on a text, bits per character, noise, and the margins that a fit watches."""
 
 import dataclasses
+import functools
 import math
 from types import SimpleNamespace
 
@@ -210,6 +211,14 @@ def expected_eigenvalues(pairs):
     return {"coupling_eigenvalue_min": min(values), "coupling_eigenvalue_max": max(values)}
 
 
+@functools.cache
+def monitor(rank):
+    """Of 16 windows of text; those of zeros after them are not watched."""
+    inputs = np.concatenate([scorer_of(text(16 * BLOCK + 1)).inputs, np.zeros((5, BLOCK), int)])
+    model = dataclasses.replace(MODEL, prior_rank=rank)
+    return Monitor(RunConfig(model=model, objective=ObjectiveConfig("full")), inputs)
+
+
 def watched_as(watched, kind, expected):
     assert watched.pop("min_margin_kind") == kind
     assert watched == pytest.approx(expected, rel=1e-6, abs=1e-12)
@@ -220,17 +229,15 @@ def test_the_separate_stage_is_watched(scale, rank):
     """A coupling that is weak, one that folds, and a repulsive one, whose margins all exceed 1."""
     w_query = np.random.default_rng(3).normal(size=(WIDTH, rank)) / 4
     parameters = draw() | {"w_query": jnp.asarray(w_query), "w_key": jnp.asarray(scale * w_query)}
-    inputs = np.concatenate([scorer_of(text(16 * BLOCK + 1)).inputs, np.zeros((5, BLOCK), int)])
-    x = embedded(SimpleNamespace(parameters=parameters), inputs[:16])
+    inputs = scorer_of(text(16 * BLOCK + 1)).inputs
+    x = embedded(SimpleNamespace(parameters=parameters), inputs)
     blocks = [reduced_blocks(window, w_query, scale * w_query) for window in x]
     expected = expected_watch(np.concatenate(blocks))
     assert (expected["min_margin"] > 1) == (scale < 0)
     assert (0 < expected["infeasible_fraction"] < 1) == (scale == 20)
 
-    model = dataclasses.replace(MODEL, prior_rank=rank)
-    config = RunConfig(model=model, objective=ObjectiveConfig("full"))
     expected |= expected_eigenvalues([(w_query, scale * w_query)])
-    watched_as(Monitor(config, inputs)(parameters), "reduced, separate", expected)
+    watched_as(monitor(rank)(parameters), "reduced, separate", expected)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +279,7 @@ def test_where_every_determinant_is_negative_there_is_no_mean_of_their_logarithm
 
 
 def test_what_is_watched_are_numbers_for_json():
-    watched = Monitor(RunConfig(model=MODEL), scorer_of(text(50)).inputs)(PARAMETERS)
+    watched = monitor(RANK)(PARAMETERS)
     assert {name: type(value) for name, value in watched.items()} == {
         "min_margin": float,
         "min_margin_kind": str,

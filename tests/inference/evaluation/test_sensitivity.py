@@ -76,8 +76,12 @@ def test_draws_are_averaged_and_more_noise_does_more(tiny_run, found):
     # The spread between two seeds falls with the draws that are averaged.
     spread = {
         draws: np.std(
-            sensitivity(tiny_run, level=1.0, draws=draws, seed=1).noisy_loss
-            - sensitivity(tiny_run, level=1.0, draws=draws, seed=2).noisy_loss
+            np.subtract(
+                *(
+                    sensitivity(tiny_run, draws=draws, seed=seed, most_tokens=160).noisy_loss
+                    for seed in (1, 2)
+                )
+            )
         )
         for draws in (1, 16)
     }
@@ -158,10 +162,11 @@ def test_an_effect_of_the_margin_is_found_among_any_tokens():
         assert estimates(compared, "support", within)["planted"].low > 0.5
 
 
-def test_where_there_is_no_effect_19_of_20_intervals_hold_zero():
+@pytest.mark.parametrize("seeds", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_where_there_is_no_effect_19_of_20_intervals_hold_zero(seeds):
     covered = [
         estimate.low <= 0 <= estimate.high
-        for seed in range(40)
+        for seed in range(seeds)
         for compared in [planted(seed, windows=40, share="none")]
         for statistic in ("margin", "support")
         for estimate in estimates(compared, statistic).values()

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -13,10 +15,11 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from probattn import certificate, embedding_margin, log_det, stability_margin
 from probattn.inference import post_hoc_prior, text_margins
+from probattn.inference.evaluation import attention_stages
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from probattn.inference.evaluation.token_margins import write_csv
 from probattn.inference.export.site_values import site_values
-from probattn.inference.fitting.monitor import Monitor
+from probattn.inference.fitting import monitor
 from probattn.inference.sampling.result import PosteriorResult
 from probattn.models import ObjectiveConfig
 from tests.support.tiny_run import (
@@ -66,15 +69,20 @@ def direct(run):
     inputs = np.stack([tokens[start : start + BLOCK] for start in STARTS])
     found = {}
     for label, arguments in stage_arguments(run, inputs).items():
-        arguments = [jnp.asarray(argument) for argument in arguments]
-        sign, log_abs = log_det(*arguments)
-        found[label] = {
-            "margin": stability_margin(*arguments),
-            "log_det": jnp.where(sign > 0, log_abs, -jnp.inf),
-            "embedding_margin": embedding_margin(*arguments),
-            "certificate": certificate(*arguments),
-        }
+        found[label] = quantities(*arguments)
     return found
+
+
+@partial(jax.jit, static_argnames="bound")
+def quantities(x, w_query, w_key, bound=None):
+    arguments = x, w_query, w_key
+    sign, log_abs = log_det(*arguments, bound=bound)
+    return {
+        "margin": stability_margin(*arguments, bound=bound),
+        "log_det": jnp.where(sign > 0, log_abs, -jnp.inf),
+        "embedding_margin": embedding_margin(*arguments, bound=bound),
+        "certificate": certificate(*arguments, bound=bound),
+    }
 
 
 def test_every_token_is_reported_once_from_the_first_window_that_holds_it(margins):
@@ -250,14 +258,9 @@ def test_margins_of_a_bounded_context(own_run):
     for stage in stages(run, prior):
         bound = None if stage.label.startswith("layer") else 0.5
         got = stage_margins(run, stage, inputs)
-        x, w_query, w_key = map(jnp.asarray, arguments[stage.label])
-        for name, function in (
-            ("margin", stability_margin),
-            ("embedding_margin", embedding_margin),
-            ("certificate", certificate),
-        ):
-            expected = function(x, w_query, w_key, bound=bound)
-            np.testing.assert_allclose(getattr(got, name), expected, rtol=1e-9, err_msg=name)
+        expected = quantities(*arguments[stage.label], bound=bound)
+        for name in ("margin", "embedding_margin", "certificate"):
+            np.testing.assert_allclose(getattr(got, name), expected[name], rtol=1e-9, err_msg=name)
 
 
 def test_margins_of_normalised_embeddings(own_run):
@@ -270,9 +273,13 @@ def test_margins_of_normalised_embeddings(own_run):
     (stage,) = [s for s in stages(run, post_hoc_prior(own_run)) if s.label == "trained"]
     x, w_query, w_key = stage_arguments(own_run, inputs)["trained"]
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-8)
-    expected = stability_margin(*map(jnp.asarray, (x, w_query, w_key)))
+    expected = quantities(x, w_query, w_key)["margin"]
     assert np.abs(expected - 1).max() > 0.01
     np.testing.assert_allclose(stage_margins(run, stage, inputs).margin, expected, rtol=1e-9)
+
+
+class NotedError(Exception):
+    """Enough was seen."""
 
 
 @pytest.mark.parametrize("of", ["stages", "monitor", "draws"])
@@ -280,38 +287,38 @@ def test_openblas_threads_do_not_wait_for_each_other(own_run, monkeypatch, of):
     """XLA's threads each call LAPACK: threads of OpenBLAS below them are a hundredfold slower."""
     threads = []
 
-    def noting(found):
+    def note(*_, **options):
         threads.append(_blas_threads())
-        return found
 
-    inputs = np.zeros((1, BLOCK), int)
+    def note_and_stop(*_, **options):
+        note()
+        raise NotedError
+
+    inputs = np.zeros((1, 3), int)  # of a length that is compiled here, and nowhere else
     if of == "stages":
-        measured = [np.zeros((1, BLOCK))] * 5
-        monkeypatch.setattr(
-            "probattn.inference.evaluation.attention_stages._measure",
-            lambda *_, **options: noting(measured),
-        )
+        monkeypatch.setattr(attention_stages, "log_det", note_and_stop)
         stage = next(stages(own_run, post_hoc_prior(own_run)))
         call = partial(stage_margins, own_run, stage, inputs)
     elif of == "monitor":
-        monitor = Monitor(own_run.config, inputs)
-        names = ["min_margin", "mean_margin", "sum_log_det", "feasible", "infeasible_fraction"]
-        names += ["coupling_eigenvalue_min", "coupling_eigenvalue_max"]
-        monkeypatch.setattr(monitor, "_measure", lambda *_: noting(dict.fromkeys(names, 1.0)))
-        call = partial(monitor, own_run.parameters)
+        monkeypatch.setattr(monitor, "stability_margin", note_and_stop)
+        call = partial(monitor.Monitor(own_run.config, inputs), own_run.parameters)
     else:
-        normal = partial(numpyro.sample, "value", dist.Normal(0.0, 1.0))
-        result = PosteriorResult(method="nuts", draws={"value": np.zeros((1, 2))}, model=normal)
-        monkeypatch.setattr(
-            "probattn.inference.sampling.result._without_filling", lambda found, _: noting(found)
-        )
+
+        def model():
+            numpyro.sample("value", dist.Normal(0.0, 1.0))
+            jax.debug.callback(note)
+
+        result = PosteriorResult(method="nuts", draws={"value": np.zeros((1, 2))}, model=model)
         call = partial(list, site_values(result))
     with threadpool_limits(2, user_api="blas"):  # as on two cores, wherever this runs
         before = _blas_threads()
-        call()
+        with nullcontext() if of == "draws" else pytest.raises(NotedError):
+            call()
+        jax.effects_barrier()
         after = _blas_threads()
     assert max(before) == 2
-    assert threads == [[1] * len(before)]
+    assert threads
+    assert all(each == [1] * len(before) for each in threads)
     assert after == before
 
 

@@ -1,47 +1,62 @@
-"""A tiny fit from its first step to its last, which the tests of fits share."""
+"""What the tests of fits share: compiled steps, and a tiny fit from its first step to its last."""
 
 import dataclasses
-import shutil
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
-from probattn.inference import fit
+from probattn.inference.fitting import loop, reports
+from probattn.inference.fitting.monitor import Monitor
 from probattn.inference.fitting.svi import Trainer
-from probattn.inference.runs.run import Run
-from tests.support.tiny_run import FIT, tiny_config
+from probattn.text.corpora import DataConfig
+from tests.support.whole_fit import fit_whole
+
+TRAINERS, MONITORS = {}, {}
 
 
-@pytest.fixture(name="config", scope="module")
-def config_fixture(tmp_path_factory):
-    config = tiny_config(tmp_path_factory.mktemp("text"))
-    schedule = dataclasses.replace(FIT, eval_every=80, checkpoint_every=60)
-    return dataclasses.replace(config, fit=schedule)
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Fits of one configuration share a trainer and a monitor, which hold no state of a fit.
+
+    Each would trace and compile the same programs again. A fit with an optimizer of its own, or on
+    several devices, makes its own.
+    """
+
+    def trainer(config, tokens, size, optimizer, placement):
+        arguments = config, tokens, size, optimizer, placement
+        if optimizer is not None or placement.mesh is not None:
+            return Trainer(*arguments)
+        key = same_program(config), np.asarray(tokens).tobytes(), size
+        if key not in TRAINERS:
+            TRAINERS[key] = Trainer(*arguments)
+        return TRAINERS[key]
+
+    def monitor(config, inputs):
+        key = config.model, config.objective, inputs.tobytes()
+        if key not in MONITORS:
+            MONITORS[key] = Monitor(config, inputs)
+        return MONITORS[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Trainer", trainer)
+        patch.setattr(reports, "Monitor", monitor)
+        yield
+
+
+def same_program(config):
+    """The configuration without what no step depends on."""
+    schedule = {"eval_every": 1, "checkpoint_every": 1, "evaluation_tokens": None}
+    return dataclasses.replace(
+        config, data=DataConfig(), fit=dataclasses.replace(config.fit, **schedule)
+    )
 
 
 @pytest.fixture(name="whole", scope="module")
-def whole_fixture(config, tmp_path_factory):
+def whole_fixture(tmp_path_factory):
     """A fit from its first step to its last, with copies of the run made on the way."""
-    folder = tmp_path_factory.mktemp("whole")
-    copies, starts, trainers = {}, [], []
-    advance, append = Trainer.advance, Run.append_metrics
+    return fit_whole(tmp_path_factory)
 
-    def recording_advance(self, state, step, stop):
-        if step == 0:
-            trainers.append(self)
-            starts.append(jax.tree.map(np.array, self.guide.median(self.guide_params(state))))
-        return advance(self, state, step, stop)
 
-    def recording_append(self, row):
-        append(self, row)
-        copies[row["step"]] = shutil.copytree(self.path, folder / f"line-{row['step']}")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "advance", recording_advance)
-        patch.setattr(Run, "append_metrics", recording_append)
-        result = fit(config, folder / "run")
-    return SimpleNamespace(
-        result=result, run=result.run, copies=copies, start=starts[0], trainer=trainers[0]
-    )
+@pytest.fixture(name="config", scope="module")
+def config_fixture(whole):
+    return whole.config

@@ -183,6 +183,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_fit_in_single_precision_which_is_the_default_outside_of_these_tests(config, tmp_path):
     (tmp_path / "config.toml").write_text(format_config(config), "utf-8")
     command = [sys.executable, "-W", "error", "-c", SINGLE_PRECISION, tmp_path / "config.toml"]

@@ -1,7 +1,6 @@
 """Objective latent: its bound against one written by hand, NumPyro on the pair, and a whole fit."""
 
 import dataclasses
-import importlib
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -23,18 +22,19 @@ from probattn import is_proper
 from probattn.inference import fit, load_run
 from probattn.inference.evaluation.attention_stages import stages
 from probattn.inference.export.posterior_groups import DIMS
+from probattn.inference.fitting.latent_metrics import latent_metrics
 from probattn.inference.fitting.svi import Trainer
-from probattn.models import ObjectiveConfig, language_model, latent_guide
+from probattn.models import ObjectiveConfig, language_model, latent_guide, transformer
 from probattn.models.language import latent_process, parameter_shapes, sample_parameters
-from probattn.models.transformer import embed, logits
+from probattn.models.transformer import embed
 from tests.support.tiny_run import BLOCK, FIT, MODEL, RANK, WIDTH, tiny_config, tiny_text
 from tests.support.tiny_trainer import STATE, draw, log_prior, state_at
 
-METRICS = importlib.import_module("probattn.inference.fitting.latent_metrics")
 BETA, SCALE = 0.3, 0.6
 OBJECTIVE = ObjectiveConfig("latent", beta=BETA, guide_scale=SCALE, learn_guide_scale=True)
 SEQUENCES = 3600 // BLOCK
 STEPS = 20
+logits = jax.jit(transformer.logits, static_argnames="heads")
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +170,9 @@ def test_the_model_draws_embeddings_and_then_tokens(start):
     size = len(start["token_embedding"])
     sharp = start | {"final_norm": 1000 * start["final_norm"]}
     model, _ = pair(size, start)
-    draws = Predictive(model, jax.tree.map(lambda value: jnp.asarray(value)[None], sharp))(
-        jax.random.key(0), jnp.zeros((3, BLOCK), int)
-    )
+    points = jax.tree.map(lambda value: jnp.asarray(value)[None], sharp)
+    inputs = jnp.zeros((3, BLOCK), int)
+    draws = jax.jit(lambda key: Predictive(model, points)(key, inputs))(jax.random.key(0))
     assert draws["embeddings"].shape == (1, 3, BLOCK, WIDTH)
     scores = np.asarray(logits(sharp, draws["embeddings"][0], heads=MODEL.heads))
     np.testing.assert_array_equal(draws["tokens"][0], scores.argmax(-1))
@@ -250,7 +250,7 @@ def test_a_fit_reports_what_its_draws_cost(fitted):
 
 def test_another_objective_has_no_such_report(fitted):
     config = dataclasses.replace(fitted.run.config, objective=ObjectiveConfig("ce"))
-    assert METRICS.latent_metrics(config, {}, {}, {}) == {}
+    assert latent_metrics(config, {}, {}, {}) == {}
 
 
 def test_a_latent_run_opens_with_the_stage_of_its_process(fitted):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def test_the_loss_is_that_under_noise_in_units_of_the_embeddings(trainer, start)
     inputs, targets = trainer.minibatch(TOKENS, 0)
     x = np.asarray(embed(start, inputs))
     x = x + np.sqrt(np.mean(x**2)) * unit_noise(trainer, 0)
-    scores = np.asarray(logits(start, jnp.asarray(x), heads=MODEL.heads))
+    scores = np.asarray(jax.jit(partial(logits, heads=MODEL.heads))(start, x))
     picked = np.take_along_axis(scores, np.asarray(targets)[..., None], -1)[..., 0]
     expected = np.mean(logsumexp(scores, axis=-1) - picked)
     expected -= log_prior(start) / (SEQUENCES * BLOCK)
