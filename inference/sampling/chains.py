@@ -26,7 +26,7 @@ from probattn.inference.runtime.memory import gibibytes
 from probattn.inference.sampling.initialisation import check_initial_values, init_to_given
 from probattn.inference.sampling.lookahead import run_ahead
 
-_CALL_SECONDS = 2.0  # of all chains, between two updates of a progress bar
+CALL_SECONDS = 2.0  # of all chains, between two updates of a progress bar
 _ITERATIONS, _VALUES = 400, 2**24  # in one call, and numbers in its buffers, at most
 _CALLS_AHEAD = 4  # that a chain may have begun and no one been given; so many buffers are kept
 _LARGEST = 16 * 2**30  # bytes of all draws
@@ -148,7 +148,7 @@ class Chains:
         """
         threads = min(len(self._states), os.cpu_count() or 1)
         latest = list(self._states)
-        pace = _CallLength(first, stops, self._most, len(latest), threads)
+        pace = CallLength(first, stops, self._most, len(latest), threads)
 
         def work(member: int, count: int) -> _Call:
             # Each thread has settings of its own.
@@ -216,8 +216,8 @@ class Chains:
         ]
 
 
-class _CallLength:
-    """Iterations of each call: few at first, then so many that a round takes `_CALL_SECONDS`.
+class CallLength:
+    """Iterations of each call: few at first, then so many that a round takes `CALL_SECONDS`.
 
     The slowest chain sets the pace: a round takes that where all are as slow, and where none of
     its calls was as long yet, no one's is much longer than its last.
@@ -246,7 +246,7 @@ class _CallLength:
             return None
         wanted = min(2 * self._count, 4 * min(self._counts), self._most)
         if slowest := max(self._seconds):
-            wanted = min(wanted, round(_CALL_SECONDS / (slowest * self._turns)))
+            wanted = min(wanted, round(CALL_SECONDS / (slowest * self._turns)))
         self._count = max(1, wanted)
         count = min(self._count, stop - self._at)
         self._at += count

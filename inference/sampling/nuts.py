@@ -29,7 +29,7 @@ from probattn.inference.runtime.signals import Interrupted, deferred_interrupts
 from probattn.inference.sampling.chains import Chains
 from probattn.inference.sampling.result import PosteriorResult
 
-_SAVE_SECONDS = 30.0  # between two segments
+SAVE_SECONDS = 30.0  # between two segments
 
 
 def sample(
@@ -81,7 +81,7 @@ def sample(
             (tuple(model_args), dict(model_kwargs or {}), dict(start or {})),
         )
         chains = Chains(model, arguments, config, start)
-        sampler = _Sampler(chains, config, folder, _digest(config, model, arguments))
+        sampler = _Sampler(chains, config, folder, fingerprint(config, model, arguments))
         with progress_bar(
             "sample",
             total=config.warmup + config.draws,
@@ -190,7 +190,7 @@ class _Sampler:
                 self._show(bar, statistics)
                 ends = self.iteration in (warmup, total)
                 signum = interrupted()  # once: what it ends with is saved
-                if ends or self.seconds - saved >= _SAVE_SECONDS or signum:
+                if ends or self.seconds - saved >= SAVE_SECONDS or signum:
                     self._save()
                     saved = self.seconds
                 if signum and self.iteration < total:
@@ -256,7 +256,7 @@ def _in_precision(leaf: Any, *, dtype: jnp.dtype) -> Any:
     return leaf
 
 
-def _digest(config: SampleConfig, model: Callable, arguments: Sequence) -> np.ndarray:
+def fingerprint(config: SampleConfig, model: Callable, arguments: Sequence) -> np.ndarray:
     """SHA-256 of what draws depend on: all of the configuration but how many, and the model.
 
     Of that its name and what `functools.partial` binds to it; not what it does.
