@@ -36,7 +36,7 @@ from probattn.text.batches import batched_rows
 PARTICLES = 128  # of each sequence
 
 _HIGHEST = lax.Precision.HIGHEST
-_NUMBERS = 2**18  # of the particles of the sequences in one call: bounds the memory
+NUMBERS = 2**18  # of the particles of the sequences in one call: bounds the memory
 
 
 class FilterError(RuntimeError):
@@ -102,7 +102,7 @@ def filter_tokens(
     count, length = tokens.shape
     keys = jax.vmap(partial(jax.random.fold_in, rng_key))(jnp.arange(count))
     of_one = particles * (2 * length * coupling.shape[0] + len(bias))
-    batches = batched_rows(count, max(min(_NUMBERS // of_one, count), 1))
+    batches = batched_rows(count, max(min(NUMBERS // of_one, count), 1))
     parts = [
         _filter(keys[rows], tokens[rows], *weights, emission, bias, bound, particles=particles)
         for rows in batches

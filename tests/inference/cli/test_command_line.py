@@ -228,6 +228,13 @@ def test_resuming_a_finished_run_changes_nothing_of_it(probattn, own_run):
     assert files_of(own_run.path) == before
 
 
+def table_of(out):
+    """What is printed of one run, by its row."""
+    rows = [line.split("│")[1:3] for line in out.splitlines() if line.startswith("│")]
+    return {name.strip(): value.strip() for name, value in rows}
+
+
+@pytest.mark.slow
 def test_evaluate_prints_and_stores(probattn, own_run):
     fold(own_run)
     levels = ["--noise-absolute", "0", "0.3", "--noise-relative", "0.5"]
@@ -235,8 +242,7 @@ def test_evaluate_prints_and_stores(probattn, own_run):
     status, out, _ = probattn("evaluate", own_run.path, *levels, *kinds)
     assert status == 0
     stored = load_run(own_run.path).summary()["evaluate"]
-    rows = [line.split("│")[1:3] for line in out.splitlines() if line.startswith("│")]
-    shown = {name.strip(): value.strip() for name, value in rows}
+    shown = table_of(out)
     assert shown["bits per character"] == f"{stored['bpc']:.3f}"
     assert [point["sigma"] for point in stored["noise_absolute"]] == [0, 0.3]
     for name, points in (
@@ -270,10 +276,13 @@ EVALUATION = EvaluateResult(
     embedding_rms=0.75,
     noise_absolute=noise_points(),
     noise_relative=noise_points(),
-    noise_substituted=(),
+    noise_substituted=(
+        NoisePoint(None, None, 2.25, 1.0, 1.0, 1.0, "substitution", 0.0),
+        NoisePoint(None, None, 2.7, 1.2, 1.1, 1.35, "substitution", 0.2),
+    ),
     margins=tuple(
-        MarginSummary(label, "sigma_min", dict.fromkeys((0.0, 0.01, 0.1, 0.5), 0.5), -1.0, 0, 1, 99)
-        for label in LABELS
+        MarginSummary(label, "sigma_min", {0.0: number / 8, 0.5: 0.9}, -1.0, number / 100, 1.0, 99)
+        for number, label in enumerate(LABELS)
     ),
     post_hoc_converged=True,
 )
@@ -286,22 +295,48 @@ def evaluated_fixture(monkeypatch):
 
     def note(run, **options):
         calls.append((run.path, options))
-        kind = options["noise_kinds"][0]
-        points = {
-            "noise_absolute": noise_points(kind=kind),
-            "noise_relative": noise_points(kind=kind),
-        }
-        return dataclasses.replace(EVALUATION, **points)
+        kind, *others = options["noise_kinds"]
+        points = noise_points(kind=kind)
+        return dataclasses.replace(
+            EVALUATION,
+            noise_absolute=points,
+            noise_relative=points,
+            noise_substituted=EVALUATION.noise_substituted if others else (),
+        )
 
     monkeypatch.setattr(commands, "evaluate", note)
     return calls
 
 
-def test_evaluate_is_asked_for_what_the_flags_say(probattn, evaluated, own_run):
+@pytest.fixture(name="undrawn")
+def undrawn_fixture(evaluated, monkeypatch):
+    """No figures of it: drawing them takes a second."""
+    monkeypatch.setattr(
+        commands, "comparison_figures", lambda runs, results, folder: [folder / "noise.png"]
+    )
+    return evaluated
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_evaluate_prints_what_was_found(probattn, own_run):
+    flags = ["--noise-kinds", "gaussian", "substitution"]
+    status, out, _ = probattn("evaluate", own_run.path, *flags)
+    assert status == 0
+    shown = table_of(out)
+    assert shown["bits per character"] == "2.250"
+    assert shown["x clean, noise 0.3"] == "1.500 ± 0.125"
+    assert shown["x clean, noise 0.4 RMS"] == "1.500 ± 0.125"
+    assert shown["x clean, substitution 0.2"] == "1.200 ± 0.125"
+    for number, label in enumerate(LABELS):
+        assert shown[f"{label}: smallest margin"] == f"{number / 8:.3f}"
+        assert shown[f"{label}: infeasible"] == f"{number:.2f} %"
+
+
+def test_evaluate_is_asked_for_what_the_flags_say(probattn, undrawn, own_run):
     flags = ["--text", "a.txt", "--noise-absolute", "0.1", "0.3", "--noise-relative", "0.5"]
     flags += ["--noise-kinds", "uniform", "ascent-1", "--substituted", "0.2", "--seed", "7"]
     assert probattn("evaluate", own_run.path, *flags, "--ascent-tokens", "64")[0] == 0
-    [(path, options)] = evaluated
+    [(path, options)] = undrawn
     assert path == own_run.path
     assert options == {
         "text": Path("a.txt"),
@@ -315,7 +350,7 @@ def test_evaluate_is_asked_for_what_the_flags_say(probattn, evaluated, own_run):
     }
 
 
-@pytest.mark.usefixtures("evaluated")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("handler", ["strict", "surrogateescape"])
 def test_evaluate_prints_in_any_encoding(own_run, monkeypatch, handler):
     """Of a locale or a pipe that holds ASCII alone."""
@@ -445,7 +480,8 @@ def test_demo_compares_what_it_fits(probattn, tiny_run, monkeypatch, tmp_path):
         return types.SimpleNamespace(run=run)
 
     def evaluate(run, *, progress):
-        evaluations.append(dataclasses.replace(EVALUATION, bpc=2.5 + len(evaluations)))
+        bpc = 2.5 + len(evaluations)
+        evaluations.append(dataclasses.replace(EVALUATION, bpc=bpc, noise_substituted=()))
         return evaluations[-1]
 
     config = tiny_run.config
@@ -503,7 +539,7 @@ def test_demo_leaves_alone_what_is_not_its_own(probattn, monkeypatch, tmp_path):
         assert files_of(tmp_path / name) == {f"shown/{name}/notes.txt": b"mine"}
 
 
-@pytest.mark.usefixtures("evaluated")
+@pytest.mark.usefixtures("undrawn")
 def test_names_are_shown_as_they_are(probattn, own_run):
     """Names of runs and of texts are no markup, and steer no terminal."""
     named = own_run.path.rename(own_run.path.with_name("[red]a" + ESCAPE))
