@@ -59,7 +59,7 @@ def test_a_sequence_of_figure_3_3_by_hand(clouds, coupling):
 
 @pytest.mark.parametrize("coupling", data.FAMILY)
 def test_conditional_density_integrates_to_one(coupling):
-    grid = np.linspace(-12, 14, 20_001)
+    grid = np.linspace(-12, 14, 4001)
     density, factor = data.conditional_density(coupling, grid)
     assert trapezoid(density, grid) == pytest.approx(1, abs=1e-9)
     middle = np.argmin(np.abs(grid))

@@ -289,17 +289,25 @@ def test_non_centred_draws_have_embeddings_too():
     config = LatentEmbeddingsConfig(width=2, sequences=2, length=4, centred=False)
     tokens = np.zeros((2, 4), int)
     model = partial(latent_embeddings, vocabulary_size=3, config=config)
-    sites = trace(seed(model, 0)).get_trace(tokens)
-    assert "embeddings_base" in sites
-    draws = {
-        name: np.asarray(site["value"])[None, None]
-        for name, site in sites.items()
-        if site["type"] == "sample" and not site["is_observed"]
-    }
+
+    @jax.jit
+    def drawn():
+        sites = trace(seed(model, 0)).get_trace(tokens)
+        return (
+            {
+                name: site["value"][None, None]
+                for name, site in sites.items()
+                if site["type"] == "sample" and not site["is_observed"]
+            },
+            sites["embeddings"]["value"],
+        )
+
+    draws, expected = jax.tree.map(np.asarray, drawn())
+    assert "embeddings_base" in draws
     tree = to_datatree(PosteriorResult("nuts", draws, model, (tokens,)))
     posterior = tree["posterior"].to_dataset()
     assert posterior["embeddings"].dims == posterior["embeddings_base"].dims
-    found, expected = posterior["embeddings"].values[0, 0], sites["embeddings"]["value"]
+    found = posterior["embeddings"].values[0, 0]
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
 
 
@@ -351,10 +359,8 @@ def test_from_a_fitted_run(tiny_run, language_run, tmp_path, capsys, monkeypatch
     [(probability, symbols)] = maps
     assert [row[1:] for row in symbols] == [row[:-1] for row in followers]
     np.testing.assert_array_equal(probability, tree["support_tokens"]["support_probability"].values)
-    near = np.abs(
-        posterior["token_embedding"].values - np.asarray(tiny_run.parameters["token_embedding"])
-    )
-    assert np.median(near) < 0.1  # short iterations from there
+    first = posterior["token_embedding"].values[:, 0]  # a few short iterations from there
+    assert np.median(np.abs(first - tiny_run.parameters["token_embedding"])) < 0.1
     for draw in ((0, 0), (1, 14)):
         sites = traced(run, draw)
         np.testing.assert_allclose(
