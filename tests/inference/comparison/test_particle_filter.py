@@ -45,13 +45,23 @@ def of_three_tokens(a, bound, cut=0):
         bound: c or None.
         cut: so many of the embeddings are at most `CUT`, the others are free.
     """
-    points, step = np.linspace(-9, 9, 73, retstep=True)
-    x = np.stack(np.meshgrid(points, points, points, indexing="ij"), -1).reshape(-1, 3, 1)
-    process = CausalAttention(np.ones((1, 1)), np.array([[a]]), 1.0, 3, bound=bound)
-    mass = np.exp(np.asarray(process.log_prob(x))).reshape([73] * 3) * step**3
-    p = softmax(points[:, None] * EMISSION + BIAS)
-    low = p * (points < CUT)[:, None]
-    return np.einsum("ijk,iu,jv,kw->uvw", mass, *[low] * cut, *[p] * (3 - cut))
+    step = 0.25
+    axes = [step * np.arange(-most, most + 1) for most in (24, 30, 36)]  # later ones are wider
+    x = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3, 1)
+    mass = np.exp(np.asarray(log_density(bound)(np.array([[a]]), x))) * step**3
+    mass = mass.reshape([len(axis) for axis in axes])
+    p = [softmax(axis[:, None] * EMISSION + BIAS) for axis in axes]
+    for number in range(cut):
+        p[number] = p[number] * (axes[number] < CUT)[:, None]
+    return np.einsum("ijk,iu,jv,kw->uvw", mass, *p, optimize=True)
+
+
+@functools.cache
+def log_density(bound):
+    """Log density of sequences of three tokens as a function of the coupling and of them."""
+    return jax.jit(
+        lambda a, x: CausalAttention(jnp.ones((1, 1)), a, 1.0, 3, bound=bound).log_prob(x)
+    )
 
 
 def predictions_of(joint, tokens):
