@@ -36,7 +36,7 @@ from probattn.text.batches import map_batches
 PARTICLES = 128  # particles of each sequence
 
 _HIGHEST = lax.Precision.HIGHEST
-_NUMBERS = 2**18  # numbers that the particles of one call hold: bounds the memory
+NUMBERS = 2**18  # numbers that the particles of one call hold: bounds the memory
 
 
 class FilterError(RuntimeError):
@@ -107,7 +107,7 @@ def filter_tokens(
             keys[rows], tokens[rows], *weights, emission, bias, bound, particles=particles
         ),
         count,
-        max(min(_NUMBERS // of_one, count), 1),
+        max(min(NUMBERS // of_one, count), 1),
     )
     if not kept.all():
         sequence, position = np.argwhere(kept == 0)[0]

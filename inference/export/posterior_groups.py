@@ -186,10 +186,19 @@ def _smallest(margin: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _observed(result: PosteriorResult) -> dict[str, np.ndarray]:
-    sites = trace(seeded(result.model, jax.random.key(0))).get_trace(
-        *result.model_args, **result.model_kwargs
-    )
-    return {name: np.asarray(site["value"]) for name, site in observed_sites(sites).items()}
+    """Return what the model was given to observe, by site."""
+    found: dict[str, Any] = {}
+
+    def note() -> None:
+        sites = trace(seeded(result.model, jax.random.key(0))).get_trace(
+            *result.model_args, **result.model_kwargs
+        )
+        found.update({name: site["value"] for name, site in observed_sites(sites).items()})
+
+    jax.eval_shape(note)  # what is observed depends on no draw: nothing need be computed
+    if any(isinstance(value, jax.core.Tracer) for value in found.values()):
+        note()  # but where the model computes it from its arguments
+    return {name: np.asarray(value) for name, value in found.items()}
 
 
 def _dataset(

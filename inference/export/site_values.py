@@ -17,7 +17,7 @@ from probattn.text.batches import batched_rows
 
 # Most draws in one call, and most memory that it may take beside them: margins alone take
 # (draws, N, T, d, 2 r) numbers.
-_DRAWS_AT_ONCE, _BYTES_AT_ONCE = 16, 2**30
+_DRAWS_AT_ONCE, BYTES_AT_ONCE = 16, 2**30
 
 
 class SiteValues(NamedTuple):
@@ -106,9 +106,9 @@ def _compiled(of_batch: Any, rows: tuple, count: int) -> tuple[int, Callable]:
     )
     compiled = of_batch.lower(*shapes).compile()
     size = compiled.memory_analysis().temp_size_in_bytes
-    if size <= _BYTES_AT_ONCE or count == 1:
+    if size <= BYTES_AT_ONCE or count == 1:
         return count, compiled
-    return _compiled(of_batch, rows, max(min(count - 1, count * _BYTES_AT_ONCE // size), 1))
+    return _compiled(of_batch, rows, max(min(count - 1, count * BYTES_AT_ONCE // size), 1))
 
 
 def _dtype(leaf: Any) -> Any:

@@ -4,7 +4,7 @@ import jax
 
 from probattn.user_cache import user_cache
 
-_LEAST_SECONDS = 0.01  # shortest compilation to keep: reading from disk takes milliseconds itself
+LEAST_SECONDS = 0.01  # shortest compilation to keep: reading from disk takes milliseconds itself
 _MOST_BYTES = 2**30  # JAX then removes the programs that were not used for longest
 
 
@@ -24,4 +24,4 @@ def keep_compiled_programs() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)

@@ -26,7 +26,7 @@ from probattn.inference.runtime.memory import gibibytes
 from probattn.inference.sampling.initialisation import check_initial_values, init_to_given
 from probattn.inference.sampling.lookahead import run_ahead
 
-_CALL_SECONDS = 2.0  # seconds of all chains between two updates of a progress bar
+CALL_SECONDS = 2.0  # seconds of all chains between two updates of a progress bar
 _ITERATIONS, _VALUES = 400, 2**24  # most iterations of a call, most numbers in its buffers
 _CALLS_AHEAD = 4  # calls that a chain may have begun before the caller has the first of them
 _LARGEST = 16 * 2**30  # bytes of all draws
@@ -148,7 +148,7 @@ class Chains:
         """
         threads = min(len(self._states), os.cpu_count() or 1)
         latest = list(self._states)
-        pace = _CallLength(first, stops, self._most, len(latest), threads)
+        pace = CallLength(first, stops, self._most, len(latest), threads)
 
         def work(chain: int, count: int) -> _Call:
             # Every thread has JAX settings of its own.
@@ -216,10 +216,10 @@ class Chains:
         ]
 
 
-class _CallLength:
-    """Iterations of each call: few at first, then so many that a round takes `_CALL_SECONDS`.
+class CallLength:
+    """Iterations of each call: few at first, then so many that a round takes `CALL_SECONDS`.
 
-    The slowest chain sets the pace. A round takes `_CALL_SECONDS` if all chains are as slow. Until
+    The slowest chain sets the pace. A round takes `CALL_SECONDS` if all chains are as slow. Until
     the slowest chain has made a call of that length, no call is much longer than its last.
 
     Args:
@@ -246,7 +246,7 @@ class _CallLength:
             return None
         wanted = min(2 * self._count, 4 * min(self._counts), self._most)
         if slowest := max(self._seconds):
-            wanted = min(wanted, round(_CALL_SECONDS / (slowest * self._turns)))
+            wanted = min(wanted, round(CALL_SECONDS / (slowest * self._turns)))
         self._count = max(1, wanted)
         count = min(self._count, stop - self._at)
         self._at += count

@@ -30,7 +30,7 @@ from probattn.inference.sampling.chains import Chains
 from probattn.inference.sampling.initialisation import given_values
 from probattn.inference.sampling.result import PosteriorResult
 
-_SAVE_SECONDS = 30.0  # between two segments
+SAVE_SECONDS = 30.0  # between two segments
 
 
 def sample(
@@ -85,7 +85,7 @@ def sample(
             (tuple(model_args), dict(model_kwargs or {}), dict(init_values or {})),
         )
         chains = Chains(model, arguments, config, init_values)
-        sampler = _Sampler(chains, config, folder, _digest(config, model, arguments))
+        sampler = _Sampler(chains, config, folder, fingerprint(config, model, arguments))
         with progress_bar(
             "sample",
             total=config.warmup + config.draws,
@@ -194,7 +194,7 @@ class _Sampler:
                 self._show(bar, statistics)
                 ends = self.iteration in (warmup, total)
                 signum = interrupted()  # once: what it ends with is saved
-                if ends or self.seconds - saved >= _SAVE_SECONDS or signum:
+                if ends or self.seconds - saved >= SAVE_SECONDS or signum:
                     self._save()
                     saved = self.seconds
                 if signum and self.iteration < total:
@@ -260,7 +260,7 @@ def _in_precision(leaf: Any, *, dtype: jnp.dtype) -> Any:
     return leaf
 
 
-def _digest(config: SampleConfig, model: Callable, arguments: Sequence) -> np.ndarray:
+def fingerprint(config: SampleConfig, model: Callable, arguments: Sequence) -> np.ndarray:
     """Return the SHA-256 of all that draws depend on, except their number.
 
     A model counts by its name and what `functools.partial` binds to it, not by what it does.

@@ -33,6 +33,7 @@ def smallest_p_value(result):
     return min(row["p_value"] for row in result["quantities"].values())
 
 
+@pytest.mark.slow
 def test_ranks_are_uniform_where_the_process_is_proper(calibration):
     setting = calibration.settings("bounded")["observed bounded"]
     result = calibration.calibrate(setting, replications=REPLICATIONS, warmup=200)
@@ -41,6 +42,7 @@ def test_ranks_are_uniform_where_the_process_is_proper(calibration):
     assert smallest_p_value(result) > calibration.LEVEL / len(result["quantities"])
 
 
+@pytest.mark.slow
 def test_a_simulation_of_another_model_is_noticed(calibration):
     """Embeddings half as large as the model that is fitted says."""
 
@@ -53,6 +55,7 @@ def test_a_simulation_of_another_model_is_noticed(calibration):
     assert result["quantities"]["scale"]["p_value"] < 1e-6
 
 
+@pytest.mark.slow
 def test_continuation_solves_the_residual_equation(calibration):
     e = jax.random.normal(jax.random.key(0), (calibration.LENGTH, calibration.WIDTH))
     coupling = 0.4 * jax.random.normal(jax.random.key(1), (2, 2))

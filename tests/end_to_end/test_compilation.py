@@ -32,12 +32,14 @@ def fresh(monkeypatch, tmp_path):
 # Keeps every program: whether one takes longer than the least time differs from start to start.
 KEEP_ALL = """
 import sys
-from probattn.inference import cli, compilation
-compilation._LEAST_SECONDS = 0
+from probattn.inference import cli
+from probattn.inference.runtime import compilation_cache
+compilation_cache.LEAST_SECONDS = 0
 sys.exit(cli.main())
 """
 
 
+@pytest.mark.slow
 def test_programs_are_found_by_a_process_of_another_hash_seed_and_a_fit_of_another_seed(tmp_path):
     """The order of a set of strings differs there: no program may depend on it, nor on the seed."""
     (tmp_path / "tiny.toml").write_text(format_config(tiny_config(tmp_path)), encoding="utf-8")

@@ -49,6 +49,7 @@ def may_mount():
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="needs mounts in a namespace of its own")
 def test_a_full_disk_and_a_read_only_one_lose_nothing(tmp_path):
     config = tiny_config(tmp_path)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from probattn.inference import fit, load_run
-from probattn.inference.cli import command_line as cli
+from probattn.inference.cli import main
 from probattn.inference.config_files import format_config
 from tests.support.four_devices import FOUR, in_child
 from tests.support.tiny_run import tiny_config
@@ -22,17 +22,16 @@ STEPS, EVERY = 240, 20
 DOUBLE = {"JAX_ENABLE_X64": "1"}  # as the tests' own process has it
 RESUME = """
 import json, jax
-from probattn.inference import fit
-from probattn.inference.config import read_config
+from probattn.inference import fit, read_config
 result = fit(read_config({run!r} + "/config.toml"), {run!r}, resume=True, mesh="fsdp=4")
 print(json.dumps([jax.device_count(), result.run.step]))
 """
 
 RAISED = """
 import json
-from probattn.inference.runtime.processes import ProcessError, joined
+from probattn.inference.runtime.processes import ProcessError, distributed
 try:
-    with joined("127.0.0.1:{port}", 1, 0):
+    with distributed("127.0.0.1:{port}", 1, 0):
         raise ValueError({message!r})
 except (ProcessError, ValueError) as error:
     print(json.dumps([type(error).__name__, str(error)]))
@@ -130,6 +129,7 @@ def story_fixture(tmp_path_factory):
     return told
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_both_after_saving(story):
     statuses, _, errors, step = story["term"]
     assert statuses == [143, 143]
@@ -138,6 +138,7 @@ def test_a_signal_to_one_process_ends_both_after_saving(story):
     assert 0 < step < STEPS
 
 
+@pytest.mark.slow
 def test_the_other_process_ends_by_one_line_when_one_is_killed(story):
     statuses, printed, errors, step = story["kill"]
     assert statuses == [1, -signal.SIGKILL]
@@ -149,6 +150,7 @@ def test_the_other_process_ends_by_one_line_when_one_is_killed(story):
     assert story["term"][-1] < step < STEPS
 
 
+@pytest.mark.slow
 def test_the_parameters_are_those_of_one_device_without_a_kill(story, tmp_path):
     devices, step = story["resumed"]
     assert devices == 4
@@ -161,6 +163,7 @@ def test_the_parameters_are_those_of_one_device_without_a_kill(story, tmp_path):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
@@ -187,7 +190,7 @@ def test_a_collective_that_failed_is_told_from_bad_input(message, expected):
     ],
 )
 def test_options_that_do_not_go_together_are_one_line(tmp_path, capsys, options, expected):
-    assert cli.main(["fit", "--out", str(tmp_path / "run"), *options]) == 2
+    assert main(["fit", "--out", str(tmp_path / "run"), *options]) == 2
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1

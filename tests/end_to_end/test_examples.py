@@ -21,6 +21,8 @@ def run(monkeypatch, script, *arguments):
     return runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_fit_map_lowers_the_loss(monkeypatch, capsys):
     names = run(monkeypatch, "fit_map.py", "--steps", "30", "--width", "8")
     first = float(capsys.readouterr().out.split("loss ")[1].split()[0])
@@ -28,6 +30,8 @@ def test_fit_map_lowers_the_loss(monkeypatch, capsys):
     assert names["margin"].shape == (12, 64)
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_fit_and_inspect_ends_in_a_margin_figure(monkeypatch, tmp_path, capsys):
     cheap_post_hoc(monkeypatch)
     out = tmp_path / "runs" / "inspect"
@@ -45,6 +49,8 @@ def test_tinyshakespeare_is_the_setting_that_the_readme_reports():
     assert (fit.batch, fit.steps, config.data.validation_fraction) == (12, 2000, 0.1)
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_tinyshakespeare_fits_another_text(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.copy(EXAMPLES / "tinyshakespeare.toml", tmp_path)
@@ -54,6 +60,7 @@ def test_tinyshakespeare_fits_another_text(monkeypatch, tmp_path):
     assert read_config("run/config.toml").objective.name == "full"
 
 
+@pytest.mark.slow
 def test_every_theorem_runs_and_says_what_it_measured(capsys):
     rows = runpy.run_path(str(EXAMPLES / "theorems.py"))["table"]()
     results = {row.result for row in rows}
@@ -75,6 +82,8 @@ def test_every_theorem_runs_and_says_what_it_measured(capsys):
 SMALL = ["--sequences", "2", "--length", "5", "--steps", "20", "--warmup", "60", "--draws", "30"]
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_posterior_simulated_tells_the_truth_beside_the_posterior(monkeypatch, tmp_path, capsys):
     names = run(monkeypatch, "posterior_simulated.py", *SMALL, "--out", str(tmp_path))
     printed = capsys.readouterr().out
@@ -85,6 +94,8 @@ def test_posterior_simulated_tells_the_truth_beside_the_posterior(monkeypatch, t
     assert f"{drawn.mean():.3f}" in printed
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_posterior_text_names_support_tokens(monkeypatch, tmp_path, capsys):
     out = tmp_path / "run"
     names = run(monkeypatch, "posterior_text.py", *SMALL, "--out", str(out))
@@ -95,6 +106,8 @@ def test_posterior_text_names_support_tokens(monkeypatch, tmp_path, capsys):
     assert names["probability"].shape == (2, 5)
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_posterior_language_model_puts_point_estimates_into_the_posterior(
     monkeypatch, tmp_path, capsys
 ):

@@ -35,7 +35,7 @@ def blocks(language, text=README):
 
 
 @pytest.fixture(name="folder")
-def folder_fixture(tmp_path, monkeypatch):
+def folder_fixture(tmp_path, monkeypatch, quick_compilation):
     """A folder with what the README's paths name, to run its commands in."""
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
@@ -60,6 +60,7 @@ def run_commands(section):
     return {command[0] for command in commands}, namespace
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_use_it(capsys):
     commands, names = run_commands(SECTIONS["Use it"])
@@ -72,6 +73,7 @@ def test_use_it(capsys):
     assert names["smallest"].sizes == {"stage": 4}
 
 
+@pytest.mark.slow
 def test_how_sure_are_we(folder, capsys):
     commands, names = run_commands(SECTIONS["How sure are we?"])
     assert commands == {"fit", "sample", "compare"}

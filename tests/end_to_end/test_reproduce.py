@@ -126,6 +126,7 @@ def rows_of(folder, table):
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on_and_repeats_nothing(history, command):
     folder, _ = command
     first, files, second = history
@@ -142,6 +143,7 @@ def test_an_interrupted_command_goes_on_and_repeats_nothing(history, command):
     assert {row["steps"] for row in runs} == {"20"}
 
 
+@pytest.mark.slow
 def test_tables_hold_every_report_and_point(history, command):
     folder, _ = command
     curves, noise = rows_of(folder, "curves"), rows_of(folder, "noise")
@@ -158,6 +160,7 @@ def test_tables_hold_every_report_and_point(history, command):
     assert {row["half"] for row in noise if row["kind"] != "gaussian"} == {"test"}
 
 
+@pytest.mark.slow
 def test_points_are_of_the_second_half_under_noise_in_its_unit(history, command):
     folder, _ = command
     text = (folder / "test.txt").read_text(encoding="utf-8")
@@ -188,6 +191,7 @@ def test_points_are_of_the_second_half_under_noise_in_its_unit(history, command)
     assert len({bpc for bpc, _ in found.values()}) == 4  # and 0 in both units
 
 
+@pytest.mark.slow
 def test_figures_and_table_are_drawn_from_the_tables_alone(history, command, scripts, tmp_path):
     folder, _ = command
     written = folder / "runs" / "results"
@@ -213,6 +217,7 @@ def test_figures_and_table_are_drawn_from_the_tables_alone(history, command, scr
     assert f"| margin, clean cost | +1.7 % | {cost} |" in table
 
 
+@pytest.mark.slow
 def test_margins_and_harm_are_those_of_the_command_sensitivity(history, command, scripts):
     folder, _ = command
     [margins, comparisons, support] = (
@@ -258,6 +263,7 @@ def test_margins_and_harm_are_those_of_the_command_sensitivity(history, command,
         assert shown == f"{mean} ± {(high - low) / 2:.3f}"
 
 
+@pytest.mark.slow
 def test_seeds_asked_for_before_stay_in_the_tables(history, command, scripts):
     folder, arguments = command
     before = {table: rows_of(folder, table) for table in ("runs", "noise", "curves")}
@@ -266,6 +272,7 @@ def test_seeds_asked_for_before_stay_in_the_tables(history, command, scripts):
     assert {row["seed"] for row in before["runs"]} == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_points_of_another_plan_are_in_no_table(history, command, scripts):
     folder, _ = command
     plan, measure = scripts["plan"], scripts["measure"]
@@ -279,6 +286,7 @@ def test_points_of_another_plan_are_in_no_table(history, command, scripts):
     assert measure.measured(plan.dataclasses.replace(task, noise=noise), run) == []
 
 
+@pytest.mark.slow
 def test_two_processes_do_tasks_and_tell_why_one_failed(history, command, scripts):
     folder, _ = command
     plan = scripts["plan"]
@@ -295,6 +303,7 @@ def test_two_processes_do_tasks_and_tell_why_one_failed(history, command, script
     assert "objective.name: ce -> margin" in outcomes["margin"]
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(command, scripts, capsys):
     folder, arguments = command
     main = scripts["run"].main
@@ -342,6 +351,7 @@ def test_the_tuned_setting_and_whole_curves_have_every_seed(scripts, tmp_path):
     assert runs == {(*name, seed) for name in names for seed in (0, 1)}
 
 
+@pytest.mark.slow
 def test_what_is_committed_is_drawn_from_what_is_committed(scripts, tmp_path):
     results, copy = FOLDER / "results", tmp_path / "results"
     shutil.copytree(results, copy, ignore=shutil.ignore_patterns("*.md", "*.png"))

@@ -106,6 +106,7 @@ def four_fixture():
     return in_child(CHILD, JAX_DISABLE_MOST_OPTIMIZATIONS="1")  # which is what costs time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_losses_on_four_devices_are_those_on_one(four, mesh):
     # Sums over a minibatch are rounded in another order: 1e-7 a step, which Adam hardly enlarges.
@@ -113,16 +114,19 @@ def test_losses_on_four_devices_are_those_on_one(four, mesh):
     assert four["losses"][""][-1] < four["losses"][""][0] - 0.05
 
 
+@pytest.mark.slow
 def test_a_state_of_one_mesh_goes_on_on_another(four):
     np.testing.assert_allclose(four["resumed"], four["losses"][""][50:], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_and_moments_are_spread_over_fsdp_alone(four):
     assert four["shards"]["data=4"] == [[1, 32, 128]] * 2
     assert four["shards"]["fsdp=4"] == [[1, 32, 32]] * 2
     assert four["shards"]["data=2,fsdp=2"] == [[1, 32, 64]] * 2
 
 
+@pytest.mark.slow
 def test_nothing_but_parameters_is_gathered(four):
     assert four["gathered"]["data=4"] == []
     parameters = {"f32[1,32,128]", "f32[1,128,32]", "f32[1,32,96]"}
@@ -130,11 +134,13 @@ def test_nothing_but_parameters_is_gathered(four):
     assert set(four["gathered"]["data=2,fsdp=2"]) == parameters
 
 
+@pytest.mark.slow
 def test_determinants_are_taken_by_each_device_for_its_sequences(four):
     assert four["barrier_devices"]
     assert max(four["barrier"]) < 1e-5  # of the largest, value and gradient
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_fit_the_devices_or_the_batch_is_refused(four):
     few, many, batch = four["refused"]
     assert "mesh data=2 is of 2 devices, and there are 4" in few
@@ -142,11 +148,13 @@ def test_a_mesh_that_does_not_fit_the_devices_or_the_batch_is_refused(four):
     assert "fit.batch is 6 and mesh data=2,fsdp=2 of 4 devices: expected a multiple of 4" in batch
 
 
+@pytest.mark.slow
 def test_parallel_chains_on_four_devices_draw_what_they_draw_on_one(four):
     assert four["parallel_equal"]
     assert four["chains"] == 5
 
 
+@pytest.mark.slow
 def test_vectorized_chains_on_four_devices_have_the_same_distribution(four):
     many, one = four["vectorized"]
     np.testing.assert_allclose(many, one, rtol=0.1)  # means of 1200 draws, of deviation 0.3

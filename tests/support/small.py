@@ -21,6 +21,7 @@ SAMPLE_FLAGS = [
 ]
 EVALUATE_FLAGS = ["--ascent-tokens", "128"]
 SENSITIVITY_FLAGS = ["--most-tokens", "256", "--draws", "1"]
+MAP_SIZE = 4  # of the paper's map of proper conditionals
 LATENT_FLAGS = ["--latent.width", "2", "--latent.sequences", "2", "--latent.length", "6"]
 
 
@@ -28,7 +29,7 @@ def cheap_figures(patch: pytest.MonkeyPatch) -> None:
     """The paper's figures from few sequences and on a coarse grid."""
     mass_map = paper_data.mass_map
     patch.setattr(paper_data, "SEQUENCES", 50)
-    patch.setattr(paper_data, "mass_map", lambda bound: mass_map(bound, size=5))
+    patch.setattr(paper_data, "mass_map", lambda bound: mass_map(bound, size=MAP_SIZE))
 
 
 def cheap_post_hoc(patch: pytest.MonkeyPatch) -> None:

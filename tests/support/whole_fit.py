@@ -54,7 +54,7 @@ def _fit_and_record(config, folder):
 
     def recording_advance(self, state, step, stop):
         if step == 0:
-            starts.append(jax.tree.map(np.array, self.parameters(state)))
+            starts.append(jax.tree.map(np.array, self.guide.median(self.guide_params(state))))
         return advance(self, state, step, stop)
 
     def recording_append(self, row):

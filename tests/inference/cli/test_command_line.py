@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import io
 import json
 import os
@@ -15,14 +14,16 @@ import numpy as np
 import pytest
 
 from probattn.inference import RunConfig, generate, load_run, sensitivity
-from probattn.inference.cli import main
+from probattn.inference.cli import commands, main
+from probattn.inference.cli import demo as demo_module
 from probattn.inference.config_files import format_config
+from probattn.inference.evaluation.evaluate import EvaluateResult, MarginSummary
 from probattn.inference.evaluation.generation import Generated
+from probattn.inference.evaluation.noise_sweeps import NoisePoint
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.text.corpora import DataConfig
-from tests.support.command_line import (
-    error_line,
-)
+from tests.support.command_line import error_line
+from tests.support.tiny_posterior import fitted_by_hand
 from tests.support.tiny_run import (
     ESCAPE,
     FIT,
@@ -32,8 +33,6 @@ from tests.support.tiny_run import (
     tiny_config,
     tiny_text,
 )
-
-commands = importlib.import_module("probattn.inference.cli.commands")
 
 FIGURES = {"margin_text.png", "margin_sequence.png", "margin_distribution.png"}
 
@@ -178,6 +177,7 @@ def installed(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_installed_command_works(tiny_run):
     done = installed("generate", tiny_run.path, "--prompt", "the", "--length", "30", "--seed=3")
     assert (done.returncode, done.stderr) == (0, "")
@@ -197,6 +197,7 @@ def printable(text):
     return text.replace("\x1b", "\N{REPLACEMENT CHARACTER}")
 
 
+@pytest.mark.slow
 def test_fit_from_file_and_flags(probattn, tmp_path):
     config = tiny_config(tmp_path)
     other = dataclasses.replace(FIT, steps=400, eval_every=200, checkpoint_every=200)
@@ -218,6 +219,7 @@ def test_fit_from_file_and_flags(probattn, tmp_path):
     assert files_of(run.path) == before
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing_of_it(probattn, own_run):
     before = files_of(own_run.path)
     status, out, _ = probattn("fit", "--out", own_run.path, "--resume")
@@ -226,6 +228,13 @@ def test_resuming_a_finished_run_changes_nothing_of_it(probattn, own_run):
     assert files_of(own_run.path) == before
 
 
+def table_of(out):
+    """What is printed of one run, by its row."""
+    rows = [line.split("│")[1:3] for line in out.splitlines() if line.startswith("│")]
+    return {name.strip(): value.strip() for name, value in rows}
+
+
+@pytest.mark.slow
 def test_evaluate_prints_and_stores(probattn, own_run):
     fold(own_run)
     levels = ["--noise-absolute", "0", "0.3", "--noise-relative", "0.5"]
@@ -233,8 +242,7 @@ def test_evaluate_prints_and_stores(probattn, own_run):
     status, out, _ = probattn("evaluate", own_run.path, *levels, *kinds)
     assert status == 0
     stored = load_run(own_run.path).summary()["evaluate"]
-    rows = [line.split("│")[1:3] for line in out.splitlines() if line.startswith("│")]
-    shown = {name.strip(): value.strip() for name, value in rows}
+    shown = table_of(out)
     assert shown["bits per character"] == f"{stored['bpc']:.3f}"
     assert [point["sigma"] for point in stored["noise_absolute"]] == [0, 0.3]
     for name, points in (
@@ -253,50 +261,145 @@ def test_evaluate_prints_and_stores(probattn, own_run):
     assert stored["margins"][0]["infeasible_fraction"] > 0
 
 
+def noise_points(**kind):
+    """Made up: what is printed and drawn of noise is what it is given."""
+    levels = ((0.0, 0.0, 2.25, 1.0, 1.0, 1.0), (0.3, 0.4, 3.375, 1.5, 1.4, 1.65))
+    return tuple(NoisePoint(*level, **kind) for level in levels)
+
+
+EVALUATION = EvaluateResult(
+    text="made up",
+    step=200,
+    cross_entropy=1.5,
+    bpc=2.25,
+    tokens=399,
+    embedding_rms=0.75,
+    noise_absolute=noise_points(),
+    noise_relative=noise_points(),
+    noise_substituted=(
+        NoisePoint(None, None, 2.25, 1.0, 1.0, 1.0, "substitution", 0.0),
+        NoisePoint(None, None, 2.7, 1.2, 1.1, 1.35, "substitution", 0.2),
+    ),
+    margins=tuple(
+        MarginSummary(label, "sigma_min", {0.0: number / 8, 0.5: 0.9}, -1.0, number / 100, 1.0, 99)
+        for number, label in enumerate(LABELS)
+    ),
+    post_hoc_converged=True,
+)
+
+
+@pytest.fixture(name="evaluated")
+def evaluated_fixture(monkeypatch):
+    """Calls of `evaluate` by the command line, noted and answered by what was made up."""
+    calls = []
+
+    def note(run, **options):
+        calls.append((run.path, options))
+        kind, *others = options["noise_kinds"]
+        points = noise_points(kind=kind)
+        return dataclasses.replace(
+            EVALUATION,
+            noise_absolute=points,
+            noise_relative=points,
+            noise_substituted=EVALUATION.noise_substituted if others else (),
+        )
+
+    monkeypatch.setattr(commands, "evaluate", note)
+    return calls
+
+
+@pytest.fixture(name="undrawn")
+def undrawn_fixture(evaluated, monkeypatch):
+    """No figures of it: drawing them takes a second."""
+    monkeypatch.setattr(
+        commands, "comparison_figures", lambda runs, results, folder: [folder / "noise.png"]
+    )
+    return evaluated
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_evaluate_prints_what_was_found(probattn, own_run):
+    flags = ["--noise-kinds", "gaussian", "substitution"]
+    status, out, _ = probattn("evaluate", own_run.path, *flags)
+    assert status == 0
+    shown = table_of(out)
+    assert shown["bits per character"] == "2.250"
+    assert shown["x clean, noise 0.3"] == "1.500 ± 0.125"
+    assert shown["x clean, noise 0.4 RMS"] == "1.500 ± 0.125"
+    assert shown["x clean, substitution 0.2"] == "1.200 ± 0.125"
+    for number, label in enumerate(LABELS):
+        assert shown[f"{label}: smallest margin"] == f"{number / 8:.3f}"
+        assert shown[f"{label}: infeasible"] == f"{number:.2f} %"
+
+
+def test_evaluate_is_asked_for_what_the_flags_say(probattn, undrawn, own_run):
+    flags = ["--text", "a.txt", "--noise-absolute", "0.1", "0.3", "--noise-relative", "0.5"]
+    flags += ["--noise-kinds", "uniform", "ascent-1", "--substituted", "0.2", "--seed", "7"]
+    assert probattn("evaluate", own_run.path, *flags, "--ascent-tokens", "64")[0] == 0
+    [(path, options)] = undrawn
+    assert path == own_run.path
+    assert options == {
+        "text": Path("a.txt"),
+        "noise_absolute": (0.1, 0.3),
+        "noise_relative": (0.5,),
+        "noise_kinds": ("uniform", "ascent-1"),
+        "substituted": (0.2,),
+        "ascent_tokens": 64,
+        "seed": 7,
+        "progress": True,
+    }
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("handler", ["strict", "surrogateescape"])
 def test_evaluate_prints_in_any_encoding(own_run, monkeypatch, handler):
     """Of a locale or a pipe that holds ASCII alone."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=handler)
     monkeypatch.setattr(sys, "stdout", stream)
-    levels = ["--noise-absolute", "0.3", "--noise-relative"]
-    assert main(["evaluate", str(own_run.path), *levels]) == 0
+    assert main(["evaluate", str(own_run.path)]) == 0
     stream.flush()
     printed = stream.buffer.getvalue().decode("ascii")
-    point = load_run(own_run.path).summary()["evaluate"]["noise_absolute"][-1]
-    reach = (point["degradation_high"] - point["degradation_low"]) / 2
-    assert f"{point['degradation']:.3f} ? {reach:.3f}" in printed
+    assert "1.500 ? 0.125" in printed
     assert f"wrote {own_run.path / 'figures' / 'noise.png'}" in printed
 
 
+@pytest.mark.usefixtures("evaluated")
 def test_evaluate_leaves_figures_and_the_table_of_noise(probattn, own_run):
     metrics = own_run.path / "metrics.jsonl"
-    levels = ["--noise-absolute", "0.3", "--noise-relative"]
     folder = own_run.path / "figures"
-    assert probattn("evaluate", own_run.path, *levels)[0] == 0
+    assert probattn("evaluate", own_run.path)[0] == 0
     always = {"training.png", "noise.png", "noise.csv"}
     assert {path.name for path in folder.iterdir()} == always | {"barrier.png"}
-    header, none, some, relative = (folder / "noise.csv").read_text().splitlines()
+    header, none, some, *relative = (folder / "noise.csv").read_text().splitlines()
     assert header.startswith("run,sigma,relative,bpc,degradation,degradation_low,degradation_hi")
-    assert none.startswith("run,0,0,")
-    assert some.startswith("run,0.3,")
-    assert relative == none
+    assert none.startswith("run,0,0,2.25,1,1,1,gaussian")
+    assert some.startswith("run,0.3,0.4,3.375,1.5,1.4,1.65,gaussian")
+    assert relative == [none, some]
     (folder / "mine.png").touch()
     # Of a version that did not watch the coupling yet, and with one kind that is not Gaussian.
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     watched = ("mean_log_det", "mean_margin", "coupling_eigenvalue_min", "coupling_eigenvalue_max")
     old = [{key: row[key] for key in row if key not in watched} for row in rows]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in old))
-    assert probattn("evaluate", own_run.path, *levels, "--noise-kinds", "uniform")[0] == 0
+    assert probattn("evaluate", own_run.path, "--noise-kinds", "uniform")[0] == 0
     names = {path.name for path in folder.iterdir()}
     assert names == {"training.png", "noise.csv", "noise_kinds.png", "mine.png"}
 
 
-def test_sensitivity_prints_and_writes(probattn, tiny_run, tmp_path):
-    out = tmp_path / "out"
+def test_sensitivity_prints_and_writes(probattn, tiny_run, tmp_path, monkeypatch):
+    out, found = tmp_path / "out", []
+
+    def noting(run, text, **options):
+        found.append(sensitivity(run, text, **options))
+        assert (run.path, text, options["progress"]) == (tiny_run.path, None, True)
+        assert (options["level"], options["draws"], options["most_tokens"]) == (1, 2, 160)
+        return found[-1]
+
+    monkeypatch.setattr(commands, "sensitivity", noting)
     flags = ["--level", "1", "--draws", "2", "--most-tokens", "160"]
     status, printed, _ = probattn("sensitivity", tiny_run.path, "--out", out, *flags)
     assert status == 0
-    expected = sensitivity(tiny_run, level=1, draws=2, most_tokens=160)
+    [expected] = found
     raised = f"from {expected.loss.mean():.3f} to {expected.noisy_loss.mean():.3f} nats per token"
     assert raised in printed
     for each in expected.comparisons:
@@ -329,13 +432,13 @@ def test_margins_writes_table_and_figures(probattn, tiny_run, tmp_path):
 
 def test_generate_prints_the_text_as_it_is(probattn, tiny_run, monkeypatch, tmp_path):
     monkeypatch.delenv("COLUMNS")  # of a file or a pipe nobody knows the width
-    options = ["--length", "300", "--seed", "7", "--temperature", "0.8", "--top-k", "9"]
+    options = ["--length", "60", "--seed", "7", "--temperature", "0.8", "--top-k", "9"]
     table = tmp_path / "new" / "generated.csv"
     status, out, err = probattn(
         "generate", tiny_run.path, "--prompt", "[/i]\nthe", *options, "--out", table
     )
     assert status == 0
-    expected = generate(tiny_run, "[/i]\nthe", length=300, seed=7, temperature=0.8, top_k=9)
+    expected = generate(tiny_run, "[/i]\nthe", length=60, seed=7, temperature=0.8, top_k=9)
     assert out.startswith(printable("[/i]\nthe" + expected.text) + "\n")
     assert f"smallest {expected.margin.min():.3f} at generated token" in out
     assert table.exists()
@@ -364,6 +467,44 @@ def test_nothing_generated_steers_the_terminal(probattn, tiny_run, monkeypatch):
     assert out.startswith("a\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}[2J")
 
 
+def test_demo_compares_what_it_fits(probattn, tiny_run, monkeypatch, tmp_path):
+    """With runs made by hand in place of its fits, and evaluations that are made up."""
+    fits, evaluations = [], []
+
+    def fit(config, out, *, overwrite, progress):
+        fits.append((config, out, overwrite))
+        run = fitted_by_hand(tiny_run, out, name=config.objective.name)
+        (run.path / "post_hoc_prior.npz").write_bytes(
+            (tiny_run.path / "post_hoc_prior.npz").read_bytes()
+        )
+        return types.SimpleNamespace(run=run)
+
+    def evaluate(run, *, progress):
+        bpc = 2.5 + len(evaluations)
+        evaluations.append(dataclasses.replace(EVALUATION, bpc=bpc, noise_substituted=()))
+        return evaluations[-1]
+
+    config = tiny_run.config
+    monkeypatch.setattr(demo_module, "fit", fit)
+    monkeypatch.setattr(demo_module, "evaluate", evaluate)
+    monkeypatch.setattr(commands, "demo", functools.partial(commands.demo, config=config))
+    status, out, _ = probattn("demo", "--out", "shown")
+    assert status == 0
+    assert fits == [
+        (dataclasses.replace(config, objective=ObjectiveConfig(name)), Path("shown") / name, True)
+        for name in ("ce", "margin")
+    ]
+    assert "2.500" in out
+    assert "3.500" in out
+    figures = {path.name for path in Path("shown/figures").iterdir()}
+    drawn = {"training.png", "barrier.png", "noise.png", "noise.csv"}
+    assert figures == FIGURES | {"margins.csv"} | drawn
+    for name in figures:
+        assert f"wrote {Path('shown/figures') / name}" in out
+    assert Path("shown/excerpt.txt").read_text(encoding="utf-8") == tiny_text()[3600:]
+
+
+@pytest.mark.slow
 def test_demo_fits_compares_and_draws(probattn, monkeypatch, tmp_path):
     config = tiny_config(tmp_path)
     monkeypatch.setattr(commands, "demo", functools.partial(commands.demo, config=config))
@@ -398,13 +539,21 @@ def test_demo_leaves_alone_what_is_not_its_own(probattn, monkeypatch, tmp_path):
         assert files_of(tmp_path / name) == {f"shown/{name}/notes.txt": b"mine"}
 
 
-def test_names_are_shown_as_they_are(probattn, own_run, monkeypatch):
+@pytest.mark.usefixtures("undrawn")
+def test_names_are_shown_as_they_are(probattn, own_run):
     """Names of runs and of texts are no markup, and steer no terminal."""
     named = own_run.path.rename(own_run.path.with_name("[red]a" + ESCAPE))
-    text = named.with_name("[bold]b" + ESCAPE)
-    text.write_text("the token of a margin")
-    status, out, _ = probattn("evaluate", named, "--text", text, "--noise-absolute", "0")
+    status, out, _ = probattn("evaluate", named)
     assert status == 0
-    for name in ("[red]a", "[bold]b"):
-        assert name + "\N{REPLACEMENT CHARACTER}[2J" in out
+    assert "[red]a\N{REPLACEMENT CHARACTER}[2J" in out
+    assert ESCAPE not in out
+
+
+@pytest.mark.slow
+def test_names_of_texts_are_shown_as_they_are(probattn, own_run):
+    text = own_run.path.with_name("[bold]b" + ESCAPE)
+    text.write_text("the token of a margin")
+    status, out, _ = probattn("evaluate", own_run.path, "--text", text, "--noise-absolute", "0")
+    assert status == 0
+    assert "[bold]b\N{REPLACEMENT CHARACTER}[2J" in out
     assert ESCAPE not in out

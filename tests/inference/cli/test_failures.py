@@ -1,6 +1,5 @@
 """How the command line fails: in one line, with a status, and nothing changed."""
 
-import importlib
 import io
 import json
 import os
@@ -12,17 +11,10 @@ from pathlib import Path
 import pytest
 
 from probattn.inference import FitError
-from probattn.inference.cli import main
+from probattn.inference.cli import commands, main
 from probattn.inference.runtime.signals import Interrupted
-from tests.support.command_line import (
-    error_line,
-)
-from tests.support.tiny_run import (
-    files_of,
-)
-
-commands = importlib.import_module("probattn.inference.cli.commands")
-
+from tests.support.command_line import error_line
+from tests.support.tiny_run import files_of
 
 ERRORS = {
     "no command": ([], ["fit", "evaluate", "margins", "generate", "demo"]),

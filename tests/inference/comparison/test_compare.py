@@ -1,12 +1,14 @@
 """Comparisons: predictions and calibration by hand, margins over the same text, and refusals.
 
-Latent models among them: `test_filtering` has what they predict, here stands how it is scored.
+Latent models are among them: `test_particle_filter` has what they predict, and here stands how
+that is scored.
 """
 
 import csv
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,17 +19,17 @@ from probattn import stability_margin
 from probattn.inference import (
     ComparedRun,
     compare,
-    fit,
     guide_draws,
     load_run,
     post_hoc_prior,
     to_datatree,
 )
-from probattn.inference.cli import console, main
+from probattn.inference.cli import commands, console, main
 from probattn.inference.comparison import predictive
-from probattn.inference.comparison.particle_filter import filter_tokens
+from probattn.inference.comparison.particle_filter import Filtered
 from probattn.inference.comparison.predictive import (
     BINS,
+    MEMBERS,
     latent_predictions,
     predictions,
     reliability,
@@ -35,60 +37,44 @@ from probattn.inference.comparison.predictive import (
 from probattn.inference.figures import posterior as posterior_plots
 from probattn.inference.figures.report import compared_report
 from probattn.inference.runs.files import RunError
-from probattn.inference.sampling.posterior_runs import training_sequences
+from probattn.inference.sampling.posterior_runs import load_posterior, training_sequences
 from probattn.models import LatentEmbeddingsConfig
 from probattn.text.corpora import load_corpus
-from tests.support.small import LATENT_FLAGS, SAMPLE_FLAGS
+from tests.support.tiny_posterior import LANGUAGE, fitted_by_hand
 from tests.support.tiny_run import (
     BLOCK,
     all_logits,
     files_of,
     log_softmax,
     stage_arguments,
-    tiny_config,
     tiny_text,
 )
 
-SEQUENCES = 4
+DRAWS = LANGUAGE.chains * LANGUAGE.draws
 
 
 @pytest.fixture(scope="module", name="runs")
-def runs_fixture(tiny_run, tmp_path_factory):
+def runs_fixture(tiny_run, language_run, tmp_path_factory):
     """A MAP of margin, one of ce, a guide and a sampled posterior, all on the same text."""
     folder = tmp_path_factory.mktemp("compared")
-    config = tiny_run.config
-    fits = {
-        "ce": replace(config, objective=replace(config.objective, name="ce")),
-        "mean_field": replace(config, fit=replace(config.fit, guide="mean_field")),
+    return {
+        "margin": tiny_run,
+        "ce": fitted_by_hand(tiny_run, folder / "ce", name="ce"),
+        "mean_field": fitted_by_hand(tiny_run, folder / "mean_field", guide="mean_field"),
+        "nuts": language_run,
     }
-    runs = {"margin": tiny_run}
-    for label, each in fits.items():
-        runs[label] = fit(each, folder / label).run
-        if label == "ce":
-            post_hoc_prior(runs[label])
-    few = ["--sample.chains", "2", "--sample.warmup", "40", "--sample.draws", "15"]
-    few += ["--sample.sequences", str(SEQUENCES), "--sample.max-tree-depth", "3"]
-    command = ["sample", "--from", str(tiny_run.path), "--out", str(folder / "nuts"), *few]
-    assert main(command) == 0
-    return runs | {"nuts": load_run(folder / "nuts")}
+
+
+@pytest.fixture(scope="module", name="every")
+def every_fixture(runs, latent_run):
+    """The comparison of all, beside a latent model of other sequences."""
+    assert latent_run.config.latent.length != BLOCK
+    return {each.label: each for each in compare({"latent": latent_run, **runs})}
 
 
 @pytest.fixture(scope="module", name="compared")
-def compared_fixture(runs):
-    return {each.label: each for each in compare(runs)}
-
-
-@pytest.fixture(scope="module", name="latent")
-def latent_fixture(tiny_run, tmp_path_factory):
-    """A sampled posterior of latent embeddings, of other sequences than those of the fits."""
-    out = tmp_path_factory.mktemp("latent") / "latent"
-    data = tiny_run.config.data
-    command = ["sample", "--model", "latent", "--data", data.source]
-    command += ["--data.tokenizer", data.tokenizer]
-    assert main([*command, "--out", str(out), *SAMPLE_FLAGS, *LATENT_FLAGS]) == 0
-    run = load_run(out)
-    assert run.config.latent.length != BLOCK
-    return run
+def compared_fixture(every):
+    return {label: each for label, each in every.items() if label != "latent"}
 
 
 def held_out(run):
@@ -179,8 +165,8 @@ def test_reliability_by_hand():
 def test_margins_are_over_the_sequences_of_the_posterior(runs, compared):
     for label, stage in (("margin", "trained"), ("ce", "post hoc")):
         run = runs[label]
-        inputs, _ = training_sequences(run, SEQUENCES)
-        assert inputs.shape == (SEQUENCES, BLOCK)
+        inputs, _ = training_sequences(run, LANGUAGE.sequences)
+        assert inputs.shape == (LANGUAGE.sequences, BLOCK)
         margin = stability_margin(*map(jnp.asarray, stage_arguments_of(run, inputs, stage)))[:, 2:]
         found = compared[label]
         assert found.margin_stage == stage
@@ -188,16 +174,16 @@ def test_margins_are_over_the_sequences_of_the_posterior(runs, compared):
         assert found.margin_quantiles[0.5] == pytest.approx(float(np.median(margin)), rel=1e-4)
         assert found.smallest_margin_draws.shape == (1, 1)
     draws = compared["nuts"].smallest_margin_draws
-    assert draws.shape == (2, 15)
+    assert draws.shape == (LANGUAGE.chains, LANGUAGE.draws)
     assert compared["nuts"].smallest_margin == pytest.approx(np.median(draws))
 
 
-def test_margins_are_over_all_sequences_of_a_short_text(tmp_path):
-    config = tiny_config(tmp_path)
-    (tmp_path / "corpus.txt").write_text(tiny_text(400), encoding="utf-8")
-    run = fit(replace(config, fit=replace(config.fit, steps=10)), tmp_path / "run").run
+def test_margins_are_over_all_sequences_of_a_short_text(tiny_run, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text(tiny_text(400), encoding="utf-8")
+    run = fitted_by_hand(tiny_run, tmp_path / "run", text=text)
     (found,) = compare({"margin": run})
-    count = (len(load_corpus(config.data).train) - 1) // BLOCK
+    count = (len(load_corpus(run.config.data).train) - 1) // BLOCK
     assert 10 < count < 64
     arguments = stage_arguments_of(run, training_sequences(run, count)[0], "trained")
     margin = stability_margin(*map(jnp.asarray, arguments))[:, 2:]
@@ -208,11 +194,8 @@ def test_margins_are_over_all_sequences_of_a_short_text(tmp_path):
 @pytest.mark.parametrize(
     ("attention", "stage"), [("separate", "trained"), ("first_layer", "first layer")]
 )
-def test_a_run_whose_own_stage_is_compared_is_not_written_to(tmp_path, attention, stage):
-    config = tiny_config(tmp_path)
-    objective = replace(config.objective, attention=attention)
-    config = replace(config, objective=objective, fit=replace(config.fit, steps=10))
-    run = fit(config, tmp_path / "run").run
+def test_a_run_whose_own_stage_is_compared_is_not_written_to(tiny_run, tmp_path, attention, stage):
+    run = fitted_by_hand(tiny_run, tmp_path / "run", attention=attention)
     before = files_of(run.path)
     (found,) = compare({"run": run})
     assert found.margin_stage == stage
@@ -244,14 +227,12 @@ def test_what_applies_to_which_run(compared):
         assert (run.pareto_k is not None) == has_draws
         assert (run.divergences is not None) == (label == "nuts")
         assert run.seconds > 0
-    assert compared["nuts"].predictions.members == 30
+    assert compared["nuts"].predictions.members == DRAWS
     assert compared["mean_field"].predictions.members == 32
     assert compared["mean_field"].smallest_margin_draws.shape[0] == 1
 
 
 def test_draws_of_a_guide_are_a_posterior_of_one_chain(runs):
-    from probattn.inference import to_datatree
-
     tree = to_datatree(runs["mean_field"], draws=6, sequences=3, seed=2, log_likelihood=True)
     posterior = tree["posterior"].to_dataset()
     assert dict(posterior["token_embedding"].sizes)["chain"] == 1
@@ -301,9 +282,17 @@ def test_a_curve_over_the_weight_is_of_the_stage_of_the_posterior(compared, tmp_
     assert others["heads"] == margin.smallest_margin
 
 
-def test_the_command(runs, tmp_path, capsys):
+def test_the_command(runs, compared, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def noting(runs, *, seed, progress):
+        asked.append(({label: run.path for label, run in runs.items()}, seed))
+        return [compared["margin"], compared["nuts"]]
+
+    monkeypatch.setattr(commands, "compare", noting)
     paths = [str(runs[label].path) for label in ("margin", "nuts")]
-    assert main(["compare", *paths, "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare", *paths, "--seed", "3", "--out", str(tmp_path / "out")]) == 0
+    assert asked == [({Path(path).name: Path(path) for path in paths}, 3)]
     printed = capsys.readouterr().out
     assert "smallest margin" in printed
     assert (tmp_path / "out" / "smallest_margin.png").stat().st_size > 10_000
@@ -330,20 +319,28 @@ def test_runs_of_other_data_are_refused(runs, tmp_path):
         compare({"nuts": runs["nuts"], "fewer": replace(runs["nuts"], config=fewer)})
 
 
+@pytest.mark.slow
+def test_a_latent_model_changes_nothing_of_what_is_said_of_the_others(runs, compared):
+    alone = {each.label: each for each in compare(runs)}
+    for label in ("margin", "nuts"):
+        assert alone[label].smallest_margin == compared[label].smallest_margin
+        assert alone[label].predictions.bpc == compared[label].predictions.bpc
+
+
 def test_a_latent_model_is_compared_beside_language_models_of_another_block(
-    runs, compared, latent, tmp_path, capsys
+    every, runs, tmp_path, capsys
 ):
-    found = {each.label: each for each in compare({"latent": latent, **runs})}
+    found = every
     assert found["latent"].model == "latent"
-    assert found["latent"].predictions.members == 6
+    assert found["latent"].predictions.members == MEMBERS
     assert found["latent"].predictions.unconverged == 0
     assert np.isfinite(found["latent"].predictions.bpc)
-    assert found["latent"].smallest_margin_draws.shape == (1, 6)
+    assert found["latent"].smallest_margin_draws.shape == (2, 20)
     # It changes nothing of what is said of the others.
-    for label in ("margin", "nuts"):
-        assert found[label].smallest_margin == compared[label].smallest_margin
-        assert found[label].predictions.bpc == compared[label].predictions.bpc
-        assert found[label].predictions.unconverged is None
+    (alone,) = compare({"margin": runs["margin"]})
+    assert alone.predictions.bpc == found["margin"].predictions.bpc
+    assert alone.predictions.unconverged is None
+    assert found["nuts"].predictions.unconverged is None
     paths = compared_report(list(found.values()), tmp_path)
     assert {path.name for path in paths} >= {"reliability.png", "smallest_margin.png"}
     with (tmp_path / "comparison.csv").open(newline="") as stream:
@@ -366,23 +363,34 @@ def test_an_estimate_that_cannot_be_trusted_is_said_to_be_none(pareto_k, warned,
     assert capsys.readouterr().out.count("cannot be trusted") == warned
 
 
-def test_a_latent_model_is_given_its_own_draws(runs, latent, monkeypatch):
-    given = []
+def test_a_latent_model_is_given_its_own_draws(latent_run, monkeypatch):
+    """One of them: those at the ends and evenly between are taken, as `members_of` says."""
+    given, few = [], 3
 
     def spy(rng_key, tokens, coupling, emission, bias, *, bound):
         given.append((coupling, emission, bias))
-        assert bound == latent.config.latent.context_bound
-        assert tokens.shape[1] == latent.config.latent.length
-        return filter_tokens(rng_key, tokens, coupling, emission, bias, bound=bound)
+        assert bound == latent_run.config.latent.context_bound
+        assert tokens.shape[1] == latent_run.config.latent.length
+        uniform = np.full((*tokens.shape, emission.shape[1]), -math.log(emission.shape[1]))
+        return Filtered(uniform, np.zeros(tokens.shape, int))
 
     monkeypatch.setattr(predictive, "filter_tokens", spy)
-    compare({"latent": latent})
-    posterior = to_datatree(latent)["posterior"]
-    assert len(given) == 6
+    monkeypatch.setattr(predictive, "MEMBERS", few)
+    result = load_posterior(latent_run)
+    members = {name: value.reshape(-1, *value.shape[2:]) for name, value in result.draws.items()}
+    tokens = held_out(latent_run)
+    config = latent_run.config.latent
+    found = latent_predictions(latent_run.vocabulary, config, members, tokens, seed=0)
+    assert found.members == len(given) == few
+    size = latent_run.vocabulary.size
+    assert found.log_predictive_density == pytest.approx(-math.log(size), rel=1e-12)
+    posterior = to_datatree(latent_run)["posterior"]
     for number, name in enumerate(("coupling", "emission", "emission_bias")):
         drawn = np.stack([np.asarray(each[number]) for each in given])
         assert drawn.dtype == np.float32
-        np.testing.assert_allclose(drawn, posterior[name].values[0], rtol=1e-5, atol=1e-6)
+        values = posterior[name].values
+        expected = values.reshape(-1, *values.shape[2:])[[0, 20, 39]]
+        np.testing.assert_allclose(drawn, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_predictions_of_latent_models_without_an_emission_by_hand(tiny_run):
@@ -413,8 +421,8 @@ def test_predictions_of_latent_models_without_an_emission_by_hand(tiny_run):
     assert found.reliability.count.sum() == of_network.reliability.count.sum() == 200
 
 
-def test_latent_models_of_other_sequences_are_refused(latent):
-    config = latent.config
-    shorter = replace(latent, config=replace(config, latent=replace(config.latent, length=5)))
-    with pytest.raises(RunError, match="one has 2 sequences of 6 tokens and other 2 of 5: expect"):
-        compare({"one": latent, "other": shorter})
+def test_latent_models_of_other_sequences_are_refused(latent_run):
+    config = latent_run.config
+    shorter = replace(latent_run, config=replace(config, latent=replace(config.latent, length=5)))
+    with pytest.raises(RunError, match="one has 3 sequences of 6 tokens and other 3 of 5: expect"):
+        compare({"one": latent_run, "other": shorter})

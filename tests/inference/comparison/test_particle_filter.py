@@ -17,6 +17,8 @@ EMISSION, BIAS = np.array([[2.0, 0.3, -1.5]]), np.array([0.2, -0.4, 0.0])
 # One dimension: (a, c). Repulsive, where the weights of the first two tokens matter most; and
 # bounded, c^2 a = 0.96.
 SCALAR = {"repulsive": (-2.0, None), "bounded": (0.24, 2.0)}
+TOKENS = np.random.default_rng(2).integers(0, 3, (7, 5))
+FEW = 20  # particles
 CUT = 0.125  # half a step of the quadrature
 regimes = pytest.mark.parametrize("regime", SCALAR)
 
@@ -43,13 +45,23 @@ def of_three_tokens(a, bound, cut=0):
         bound: c or None.
         cut: so many of the embeddings are at most `CUT`, the others are free.
     """
-    points, step = np.linspace(-9, 9, 73, retstep=True)
-    x = np.stack(np.meshgrid(points, points, points, indexing="ij"), -1).reshape(-1, 3, 1)
-    process = CausalAttention(np.ones((1, 1)), np.array([[a]]), 1.0, 3, bound=bound)
-    mass = np.exp(np.asarray(process.log_prob(x))).reshape([73] * 3) * step**3
-    p = softmax(points[:, None] * EMISSION + BIAS)
-    low = p * (points < CUT)[:, None]
-    return np.einsum("ijk,iu,jv,kw->uvw", mass, *[low] * cut, *[p] * (3 - cut))
+    step = 0.25
+    axes = [step * np.arange(-most, most + 1) for most in (24, 30, 36)]  # later ones are wider
+    x = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3, 1)
+    mass = np.exp(np.asarray(log_density(bound)(np.array([[a]]), x))) * step**3
+    mass = mass.reshape([len(axis) for axis in axes])
+    p = [softmax(axis[:, None] * EMISSION + BIAS) for axis in axes]
+    for number in range(cut):
+        p[number] = p[number] * (axes[number] < CUT)[:, None]
+    return np.einsum("ijk,iu,jv,kw->uvw", mass, *p, optimize=True)
+
+
+@functools.cache
+def log_density(bound):
+    """Log density of sequences of three tokens as a function of the coupling and of them."""
+    return jax.jit(
+        lambda a, x: CausalAttention(jnp.ones((1, 1)), a, 1.0, 3, bound=bound).log_prob(x)
+    )
 
 
 def predictions_of(joint, tokens):
@@ -74,6 +86,7 @@ def test_predictions_are_those_of_quadrature(regime, tokens):
     assert np.any(np.abs(without - expected) > 6 * error)
 
 
+@pytest.mark.slow
 @regimes
 def test_the_product_of_predictions_is_unbiased(regime):
     """With so few particles that a single prediction is far off: 4, of which one goes on."""
@@ -85,11 +98,12 @@ def test_the_product_of_predictions_is_unbiased(regime):
     assert error < 0.01 * products.mean()
 
 
-def test_predictions_in_two_dimensions_are_those_of_importance_sampling():
+@pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_predictions_in_two_dimensions_are_those_of_importance_sampling(count):
     """A coupling with a sense of rotation, and whole sequences drawn before any token is seen."""
     coupling = np.array([[-0.6, 1.5], [-1.1, -0.4]])
     emission = 1.5 * np.random.default_rng(0).normal(size=(2, 4))
-    bias, tokens, count = np.array([0.1, 0.0, -0.2, 0.1]), np.array([1, 3, 0, 2, 2]), 100_000
+    bias, tokens = np.array([0.1, 0.0, -0.2, 0.1]), np.array([1, 3, 0, 2, 2])
     found = filter_tokens(
         jax.random.key(0), np.tile(tokens, (100, 1)), coupling, emission, bias, particles=400
     )
@@ -107,36 +121,37 @@ def test_predictions_in_two_dimensions_are_those_of_importance_sampling():
 
 
 def test_without_an_emission_every_prediction_is_the_bias():
-    tokens = np.random.default_rng(0).integers(0, 3, (4, 6))
-    found = filter_tokens(jax.random.key(0), tokens, [[-1.0]], np.zeros((1, 3)), BIAS)
-    expected = np.broadcast_to(np.log(softmax(BIAS)), (4, 6, 3))
+    found = filter_tokens(
+        jax.random.key(0), TOKENS, [[-1.0]], np.zeros((1, 3)), BIAS, particles=FEW
+    )
+    expected = np.broadcast_to(np.log(softmax(BIAS)), (*TOKENS.shape, 3))
     np.testing.assert_allclose(found.log_probabilities, expected, rtol=1e-13)
 
 
 def test_a_later_token_changes_no_earlier_prediction():
-    tokens = np.random.default_rng(1).integers(0, 3, (3, 8))
-    changed = tokens.copy()
-    changed[:, 4] = (tokens[:, 4] + 1) % 3
+    changed = TOKENS.copy()
+    changed[:, 2] = (TOKENS[:, 2] + 1) % 3
     one, other = (
-        filtered("repulsive", each, particles=30).log_probabilities for each in (tokens, changed)
+        filtered("repulsive", each, particles=FEW).log_probabilities for each in (TOKENS, changed)
     )
-    np.testing.assert_array_equal(one[:, :5], other[:, :5])
-    assert np.all(np.any(one[:, 5:] != other[:, 5:], axis=-1))
+    np.testing.assert_array_equal(one[:, :3], other[:, :3])
+    assert np.all(np.any(one[:, 3:] != other[:, 3:], axis=-1))
 
 
 def test_the_result_is_a_function_of_key_and_sequence(monkeypatch):
-    tokens = np.random.default_rng(2).integers(0, 3, (7, 5))
-    one = filtered("bounded", tokens, particles=20).log_probabilities
-    np.testing.assert_array_equal(filtered("bounded", tokens, particles=20).log_probabilities, one)
-    assert np.all(filtered("bounded", tokens, key=1, particles=20).log_probabilities != one)
-    assert len({sequence.tobytes() for sequence in filtered("bounded", [[0, 1, 2]] * 5)[0]}) == 5
+    one = filtered("bounded", TOKENS, particles=FEW).log_probabilities
+    again = filtered("bounded", TOKENS, particles=FEW).log_probabilities
+    np.testing.assert_array_equal(again, one)
+    assert np.all(filtered("bounded", TOKENS, key=1, particles=FEW).log_probabilities != one)
+    same = filtered("bounded", TOKENS[[0] * len(TOKENS)], particles=FEW).log_probabilities
+    assert len({sequence.tobytes() for sequence in same}) == len(TOKENS)
     # In batches of two and the last filled up: up to rounding, which other shapes change.
-    monkeypatch.setattr(filtering, "_NUMBERS", 2 * 20 * (2 * 5 + 3))
-    batched = filtered("bounded", tokens, particles=20).log_probabilities
+    monkeypatch.setattr(filtering, "NUMBERS", 2 * FEW * (2 * TOKENS.shape[1] + 3))
+    batched = filtered("bounded", TOKENS, particles=FEW).log_probabilities
     np.testing.assert_allclose(batched, one, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 def test_probabilities_sum_to_one_in_the_dtype_given(dtype):
     rng = np.random.default_rng(3)
     tokens = rng.integers(0, 5, (6, 12))
@@ -151,10 +166,10 @@ def test_probabilities_sum_to_one_in_the_dtype_given(dtype):
 
 
 def test_other_parameters_of_the_same_shapes_compile_nothing():
-    filtered("bounded", [[0, 1, 1, 2]])
+    filtered("bounded", TOKENS, particles=FEW)
     compiled = filtering._filter._cache_size()
-    filtered("bounded", [[1, 1, 0, 0]], key=3)
-    filter_tokens(jax.random.key(0), np.zeros((1, 4), int), [[0.1]], -EMISSION, BIAS, bound=1.5)
+    filtered("bounded", 2 - TOKENS, key=3, particles=FEW)
+    filter_tokens(jax.random.key(0), 0 * TOKENS, [[0.1]], -EMISSION, BIAS, bound=1.5, particles=FEW)
     assert filtering._filter._cache_size() == compiled
 
 

@@ -12,11 +12,12 @@ import xarray as xr
 
 from probattn import stability_margin
 from probattn.inference import post_hoc_prior, read_config, to_datatree
+from probattn.inference.export import site_values as site_values_module
 from probattn.inference.export.diagnostics import leave_one_out
 from probattn.inference.export.site_values import site_values
 from probattn.inference.export.to_arviz import _symbols
 from probattn.inference.sampling.result import PosteriorResult
-from probattn.text.vocabulary import CharacterVocabulary
+from probattn.text.vocabulary import CharacterVocabulary, build_vocabulary
 from tests.support.made_runs import make_run
 from tests.support.tiny_run import (
     BLOCK,
@@ -195,7 +196,7 @@ def test_draws_go_together_as_far_as_memory_allows(monkeypatch, budget):
 
     draws = np.random.default_rng(0).normal(size=(2, 15)).astype(np.float32)
     result = PosteriorResult(method="nuts", draws={"value": draws}, model=model)
-    monkeypatch.setattr("probattn.inference.sampling.result._BYTES_AT_ONCE", budget)
+    monkeypatch.setattr(site_values_module, "BYTES_AT_ONCE", budget)
     parts = list(site_values(result))
     largest = max(rows.stop - rows.start for rows, _ in parts)
     assert 1 <= largest <= 4 if budget == 2**24 else largest == 16
@@ -224,6 +225,12 @@ def test_draws_of_several_types():
     product = values.deterministic["product"]
     assert product.dtype == np.float32
     np.testing.assert_allclose(product, np.prod([*draws.values()], 0).ravel(), rtol=1e-6)
+
+
+def test_symbols_that_are_rare_have_one_label(tmp_path):
+    run = make_run(tmp_path / "run")
+    run = dataclasses.replace(run, vocabulary=build_vocabulary("frequent:4", "aaabbbcccd"))
+    assert _symbols(run) == ["a", "b", "c", "\N{REPLACEMENT CHARACTER}"]
 
 
 def test_a_vocabulary_with_the_character_nul_can_be_saved(tmp_path):

@@ -1,7 +1,6 @@
 """Sampled posteriors as runs and as DataTrees: what is in them, and that ArviZ takes them."""
 
 import dataclasses
-import importlib
 import shutil
 import subprocess
 import sys
@@ -16,10 +15,10 @@ import numpyro.distributions as dist
 import pytest
 import xarray as xr
 from numpyro.handlers import seed, substitute, trace
+from scipy import stats
 
 from probattn import log_det, stability_margin
 from probattn.inference import (
-    SampleConfig,
     SampleError,
     SampleRunConfig,
     evaluate,
@@ -27,13 +26,12 @@ from probattn.inference import (
     guide_draws,
     load_posterior,
     load_run,
-    sample,
     sample_run,
     sensitivity,
     text_margins,
     to_datatree,
 )
-from probattn.inference.cli import main
+from probattn.inference.cli import commands, main
 from probattn.inference.config_files import format_config
 from probattn.inference.export.diagnostics import divergence_margin, summarise
 from probattn.inference.figures import posterior as posterior_plots
@@ -42,32 +40,32 @@ from probattn.inference.runs.folder import check_target
 from probattn.inference.sampling import posterior_runs as posterior
 from probattn.inference.sampling.posterior_runs import posterior_model
 from probattn.inference.sampling.result import PosteriorResult
-from probattn.models import LanguageModelConfig, ObjectiveConfig
+from probattn.models import (
+    LanguageModelConfig,
+    LatentEmbeddingsConfig,
+    ObjectiveConfig,
+    latent_embeddings,
+)
 from probattn.models.coupling import attention_weights_of
 from probattn.text.corpora import DataConfig, load_corpus
+from tests.support.tiny_posterior import (
+    CHAINS,
+    DRAWS,
+    LANGUAGE,
+    LATENT_FLAGS,
+    LENGTH,
+    SEQUENCES,
+    WARMUP,
+    WIDTH,
+)
 from tests.support.tiny_run import files_of, tiny_text
 
-SEQUENCES, LENGTH, WIDTH, SYMBOLS = 3, 6, 2, 6
-FLAGS = [
-    *("--data.tokenizer", f"frequent:{SYMBOLS}", "--latent.width", str(WIDTH)),
-    *("--latent.sequences", str(SEQUENCES), "--latent.length", str(LENGTH)),
-    *("--sample.chains", "2", "--sample.warmup", "30", "--sample.draws", "20"),
-]
-
-
-@pytest.fixture(scope="module", name="folder")
-def folder_fixture(tmp_path_factory):
-    """A latent run by the command line, on a text of its own."""
-    folder = tmp_path_factory.mktemp("posterior")
-    (folder / "text.txt").write_text(tiny_text(), encoding="utf-8")
-    command = ["sample", "--data", str(folder / "text.txt"), "--model", "latent"]
-    assert main([*command, "--out", str(folder / "run"), *FLAGS]) == 0
-    return folder
+SYMBOLS = len(set(tiny_text()))
 
 
 @pytest.fixture(scope="module", name="run")
-def run_fixture(folder):
-    return load_run(folder / "run")
+def run_fixture(latent_run):
+    return latent_run
 
 
 @pytest.fixture(scope="module", name="tree")
@@ -83,7 +81,7 @@ def traced(run, draw):
     return trace(model).get_trace(*result.model_args)
 
 
-def test_what_the_command_leaves(folder, run):
+def test_what_the_command_leaves(tiny_run, run):
     files = files_of(run.path)
     assert {"config.toml", "data.json", "posterior.nc"} < set(files)
     assert {"figures/smallest_margin.png", "figures/support_probability.png"} < set(files)
@@ -92,15 +90,27 @@ def test_what_the_command_leaves(folder, run):
         "segments/00000030-00000050.npz",
     ]
     assert run.config.latent.width == WIDTH
-    assert run.config.data.source == str(folder / "text.txt")
+    assert run.config.data.source == tiny_run.config.data.source
     with xr.open_datatree(run.path / "posterior.nc") as stored:
         assert {"posterior", "sample_stats", "log_likelihood"} < set(stored.children)
         assert stored.attrs["corpus_sha256"] == run.data["sha256"]
 
 
+def test_draws_are_those_of_the_segments_after_the_warm_up(run, tree):
+    """Chain by chain, draw by draw, up to the last digit."""
+    warmed, drawn = run.segments.load()
+    assert (warmed.stop, drawn.stop) == (WARMUP, WARMUP + DRAWS)
+    posterior = tree["posterior"].to_dataset()
+    for name, values in drawn.draws.items():
+        assert warmed.draws[name].shape[1] == 0
+        np.testing.assert_array_equal(posterior[name].values, values)
+        assert not np.array_equal(values[0], values[1]), name
+    np.testing.assert_array_equal(tree["sample_stats"]["lp"].values, drawn.statistics["lp"])
+
+
 def test_dimensions_are_named(tree):
     posterior = tree["posterior"].to_dataset()
-    sizes = {"chain": 2, "draw": 20}
+    sizes = {"chain": CHAINS, "draw": DRAWS}
     expected = {
         "embeddings": {"sequence": SEQUENCES, "position": LENGTH, "embed": WIDTH},
         "coupling": {"key_embed": WIDTH, "query_embed": WIDTH},
@@ -112,14 +122,12 @@ def test_dimensions_are_named(tree):
         "smallest_margin": {},
     }
     for name, own in expected.items():
-        assert dict(posterior[name].sizes) == sizes | own, name
+        assert list(posterior[name].sizes.items()) == list((sizes | own).items()), name
     assert dict(tree["log_likelihood"]["tokens"].sizes) == sizes | {"sequence": SEQUENCES}
     assert dict(tree["support_tokens"]["support_probability"].sizes) == expected["margin"]
     assert dict(tree["posterior_predictive"]["tokens"].sizes) == sizes | expected["margin"]
     assert tree["prior"].sizes["draw"] == 7
-    symbols = list(posterior.coords["vocab"].values)
-    assert symbols[-1] == "\ufffd"
-    assert symbols[:-1] == sorted(symbols[:-1])
+    assert list(posterior.coords["vocab"].values) == sorted(set(tiny_text()))
 
 
 def test_values_are_those_of_the_model_at_each_draw(run, tree):
@@ -207,7 +215,7 @@ def test_files_hold_the_same(tree, tmp_path):
 def test_attributes_tell_where_it_comes_from(run, tree):
     assert tree.attrs["inference_method"] == "nuts"
     assert tree.attrs["seed"] == 0
-    assert tree.attrs["tuning_steps"] == 30
+    assert tree.attrs["tuning_steps"] == WARMUP
     assert tree.attrs["configuration"] == format_config(run.config)
     assert tree.attrs["sampling_time"] > 0
     assert {f"{name}_version" for name in ("probattn", "numpyro", "jax")} <= set(tree.attrs)
@@ -259,63 +267,108 @@ def test_a_model_of_ones_own_keeps_its_names_and_its_factors_out():
         with numpyro.plate("rows", 4):
             numpyro.sample("data", dist.Normal(slope.sum(), 1.0), obs=data)
 
-    config = SampleConfig(chains=1, warmup=20, draws=10)
-    result = sample(model, model_args=(np.arange(4.0),), config=config)
-    assert isinstance(result, PosteriorResult)
+    draws = {"slope": np.random.default_rng(0).normal(size=(1, 10, 2))}
+    result = PosteriorResult(method="nuts", draws=draws, model=model, model_args=(np.arange(4.0),))
     tree = to_datatree(result, log_likelihood=True, dims={"slope": ["side"]})
     assert set(tree["posterior"].data_vars) == {"slope", "twice"}
     assert tree["posterior"]["slope"].dims == ("chain", "draw", "side")
     assert tree["posterior"]["twice"].dims == ("chain", "draw", "twice_dim_0")
     assert set(tree["observed_data"].data_vars) == set(tree["log_likelihood"].data_vars) == {"data"}
     assert tree["log_likelihood"]["data"].shape == (1, 10, 4)
+    mean = draws["slope"].sum(-1)[..., None]
+    expected = stats.norm.logpdf(np.arange(4.0), mean)
+    np.testing.assert_allclose(tree["log_likelihood"]["data"].values, expected)
+    np.testing.assert_array_equal(tree["posterior"]["twice"].values, 2 * draws["slope"])
     assert "support_tokens" not in tree.children
     with pytest.raises(ValueError, match=r"dims of slope are \('a', 'b'\): expected 1 names"):
         to_datatree(result, dims={"slope": ["a", "b"]})
 
 
-def test_non_centred_run_has_embeddings_too(folder, tmp_path, capsys):
-    out = tmp_path / "run"
-    command = ["sample", "--data", str(folder / "text.txt"), "--out", str(out), *FLAGS]
+def test_non_centred_draws_have_embeddings_too():
+    """Made from draws of the prior: what is exported depends on the model alone."""
+    config = LatentEmbeddingsConfig(width=2, sequences=2, length=4, centred=False)
+    tokens = np.zeros((2, 4), int)
+    model = partial(latent_embeddings, vocabulary_size=3, config=config)
+
+    @jax.jit
+    def drawn():
+        sites = trace(seed(model, 0)).get_trace(tokens)
+        return (
+            {
+                name: site["value"][None, None]
+                for name, site in sites.items()
+                if site["type"] == "sample" and not site["is_observed"]
+            },
+            sites["embeddings"]["value"],
+        )
+
+    draws, expected = jax.tree.map(np.asarray, drawn())
+    assert "embeddings_base" in draws
+    tree = to_datatree(PosteriorResult("nuts", draws, model, (tokens,)))
+    posterior = tree["posterior"].to_dataset()
+    assert posterior["embeddings"].dims == posterior["embeddings_base"].dims
+    found = posterior["embeddings"].values[0, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_non_centred_run_is_sampled_by_the_command(run, tmp_path, capsys):
+    out, data = tmp_path / "run", run.config.data
+    command = ["sample", "--data", data.source, "--out", str(out), *LATENT_FLAGS]
     assert main([*command, "--latent.no-centred", "--sample.chains", "1"]) == 0
     posterior = to_datatree(load_run(out))["posterior"].to_dataset()
     assert posterior["embeddings"].dims == posterior["embeddings_base"].dims
-    assert "of 20 draws diverged" in capsys.readouterr().out
+    assert list(posterior.coords["vocab"].values)[-1] == "\ufffd"  # of the symbols that are rare
+    assert f"of {DRAWS} draws diverged" in capsys.readouterr().out
 
 
-def test_from_a_fitted_run(tiny_run, tmp_path, capsys, monkeypatch):
+def test_from_a_fitted_run(tiny_run, language_run, tmp_path, capsys, monkeypatch):
     """The posterior of a fitted language model, on its text, from its parameters on."""
-    maps, draw_map = [], posterior_plots.support_map
+    maps, draw_map, asked = [], posterior_plots.support_map, []
 
     def noting(probability, symbols):
-        maps.append(symbols)
+        maps.append((probability, symbols))
         return draw_map(probability, symbols)
 
+    def sampled(config, out, *, start, **options):
+        asked.append((config, start, options))
+        return load_run(shutil.copytree(language_run.path, out)), None
+
     monkeypatch.setattr(posterior_plots, "support_map", noting)
+    monkeypatch.setattr(commands, "sample_run", sampled)
     out = tmp_path / "run"
-    command = ["sample", "--from", str(tiny_run.path), "--out", str(out)]
-    few = ["--sample.chains", "1", "--sample.warmup", "2", "--sample.draws", "3"]
-    few += ["--sample.sequences", "4", "--sample.max-tree-depth", "3"]
-    assert main([*command, *few]) == 0
+    few = ["--sample.chains", "2", "--sample.warmup", str(LANGUAGE.warmup)]
+    few += ["--sample.draws", "15", "--sample.sequences", "4", "--sample.max-tree-depth", "3"]
+    assert main(["sample", "--from", str(tiny_run.path), "--out", str(out), *few]) == 0
     assert "r_hat" in capsys.readouterr().out
+    [(config, start, options)] = asked
+    assert config == language_run.config
+    assert options == {"resume": False, "overwrite": False, "progress": True}
+    for given in (start, start_of(language_run.path)):
+        assert given.keys() == tiny_run.parameters.keys()
+        for name, value in tiny_run.parameters.items():
+            np.testing.assert_array_equal(given[name], value)
     run = load_run(out)
     assert run.config.model == tiny_run.config.model
     assert run.config.objective == tiny_run.config.objective
-    with np.load(out / "start.npz") as start:
-        for name, value in tiny_run.parameters.items():
-            np.testing.assert_array_equal(start[name], value)
-    tree = to_datatree(run)
+    with xr.open_datatree(out / "posterior.nc") as opened:
+        tree = opened.load()
     posterior = tree["posterior"].to_dataset()
     # The map shows the tokens whose margins they are; observed are those that follow them.
     followers = [list(map(run.vocabulary.decode, row[:, None])) for row in targets_of(tree)]
-    assert [row[1:] for row in maps[0]] == [row[:-1] for row in followers]
-    near = np.abs(
-        posterior["token_embedding"].values - np.asarray(start_of(out)["token_embedding"])
-    )
-    assert np.median(near) < 0.1  # five short iterations from there
-    for draw in range(3):
-        sites = traced(run, (0, draw))
+    [(probability, symbols)] = maps
+    assert [row[1:] for row in symbols] == [row[:-1] for row in followers]
+    np.testing.assert_array_equal(probability, tree["support_tokens"]["support_probability"].values)
+    first = posterior["token_embedding"].values[:, 0]  # a few short iterations from there
+    assert np.median(np.abs(first - tiny_run.parameters["token_embedding"])) < 0.1
+    for draw in ((0, 0), (1, 14)):
+        sites = traced(run, draw)
         np.testing.assert_allclose(
-            posterior["margin"].values[0, draw], sites["margin"]["value"], rtol=1e-6
+            posterior["margin"].values[draw], sites["margin"]["value"], rtol=1e-6
+        )
+        likelihood = sites["tokens"]["fn"].log_prob(sites["tokens"]["value"])
+        np.testing.assert_allclose(
+            tree["log_likelihood"]["tokens"].values[draw], likelihood, rtol=1e-6
         )
     assert posterior["attention_in"].dims[2:] == ("layer", "embed", "query_key_value")
 
@@ -347,9 +400,9 @@ def error_of(capsys, *arguments):
     return status, lines[0].removeprefix("probattn: error: ")
 
 
-def test_draws_that_no_memory_holds_leave_no_run(folder, tmp_path, capsys):
-    command = ["sample", "--data", folder / "text.txt", "--out", tmp_path / "run", *FLAGS]
-    status, error = error_of(capsys, *command, "--sample.draws", 10**9)
+def test_draws_that_no_memory_holds_leave_no_run(tmp_path, run, capsys):
+    command = ["sample", "--data", run.config.data.source, "--out", tmp_path / "run"]
+    status, error = error_of(capsys, *command, *LATENT_FLAGS, "--sample.draws", 10**9)
     assert status == 2
     assert "GiB: expected at most 16 GiB; give a smaller model" in error
     assert not (tmp_path / "run").exists()
@@ -368,15 +421,15 @@ def test_a_posterior_is_no_fit(run, capsys):
     assert line.endswith("is a sampled posterior: expected a run of `probattn fit`")
 
 
-def test_errors_of_the_command(folder, run, tiny_run, tmp_path, capsys):
+def test_errors_of_the_command(run, tiny_run, tmp_path, capsys):
     out = tmp_path / "new"
-    data = folder / "text.txt"
+    data = run.config.data.source
     for arguments, message in (
         (["--sample.chains", 0], "sample.chains is 0: expected an integer >= 1"),
         (["--latent.sequences", 10_000], "expected at least 10000 sequences of 6"),
         (["--resume"], "holds no run to resume; start one without --resume"),
     ):
-        flags = FLAGS[:-6] if "--sample.chains" in arguments else FLAGS
+        flags = LATENT_FLAGS[:-6] if "--sample.chains" in arguments else LATENT_FLAGS
         status, line = error_of(capsys, "sample", "--data", data, "--out", out, *flags, *arguments)
         assert status == 2
         assert message in line
@@ -454,9 +507,7 @@ def test_the_defaults_of_a_file_are_those_of_the_flags(tmp_path, monkeypatch, by
         asked.append(config)
         raise SampleError("enough")
 
-    monkeypatch.setattr(
-        importlib.import_module("probattn.inference.cli.commands"), "sample_run", note
-    )
+    monkeypatch.setattr(commands, "sample_run", note)
     (tmp_path / "a.toml").write_text("[model]\nlayers = 1\n[objective]\ndelta = 0.5\n")
     given = {
         "flags": ["--model", "language", "--model.layers", "1", "--objective.delta", "0.5"],
