@@ -52,7 +52,7 @@ def sample_latent(tiny_run, path):
 
 def sample_language(tiny_run, path):
     """The posterior of the network of the tiny run, from its parameters on."""
-    sample_run(config_of_fit(tiny_run, LANGUAGE), path, start=tiny_run.parameters)
+    sample_run(config_of_fit(tiny_run, LANGUAGE), path, init_values=tiny_run.parameters)
 
 
 def fitted_by_hand(tiny_run, path, *, guide="map", text=None, **objective):
