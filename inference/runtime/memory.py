@@ -2,8 +2,6 @@
 
 import os
 
-_WRITTEN = 2**70  # bytes; sizes beyond it are not written out
-
 
 def check_memory(what: str, size: int) -> None:
     """Refuse what no memory holds, before it is allocated.
@@ -24,6 +22,5 @@ def check_memory(what: str, size: int) -> None:
 
 
 def gibibytes(size: int) -> str:
-    """Bytes as a text; they may be an integer that no float holds."""
-    most = f"more than {_WRITTEN / 2**30:,.0f} GiB"
-    return f"{size / 2**30:,.0f} GiB" if size < _WRITTEN else most
+    """Return bytes as a text."""
+    return f"{(size + 2**29) // 2**30:,} GiB"  # of integers, which may be larger than any float

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -38,14 +39,15 @@ OUTCOMES = {
     "shapes": {"accepted", "ValueError"},
     "values": {"causal", "causal and right"},
 }
-FEW = {"command_line": 20, "shapes": 40, "values": 12}
+FEW = {"command_line": 20, "shapes": 40}
 MANY = {"command_line": 60, "shapes": 200, "values": 100}
 
 
 @pytest.mark.parametrize(
     ("name", "inputs"),
     [
-        *((name, FEW.get(name, 60)) for name in OUTCOMES),
+        # Of the values, which take long to compile for, the tests of bad tokens below are fast.
+        *((name, FEW.get(name, 60)) for name in OUTCOMES if name != "values"),
         *(pytest.param(name, MANY.get(name, 300), marks=pytest.mark.slow) for name in OUTCOMES),
     ],
 )
@@ -183,7 +185,7 @@ def test_sizes_that_no_float_holds(tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["sample", "--out", out, "--latent.length", length, "--data=absent"]) == 2
     message = capsys.readouterr().err
-    assert "would take more than 1,099,511,627,776 GiB: expected at most the " in message
+    assert re.search(r"would take [\d,]{500,} GiB: expected at most the ", message)
     assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
