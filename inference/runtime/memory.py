@@ -23,4 +23,4 @@ def check_memory(what: str, size: int) -> None:
 
 def gibibytes(size: int) -> str:
     """Write a number of bytes in GiB."""
-    return f"{size / 2**30:,.0f} GiB"
+    return f"{(size + 2**29) // 2**30:,} GiB"  # of integers, which may be larger than any float
