@@ -121,7 +121,7 @@ def regular_cases(shape):
     return [
         case
         for case in of_shape(shape)
-        if "singular" not in case.kind and "offset" not in case.kind and case.kind != "one_hot"
+        if case.kind not in ("singular", "twice_singular", "offset", "key_offset", "one_hot")
     ]
 
 
