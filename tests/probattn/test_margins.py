@@ -21,7 +21,6 @@ from tests.support.cases import (
     THIN,
     Case,
     evaluated,
-    every_shape,
     main_shapes,
     make,
     of_shape,
@@ -41,6 +40,8 @@ pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 KINDS = ["sigma_min", "reduced", "det", "log_det"]
 EPS32 = np.finfo(np.float32).eps
+# Singular values and eigenvalues take long to compile.
+margin_shapes = shapes("rank_one", "one_token", "two_tokens", "square")
 embedding_margin = quick_jit(pa.embedding_margin)
 margin_and_sign = quick_jit(lambda *inputs: (pa.stability_margin(*inputs), pa.log_det(*inputs)[0]))
 infeasible = quick_jit(margins.infeasible)
@@ -92,7 +93,7 @@ def true_margin(case, kind="sigma_min", dtype=np.float64):
 # ---- margins ----------------------------------------------------------------------------------
 
 
-@every_shape
+@margin_shapes
 def test_margin_matches_dense_blocks(shape):
     for case, found in evaluated(every_margin, shape).items():
         for kind in KINDS:
@@ -159,7 +160,7 @@ def test_margin_is_at_most_one_with_fewer_queries_than_dimensions(seed, scale):
     np.testing.assert_array_equal(np.sign(margin), sign)
 
 
-@every_shape
+@margin_shapes
 def test_infeasible_is_a_real_eigenvalue_of_the_dense_block_at_most_zero(shape):
     """Which two negative eigenvalues hide from the determinant."""
     for case, found in evaluated(every_margin, shape).items():
@@ -229,7 +230,7 @@ SMOOTH = [
 
 
 # Without two tokens, which the values above have.
-derivative_shapes = shapes("rank_one", "two_tokens")
+derivative_shapes = shapes("rank_one", "one_token", "two_tokens", "square", "wide")
 
 
 def smooth(shape):
@@ -249,7 +250,7 @@ def test_margin_derivative_matches_dense_singular_values(shape):
         np.testing.assert_allclose(got, true, rtol=1e-9, atol=atol, err_msg=str(case))
 
 
-@pytest.mark.parametrize("name", ["thin", "wide"])
+@pytest.mark.parametrize("name", ["thin", pytest.param("wide", marks=pytest.mark.slow)])
 def test_margin_derivative_matches_finite_differences(name):
     """From the values alone."""
     case = BY_NAME[name]
@@ -278,7 +279,7 @@ def test_every_margin_derivative_is_finite(shape):
 # ---- embedding margin -------------------------------------------------------------------------
 
 
-@every_shape
+@margin_shapes
 def test_embedding_margin_matches_oracle(shape):
     for case in smooth(shape):
         if case.kind == "all_equal":
@@ -305,7 +306,12 @@ def test_embedding_margin_is_infinite_where_nothing_moves_the_margin():
 
 
 @pytest.mark.parametrize(
-    "name", ["scalar_margin_1e-02", "square_margin_-1e-04", "thin_margin_1e-05"]
+    "name",
+    [
+        "scalar_margin_1e-02",
+        pytest.param("square_margin_-1e-04", marks=pytest.mark.slow),
+        "thin_margin_1e-05",
+    ],
 )
 def test_embedding_margin_is_the_distance_to_the_boundary(name):
     """A step of that length straight down, or up, the gradient ends at a singular block."""

@@ -57,7 +57,9 @@ def test_value_and_derivative_match_the_definition():
         np.testing.assert_allclose(one, other, atol=1e-8 * np.abs(other).max())
 
 
-@pytest.mark.parametrize("function", [pa.log_det, pa.relaxed_barrier])
+@pytest.mark.parametrize(
+    "function", [pa.log_det, pytest.param(pa.relaxed_barrier, marks=pytest.mark.slow)]
+)
 def test_it_is_the_sum_of_the_positions(function):
     """Sums and signs, at tokens so long that products overflow, and at one that is not finite."""
     x, w_query, w_key = sequences(9)
@@ -73,6 +75,7 @@ def test_it_is_the_sum_of_the_positions(function):
     assert np.isnan(total).tolist() == [False, False, True]
 
 
+@pytest.mark.slow
 def test_second_derivative():
     """Forward mode over reverse mode."""
     x, w_query, w_key = sequences(5, (SHORT, 12.0))

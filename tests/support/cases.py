@@ -139,9 +139,9 @@ def shapes(*slow):
     return pytest.mark.parametrize("shape", parameters)
 
 
-every_shape = shapes("rank_one")
+every_shape = shapes("rank_one", "two_tokens", "square")
 # Where the program is large, or is compiled a second time for single precision.
-main_shapes = shapes("rank_one", "one_token", "two_tokens")
+main_shapes = shapes("rank_one", "one_token", "two_tokens", "square", "scalar")
 
 
 def of_shape(shape, cases=None):

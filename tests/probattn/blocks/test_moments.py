@@ -114,7 +114,7 @@ def test_few_numbers_take_one_way_with_the_same_result(scale, monkeypatch):
 
 
 @pytest.mark.parametrize("length", [7, pytest.param(130, marks=SLOW)])
-@pytest.mark.parametrize("number", INPUTS)
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=SLOW) for n in INPUTS[1:])])
 def test_derivative_in_one_input_alone(number, length):
     """As where a matrix is fixed: forward and reverse mode agree, and with the definition."""
     arguments = list(inputs(length, SHORT))
@@ -168,7 +168,10 @@ def test_a_long_token_changes_no_bit_of_the_past(dtype):
     np.testing.assert_array_equal(past(x.at[5:].multiply(1e25))[0], value)
 
 
-@pytest.mark.parametrize("in_axes", [(0, 0, 0), (0, None, 0), (None, 1, None)])
+@pytest.mark.parametrize(
+    "in_axes",
+    [pytest.param((0, 0, 0), marks=SLOW), (0, None, 0), pytest.param((None, 1, None), marks=SLOW)],
+)
 def test_mapped_is_a_larger_batch_with_one_condition(in_axes):
     mapped = jax.vmap(log_abs, in_axes)
     compiled, alone = quick_jit(mapped), quick_jit(log_abs)
