@@ -78,7 +78,9 @@ def test_draws_are_averaged_and_more_noise_does_more(tiny_run, found):
         draws: np.std(
             np.subtract(
                 *(
-                    sensitivity(tiny_run, draws=draws, seed=seed, most_tokens=160).noisy_loss
+                    sensitivity(
+                        tiny_run, level=1.0, draws=draws, seed=seed, most_tokens=160
+                    ).noisy_loss
                     for seed in (1, 2)
                 )
             )
