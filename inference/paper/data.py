@@ -12,7 +12,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from probattn import CausalAttention, attention_weights, certificate, conditional_mass, log_det
 from probattn.text.corpora import DataConfig, load_corpus
@@ -154,23 +154,29 @@ def conditional_density(
     """
     past = np.array(PAST)
     x = jnp.concatenate([jnp.broadcast_to(past, (len(grid), 2)), grid[:, None]], axis=1)[..., None]
-    weights = jnp.full((1, 1), coupling), jnp.ones((1, 1))
-    joint = CausalAttention(*weights, 1.0, 3).log_prob(x)
-    earlier = CausalAttention(*weights, 1.0, 2).log_prob(x[:, :2])
-    sign, log_abs = log_det(x, *weights)
-    factor = (sign * jnp.exp(log_abs))[:, 2]
-    return np.asarray(jnp.exp(joint - earlier)), np.asarray(factor)
+    joint, factors = _densities(coupling, x)
+    earlier, _ = _densities(coupling, x[:, :2])
+    return np.asarray(jnp.exp(joint - earlier)), np.asarray(factors[:, 2])
 
 
 def cloud(coupling: float, seed: int) -> Cloud:
     """Draw the random sequences of figure 3.3, for one seed."""
     key = jax.random.key(seed)
     x = math.sqrt(VARIANCE) * jax.random.normal(key, (SEQUENCES, LENGTH, 1))
+    log_density, factors = _densities(coupling, x)
+    factor = np.asarray(factors)[:, -1]
+    return Cloud(coupling, (1 - factor) / coupling, factor, np.asarray(log_density))
+
+
+@jax.jit
+def _densities(
+    coupling: float, x: Float[Array, "n T 1"]
+) -> tuple[Float[Array, " n"], Float[Array, "n T"]]:
+    """Return log densities of sequences at sigma = 1, and the factors det D_t of all positions."""
     weights = jnp.full((1, 1), coupling), jnp.ones((1, 1))
     sign, log_abs = log_det(x, *weights)
-    factor = np.asarray(sign * jnp.exp(log_abs))[:, -1]
-    log_density = CausalAttention(*weights, 1.0, LENGTH).log_prob(x)
-    return Cloud(coupling, (1 - factor) / coupling, factor, np.asarray(log_density))
+    log_density = CausalAttention(*weights, 1.0, x.shape[1]).log_prob(x)
+    return log_density, sign * jnp.exp(log_abs)
 
 
 def mass_map(bound: float | None, size: int = 41) -> MassMap:

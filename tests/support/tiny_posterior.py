@@ -29,7 +29,7 @@ LATENT_FLAGS = [
     *("--sample.draws", str(DRAWS)),
 ]
 # Of the language model: 30 draws are enough for leave-one-out.
-LANGUAGE = SampleConfig(chains=2, warmup=2, draws=15, sequences=4, max_tree_depth=3)
+LANGUAGE = SampleConfig(chains=2, warmup=20, draws=15, sequences=4, max_tree_depth=3)
 
 
 def made_once(tmp_path_factory, name, make):
