@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from probattn.inference import SampleConfig, load_run, sample_run
-from probattn.inference.runs.run import create_run
 from probattn.inference.sampling.posterior_runs import config_of_fit
 from probattn.models.language import parameter_shapes
 from probattn.text.corpora import load_corpus
 from probattn.text.vocabulary import build_vocabulary
+from tests.support.made_runs import create_run
 from tests.support.tiny_run import shared_folder
 
 # Of the latent run.

@@ -26,10 +26,11 @@ def sha256(data):
 
 
 def zipped(members):
+    """The same bytes in every process: all files are of one date."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
-            archive.writestr(name, data)
+            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
@@ -472,6 +473,16 @@ MISSING = zipped({"wikitext-2-raw/wiki.train.raw": TRAIN})
         (LONGER, sha256(LONGER), "wiki.valid.raw.* more than the expected"),
         (MISSING, sha256(MISSING), "wiki.valid.raw.* cannot be read"),
         (b"no zip", sha256(b"no zip"), "cannot download .*not a zip file"),
+    ],
+    ids=[
+        "another archive",
+        "cut",
+        "empty",
+        "a byte more",
+        "another file in it",
+        "a longer file in it",
+        "a file missing in it",
+        "no zip",
     ],
 )
 def test_a_bad_download_is_refused_and_leaves_nothing(serve, tmp_path, answer, pinned, reason):
