@@ -14,9 +14,7 @@ from jax import lax
 from jax.lax.linalg import SvdAlgorithm
 from jaxtyping import Array, Bool, Float
 
-from probattn.blocks.selection import compute_where
-
-_PARTS = 64  # of the matrices, few of which are decomposed twice
+from probattn.blocks.selection import all_in_batch
 
 
 @jax.custom_jvp
@@ -61,16 +59,11 @@ def singular_value_decomposition(
     A decomposition that fails has a derivative of NaN even where its value is not used. So divide
     and conquer is given another matrix in place of those on which it fails.
     """
-    tried = lax.linalg.svd(lax.stop_gradient(matrices))
+    tried = _whole(lax.stop_gradient(matrices), SvdAlgorithm.DEFAULT)
     done = _is_finite(tried, matrices.ndim - 2)
-    m = matrices.shape[-1]
-    another = jnp.diag(jnp.arange(1.0, 1.0 + m, dtype=matrices.dtype))
-    first = lax.linalg.svd(jnp.where(done[..., None, None], matrices, another))
-    flat = matrices.reshape(-1, m, m)
-    second = compute_where(
-        lambda picked: lax.linalg.svd(flat[picked], algorithm=SvdAlgorithm.QR), done, 1
-    )
-    return _choose(done, first, second)
+    another = jnp.diag(jnp.arange(1.0, 1.0 + matrices.shape[-1], dtype=matrices.dtype))
+    first = _whole(jnp.where(done[..., None, None], matrices, another), SvdAlgorithm.DEFAULT)
+    return _completed(_whole, matrices, first, done)
 
 
 def finite_blocks(blocks: Float[Array, "*batch m m"]) -> tuple[Bool[Array, "*batch"], Array]:
@@ -84,8 +77,13 @@ def finite_blocks(blocks: Float[Array, "*batch m m"]) -> tuple[Bool[Array, "*bat
     )
 
 
-def _last_triple(matrices: Array, how: SvdAlgorithm) -> tuple[Array, Array, Array]:
+def _whole(matrices: Array, how: SvdAlgorithm) -> tuple[Array, Array, Array]:
     left, sizes, right = lax.linalg.svd(matrices, algorithm=how)
+    return left, sizes, right
+
+
+def _last_triple(matrices: Array, how: SvdAlgorithm) -> tuple[Array, Array, Array]:
+    left, sizes, right = _whole(matrices, how)
     return left[..., :, -1], sizes[..., -1], right[..., -1, :]
 
 
@@ -94,14 +92,24 @@ def _converged[Found](
 ) -> Found:
     """Decompose by the fastest method, and by QR iteration where that one has failed."""
     first = decompose(matrices, SvdAlgorithm.DEFAULT)
-    done = _is_finite(first, matrices.ndim - 2)
-    if done.size == 0:
-        return first
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
-    second = compute_where(
-        lambda picked: decompose(flat[picked], SvdAlgorithm.QR), done, -(-done.size // _PARTS)
-    )
-    return _choose(done, first, second)
+    return _completed(decompose, matrices, first, _is_finite(first, matrices.ndim - 2))
+
+
+def _completed[Found](
+    decompose: Callable[[Array, SvdAlgorithm], Found],
+    matrices: Float[Array, "*batch m m"],
+    first: Found,
+    done: Bool[Array, "*batch"],
+) -> Found:
+    """Put what QR iteration finds where the first method has failed, if it has anywhere."""
+
+    def second() -> Found:
+        def chosen(one: Array, two: Array) -> Array:
+            return jnp.where(done.reshape(*done.shape, *[1] * (one.ndim - done.ndim)), one, two)
+
+        return jax.tree.map(chosen, first, decompose(matrices, SvdAlgorithm.QR))
+
+    return lax.cond(all_in_batch(done), lambda: first, second)
 
 
 def _is_finite(found: Any, leading: int) -> Bool[Array, "*batch"]:
@@ -111,10 +119,3 @@ def _is_finite(found: Any, leading: int) -> Bool[Array, "*batch"]:
         for array in jax.tree.leaves(found)
     ]
     return jnp.all(jnp.stack(where), axis=0)
-
-
-def _choose[Found](done: Bool[Array, "*batch"], first: Found, second: Found) -> Found:
-    def chosen(one: Array, two: Array) -> Array:
-        return jnp.where(done.reshape(*done.shape, *[1] * (one.ndim - done.ndim)), one, two)
-
-    return jax.tree.map(chosen, first, second)

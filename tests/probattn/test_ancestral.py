@@ -69,6 +69,7 @@ def test_residuals_of_many_sequences_are_recovered(regime, strength, count):
     np.testing.assert_allclose(recovered, e, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [*(pytest.param(n, marks=SLOW) for n in (5.0, 10.0)), 20.0])
 def test_antisymmetric_couplings_are_solved(norm):
     """Proper at any norm, but the way to the solution winds: many short steps in a row."""
@@ -181,6 +182,7 @@ def test_leading_axes_broadcast(axes):
         np.testing.assert_allclose(solution.x[index], alone.x, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_vmap_changes_nothing():
     e, w_query, w_key, bound = draws("bounded", (4,))
     bounds = bound * np.array([0.5, 0.8, 0.9, 1.0])
@@ -246,6 +248,7 @@ def test_derivatives_to_second_order_match_finite_differences(mode):
     check_grads(jax.jit(solved), inputs_of("bounded", shape=(4, 2, 2)), order=2, modes=[mode])
 
 
+@pytest.mark.slow
 def test_forward_over_reverse_matches_finite_differences():
     """The Hessian of a scalar, as a Laplace approximation takes it."""
     towards = np.cos(np.arange(8.0)).reshape(4, 2)
@@ -295,6 +298,7 @@ def folding(shape, count=2000):
     return e, w_query, w_key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [SCALAR, SHAPE], ids=["scalar", "matrix"])
 def test_where_the_map_folds_every_position_is_solved_or_reported(shape):
     inputs = folding(shape)
@@ -312,6 +316,7 @@ def test_where_the_map_folds_every_position_is_solved_or_reported(shape):
     np.testing.assert_array_equal(solve(benign, *inputs[1:]).x[~failed], x[~failed])
 
 
+@pytest.mark.slow
 def test_every_solution_found_on_a_fold_is_one_of_those_that_exist():
     """Past (-4, 4), a = 0.3: three tokens have the residual 0, and one the residual 3."""
     inputs = folding(SCALAR)

@@ -227,6 +227,7 @@ def test_density_is_normalised_and_is_that_of_the_samples(name):
 # ---- shapes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("leading", "scale"),
     [
@@ -255,6 +256,7 @@ def test_batch_is_that_of_weights_and_scale(leading, scale):
         assert abs(e.std() - 1) < 5 / np.sqrt(2 * e.size)
 
 
+@pytest.mark.slow
 def test_expanded_independent_and_masked_densities():
     p, x = process(2), sequences(3, 2)
     value = density(p, x)
@@ -282,6 +284,7 @@ def test_distribution_is_a_pytree():
         np.testing.assert_array_equal(sample(other, 4), sample(p, 4))
 
 
+@pytest.mark.slow
 def test_density_needs_no_jit():
     p, x = process(2, scale=np.array([0.5, 2.0]), bound=1.0), sequences(2)
     np.testing.assert_allclose(density(p, x), p.log_prob(x), rtol=1e-12)
@@ -293,6 +296,7 @@ def test_sampler_needs_no_jit():
     np.testing.assert_allclose(sample(p, 4), p.sample(KEY, (4,)), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_vmap_over_distributions():
     """Made by vmap, with a bound and a scale of its own each, and used by vmap."""
     w_query, w_key = weights(3)
@@ -374,6 +378,7 @@ SCANNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bound"),
     [
@@ -417,6 +422,7 @@ def test_scan_sums_the_densities_of_its_steps(name, bound):
     np.testing.assert_allclose(value, expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_predictive_draws_both_forms_alike():
     for form in (model, non_centred):
         drawn = Predictive(form, num_samples=500)(KEY)

@@ -131,6 +131,7 @@ def test_rounding_forgives_no_more_than_rounding(dtype, positive):
     assert not is_proper(mixed, np.eye(2, dtype=dtype))
 
 
+@pytest.mark.slow
 @every_shape
 def test_no_context_brings_the_determinant_of_a_repulsive_coupling_below_one(shape):
     weights = factored(repulsive(shape))
@@ -187,6 +188,7 @@ def test_contexts_fold_a_coupling_only_above_the_limit_or_without_a_bound(
     assert (0 < lowest.min() < 0.03) if proper else (np.mean(lowest[::2] <= 0) > 0.1)
 
 
+@pytest.mark.slow
 @every_shape
 def test_no_context_makes_sigma_times_the_coupling_as_large_as_one(shape):
     fixed = (0.7 * units(-1, 2), *of_norm(0.99 / 0.7**2, shape), 0.7)
@@ -301,6 +303,7 @@ def margin_at_certificate(point, unit, rho, w_query, w_key, bound):
     return margin, margin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "bound"),
     [

@@ -120,6 +120,7 @@ def test_a_repulsive_conditional_of_the_plane_has_mass_one(seed, spread):
     assert pa.conditional_mass(past, weights, -weights, 1.0) == pytest.approx(1, abs=2e-6)
 
 
+@pytest.mark.slow
 def test_tokens_far_apart_in_the_plane():
     past, coupling = np.array([[0.0, 0.0], [100.0, 3.0]]), -0.3 * math.sqrt(2) * np.eye(2)
     assert pa.conditional_mass(past, coupling, np.eye(2), 1.0) == pytest.approx(1, abs=2e-6)
@@ -130,6 +131,7 @@ def test_a_coupling_too_sharp_for_the_plane_is_refused():
         pa.conditional_mass([[-40.0, 0.0], [36.0, 0.0]], 8e3 * np.eye(2), np.eye(2), 1.0)
 
 
+@pytest.mark.slow
 def test_mass_in_the_plane_is_that_of_the_distribution():
     """By Monte Carlo over the log density of CausalAttention, another path altogether."""
     past = jnp.array([[3.1, 3.0], [-2.7, -0.2], [0.5, -1.2], [-1.2, -0.4]])
@@ -169,6 +171,7 @@ def test_bad_input(options, reason):
         pa.conditional_mass(**given)
 
 
+@pytest.mark.slow
 def test_an_integral_that_does_not_converge_is_an_error():
     past = np.array([[-3.0, 0.0], [3.0, 1.0], [0.5, 2.0]])
     with pytest.raises(RuntimeError, match="did not reach the tolerance 1e-15"):

@@ -14,6 +14,7 @@ from jaxtyping import TypeCheckError
 
 import probattn as pa
 from probattn.inference import load_run
+from probattn.inference.cli import main
 from probattn.inference.config import RunConfig
 from probattn.inference.config_files import read_tables
 from probattn.inference.runs.checks import check_same_corpus
@@ -132,6 +133,7 @@ def test_the_reason_why_a_fit_stopped_is_a_text(tmp_path):
     assert "line 1: expected a text" in refusal(RunError, run.metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [None, 1.0])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
 def test_a_bad_token_changes_nothing_before_it(bad, bound):
@@ -189,6 +191,7 @@ def test_sizes_that_no_float_holds(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [pa.stability_margin, pa.embedding_margin])
 def test_a_covariance_that_overflows_ends(function):
     """LAPACK's singular values of such blocks did not return."""

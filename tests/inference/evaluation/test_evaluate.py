@@ -297,6 +297,7 @@ def test_a_file_is_evaluated_as_the_same_text_of_the_corpus_is(evaluated, tmp_pa
     assert found == dataclasses.replace(result, text="held out.txt")
 
 
+@pytest.mark.slow
 def test_a_text_shorter_than_a_block_has_one_window(own_run, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("the to", encoding="utf-8")

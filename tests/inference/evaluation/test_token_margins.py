@@ -158,6 +158,7 @@ def test_without_a_text_it_is_the_validation_text_by_half_blocks(tiny_run):
     np.testing.assert_array_equal(whole.position, np.arange(400) % BLOCK)
 
 
+@pytest.mark.slow
 def test_a_text_shorter_than_a_block_is_one_window(run, tmp_path, direct):
     path = tmp_path / "short.txt"
     path.write_text(TEXT[:5], encoding="utf-8")
@@ -248,6 +249,7 @@ def test_a_bad_text_is_named_and_nothing_fitted(
     assert files_of(own_run.path) == before
 
 
+@pytest.mark.slow
 def test_margins_of_a_bounded_context(own_run):
     """Post hoc and trained stages take the run's bound; the heads of the first layer have none."""
     model = dataclasses.replace(own_run.config.model, bound=0.5)
@@ -263,6 +265,7 @@ def test_margins_of_a_bounded_context(own_run):
             np.testing.assert_allclose(getattr(got, name), expected[name], rtol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_margins_of_normalised_embeddings(own_run):
     """The trained stage of such an objective sees each token divided by its root mean square."""
     objective = ObjectiveConfig("margin", attention="normalised")

@@ -54,6 +54,7 @@ def assert_same(one, other):
 # Moments
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_quadrature_over_the_scale():
     """Given the scale the locations are independent Gaussians; both chains by themselves."""
     scale = np.exp(np.linspace(-4, 4, 4001))
@@ -251,6 +252,7 @@ def test_shapes(whole):
     assert whole.divergences == whole.statistics["diverging"].sum()
 
 
+@pytest.mark.slow
 def test_float64_is_the_default_where_jax_is_not_in_it(whole):
     with jax.enable_x64(False):
         data = jnp.asarray(DATA, jnp.float32)
@@ -336,6 +338,7 @@ def test_the_old_name_of_the_initial_values_warns():
         sample(model, model_args=(DATA,), config=config, start=values, init_values=values)
 
 
+@pytest.mark.slow
 def test_a_start_outside_the_feasible_region():
     config = LatentEmbeddingsConfig(width=1, coupling="free", sequences=2, length=4)
     free = partial(latent_embeddings, vocabulary_size=3, config=config)

@@ -130,6 +130,7 @@ def test_dimensions_are_named(tree):
     assert list(posterior.coords["vocab"].values) == sorted(set(tiny_text()))
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_model_at_each_draw(run, tree):
     posterior = tree["posterior"].to_dataset()
     for draw in ((0, 0), (1, 19)):
