@@ -17,7 +17,7 @@ PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all nightly lint format bench clean
+.PHONY: help install demo test test-slow test-all nightly lint format bench clean
 
 help:  ## list the targets
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' Makefile
@@ -27,10 +27,14 @@ install: $(VENV)/.installed  ## make .venv with probattn (editable) and the test
 demo: install  ## fit, evaluate and draw the small example into OUT=demo (about 2 minutes)
 	$(BIN)/probattn demo --out "$(OUT)"
 
+# Most of the time goes into compiling, and half of that into XLA's optimisations.
 test: install  ## run the tests on two processes, without the slow ones (at most 5 minutes)
-	$(PYTEST) -m "not slow" $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not slow" $(ARGS)
 
-test-all: install  ## run all tests, the slow ones too (about half an hour)
+test-slow: install  ## run the slow tests, which `make test` leaves out (about half an hour)
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: install  ## run all tests in one go, with all optimisations of XLA
 	$(PYTEST) $(ARGS)
 
 nightly: $(VENV)/.installed-bench  ## hostile input and kills in large numbers (hours)

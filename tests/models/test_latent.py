@@ -173,6 +173,7 @@ def public_margins(bound):
     return evaluate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COUPLINGS)
 def test_recorded_margins_are_those_of_the_public_functions(kind):
     _, of_latent = latent_density(kind)(COUPLINGS[kind] | EMISSION | {"embeddings": X})
@@ -185,6 +186,7 @@ def test_recorded_margins_are_those_of_the_public_functions(kind):
             np.testing.assert_allclose(recorded[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["bounded", *(pytest.param(k, marks=pytest.mark.slow) for k in ("repulsive", "free"))]
 )

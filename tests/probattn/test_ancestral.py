@@ -78,6 +78,7 @@ def test_antisymmetric_couplings_are_solved(norm):
     assert solve(e, w_query, w_key).unconverged == 0
 
 
+@pytest.mark.slow
 @counts
 @regimes
 def test_float32_residuals_are_recovered(regime, count):
@@ -91,6 +92,7 @@ def test_float32_residuals_are_recovered(regime, count):
     np.testing.assert_allclose(true_residual(*exact, bound), e, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("regime", "shape"),
     [
@@ -139,6 +141,7 @@ def solve_by_root(e, w_query, w_key, bound):
     return np.array(x)
 
 
+@pytest.mark.slow
 @regimes
 @pytest.mark.parametrize(
     ("solver", "shape"), [(solve_by_brentq, SCALAR), (solve_by_root, SHAPE)], ids=["brentq", "root"]
@@ -225,7 +228,7 @@ def true_derivatives(inputs):
 
 
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
-@pytest.mark.parametrize("regime", ["repulsive", "bounded"])
+@pytest.mark.parametrize("regime", [pytest.param("repulsive", marks=pytest.mark.slow), "bounded"])
 def test_derivative_is_that_of_the_implicit_function(regime, mode):
     """J dx = de - (d residual / d theta) dtheta, with a dense J."""
     every = tuple(range(3 if regime == "repulsive" else 4))

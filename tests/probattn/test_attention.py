@@ -234,6 +234,7 @@ def test_eager_agrees_with_jit(name):
     np.testing.assert_allclose(eager, compiled(*inputs)[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_float32_in_float32_out():
     """The answer is that of float64 to single precision, and keeps the caller's dtype."""
     # A seed without two singular values that nearly tie, of which the vectors are ill-conditioned.
@@ -244,6 +245,7 @@ def test_float32_in_float32_out():
     agree(result, exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "dtype"),
     [

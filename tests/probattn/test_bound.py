@@ -150,6 +150,7 @@ def test_bounded_vectors_keep_their_direction_and_stay_within_the_bound(bound):
     assert np.all(length[before < 1e6 * bound] < bound)
 
 
+@pytest.mark.slow
 def test_origin_stays_and_has_the_derivative_of_the_identity():
     np.testing.assert_array_equal(bounded(np.zeros(3), 0.7), np.zeros(3))
     np.testing.assert_allclose(jax.jacfwd(bounded)(jnp.zeros(3), 0.7), np.eye(3))
@@ -216,6 +217,7 @@ def test_small_bound_unfolds_what_a_large_one_leaves_folded():
     assert (small["infeasible"][t], large["infeasible"][t]) == (False, True)
 
 
+@pytest.mark.slow
 def test_large_bound_approaches_none_like_its_inverse_square():
     inputs = make(BY_NAME["thin"])
     unbounded = quick_jit(lambda *inputs: everything(*inputs, None))(*inputs)
@@ -252,6 +254,7 @@ def test_bound_is_in_the_unit_of_the_embeddings(seed, log_unit, log_bound):
         )
 
 
+@pytest.mark.slow
 def test_bound_does_not_change_the_dtype():
     inputs = make(BY_NAME["thin"], np.float32)
     for bound in (2, np.float64(2), np.float32(2)):

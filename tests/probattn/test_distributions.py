@@ -190,6 +190,7 @@ def draws(name):
 regimes = pytest.mark.parametrize("name", ["repulsive", "bounded"])
 
 
+@pytest.mark.slow
 @regimes
 def test_residuals_of_samples_are_independent_standard_normal(name):
     p = regime(name)
@@ -202,6 +203,7 @@ def test_residuals_of_samples_are_independent_standard_normal(name):
     assert np.abs(correlation).max() < 4 / np.sqrt(DRAWS)
 
 
+@pytest.mark.slow
 @regimes
 def test_density_is_normalised_and_is_that_of_the_samples(name):
     """The mean of q / p over draws from p is 1 for any density q.
@@ -273,6 +275,7 @@ def test_expanded_independent_and_masked_densities():
     assert sample(between, 4).shape == (4, 2, LENGTH, WIDTH)
 
 
+@pytest.mark.slow
 def test_distribution_is_a_pytree():
     p, x = process(2, scale=np.array([0.5, 2.0]), bound=1.0), sequences(2)
     leaves, structure = jax.tree.flatten(p)
@@ -343,6 +346,7 @@ def test_site_in_a_plate_has_the_density_of_its_sequences():
     np.testing.assert_allclose(value, priors + np.sum(true), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_non_centred_form_is_the_same_density():
     """After the change of variables x -> e, with its determinants."""
     kinds = {}
@@ -588,6 +592,7 @@ def test_traced_arguments_are_left_to_numpyro():
     assert not np.isfinite(density(weights()[0], -1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validate", [True, None])
 def test_sequence_that_is_not_finite_has_no_density(validate):
     x = sequences()

@@ -111,6 +111,7 @@ def test_margin_matches_dense_blocks(shape):
                 )
 
 
+@pytest.mark.slow
 @main_shapes
 def test_margin_in_float32_matches_float64_oracle(shape):
     for case, found in evaluated(both_margins_32, shape, np.float32).items():
@@ -169,6 +170,7 @@ def test_infeasible_is_a_real_eigenvalue_of_the_dense_block_at_most_zero(shape):
         np.testing.assert_array_equal(found["crossed"], expected, err_msg=str(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
 def test_infeasible_of_many_positions_some_of_which_need_no_eigenvalues(dtype):
     """Those with a positive definite symmetric part, in a batch with others; mapped too."""
@@ -350,6 +352,7 @@ def test_support_tokens_put_what_is_not_known_first():
     np.testing.assert_array_equal(pa.support_tokens(margin, k=4), [3, 4, 5, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", get_args(margins.MarginKind))
 def test_a_margin_after_a_token_that_is_not_finite_is_not_known(kind):
     x = np.ones((5, 2), np.float32)

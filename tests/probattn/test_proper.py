@@ -144,6 +144,7 @@ def test_no_context_brings_the_determinant_of_a_repulsive_coupling_below_one(sha
     assert np.all(eigenvalues.real >= 1 - 1e-6)
 
 
+@pytest.mark.slow
 @every_shape
 def test_search_folds_what_is_repulsive_in_all_directions_but_one(shape):
     coupling = repulsive(shape)
@@ -173,6 +174,7 @@ def test_bounded_coupling_is_proper_up_to_the_inverse_square_of_the_bound(bound,
     np.testing.assert_array_equal(pa.is_proper(*inside, bound=bound), True)
 
 
+@pytest.mark.slow
 @every_shape
 @pytest.mark.parametrize(
     ("ratio", "bound", "proper"), [(0.99, 0.7, True), (1.05, 0.7, False), (0.99, None, False)]

@@ -43,6 +43,7 @@ FEW = {"command_line": 20, "shapes": 40}
 MANY = {"command_line": 60, "shapes": 200, "values": 100}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "inputs"),
     [

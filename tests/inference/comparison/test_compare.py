@@ -162,6 +162,7 @@ def test_reliability_by_hand():
     assert certain.error == 0
 
 
+@pytest.mark.slow
 def test_margins_are_over_the_sequences_of_the_posterior(runs, compared):
     for label, stage in (("margin", "trained"), ("ce", "post hoc")):
         run = runs[label]
@@ -178,6 +179,7 @@ def test_margins_are_over_the_sequences_of_the_posterior(runs, compared):
     assert compared["nuts"].smallest_margin == pytest.approx(np.median(draws))
 
 
+@pytest.mark.slow
 def test_margins_are_over_all_sequences_of_a_short_text(tiny_run, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text(tiny_text(400), encoding="utf-8")
@@ -232,6 +234,7 @@ def test_what_applies_to_which_run(compared):
     assert compared["mean_field"].smallest_margin_draws.shape[0] == 1
 
 
+@pytest.mark.slow
 def test_draws_of_a_guide_are_a_posterior_of_one_chain(runs):
     tree = to_datatree(runs["mean_field"], draws=6, sequences=3, seed=2, log_likelihood=True)
     posterior = tree["posterior"].to_dataset()

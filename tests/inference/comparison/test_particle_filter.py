@@ -72,6 +72,7 @@ def predictions_of(joint, tokens):
     return np.stack([row / row.sum() for row in rows])
 
 
+@pytest.mark.slow
 @regimes
 @pytest.mark.parametrize("tokens", [(0, 2, 1), (2, 2, 0)])
 def test_predictions_are_those_of_quadrature(regime, tokens):
@@ -151,6 +152,7 @@ def test_the_result_is_a_function_of_key_and_sequence(monkeypatch):
     np.testing.assert_allclose(batched, one, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 def test_probabilities_sum_to_one_in_the_dtype_given(dtype):
     rng = np.random.default_rng(3)
@@ -218,6 +220,7 @@ def half_unsolved_fixture(monkeypatch):
     filtering._filter.clear_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("half_unsolved")
 def test_a_particle_that_is_not_solved_carries_no_weight_and_is_counted():
     tokens = (0, 2, 1)
@@ -237,6 +240,7 @@ def test_a_particle_that_is_not_solved_carries_no_weight_and_is_counted():
     assert np.all(found.unconverged > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("half_unsolved")
 def test_a_filter_with_no_particle_left_says_where():
     with pytest.raises(FilterError, match=r"sequence \d: none of 1 particles converged at pos.* 0"):

@@ -132,6 +132,7 @@ def by_kind(points):
     return found
 
 
+@pytest.mark.slow
 def test_every_kind_has_its_levels_from_none_on(all_kinds):
     _, result = all_kinds
     for points, level in ((result.noise_absolute, 0.1), (result.noise_relative, 1.0)):

@@ -190,6 +190,7 @@ def test_no_window_gains_at_any_size(sigma):
         assert np.abs(displacement).max() < 1e-14
 
 
+@pytest.mark.slow
 def test_a_scorer_looks_for_the_directions_of_its_own_losses():
     scorer = scorer_of(text(4 * BLOCK + 1, seed=4))
     clean = scorer.losses(PARAMETERS).sum(1)
@@ -202,6 +203,7 @@ def test_a_scorer_looks_for_the_directions_of_its_own_losses():
 
 
 def test_levels_of_a_kind_share_a_compiled_program(caplog):
+    jax.clear_caches()  # another test may have compiled some
     scorer = scorer_of(text(2 * BLOCK + 1))
     for kind in ("gaussian", "uniform", "substitution", "ascent-1"):
         compiled = []

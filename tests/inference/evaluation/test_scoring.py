@@ -240,6 +240,7 @@ def test_the_separate_stage_is_watched(scale, rank):
     watched_as(monitor(rank)(parameters), "reduced, separate", expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", [ObjectiveConfig("ce"), ObjectiveConfig("margin", attention="first_layer")]
 )
@@ -265,6 +266,7 @@ def test_the_heads_of_the_first_layer_are_watched(objective):
     watched_as(watched, "reduced, first layer", expected)
 
 
+@pytest.mark.slow
 def test_where_every_determinant_is_negative_there_is_no_mean_of_their_logarithms():
     """A strong attractive coupling of rank 1 folds every position whose past is two tokens."""
     w_query = jnp.ones((WIDTH, 1))

@@ -185,6 +185,7 @@ def of_draws(chains, draws):
     return xr.DataTree.from_dict({"posterior": tokens, "log_likelihood": tokens})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [2**24, 2**30])
 def test_draws_go_together_as_far_as_memory_allows(monkeypatch, budget):
     """Each takes 4 MiB to sort a million numbers; the values are the same in any case."""

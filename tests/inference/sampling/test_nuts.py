@@ -227,6 +227,7 @@ def test_interrupted_and_resumed_ends_as_uninterrupted(whole, tmp_path, monkeypa
     assert SegmentFolder(tmp_path).ranges()[-1][1] == 100
 
 
+@pytest.mark.slow
 def test_draws_are_added_to_a_finished_run_which_is_then_read_and_not_sampled_again(
     whole, tmp_path, monkeypatch
 ):
@@ -326,6 +327,7 @@ def test_starts_that_do_not_fit(start, message):
         sample(model, model_args=(DATA,), config=FEW, init_values=start)
 
 
+@pytest.mark.slow
 def test_the_old_name_of_the_initial_values_warns():
     values = {"scale": 1.5, "location": np.array([1.0, 2.0, 3.0])}
     config = SampleConfig(chains=1, warmup=0, draws=1, max_tree_depth=1)

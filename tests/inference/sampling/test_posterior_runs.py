@@ -164,6 +164,7 @@ def test_support_probability_counts_the_smallest_margin_of_each_sequence(tree):
     np.testing.assert_allclose(smallest.ravel(), margin[:, :, 2:].min((1, 2)))
 
 
+@pytest.mark.slow
 def test_predictions_differ_from_what_was_observed_and_follow_the_seed(run, tree):
     predicted = tree["posterior_predictive"]["tokens"].values
     observed = tree["observed_data"]["tokens"].values
@@ -285,6 +286,7 @@ def test_a_model_of_ones_own_keeps_its_names_and_its_factors_out():
         to_datatree(result, dims={"slope": ["a", "b"]})
 
 
+@pytest.mark.slow
 def test_non_centred_draws_have_embeddings_too():
     """Made from draws of the prior: what is exported depends on the model alone."""
     config = LatentEmbeddingsConfig(width=2, sequences=2, length=4, centred=False)
@@ -323,6 +325,7 @@ def test_a_non_centred_run_is_sampled_by_the_command(run, tmp_path, capsys):
     assert f"of {DRAWS} draws diverged" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_from_a_fitted_run(tiny_run, language_run, tmp_path, capsys, monkeypatch):
     """The posterior of a fitted language model, on its text, from its parameters on."""
     maps, draw_map, asked = [], posterior_plots.support_map, []
@@ -331,8 +334,8 @@ def test_from_a_fitted_run(tiny_run, language_run, tmp_path, capsys, monkeypatch
         maps.append((probability, symbols))
         return draw_map(probability, symbols)
 
-    def sampled(config, out, *, start, **options):
-        asked.append((config, start, options))
+    def sampled(config, out, *, init_values, **options):
+        asked.append((config, init_values, options))
         return load_run(shutil.copytree(language_run.path, out)), None
 
     monkeypatch.setattr(posterior_plots, "support_map", noting)
@@ -381,6 +384,7 @@ def start_of(out):
         return dict(start)
 
 
+@pytest.mark.slow
 def test_model_of_a_run_is_the_public_one(run):
     model = posterior_model(run.config, run.vocabulary)
     assert isinstance(model, partial)
@@ -454,7 +458,7 @@ def test_errors_of_the_command(run, tiny_run, tmp_path, capsys):
 def test_a_sampler_that_cannot_start_leaves_the_place_as_it_was(run, tmp_path, monkeypatch, place):
     def fail(*arguments, **options):
         assert (tmp_path / "own" / "config.toml").exists()
-        assert options["start"] is start
+        assert options["init_values"] is start
         raise SampleError("no start")
 
     out, start = tmp_path / "own", {"emission_bias": np.zeros(SYMBOLS)}
@@ -465,13 +469,14 @@ def test_a_sampler_that_cannot_start_leaves_the_place_as_it_was(run, tmp_path, m
         out.symlink_to(tmp_path / "own")
     monkeypatch.setattr(posterior, "sample", fail)
     with pytest.raises(SampleError, match="no start"):
-        sample_run(run.config, out, start=start)
+        sample_run(run.config, out, init_values=start)
     assert out.exists() == (place != "new")
     assert {path.name for path in tmp_path.rglob("*")} <= {"own", "link", "lock"}
     monkeypatch.undo()
     check_target(out, overwrite=False)  # free to begin again
 
 
+@pytest.mark.slow
 def test_a_sampler_that_cannot_start_leaves_the_run_that_it_was_to_replace(run, tmp_path):
     out = shutil.copytree(run.path, tmp_path / "run")
     before = files_of(out)
@@ -530,6 +535,7 @@ def test_an_unfinished_run_says_so(run, tmp_path):
         to_datatree(load_run(copy))
 
 
+@pytest.mark.slow
 def test_resumed_by_the_command_without_any_other_flag(run, tmp_path):
     copy = shutil.copytree(run.path, tmp_path / "run")
     (copy / "segments" / "00000030-00000050.npz").unlink()
@@ -539,6 +545,7 @@ def test_resumed_by_the_command_without_any_other_flag(run, tmp_path):
         np.testing.assert_array_equal(draws, other.draws[name])
 
 
+@pytest.mark.slow
 def test_numpyro_works_where_arviz_was_imported_first(tmp_path):
     """ArviZ leaves a lazy `numpyro` behind, of which a careless import makes half a package."""
     script = "import arviz, probattn, numpyro\nnumpyro.factor('f', 1.0)\nprint('fine')"

@@ -121,6 +121,7 @@ def test_mapped_is_a_larger_batch_with_one_condition():
     assert " cond[" in str(jax.make_jaxpr(jax.vmap(elimination.determinant))(blocks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [elimination.determinant, elimination.eliminate])
 def test_lapack_is_not_called_where_nothing_is_to_be_pivoted(function):
     """XLA may move what does not change out of a loop, and then it runs in any case."""
@@ -130,6 +131,7 @@ def test_lapack_is_not_called_where_nothing_is_to_be_pivoted(function):
     assert "lapack" not in always
 
 
+@pytest.mark.slow
 @ways
 @pytest.mark.parametrize("rank", [3, pytest.param(9, marks=SLOW)])
 def test_derivatives_match_those_of_numpy_s_definitions(rank, pivoting):

@@ -67,6 +67,7 @@ def test_the_derivative_is_that_of_the_method_that_converges(fails, matrices):
     np.testing.assert_allclose(jax.grad(smallest)(jnp.asarray(matrices)), expected, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_whole_decomposition_and_its_derivative_survive_a_failure(fails, matrices):
     matrices = jnp.asarray(matrices)
     u, s, vt = singular_values.singular_value_decomposition(matrices)
@@ -87,6 +88,7 @@ def test_a_matrix_that_is_not_finite_spoils_no_other():
     np.testing.assert_allclose(size[np.isfinite(size)], np.delete(expected, 2), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_margins_of_a_finite_context_are_numbers_when_a_method_fails(monkeypatch):
     x = np.random.default_rng(1).normal(size=(7, 3))
     w_query, w_key = np.random.default_rng(2).normal(size=(2, 3, 2))
