@@ -179,7 +179,7 @@ def test_float32_at_training_size_matches_float64_oracle(every):
     compiled = jax.jit(functools.partial(at_positions, positions=positions))
     rng = np.random.default_rng(0)
     for case in LARGE_CASES:
-        got, (sign, log_abs) = compiled(*make(case, np.float32))
+        got, (sign, log_abs) = jax.tree.map(np.asarray, compiled(*make(case, np.float32)))
         exact = tuple(array.astype(np.float64) for array in make(case, np.float32))
         for row, t in enumerate(positions):
             past = exact[0][: t + 1], *exact[1:]
