@@ -266,7 +266,7 @@ def test_a_latent_run_opens_with_the_stage_of_its_process(fitted):
         (trained.w_query, trained.w_key), process_weights(parameters), strict=True
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
-    assert (trained.sees, trained.bound) == ("embeddings", None)
+    assert (trained.input, trained.bound) == ("embeddings", None)
     assert {name: np.ndim(value) for name, value in parameters.items()} == {
         name: len(DIMS[name]) for name in parameters
     }
