@@ -14,7 +14,7 @@ def latent_run_fixture(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="session", name="language_run")
 def language_run_fixture(tiny_run, tmp_path_factory):
-    """The sampled posterior of the network of the tiny run: read it, never write to it."""
-    from tests.support.tiny_posterior import made_once, sample_language
+    """A posterior of the network of the tiny run, made by hand: read it, never write to it."""
+    from tests.support.tiny_posterior import language_by_hand, made_once
 
-    return made_once(tmp_path_factory, "language", lambda path: sample_language(tiny_run, path))
+    return made_once(tmp_path_factory, "language", lambda path: language_by_hand(tiny_run, path))

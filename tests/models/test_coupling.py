@@ -51,6 +51,7 @@ def test_bounded_has_the_singular_values_that_it_says(width):
     np.testing.assert_allclose(product, np.swapaxes(product, -1, -2), atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "width", [3, *(pytest.param(w, marks=pytest.mark.slow) for w in (1, 2, 4))]
 )

@@ -527,6 +527,7 @@ def test_a_batch_of_no_sequences_is_refused():
 # A bounded context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", pytest.param("full_first_layer", marks=pytest.mark.slow)])
 def test_the_bound_is_that_of_the_separate_stage_and_of_no_other(name):
     parameters, objective = parameters_of(name), OBJECTIVES[name]

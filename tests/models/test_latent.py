@@ -99,7 +99,7 @@ def coupling_log_prior(kind):
     return stats.norm(0, 1 / np.sqrt(2)).logpdf(COUPLINGS[kind]["free_coupling"]).sum()
 
 
-@pytest.mark.parametrize("kind", ["bounded", "free"])
+@pytest.mark.parametrize("kind", ["bounded", pytest.param("free", marks=pytest.mark.slow)])
 def test_log_density_of_the_latent_model_is_the_sum_of_its_terms(kind):
     found, recorded = latent_density(kind)(COUPLINGS[kind] | EMISSION | {"embeddings": X})
     emission, bias = EMISSION.values()
@@ -121,6 +121,7 @@ def test_log_density_of_the_latent_model_is_the_sum_of_its_terms(kind):
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["bounded", *(pytest.param(k, marks=pytest.mark.slow) for k in ("repulsive", "free"))]
 )
@@ -218,8 +219,8 @@ def test_one_log_likelihood_per_sequence_in_a_named_plate():
     assert sites["tokens"]["value"].shape == (3, 5)
 
 
-@pytest.mark.parametrize("kind", ["bounded", "free"])
-@pytest.mark.parametrize("unit", [1.0, 0.05])
+@pytest.mark.parametrize("kind", ["bounded", pytest.param("free", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("unit", [pytest.param(1.0, marks=pytest.mark.slow), 0.05])
 def test_log_density_of_the_observed_model(kind, unit):
     x, scale = unit * X, 1.5 * unit
     found, recorded = observed_density(kind, unit)(x, COUPLINGS[kind] | {"scale": scale})

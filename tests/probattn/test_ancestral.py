@@ -57,7 +57,11 @@ counts = pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=SLOW
 @counts
 @pytest.mark.parametrize(
     ("regime", "strength"),
-    [("repulsive", (0.1, 10.0)), ("repulsive", (100.0, 1000.0)), ("bounded", (0.1, 1.0))],
+    [
+        pytest.param("repulsive", (0.1, 10.0), marks=SLOW),
+        ("repulsive", (100.0, 1000.0)),
+        ("bounded", (0.1, 1.0)),
+    ],
     ids=["repulsive", "sharp", "bounded"],
 )
 def test_residuals_of_many_sequences_are_recovered(regime, strength, count):
@@ -167,7 +171,7 @@ def test_first_token_is_its_residual_and_the_second_follows_the_first():
     [
         pytest.param(((4,), ()), marks=SLOW),
         pytest.param(((), (5,)), marks=SLOW),
-        ((3, 1), (2,)),
+        pytest.param(((3, 1), (2,)), marks=SLOW),
         ((2, 0), (2, 1)),
     ],
 )
@@ -195,6 +199,7 @@ def test_vmap_changes_nothing():
         np.testing.assert_allclose(mapped[i], alone.x, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_no_jit_changes_nothing():
     e, w_query, w_key, bound = draws("bounded")
     eager = solve_residual(e, w_query, w_key, bound=bound)
@@ -227,7 +232,7 @@ def true_derivatives(inputs):
     return found
 
 
-@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("mode", [pytest.param(jax.jacfwd, marks=SLOW), jax.jacrev])
 @pytest.mark.parametrize("regime", [pytest.param("repulsive", marks=pytest.mark.slow), "bounded"])
 def test_derivative_is_that_of_the_implicit_function(regime, mode):
     """J dx = de - (d residual / d theta) dtheta, with a dense J."""
@@ -334,6 +339,7 @@ def test_every_solution_found_on_a_fold_is_one_of_those_that_exist():
     assert several > 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_residual_that_is_not_finite_is_reported(value):
     e, w_query, w_key, bound = draws("bounded", (4,))
@@ -349,6 +355,7 @@ def test_residual_that_is_not_finite_is_reported(value):
     np.testing.assert_array_equal(after.x[1, :2], before.x[1, :2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("unit", "dtype"),
     [(1e20, np.float32), (1e-25, np.float32), (1e160, np.float64), (1e-170, np.float64)],
@@ -361,6 +368,7 @@ def test_residuals_whose_squares_overflow_or_vanish_are_solved_or_reported(unit,
     assert np.all(np.abs(error[solution.converged]) <= 1e-6)
 
 
+@pytest.mark.slow
 def test_failed_sequence_leaves_the_gradient_of_the_others_alone():
     e, w_query, w_key, bound = draws("bounded", (4,))
 

@@ -163,6 +163,7 @@ def broadcast(*inputs, count=6):
     return tuple(np.broadcast_to(array, (count, *array.shape)).copy() for array in inputs)
 
 
+@pytest.mark.slow
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), cut=st.integers(1, THIN[0] - 1))
 def test_future_tokens_change_nothing_in_the_past(seed, cut):
     x, *weights = broadcast(*random_inputs(seed))
@@ -171,6 +172,7 @@ def test_future_tokens_change_nothing_in_the_past(seed, cut):
         np.testing.assert_array_equal(found[0][:cut], found[1][:cut], err_msg=name)
 
 
+@pytest.mark.slow
 def test_leading_axes_broadcast():
     """Sequences (B, 1, T, d) with one pair of matrices for each of H heads give (B, H, T, …)."""
     x, w_query, w_key = random_inputs(1, batch=(3, 1), heads=(2,))

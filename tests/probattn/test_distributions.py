@@ -102,6 +102,7 @@ def test_bounded_log_prob_matches_the_whole_jacobian(shape):
     check_shape(shape, np.sqrt(sizes))
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(["wide"]),
@@ -456,6 +457,7 @@ def test_nuts_draws_from_the_process():
 # ---- the transform ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_transform_inverts_itself():
     t, x = pa.AttentionResidual(*weights(), bound=1.0), sequences(2)
     assert t.inv.inv is t

@@ -146,6 +146,7 @@ def logit_rounding(inputs):
     return 8 * EPS32 * largest
 
 
+@pytest.mark.slow
 @main_shapes
 def test_float32_derivative_matches_float64_oracle(shape):
     for case, parts in evaluated(derivatives_32, shape, np.float32).items():
@@ -361,6 +362,7 @@ def true_gradient(flat_inputs):
     return np.arange(1.0, 5.0) @ flat(log_abs_slopes(dense_of(*unpack(flat_inputs)))[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", [jax.jacfwd, pytest.param(jax.jacrev, marks=pytest.mark.slow)])
 def test_hessian_matches_dense_jacobian(outer):
     """A Laplace approximation needs it: forward over reverse, and reverse over reverse."""
@@ -438,6 +440,7 @@ def slope_at(z):
     return barrier_and_derivatives(np.float64(z))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delta", [DELTA, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_barrier_formula_and_its_derivatives(delta):
     for multiple in (1e3, 3, 1.001, 0.999, 0.5, 0, -0.5, -1, -9.99):
@@ -454,6 +457,7 @@ def test_barrier_formula_and_its_derivatives(delta):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiple", [1, -10])
 def test_barrier_is_twice_continuously_differentiable(multiple):
     """Finite differences of the value itself on either side of a joint of the formula."""
@@ -495,6 +499,7 @@ def total_barrier(x, w_query, w_key):
     return jnp.sum(pa.relaxed_barrier(x, w_query, w_key))
 
 
+@pytest.mark.slow
 @both_dtypes
 @pytest.mark.parametrize("z", [0.0, -1e-3, -1e4, -1e30])
 def test_barrier_is_finite_with_its_gradient(z, dtype):
@@ -533,7 +538,7 @@ def barrier_gradient(x, w_query, w_key, counted):
 @pytest.mark.parametrize(
     "names",
     [
-        ("scalar_margin_1e-02", "scalar_singular"),
+        pytest.param(("scalar_margin_1e-02", "scalar_singular"), marks=pytest.mark.slow),
         pytest.param(("square_margin_-1e-04", "square_margin_-1e-08"), marks=pytest.mark.slow),
         ("wide_singular", "wide_twice_singular"),
     ],

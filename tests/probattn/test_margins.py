@@ -152,6 +152,7 @@ def test_scalar_margins_agree():
         np.testing.assert_allclose(found["reduced"], found["det"], **options)
 
 
+@pytest.mark.slow
 @hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 3))
 def test_margin_is_at_most_one_with_fewer_queries_than_dimensions(seed, scale):
     """And the sign is that of the determinant."""
@@ -300,6 +301,7 @@ def test_embedding_margin_matches_oracle(shape):
         assert np.all(error <= bound), case
 
 
+@pytest.mark.slow
 def test_embedding_margin_is_infinite_where_nothing_moves_the_margin():
     x, w_query, w_key = make(BY_NAME["thin"])
     assert np.all(np.isposinf(embedding_margin(x, w_query, w_key)[:2]))

@@ -39,7 +39,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("coupling", "bound"),
     [
-        (-0.5, None),
+        pytest.param(-0.5, None, marks=SLOW),
         pytest.param(-3.0, None, marks=SLOW),
         pytest.param(0.9, 1.0, marks=SLOW),
         (0.24, 2.0),
@@ -61,6 +61,7 @@ def test_where_the_map_folds_the_ratio_is_the_conditional_mass(gap):
     assert ratio.value > 1.001
 
 
+@pytest.mark.slow
 def test_monte_carlo_in_the_plane():
     x = 2 * jax.random.normal(jax.random.key(0), (3, 2))
     w_query = jax.random.normal(jax.random.key(1), (2, 2))
@@ -99,6 +100,7 @@ def test_the_non_causal_variant_without_coupling_is_gaussian(length):
     np.testing.assert_allclose(got, np.reshape(expected, 5), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_non_causal_variant_is_no_process():
     log_prob = jax.jit(
         functools.partial(bidirectional_log_prob, w_query=0 * ONE, w_key=ONE, scale=1.0)
@@ -109,6 +111,7 @@ def test_the_non_causal_variant_is_no_process():
     assert ratio.value > 1.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", [-0.5, pytest.param(-0.1, marks=SLOW)])
 def test_causality_is_what_the_non_causal_variant_lacks(coupling):
     """With the same token at the origin, which causal attention may see too."""
@@ -153,6 +156,7 @@ def test_the_layered_density_is_that_of_its_conditionals():
     assert got == pytest.approx(float(expected), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_layers_are_drawn_one_from_the_other():
     draws = Predictive(functools.partial(layered, 5), num_samples=2000)(jax.random.key(1))
     assert {name: value.shape for name, value in draws.items()} == {
@@ -165,6 +169,7 @@ def test_layers_are_drawn_one_from_the_other():
     assert scipy.stats.kstest(np.ravel(residuals) / 0.8, "norm").pvalue > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal_layers", [True, False])
 def test_layers_are_consistent_if_they_are_causal(causal_layers):
     """A token of all layers at once is integrated out; a layer that sees the future spoils it."""
@@ -225,6 +230,7 @@ def test_bad_input_to_the_integrals():
             call()
 
 
+@pytest.mark.slow
 def test_an_integral_that_does_not_converge_is_an_error():
     def rough(x):
         return jnp.sin(1e6 * x[..., -1, 0]) * (x.shape[-2] > 1)
@@ -233,6 +239,7 @@ def test_an_integral_that_does_not_converge_is_an_error():
         marginal_ratio(rough, jnp.array([[0.5]]), -40, 40, tolerance=1e-8)
 
 
+@pytest.mark.slow
 def test_a_conditional_much_narrower_than_the_interval_is_found():
     def narrow(x):
         return pa.CausalAttention(-0.1 * ONE, ONE, 0.01, x.shape[-2]).log_prob(x)

@@ -115,6 +115,7 @@ def of_norm(norm, shape):
 # ---- is_proper: repulsive couplings -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @both_dtypes
 @pytest.mark.parametrize("shape", [(1, 1), (5, 2), (2, 4), (64, 32), (64, 1)], ids=str)
 def test_queries_opposite_to_keys_are_proper_after_rounding(shape, dtype):
@@ -233,6 +234,7 @@ def test_weights_that_are_not_finite_are_not_proper_and_spoil_no_others():
         )
 
 
+@pytest.mark.slow
 def test_leading_axes_broadcast_under_jit_and_vmap():
     w_query = np.random.default_rng(0).standard_normal((3, 1, 4, 2))
     w_key = np.stack([-w_query[0, 0], w_query[1, 0]])
@@ -383,7 +385,7 @@ def conditional_mass(past, coupling, bound):
 @pytest.mark.parametrize(
     ("past", "coupling", "bound", "proper", "certified"),
     [
-        ([-4.0, 4.0], -0.3, None, True, False),
+        pytest.param([-4.0, 4.0], -0.3, None, True, False, marks=pytest.mark.slow),
         ([-5.0, 6.0], -1.0, None, True, False),
         ([-40.0, 40.0], 0.99, 1.0, True, True),
         ([-40.0, 40.0], 0.99 / 4, 2.0, True, True),

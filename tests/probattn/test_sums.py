@@ -109,6 +109,7 @@ def test_second_derivative():
             np.testing.assert_allclose(one, expected, atol=1e-7 * np.abs(other).max())
 
 
+@pytest.mark.slow
 def test_singular_position_spoils_no_other_sequence():
     """The barrier's gradient at a determinant of zero, next to a sequence inside."""
     x = np.array([[[-4.0], [4.0], [0.0]], [[-1.0], [1.0], [0.0]]])
@@ -122,6 +123,7 @@ def test_singular_position_spoils_no_other_sequence():
     np.testing.assert_allclose(value, alone + singular, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_twice():
     """There are fewer products of matrices than where every position has its own derivative."""
 
@@ -134,7 +136,7 @@ def test_nothing_is_computed_twice():
     assert products(log_det_sum) < each
 
 
-@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("summed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sequences_that_are_taken_in_turns(summed, monkeypatch):
     """Value and derivative of two heads, of which not all sequences are formed at once."""
     length, rank = 9, 3

@@ -1,7 +1,7 @@
 """Posteriors of the tiny text, as small as they can be, that the tests of the upper rooms share.
 
-Two are sampled, once for all workers of a session: the first makes them, the others wait. Runs of
-fits are made by hand, since what is asked of them here does not depend on how well they fit.
+One is sampled, once for all workers of a session: the first makes it, the others wait. The others
+and the runs of fits are made by hand, since nothing here depends on how well they fit.
 """
 
 import shutil
@@ -10,8 +10,12 @@ from dataclasses import replace
 import filelock
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from probattn.inference import SampleConfig, load_run, sample_run
+from probattn.inference.runs.segments import Segment, SegmentFolder
+from probattn.inference.sampling import posterior_runs
+from probattn.inference.sampling.nuts import fingerprint
 from probattn.inference.sampling.posterior_runs import config_of_fit
 from probattn.models.language import parameter_shapes
 from probattn.text.corpora import load_corpus
@@ -50,9 +54,37 @@ def sample_latent(tiny_run, path):
     assert main([*command, "--out", str(path), *LATENT_FLAGS]) == 0
 
 
-def sample_language(tiny_run, path):
-    """The posterior of the network of the tiny run, from its parameters on."""
-    sample_run(config_of_fit(tiny_run, LANGUAGE), path, init_values=tiny_run.parameters)
+def language_by_hand(tiny_run, path):
+    """The run of a posterior of the network of the tiny run: draws near its parameters.
+
+    As sampling leaves it, without the minute that NUTS takes to compile.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(posterior_runs, "sample", _draw_near)
+        sample_run(config_of_fit(tiny_run, LANGUAGE), path, init_values=tiny_run.parameters)
+
+
+def _draw_near(model, *, model_args, config, init_values, out, **_):
+    rng, chains = np.random.default_rng(0), config.chains
+    segments = SegmentFolder(out)
+    for first, stop in ((0, config.warmup), (config.warmup, config.warmup + config.draws)):
+        kept = stop - first if first else 0
+        draws = {
+            name: np.asarray(value) + 0.05 * rng.standard_normal((chains, kept, *value.shape))
+            for name, value in init_values.items()
+        }
+        shape = chains, stop - first
+        statistics = {
+            "diverging": np.zeros(shape, bool),
+            "acceptance_rate": np.full(shape, 0.8),
+            "n_steps": np.full(shape, 7),
+            "energy": rng.standard_normal(shape),
+            "step_size": np.full(shape, 0.1),
+            "lp": rng.standard_normal(shape),
+            "seconds": np.full(shape, float(stop)),
+        }
+        digest = fingerprint(config, model, model_args)
+        segments.save(Segment(first, stop, draws, statistics, {}, digest))
 
 
 def fitted_by_hand(tiny_run, path, *, guide="map", text=None, **objective):

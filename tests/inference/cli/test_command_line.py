@@ -186,6 +186,7 @@ def test_installed_command_works(tiny_run):
     assert done.stdout.startswith(printable("the" + expected.text)[:40])
 
 
+@pytest.mark.slow
 def test_installed_command_fails_with_its_status():
     done = installed("generate", "nowhere", "--prompt", "the")
     assert (done.returncode, done.stdout) == (2, "")
@@ -363,6 +364,7 @@ def test_evaluate_prints_in_any_encoding(own_run, monkeypatch, handler):
     assert f"wrote {own_run.path / 'figures' / 'noise.png'}" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("evaluated")
 def test_evaluate_leaves_figures_and_the_table_of_noise(probattn, own_run):
     metrics = own_run.path / "metrics.jsonl"
@@ -386,6 +388,7 @@ def test_evaluate_leaves_figures_and_the_table_of_noise(probattn, own_run):
     assert names == {"training.png", "noise.csv", "noise_kinds.png", "mine.png"}
 
 
+@pytest.mark.slow
 def test_sensitivity_prints_and_writes(probattn, tiny_run, tmp_path, monkeypatch):
     out, found = tmp_path / "out", []
 

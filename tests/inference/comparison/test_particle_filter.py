@@ -99,6 +99,7 @@ def test_the_product_of_predictions_is_unbiased(regime):
     assert error < 0.01 * products.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_predictions_in_two_dimensions_are_those_of_importance_sampling(count):
     """A coupling with a sense of rotation, and whole sequences drawn before any token is seen."""
@@ -139,6 +140,7 @@ def test_a_later_token_changes_no_earlier_prediction():
     assert np.all(np.any(one[:, 3:] != other[:, 3:], axis=-1))
 
 
+@pytest.mark.slow
 def test_the_result_is_a_function_of_key_and_sequence(monkeypatch):
     one = filtered("bounded", TOKENS, particles=FEW).log_probabilities
     again = filtered("bounded", TOKENS, particles=FEW).log_probabilities

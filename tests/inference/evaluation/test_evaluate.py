@@ -151,6 +151,7 @@ def test_every_kind_has_its_levels_from_none_on(all_kinds):
     assert degradations == sorted(degradations)
 
 
+@pytest.mark.slow
 def test_gaussian_noise_is_what_it_is_without_other_kinds(all_kinds, tmp_path):
     run, result = all_kinds
     alone = evaluate(copy_of(run, tmp_path / "run"), noise_absolute=(0.1,), noise_relative=(1.0,))

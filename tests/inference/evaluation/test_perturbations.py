@@ -202,6 +202,7 @@ def test_a_scorer_looks_for_the_directions_of_its_own_losses():
 # All of them
 
 
+@pytest.mark.slow
 def test_levels_of_a_kind_share_a_compiled_program(caplog):
     jax.clear_caches()  # another test may have compiled some
     scorer = scorer_of(text(2 * BLOCK + 1))

@@ -69,6 +69,7 @@ def test_margins_are_those_of_the_token_in_its_window(tiny_run, found):
             np.testing.assert_allclose(got, getattr(expected, name)[:392], atol=1e-9)
 
 
+@pytest.mark.slow
 def test_draws_are_averaged_and_more_noise_does_more(tiny_run, found):
     less = sensitivity(tiny_run, level=0.1, draws=3)
     assert less.loss.tolist() == found.loss.tolist()

@@ -422,6 +422,7 @@ def test_the_user_style_neither_matters_nor_changes(tmp_path):
         assert int.from_bytes(path.read_bytes()[16:20], "big") == 1400
 
 
+@pytest.mark.slow
 def test_matplotlib_is_loaded_by_the_first_figure_and_pyplot_never():
     code = """
 import sys, probattn.inference

@@ -136,6 +136,7 @@ def test_the_best_parameters_are_those_of_the_best_validation(whole):
     }
 
 
+@pytest.mark.slow
 def test_so_many_tokens_are_scored_at_the_end(config, tmp_path):
     result = fit(with_fit(config, steps=2, warmup=0, evaluation_tokens=BLOCK + 1), tmp_path / "run")
     expected = cross_entropy(result.run, tiny_text()[3600 : 3600 + BLOCK + 1])
@@ -199,6 +200,7 @@ def test_a_fit_in_single_precision_which_is_the_default_outside_of_these_tests(c
     assert (child.returncode, child.stdout) == (0, "done\n"), child.stderr
 
 
+@pytest.mark.slow
 def test_a_custom_optimizer_is_used_and_the_best_of_its_steps_kept(whole, config, tmp_path):
     """It is the default one until step 160, and climbs from there."""
     default = default_optimizer(config.fit)
@@ -224,6 +226,7 @@ def test_a_custom_optimizer_is_used_and_the_best_of_its_steps_kept(whole, config
     assert run.summary()["fit"]["best_step"] == 160
 
 
+@pytest.mark.slow
 def test_minibatches_of_one_repeated_token(config, tmp_path):
     """No spread in any context: every determinant is 1, and the network learns the one token."""
     (tmp_path / "text").write_text(" " * 3600 + tiny_text()[:400], encoding="utf-8")

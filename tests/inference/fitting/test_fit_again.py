@@ -22,6 +22,7 @@ from tests.support.whole_fit import (
 )
 
 
+@pytest.mark.slow
 def test_the_seed_makes_the_fit_wherever_its_calls_are_cut(whole, config, tmp_path, monkeypatch):
     """Here every step is a call of its own, over a run that is to be replaced."""
     copy = shutil.copytree(whole.copies[160], tmp_path / "run")

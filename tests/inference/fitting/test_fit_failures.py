@@ -91,6 +91,7 @@ def test_a_fit_that_fails_early_leaves_the_run_that_it_was_to_replace(
     assert files_of(copy) == before
 
 
+@pytest.mark.slow
 def test_who_gave_the_optimizer_is_not_told_of_the_default_one(config, tmp_path, monkeypatch):
     spoil(monkeypatch, 60, "w_query")
     own = default_optimizer(config.fit)
@@ -126,6 +127,7 @@ def test_a_figure_that_is_not_finite_is_not_reported(config, tmp_path, monkeypat
     assert (run.step, run.metrics(), run.stopped) == (None, [], (80, "embedding_rms is inf"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moves", [False, True], ids=["taken back", "shortened"])
 def test_a_fit_that_no_step_moved_is_no_success(config, tmp_path, monkeypatch, moves):
     advance, init = Trainer.advance, Trainer.init
@@ -147,6 +149,7 @@ def test_a_fit_that_no_step_moved_is_no_success(config, tmp_path, monkeypatch, m
     assert run.summary() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["make", "line", "checkpoint"])
 def test_a_full_disk_ends_a_fit_in_one_line_and_leaves_it_whole(
     whole, config, tmp_path, monkeypatch, after

@@ -144,6 +144,7 @@ def test_minibatches_are_functions_of_seed_and_step(ce):
     assert not np.array_equal(other[0], same[0])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_call(full):
     _, _, progress = descend(full, draw(FULL), rate=np.nan, stop=10)
     assert (int(progress.step), bool(progress.finite)) == (2, False)

@@ -21,6 +21,7 @@ def clouds():
     return {a: [data.cloud(a, seed) for seed in range(3)] for a in (0.2, -0.2)}
 
 
+@pytest.mark.slow
 def test_valid_sequences_of_a_seed_are_as_many_as_the_paper_has(clouds):
     counts = [each.valid for each in clouds[0.2]]
     deviation = math.sqrt(4000 * 0.8465 * 0.1535)  # of one count
@@ -58,6 +59,7 @@ def test_a_sequence_of_figure_3_3_by_hand(clouds, coupling):
         assert cloud.log_density[row] == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", data.FAMILY)
 def test_conditional_density_integrates_to_one(coupling):
     grid = np.linspace(-12, 14, 4001)
@@ -77,6 +79,7 @@ def test_comparisons_state_paper_formula_and_reproduction(clouds):
     assert [row.reproduced for row in peaks] == ["0.399", "0.310", "0.495"]
 
 
+@pytest.mark.slow
 def test_tokens_of_figure_1_1_lie_by_their_determinant():
     path = data.trajectory()
     # Rank one: the boundary is where the product of the two spreads is one.
@@ -86,6 +89,7 @@ def test_tokens_of_figure_1_1_lie_by_their_determinant():
     assert all(token in data.TEXT for token in path.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [4, pytest.param(7, marks=pytest.mark.slow)])
 def test_the_region_of_proper_conditionals_is_that_of_the_certificate(size):
     for bound in (None, 1.0):

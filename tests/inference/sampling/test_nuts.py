@@ -304,6 +304,7 @@ def test_calls_do_not_become_long_before_the_slowest_chain_has_ended_any():
 # Where chains start
 
 
+@pytest.mark.slow
 def test_start_at_given_values():
     """The state of every chain before its first step, in NumPyro's unconstrained space."""
     with jax.enable_x64(True):
@@ -356,6 +357,7 @@ def test_a_start_outside_the_feasible_region():
         sample(free, model_args=(np.zeros((2, 4), int),), config=FEW, init_values=start)
 
 
+@pytest.mark.slow
 def test_no_start_of_positive_density():
     def impossible():
         value = numpyro.sample("value", dist.Normal(0.0, 1.0))
@@ -403,6 +405,7 @@ def test_a_damaged_segment_is_named(stored, tmp_path):
             list(SegmentFolder(tmp_path).load())
 
 
+@pytest.mark.slow
 def test_a_missing_segment_is_noticed_and_a_lost_end_made_again(stored, tmp_path):
     files, config = copied(stored, tmp_path)
     content = files[1].read_bytes()
@@ -446,6 +449,7 @@ def test_segments_of_another_run(stored, tmp_path, change, message):
         resume(tmp_path, replace(config, **change))
 
 
+@pytest.mark.slow
 def test_segments_with_the_state_of_another_number_of_chains(stored, tmp_path):
     files, config = copied(stored, tmp_path)
     with np.load(files[0]) as stored_arrays:

@@ -326,6 +326,23 @@ def test_a_non_centred_run_is_sampled_by_the_command(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_network_of_a_fitted_run_is_sampled(tiny_run, language_run, tmp_path):
+    """With the sites, shapes and statistics of the run that other tests make by hand."""
+    config = posterior.config_of_fit(tiny_run, LANGUAGE)
+    run, _ = sample_run(config, tmp_path / "run", init_values=tiny_run.parameters)
+    found, by_hand = load_posterior(run), load_posterior(language_run)
+    for kind in ("draws", "statistics"):
+        sampled, made = getattr(found, kind), getattr(by_hand, kind)
+        assert {name: value.shape for name, value in sampled.items()} == {
+            name: value.shape for name, value in made.items()
+        }
+    for name, value in found.draws.items():
+        assert np.all(np.isfinite(value)), name
+        assert not np.array_equal(value[0], value[1]), name
+    assert np.mean(found.statistics["acceptance_rate"]) > 0.3
+
+
+@pytest.mark.slow
 def test_from_a_fitted_run(tiny_run, language_run, tmp_path, capsys, monkeypatch):
     """The posterior of a fitted language model, on its text, from its parameters on."""
     maps, draw_map, asked = [], posterior_plots.support_map, []

@@ -111,6 +111,7 @@ def test_nan_stays_where_it_is(rank):
     np.testing.assert_allclose(found.log_abs[others], true, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_mapped_is_a_larger_batch_with_one_condition():
     mapped, whole = quick_jit(jax.vmap(elimination.eliminate)), quick_jit(elimination.eliminate)
     for kind in ("near the identity", "any"):
@@ -154,6 +155,7 @@ def test_derivatives_match_those_of_numpy_s_definitions(rank, pivoting):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_no_matrices():
     found = eliminate(jnp.zeros((0, 3, 3)))
     assert found.inverse.shape == (0, 3, 3)

@@ -70,6 +70,7 @@ def error_of_single_precision(compiled, scale):
     return np.max(error * sizes[:, -1] / sizes[:, 0]) / np.finfo(np.float32).eps
 
 
+@pytest.mark.slow
 def test_single_precision_loses_four_bits_at_most():
     """The promise is 1e-5, which is 84 times the rounding error."""
     compiled = jax.jit(log_abs_of_projections)
@@ -77,6 +78,7 @@ def test_single_precision_loses_four_bits_at_most():
         assert error_of_single_precision(compiled, scale) <= 16, scale
 
 
+@pytest.mark.slow
 def test_second_moments_everywhere_would_lose_some(monkeypatch):
     monkeypatch.setattr(moments, "LARGEST_MOMENT", np.inf)
     compiled = jax.jit(partial(log_abs_of_projections))
@@ -84,7 +86,7 @@ def test_second_moments_everywhere_would_lose_some(monkeypatch):
 
 
 @scales
-@pytest.mark.parametrize("length", [7, 70, *(pytest.param(n, marks=SLOW) for n in (130, 300))])
+@pytest.mark.parametrize("length", [7, *(pytest.param(n, marks=SLOW) for n in (70, 130, 300))])
 def test_value_and_derivative_match_the_definition(length, scale):
     arguments = inputs(length, scale)
     value = value_and_slopes(*arguments)
@@ -113,6 +115,7 @@ def test_few_numbers_take_one_way_with_the_same_result(scale, monkeypatch):
         np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [7, pytest.param(130, marks=SLOW)])
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=SLOW) for n in INPUTS[1:])])
 def test_derivative_in_one_input_alone(number, length):
@@ -136,6 +139,7 @@ def test_derivative_in_one_input_alone(number, length):
     np.testing.assert_allclose(pushed, np.vdot(expected, direction), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [7, pytest.param(130, marks=SLOW)])
 def test_derivative_in_the_bound_alone(length):
     arguments = inputs(length)
@@ -152,6 +156,7 @@ def test_derivative_in_the_bound_alone(length):
     np.testing.assert_allclose(derivative(bound), slope, rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param(np.float64, marks=SLOW), np.float32], ids=str)
 def test_a_long_token_changes_no_bit_of_the_past(dtype):
     x, w_query, w_key = inputs(9, SHORT, dtype)
@@ -168,6 +173,7 @@ def test_a_long_token_changes_no_bit_of_the_past(dtype):
     np.testing.assert_array_equal(past(x.at[5:].multiply(1e25))[0], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "in_axes",
     [pytest.param((0, 0, 0), marks=SLOW), (0, None, 0), pytest.param((None, 1, None), marks=SLOW)],
@@ -194,6 +200,7 @@ def test_mapped_is_a_larger_batch_with_one_condition(in_axes):
     assert program.count(" cond[") == 3
 
 
+@pytest.mark.slow
 def test_second_derivative_of_long_tokens():
     arguments = inputs(5, 12.0)
     hessian = quick_jit(jax.hessian(partial(weighted, log_abs)))(*arguments)
@@ -214,6 +221,7 @@ def short(x, w_query, w_key):
     return sizes[0].max() * sizes[1].max() <= 32 * np.sqrt(w_query.shape[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("function", [pa.log_det, pa.relaxed_barrier])
 def test_no_blocks_of_all_sequences_are_alive(function, summed):
