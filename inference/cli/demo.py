@@ -56,8 +56,8 @@ def demo(out: Path, *, config: RunConfig = DEMO_CONFIG, progress: bool = False) 
     excerpt = out / "excerpt.txt"
     for name in _OBJECTIVES:
         check_target(out / name, overwrite=True)
-    for name in ("comparison", "margins"):
-        check_report(name, out / "figures")
+    for report in ("comparison", "margins"):
+        check_report(report, out / "figures")
     check_outputs(excerpt)
     runs: dict[str, Run] = {}
     evaluations: dict[str, EvaluateResult] = {}
