@@ -107,7 +107,9 @@ def _token_in_text(tokens: Sequence[str], position: int, room: int) -> Text:
         shown = f"{tokens[position]!r} after {before[start:]!r}"
         if cell_len(shown) <= room:
             return Text(shown)
-    return Text(repr(tokens[position]))
+    alone = Text(repr(tokens[position]))
+    alone.truncate(max(room, 1), overflow="ellipsis")
+    return alone
 
 
 def print_sensitivity(screen: Console, found: Sensitivity) -> None:
@@ -199,7 +201,7 @@ def print_comparisons(screen: Console, comparisons: Sequence[PaperComparison]) -
 
 def print_generated(screen: Console, result: Generated) -> None:
     """Print the prompt in bold and its continuation, coloured by margin."""
-    text = Text(printable(result.prompt), style="bold")
+    text = Text().append(printable(result.prompt), style="bold")
     heads = character_heads(result.tokens)
     shown, begins = np.unique(heads, return_index=True)
     for head, margin in zip(shown, np.minimum.reduceat(result.margin, begins), strict=True):
