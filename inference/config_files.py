@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import stat
 import tomllib
 import types
 import typing
@@ -13,6 +14,8 @@ import tomli_w
 
 from probattn.inference.config import RunConfig
 from probattn.messages import one_line
+
+_LARGEST = 2**20  # bytes of a file
 
 
 def read_config(path: str | os.PathLike[str]) -> RunConfig:
@@ -39,10 +42,16 @@ def read_tables[C](
     """
     path = Path(path)
     try:
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            # It could be read for ever.
+            raise ValueError("got a device or a pipe")
+        if status.st_size > _LARGEST:
+            raise ValueError(f"got {status.st_size} bytes, and at most {_LARGEST} are read")
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, too long a number, too deep
+    except (ValueError, RecursionError) as error:  # as above, or no UTF-8, no TOML, too deep
         raise ValueError(f"{path}: expected a TOML file: {one_line(error)}") from None
     try:
         return _from_tables(tables, kind, defaults or {})

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def check_integers(config: Any, table: str, /, **least: int | None) -> None:
-    """Refuse fields that are no integers of at least this size, None for any size.
+    """Refuse fields that are no integers of at least this size, None for any size, or of 64 bits.
 
     Raises:
         ValueError: naming the field as a configuration file does, `table.field`.
@@ -15,6 +15,10 @@ def check_integers(config: Any, table: str, /, **least: int | None) -> None:
     for name, smallest in least.items():
         value = getattr(config, name)
         integer = isinstance(value, int) and not isinstance(value, bool)
+        if integer and value.bit_length() > 63:  # no array holds it
+            raise ValueError(
+                f"{table}.{name} is an integer of {value.bit_length()} bits: expected at most 63"
+            )
         if not integer or (smallest is not None and value < smallest):
             expected = "an integer" if smallest is None else f"an integer >= {smallest}"
             raise ValueError(f"{table}.{name} is {value!r}: expected {expected}")

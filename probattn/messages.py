@@ -16,3 +16,12 @@ def describe(value: object) -> str:
 def legible(text: str) -> str:
     """Quote a text of somebody else's where it would break a message's line or steer a terminal."""
     return text if text.isprintable() else repr(text)
+
+
+def is_utf8(name: str) -> bool:
+    """Tell whether UTF-8 holds a name: that of a file may be any bytes, which Python escapes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

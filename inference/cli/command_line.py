@@ -26,6 +26,7 @@ from probattn.inference.cli.commands import (
 )
 from probattn.inference.cli.console import printable
 from probattn.inference.cli.quiet import silence_libraries
+from probattn.inference.cli.values import PLAIN_VALUES, plain_path
 from probattn.inference.config import SAMPLED_DATA, SAMPLED_OBJECTIVE, RunConfig, SampleRunConfig
 from probattn.inference.config_files import read_config, read_tables
 from probattn.inference.runs.folder import check_folder
@@ -114,6 +115,7 @@ def _parse(arguments: list[str]) -> Any:
                 description="Causal self-attention as a probabilistic program.",
                 args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff,),
+                registry=PLAIN_VALUES,
             )
     except SystemExit as stop:
         if not stop.code:
@@ -170,9 +172,9 @@ def _configuration(arguments: list[str], command: str) -> Path | None:
         return None
     given, out = _value_of(arguments, "--config"), _value_of(arguments, "--out")
     if given is not None:
-        return Path(given)
+        return plain_path(given)
     if out is not None and "--resume" in arguments:
-        stored = Path(out) / "config.toml"
+        stored = plain_path(out) / "config.toml"
         check_folder(Path(out))
         return stored if stored.exists() else None
     return None

@@ -31,6 +31,7 @@ from probattn.inference.evaluation.perturbations import NoiseKind
 from probattn.inference.evaluation.sensitivity import sensitivity
 from probattn.inference.evaluation.token_margins import text_margins
 from probattn.inference.figures.report import (
+    check_report,
     compared_report,
     comparison_figures,
     margin_figures,
@@ -39,6 +40,7 @@ from probattn.inference.figures.report import (
 )
 from probattn.inference.fitting.fit import fit
 from probattn.inference.paper.report import paper_report
+from probattn.inference.runs.files import check_outputs
 from probattn.inference.runs.folder import LOCK_SECONDS
 from probattn.inference.runs.run import load_fit, load_run
 from probattn.inference.runtime.processes import distributed, is_main_process
@@ -214,10 +216,10 @@ class Margins:
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
+        check_report("margins", self.out)
         margins = text_margins(load_fit(self.run), self.text, stride=self.stride, progress=True)
-        paths = margin_figures(margins, self.out)
         console.print_margins(screen, margins)
-        console.print_paths(screen, paths)
+        console.print_paths(screen, margin_figures(margins, self.out))
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ class MeasureSensitivity:
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
+        check_report("sensitivity", self.out)
         found = sensitivity(
             load_fit(self.run),
             self.text,
@@ -276,6 +279,7 @@ class Compare:
         if len(set(labels)) < len(labels):
             raise ValueError(f"runs: got {', '.join(labels)}, expected each run once")
         runs = {label: load_run(path) for label, path in zip(labels, self.runs, strict=True)}
+        check_report("compared", self.out)
         compared = compare(runs, seed=self.seed, progress=True)
         console.print_compared(screen, compared)
         console.print_paths(screen, compared_report(compared, self.out))
@@ -302,6 +306,8 @@ class Generate:
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
+        if self.out is not None:
+            check_outputs(self.out)
         result = generate(
             load_fit(self.run),
             self.prompt,
@@ -313,8 +319,7 @@ class Generate:
         )
         console.print_generated(screen, result)
         if self.out is not None:
-            write_csv(result, self.out)
-            console.print_paths(screen, [self.out])
+            console.print_paths(screen, [write_csv(result, self.out)])
 
 
 @dataclass(frozen=True)

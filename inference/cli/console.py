@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +19,7 @@ from probattn.inference.evaluation.noise_sweeps import NoisePoint
 from probattn.inference.evaluation.sensitivity import Sensitivity
 from probattn.inference.evaluation.token_margins import TextMargins
 from probattn.inference.export.diagnostics import divergence_margin, summarise, values_of
+from probattn.inference.figures.data import character_heads
 from probattn.inference.figures.report import compared_row
 from probattn.inference.paper.data import PaperComparison
 
@@ -81,21 +83,33 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
     """Print one table with a row per attention stage."""
     title = Text(f"margins of {printable(margins.name)} (sigma_min)")
     table = Table(title=title, title_justify="left")
-    table.add_column("stage")
-    for name in ("smallest", "1 % quantile", "median", "certified", "support token"):
-        table.add_column(name, justify="right")
-    inner = margins.position >= 2
+    header = ("stage", "smallest", "1 %", "median", "certified")  # of which 1 % is a quantile
+    heads, inner = character_heads(margins.tokens), margins.position >= 2
+    rows, support = [], []
     for stage in margins.stages:
-        weakest = int(np.argmin(np.where(inner, stage.margin, np.inf)))
-        before = "".join(margins.tokens[max(weakest - 12, 0) : weakest])
-        quantiles = np.quantile(stage.margin[inner], [0, 0.01, 0.5])
-        table.add_row(
-            stage.label,
-            *(f"{value:.3f}" for value in quantiles),
-            f"{100 * np.mean(stage.certificate[inner] < 1):.1f} %",
-            Text(f"{margins.tokens[weakest]!r} after {before!r}"),
-        )
+        quantiles = (f"{value:.3f}" for value in np.quantile(stage.margin[inner], [0, 0.01, 0.5]))
+        certified = f"{100 * np.mean(stage.certificate[inner] < 1):.1f} %"
+        rows.append((stage.label, *quantiles, certified))
+        support.append(heads[np.argmin(np.where(inner, stage.margin, np.inf))])
+    for name in header:
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    table.add_column("support token", justify="right", no_wrap=True)
+    taken = sum(max(map(len, column)) + 3 for column in zip(header, *rows, strict=True))
+    for row, head in zip(rows, support, strict=True):
+        table.add_row(*row, _token_in_text(margins.tokens, head, screen.width - taken - 4))
     screen.print(table)
+
+
+def _token_in_text(tokens: Sequence[str], position: int, room: int) -> Text:
+    """Quote a token and what of the text before it has room in so many columns of a terminal."""
+    before = "".join(tokens[max(position - 12, 0) : position])
+    for start in range(len(before)):
+        shown = f"{tokens[position]!r} after {before[start:]!r}"
+        if cell_len(shown) <= room:
+            return Text(shown)
+    alone = Text(repr(tokens[position]))
+    alone.truncate(max(room, 1), overflow="ellipsis")
+    return alone
 
 
 def print_sensitivity(screen: Console, found: Sensitivity) -> None:
@@ -187,17 +201,20 @@ def print_comparisons(screen: Console, comparisons: Sequence[PaperComparison]) -
 
 def print_generated(screen: Console, result: Generated) -> None:
     """Print the prompt in bold and its continuation, coloured by margin."""
-    text = Text(printable(result.prompt), style="bold")
-    for token, margin in zip(result.tokens, result.margin, strict=True):
+    text = Text().append(printable(result.prompt), style="bold")
+    heads = character_heads(result.tokens)
+    shown, begins = np.unique(heads, return_index=True)
+    for head, margin in zip(shown, np.minimum.reduceat(result.margin, begins), strict=True):
         style = "red" if margin < 0 else "yellow" if margin < _NEAR else ""
-        text.append(printable(token), style=style)
+        text.append(printable(result.tokens[head]), style=style)
     screen.print(text, soft_wrap=True)
     weakest = int(result.margin.argmin())
+    token = result.tokens[heads[weakest]]
     screen.print()
     screen.print(
         Text(
             f"margins (sigma_min, post hoc): smallest {result.margin[weakest]:.3f} at generated "
-            f"token {weakest}, {result.tokens[weakest]!r}; red is below 0, yellow below {_NEAR}"
+            f"token {weakest}, {token!r}; red is below 0, yellow below {_NEAR}"
         )
     )
 

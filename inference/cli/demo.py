@@ -7,9 +7,9 @@ from pathlib import Path
 from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.evaluation.evaluate import EvaluateResult, evaluate
 from probattn.inference.evaluation.token_margins import text_margins
-from probattn.inference.figures.report import comparison_figures, margin_figures
+from probattn.inference.figures.report import check_report, comparison_figures, margin_figures
 from probattn.inference.fitting.fit import fit
-from probattn.inference.runs.files import write_text
+from probattn.inference.runs.files import check_outputs, write_text
 from probattn.inference.runs.folder import check_target
 from probattn.inference.runs.run import Run
 from probattn.models import LanguageModelConfig, ObjectiveConfig
@@ -50,10 +50,15 @@ def demo(out: Path, *, config: RunConfig = DEMO_CONFIG, progress: bool = False) 
         progress: show progress bars.
 
     Raises:
-        ValueError: if `out` holds something else under the names of the runs.
+        ValueError: if `out` holds something else under the names of the runs or of the files.
+        WriteError: if nothing can be written there.
     """
+    excerpt = out / "excerpt.txt"
     for name in _OBJECTIVES:
         check_target(out / name, overwrite=True)
+    for report in ("comparison", "margins"):
+        check_report(report, out / "figures")
+    check_outputs(excerpt)
     runs: dict[str, Run] = {}
     evaluations: dict[str, EvaluateResult] = {}
     for name in _OBJECTIVES:
@@ -61,7 +66,6 @@ def demo(out: Path, *, config: RunConfig = DEMO_CONFIG, progress: bool = False) 
         runs[name] = fit(chosen, out / name, overwrite=True, progress=progress).run
         evaluations[name] = evaluate(runs[name], progress=progress)
     figures = comparison_figures(runs, evaluations, out / "figures")
-    excerpt = out / "excerpt.txt"
     write_text(excerpt, load_corpus(config.data).validation[:_EXCERPT])
     margins = text_margins(runs["margin"], excerpt, progress=progress)
     figures += margin_figures(margins, out / "figures")

@@ -26,8 +26,8 @@ class Generated:
     Attributes:
         prompt: what was given.
         text: what was generated.
-        tokens: what each generated token stands for; a token of several bytes may stand for part
-            of a character.
+        tokens: what each generated token stands for; the empty text where it only goes on with
+            the character of the one before, and <0xC3> for a byte that belongs to no character.
         margin: margin of each generated token, kind "sigma_min", under the post-hoc attention
             prior and in the window in which it was generated.
     """
@@ -65,8 +65,8 @@ def generate(
         ValueError: if an argument is out of range or the prompt has a character that the
             vocabulary lacks.
     """
-    if length < 1:
-        raise ValueError(f"length: got {length}, expected an integer >= 1")
+    if not 1 <= length < 2**31:  # positions are numbers of 32 bits
+        raise ValueError(f"length: got {length}, expected an integer from 1 to 2^31 - 1")
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature: got {temperature}, expected a finite number >= 0")
     if top_k is not None and top_k < 1:
@@ -103,15 +103,15 @@ def generate(
     return Generated(
         prompt,
         run.vocabulary.decode(new),
-        tuple(run.vocabulary.decode(token[None]) for token in new),
+        tuple(run.vocabulary.display(new)),
         _margins(run, tokens, np.asarray(starts), given, progress=progress),
     )
 
 
-def write_csv(generated: Generated, path: Path) -> None:
+def write_csv(generated: Generated, path: Path) -> Path:
     """Write a table with a row per generated token: index, token, margin."""
     rows = zip(range(len(generated.tokens)), generated.tokens, generated.margin, strict=True)
-    write_table(path, ["index", "token", "post_hoc_sigma_min"], rows)
+    return write_table(path, ["index", "token", "post_hoc_sigma_min"], rows)
 
 
 def _margins(

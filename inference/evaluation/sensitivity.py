@@ -5,6 +5,7 @@ a model is. So each token of a text gets a row: the loss of the prediction made 
 token after it, without noise and under noise, beside its margins.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Sensitivity:
         level: standard deviation in units of the embedding's root mean square; of substitution
             the probability of a token to be replaced.
         index: index of each token in the text, (N,).
-        tokens: what each stands for, N strings.
+        tokens: what each stands for, N strings; the empty text where a token only goes on with
+            the character of the one before.
         window: number of its window, (N,).
         position: position of each token in its window, (N,).
         loss: loss of predicting the token after it, in nats, (N,).
@@ -147,13 +149,15 @@ def sensitivity(
             clean[reported], noisy[reported], margins, symbols, window, position, seed=seed
         )
         bar.update(1)
-    strings = {symbol: run.vocabulary.decode([symbol]) for symbol in np.unique(symbols)}
+    strings = {symbol: run.vocabulary.display([symbol])[0] for symbol in np.unique(symbols)}
+    rows = zip(scorer.inputs, reported, strict=True)
+    shown = [run.vocabulary.display(row[kept]) for row, kept in rows]
     return Sensitivity(
         name=name,
         kind=noise_kind,
         level=level,
         index=scorer.starts[window] + position,
-        tokens=[strings[symbol] for symbol in symbols],
+        tokens=list(itertools.chain.from_iterable(shown)),
         window=window,
         position=position,
         loss=clean[reported],

@@ -48,7 +48,8 @@ class TextMargins:
 
     Attributes:
         name: name of the text.
-        tokens: what each token stands for, N strings.
+        tokens: what each token stands for, N strings, whose concatenation is the text; the empty
+            text where a token only goes on with the character of the one before.
         position: position of each token within the window that reports it, (N,); tokens 0 and 1
             have no spread in their past and margin 1.
         window: number of that window, (N,).
@@ -102,7 +103,7 @@ def text_margins(
         for stage in chosen:
             found.append(reported_margins(run, stage, inputs, plan.reported))
             bar.update(1)
-    strings = [run.vocabulary.decode(token[None]) for token in tokens]
+    strings = run.vocabulary.display(tokens)
     return TextMargins(name, strings, position, window, plan.starts, tuple(found))
 
 

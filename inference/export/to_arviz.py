@@ -190,5 +190,5 @@ def _versions() -> dict[str, str]:
 
 def _symbols(run: RunDirectory) -> list[str]:
     # A file of netCDF holds no NUL in a text; the picture of one (U+2400) stands for it.
-    symbols = (run.vocabulary.decode([token]) for token in range(run.vocabulary.size))
+    symbols = (run.vocabulary.display([token])[0] for token in range(run.vocabulary.size))
     return [symbol.replace("\0", "\N{SYMBOL FOR NULL}") for symbol in symbols]

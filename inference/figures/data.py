@@ -122,6 +122,16 @@ def aligned(margins: Mapping[str, ArrayLike]) -> dict[str, Values]:
     return values
 
 
+def character_heads(tokens: Sequence[str]) -> Positions:
+    """Return which token shows the characters of each of N tokens, a vector of N positions.
+
+    It is the token itself, or the one before that has characters, where it has none: it then only
+    goes on with a character that began there.
+    """
+    own = [position if token else 0 for position, token in enumerate(tokens)]
+    return np.maximum.accumulate(np.array(own, np.intp))
+
+
 def positions(name: str, values: ArrayLike, length: int) -> Positions:
     """Return positions in a text of `length` tokens, as a vector.
 

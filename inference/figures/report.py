@@ -16,7 +16,7 @@ from probattn.inference.evaluation.token_margins import TextMargins, write_csv
 from probattn.inference.export.diagnostics import values_of
 from probattn.inference.export.to_arviz import to_datatree
 from probattn.inference.runs.csv_tables import write_table
-from probattn.inference.runs.files import replacing_path
+from probattn.inference.runs.files import check_outputs, replacing_path
 from probattn.inference.runs.folder import LOCK_SECONDS
 from probattn.inference.runs.run import PosteriorRun, Run
 from probattn.inference.sampling.posterior_runs import posterior_data
@@ -27,6 +27,29 @@ if TYPE_CHECKING:
 
 
 _OPTIONAL = {"barrier", "noise", "noise_kinds"}  # figures of comparison_figures
+
+REPORTS = {
+    "comparison": ("noise.csv", "training.png", *(f"{name}.png" for name in sorted(_OPTIONAL))),
+    "margins": ("margins.csv", "margin_text.png", "margin_sequence.png", "margin_distribution.png"),
+    "sensitivity": (
+        "sensitivity.csv",
+        "sensitivity_comparisons.csv",
+        "support_tokens.csv",
+        "sensitivity.png",
+    ),
+    "compared": ("comparison.csv", "reliability.png", "smallest_margin.png"),
+}
+"""The files that the functions below may write into the folder that they are given."""
+
+
+def check_report(name: str, folder: Path) -> None:
+    """Check that the files of a report can be written, before the work whose results they hold.
+
+    Raises:
+        ValueError: if a folder, a disk or a socket lies where a file is to lie.
+        WriteError: if the folder cannot be written to.
+    """
+    check_outputs(*(folder / file for file in REPORTS[name]))
 
 
 def comparison_figures(
@@ -251,7 +274,7 @@ def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
     probability = values_of(tree, "support_tokens", "support_probability")
     if probability is not None and probability.ndim == 2:  # no heads
         tokens = posterior_data(run)[0]  # inputs: their embeddings have the margins
-        symbols = [[run.vocabulary.decode([token]) for token in row] for row in tokens]
+        symbols = [run.vocabulary.display(row) for row in tokens]
         figures["support_probability"] = support_map(probability, symbols)
     with run.lock(wait=LOCK_SECONDS):
         return tree, [path, *_save(run.path / "figures", figures)]

@@ -41,12 +41,14 @@ def text_by_margin(
 ) -> Figure:
     """Draw the text itself, each token on the colour of its margin, support tokens boxed.
 
-    Newlines show as a return mark and break the row; what the font cannot draw shows as U+FFFD. The
-    colours span the 1st to the 99th percentile of the finite margins drawn; NaN is grey. A text of
-    more than 100 rows is cut there too. The caption says where a text is cut.
+    Newlines show as a return mark and break the row; what the font cannot draw shows as U+FFFD. A
+    token of no characters goes with the token before it: the two have the colour of the smaller
+    margin, and the box of either. The colours span the 1st to the 99th percentile of the finite
+    margins drawn; NaN is grey. A text of more than 100 rows is cut there too. The caption says
+    where a text is cut.
 
     Args:
-        tokens: the text of each token, N of them.
+        tokens: the text of each token, N of them, as `display` of a vocabulary returns it.
         margin: its margin, shape (N,); NaN and infinities are allowed.
         support: positions of the support tokens, shape (k,).
         label: whose margin it is, and of which kind.
@@ -65,8 +67,11 @@ def text_by_margin(
     if max_characters < 1:
         raise ValueError(f"max_characters: got {max_characters}, expected at least 1")
     boxed = data.positions("support", support, len(tokens))
+    heads = data.character_heads(tokens)
+    shown, begins = np.unique(heads, return_index=True)
+    values, boxed = np.fmin.reduceat(values, begins), np.searchsorted(shown, heads[boxed])
     layout = lay_out(
-        tokens,
+        [tokens[head] for head in shown],
         columns=_COLUMNS,
         max_rows=_MAX_ROWS,
         max_characters=max_characters,

@@ -8,10 +8,13 @@ import numpy as np
 
 from probattn.inference.paper import data
 from probattn.inference.runs.csv_tables import write_table
+from probattn.inference.runs.files import check_outputs
 from probattn.inference.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_FIGURES = ("figure_1_1", "figure_3_2", "figure_3_3", "proper_region")
 
 
 def paper_report(
@@ -27,11 +30,16 @@ def paper_report(
 
     Returns:
         The comparison, and the files.
+
+    Raises:
+        ValueError: if a folder, a disk or a socket lies where a file is to lie.
+        WriteError: if the folder cannot be written to.
     """
     from probattn.inference.figures.style import save_figure
     from probattn.inference.paper import figures as draw
 
-    folder.mkdir(parents=True, exist_ok=True)
+    check_outputs(*(folder / f"{name}.{kind}" for name in _FIGURES for kind in ("png", "csv")))
+    check_outputs(folder / "paper.csv")
     written: list[Path] = []
 
     def save(name: str, figure: "Figure", columns: Sequence[str], rows: Iterable[Sequence]) -> None:

@@ -1,13 +1,19 @@
-"""Files of a run directory: written whole or not at all, read with a clear error."""
+"""Files that are written whole or not at all, and read with a clear error.
+
+`is_written_through` decides for every output of the library how its path is opened.
+"""
 
 import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from probattn.messages import is_utf8
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 
@@ -38,31 +44,85 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text.encode())
 
 
+def is_written_through(path: Path) -> bool:
+    """Decide how an output is opened: a device or a pipe is written through, a file is replaced.
+
+    Links are followed. Disks are refused with folders and sockets: nobody means them here.
+
+    Raises:
+        ValueError: if something else than a file lies there.
+        WriteError: if what lies there cannot be found out.
+    """
+    with write_errors(path):
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:  # a new name, or a link to one
+            return False
+    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+        return True
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a disk or a socket"
+        raise ValueError(f"{path}: is {what}: expected a file, a pipe or a new name")
+    return False
+
+
+def check_outputs(*paths: Path) -> None:
+    """Check that files can be written, before the work whose results they are to hold.
+
+    Raises:
+        ValueError: if something else than a file lies there, see `is_written_through`.
+        WriteError: if no file can be made there.
+    """
+    for path in paths:
+        if not is_written_through(path):
+            _, temporary = _places(path)
+            with write_errors(path):
+                folder = next(each for each in temporary.parents if each.exists())
+                probe = folder / temporary.name
+                probe.touch(exist_ok=False)
+                probe.unlink()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write that takes its name only when it is whole."""
-    with replacing_path(path) as temporary, temporary.open("xb") as stream:
-        yield stream
+    """Open an output: a file takes its name only when it is whole, anything else is written to.
+
+    Raises:
+        ValueError: if something else than a file lies there, see `is_written_through`.
+        WriteError: if it cannot be written; a file that was there is then as it was.
+    """
+    if is_written_through(path):
+        with write_errors(path), open(os.open(path, os.O_WRONLY), "wb") as stream:
+            yield stream
+    else:
+        with replacing_path(path) as temporary, temporary.open("xb") as stream:
+            yield stream
 
 
 @contextmanager
 def replacing_path(path: Path) -> Iterator[Path]:
-    """Yield a path beside this one; its file takes this one's name when it is whole, on disk.
+    """Yield a path beside a file; what is written there takes its name when it is whole, on disk.
 
     Raises:
         WriteError: if it cannot be written; what was there is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    target, temporary = _places(path)
     with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             fsync(temporary)
-            os.replace(temporary, path)
-            fsync(path.parent)
+            os.replace(temporary, target)
+            fsync(target.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    """Return a file, or that which a link leads to, and a temporary name beside it."""
+    target = Path(os.path.realpath(path))
+    return target, target.with_name(f".{target.name}.{secrets.token_hex(4)}")
 
 
 @contextmanager
@@ -83,6 +143,19 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_name(path: Path) -> None:
+    """Refuse a run whose path is not UTF-8, since tensorstore opens no checkpoint there.
+
+    Raises:
+        RunError: if it is not.
+    """
+    if not is_utf8(str(path.absolute())):
+        raise RunError(
+            f"{path}: its path is not UTF-8: expected a run under a name in UTF-8, which alone "
+            "checkpoints can have; rename the folder, or choose another"
+        )
 
 
 def final_name(name: str) -> str:

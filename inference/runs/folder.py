@@ -14,7 +14,13 @@ from pathlib import Path
 
 import filelock
 
-from probattn.inference.runs.files import RunError, WriteError, final_name, write_errors
+from probattn.inference.runs.files import (
+    RunError,
+    WriteError,
+    check_name,
+    final_name,
+    write_errors,
+)
 
 ENTRIES = (
     "config.toml",
@@ -56,8 +62,9 @@ def check_folder(path: Path) -> None:
     """Refuse what no run holds: links, devices and pipes, and descriptions too large to read.
 
     Raises:
-        RunError: it names the entry.
+        RunError: it names the entry; or the path itself, where it is not UTF-8.
     """
+    check_name(path)
     for folder, folders, files in os.walk(path):
         for name in (*folders, *files):
             entry = Path(folder, name)
@@ -85,8 +92,10 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     """Refuse a directory that a new run would damage.
 
     Raises:
-        RunError: if the path holds a run and `overwrite` is not set, or holds anything else.
+        RunError: if the path is not UTF-8, holds a run and `overwrite` is not set, or holds
+            anything else.
     """
+    check_name(path)
     for parent in path.absolute().parents:
         if parent.exists() and not parent.is_dir():
             raise RunError(f"{path}: expected a directory for the run, and {parent} is a file")

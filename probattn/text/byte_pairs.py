@@ -32,6 +32,7 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _SYMBOLS = {byte: chr(byte) for byte in _PRINTABLE} | {
     byte: chr(0x100 + index) for index, byte in enumerate(_OTHERS)
 }
+_HEXADECIMAL = {0xDC00 + byte: f"<0x{byte:02X}>" for byte in range(128, 256)}
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,28 @@ class BytePairVocabulary:
         """
         checked = check_ids(ids, self.size, ndim=1).tolist()
         return b"".join(self.tokens[index] for index in checked).decode("utf-8", errors="replace")
+
+    def display(self, ids: ArrayLike) -> list[str]:
+        """Return what to show for each of token ids of shape (tokens,), without U+FFFD.
+
+        A character of several tokens is shown whole at the first of them, and those that only go
+        on with it show the empty text, so that the concatenation is the text. A byte that belongs
+        to no character, as where a sequence is cut, is shown in hexadecimal, such as <0xC3>.
+
+        Raises:
+            ValueError: if `ids` is not a vector of integers from 0 to size - 1.
+        """
+        tokens = [self.tokens[index] for index in check_ids(ids, self.size, ndim=1).tolist()]
+        # A byte of no character becomes one of 128 surrogates, which no UTF-8 text holds.
+        text = b"".join(tokens).decode("utf-8", "surrogateescape")
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        lone = (codes >= 0xDC80) & (codes <= 0xDCFF)
+        width = 1 + sum((codes >= least) & ~lone for least in (0x80, 0x800, 0x10000))
+        begins = np.cumsum(width) - width
+        ends = np.cumsum([len(token) for token in tokens])
+        cuts = np.searchsorted(begins, ends)  # characters that begin before each token's end
+        shown = (text[start:stop] for start, stop in itertools.pairwise([0, *cuts]))
+        return [each.translate(_HEXADECIMAL) for each in shown]
 
     def characters(self, ids: ArrayLike) -> int:
         """Count the characters that begin in token ids of any shape; see `token_characters`.

@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from probattn.messages import one_line
+from probattn.messages import is_utf8, one_line
 from probattn.text.download import Archive, DataError, read_archive
 from probattn.text.vocabulary import parse_tokenizer
 
@@ -84,6 +84,12 @@ class DataConfig:
                 f"data.validation: got {self.validation!r}, expected the path of a text file, or "
                 "None"
             )
+        for name, path in (("source", self.source), ("validation", self.validation)):
+            if path is not None and not is_utf8(path):
+                raise ValueError(
+                    f"data.{name}: got {path!r}, whose name is not UTF-8: expected a name that the "
+                    "configuration of a run can hold; rename the file, or make a link to it"
+                )
         fraction = self.validation_fraction
         if not isinstance(fraction, float) or not 0.0 < fraction < 1.0:
             raise ValueError(

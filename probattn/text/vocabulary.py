@@ -62,6 +62,12 @@ class Vocabulary(Protocol):
     def decode(self, ids: ArrayLike) -> str:
         """Return the text of token ids of shape (tokens,)."""
 
+    def display(self, ids: ArrayLike) -> list[str]:
+        """Return what to show for each of token ids of shape (tokens,): see `BytePairVocabulary`.
+
+        For all other vocabularies it is the text of each token.
+        """
+
     def characters(self, ids: ArrayLike) -> int:
         """Count the characters in token ids of any shape."""
 
@@ -144,6 +150,14 @@ class CharacterVocabulary:
             ValueError: if `ids` is not a vector of integers from 0 to size - 1.
         """
         return self._points[check_ids(ids, self.size, ndim=1)].tobytes().decode("utf-32-le")
+
+    def display(self, ids: ArrayLike) -> list[str]:
+        """Return the character of each of token ids of shape (tokens,).
+
+        Raises:
+            ValueError: if `ids` is not a vector of integers from 0 to size - 1.
+        """
+        return list(self.decode(ids))
 
     def characters(self, ids: ArrayLike) -> int:
         """Count the characters in token ids of any shape: one each.
@@ -234,6 +248,14 @@ class FrequentVocabulary:
         """
         shown = (*self.symbols, OTHER)
         return "".join(shown[token] for token in check_ids(ids, self.size, ndim=1))
+
+    def display(self, ids: ArrayLike) -> list[str]:
+        """Return the character of each of token ids of shape (tokens,), U+FFFD for all others.
+
+        Raises:
+            ValueError: if `ids` is not a vector of integers from 0 to size - 1.
+        """
+        return list(self.decode(ids))
 
     def characters(self, ids: ArrayLike) -> int:
         """Count the characters in token ids of any shape: one each.

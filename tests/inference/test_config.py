@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+import os
 import re
 
 import pytest
 
 from probattn.inference import FitConfig, RunConfig, read_config
-from probattn.inference.config import SampleRunConfig
+from probattn.inference.config import SampleConfig, SampleRunConfig
 from probattn.inference.config_files import differences, format_config
-from probattn.models import LanguageModelConfig, ObjectiveConfig
+from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.text.corpora import DataConfig
 
 OTHER = RunConfig(
@@ -121,6 +122,30 @@ def test_a_file_that_says_what_no_run_can_be(tmp_path, text, message):
 )
 def test_a_file_that_is_no_toml(tmp_path, text):
     assert refusal(written(tmp_path, text)).startswith("expected a TOML file: ")
+
+
+def test_a_device_a_pipe_and_a_huge_file_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", os.devnull):
+        assert refusal(path) == "expected a TOML file: got a device or a pipe"
+    (tmp_path / "huge.toml").touch()
+    os.truncate(tmp_path / "huge.toml", 2**40)
+    assert refusal(tmp_path / "huge.toml").startswith("expected a TOML file: got 1099511627776 byt")
+
+
+@pytest.mark.parametrize(
+    ("field", "kind"),
+    [
+        ("fit.steps", FitConfig),
+        ("fit.evaluation_tokens", FitConfig),
+        ("model.width", LanguageModelConfig),
+        ("latent.sequences", LatentEmbeddingsConfig),
+        ("sample.draws", SampleConfig),
+    ],
+)
+def test_an_integer_that_no_array_holds(field, kind):
+    with pytest.raises(ValueError, match=f"{field} is an integer of 84 bits: expected at most 63"):
+        kind(**{field.partition(".")[2]: 10**25})
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

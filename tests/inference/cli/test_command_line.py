@@ -12,14 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 
 from probattn.inference import RunConfig, generate, load_run, sensitivity
-from probattn.inference.cli import commands, main
+from probattn.inference.cli import commands, console, main
 from probattn.inference.cli import demo as demo_module
 from probattn.inference.config_files import format_config
 from probattn.inference.evaluation.evaluate import EvaluateResult, MarginSummary
 from probattn.inference.evaluation.generation import Generated
 from probattn.inference.evaluation.noise_sweeps import NoisePoint
+from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins
+from probattn.inference.figures.report import REPORTS
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.text.corpora import DataConfig
 from tests.support.command_line import error_line
@@ -385,6 +389,7 @@ def test_evaluate_leaves_figures_and_the_table_of_noise(probattn, own_run):
     metrics.write_text("".join(json.dumps(row) + "\n" for row in old))
     assert probattn("evaluate", own_run.path, "--noise-kinds", "uniform")[0] == 0
     names = {path.name for path in folder.iterdir()}
+    assert names - {"mine.png"} | always | {"barrier.png"} == set(REPORTS["comparison"])
     assert names == {"training.png", "noise.csv", "noise_kinds.png", "mine.png"}
 
 
@@ -411,7 +416,7 @@ def test_sensitivity_prints_and_writes(probattn, tiny_run, tmp_path, monkeypatch
         assert printed.count(label) == 3
     for path in out.iterdir():
         assert f"wrote {path}" in printed
-    assert len(list(out.iterdir())) == 4
+    assert {path.name for path in out.iterdir()} == set(REPORTS["sensitivity"])
 
 
 def test_margins_writes_table_and_figures(probattn, tiny_run, tmp_path):
@@ -423,6 +428,7 @@ def test_margins_writes_table_and_figures(probattn, tiny_run, tmp_path):
     )
     assert status == 0
     assert {path.name for path in out.iterdir()} == FIGURES | {"margins.csv"}
+    assert {path.name for path in out.iterdir()} == set(REPORTS["margins"])
     for name in FIGURES:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert f"wrote {out / name}" in printed
@@ -449,14 +455,60 @@ def test_generate_prints_the_text_as_it_is(probattn, tiny_run, monkeypatch, tmp_
     assert err == ""  # not a terminal: no progress bar between the lines of a script
 
 
-def test_a_table_that_cannot_be_written_loses_no_text(probattn, tiny_run, tmp_path):
-    (tmp_path / "folder").mkdir()
+def test_a_table_that_cannot_be_written_loses_no_text(probattn, tiny_run, monkeypatch, tmp_path):
+    def slow(*arguments, **options):  # so that a folder is made in the table's place meanwhile
+        (tmp_path / "folder").mkdir()
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(commands, "generate", slow)
     arguments = ["--prompt", "the", "--length", "20", "--temperature", "0", "--out", "folder"]
     status, out, err = probattn("generate", tiny_run.path, *arguments)
     assert status == 2
     assert out.startswith("the" + generate(tiny_run, "the", length=20, temperature=0).text)
     assert "folder" in error_line(err)
     assert list(tmp_path.rglob("*")) == [tmp_path / "folder"]
+
+
+def test_a_character_of_several_tokens_is_generated_whole(probattn, tiny_run, monkeypatch):
+    made = Generated("the", "caf\ufffd", ("caf", "é", "", "<0xC3>"), np.array([1, 1, -0.5, 1]))
+    monkeypatch.setattr(commands, "generate", lambda *arguments, **options: made)
+    status, out, _ = probattn("generate", tiny_run.path, "--prompt", "the")
+    assert status == 0
+    assert out.startswith("thecafé<0xC3>\n")
+    assert "smallest -0.500 at generated token 2, 'é'" in out
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    console.print_generated(screen, made)
+    assert "\x1b[31mé\x1b[0m" in screen.file.getvalue()  # red, as the smaller of its margins is
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [
+        (["\n", "a long", " word", " and", " then", " é", "", "!"], "'!' after 'then é'"),
+        (["the", " 中文", "字", "字", "字", "🦞🦞", "é", "\n"], "'\\n' after '🦞🦞é'"),
+        (["a"] * 6 + ["é", ""], "'é' after 'aaaaaa'"),
+        (["a"] * 7 + ["of a very long token"], "'of a very long t…"),
+    ],
+)
+def test_a_row_of_margins_is_one_line_of_a_narrow_terminal(tokens, shown):
+    count = len(tokens)
+    margin = np.linspace(1, -0.25, count)
+    stages = tuple(
+        TokenMargins(label, margin, margin, margin, margin, margin < 0)
+        for label in ("post hoc", "trained", "layer 1 head 1")
+    )
+    position = np.arange(count)
+    screen = Console(file=io.StringIO(), width=80)
+    found = TextMargins("text", tokens, position, 0 * position, np.zeros(1, int), stages)
+    console.print_margins(screen, found)
+    title, *lines = screen.file.getvalue().splitlines()
+    assert title.startswith("margins of text")
+    assert len(lines) == 3 + len(stages) + 1
+    assert {cell_len(line) for line in lines} <= set(range(81))
+    for stage, line in zip(stages, lines[3:], strict=False):
+        assert stage.label in line
+        assert "-0.250" in line
+        assert shown in line
 
 
 def test_nothing_generated_steers_the_terminal(probattn, tiny_run, monkeypatch):

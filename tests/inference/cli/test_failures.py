@@ -12,6 +12,9 @@ import pytest
 
 from probattn.inference import FitError
 from probattn.inference.cli import commands, main
+from probattn.inference.cli import demo as demo_module
+from probattn.inference.figures.report import REPORTS
+from probattn.inference.paper import report as paper_report
 from probattn.inference.runtime.signals import Interrupted
 from tests.support.command_line import error_line
 from tests.support.tiny_run import files_of
@@ -136,7 +139,7 @@ ERRORS = {
         ["evaluate", "RUN", "--noise-relative", "0.5", "-1"],
         ["noise_relative: got -1.0", "expected finite numbers >= 0"],
     ),
-    "noise seed": (["evaluate", "RUN", "--seed", 2**70], ["seed: got 11805916", "expected"]),
+    "noise seed": (["evaluate", "RUN", "--seed", 2**40], ["seed: got 10995116", "expected"]),
     "unknown character": (
         ["evaluate", "RUN", "--text", "UTOPIAN"],
         ["utopian.txt", "unknown character 'U' (U+0055) at position 2"],
@@ -146,12 +149,16 @@ ERRORS = {
         ["margins", "RUN", "--out", "OUT", "--stride", "9"],
         ["stride is 9", "expected 1 <= stride <= block = 8"],
     ),
-    "length": (["generate", "RUN", "--prompt", "a", "--length", "0"], ["length: got 0", ">= 1"]),
+    "length": (["generate", "RUN", "--prompt", "a", "--length", "0"], ["length: got 0", "from 1"]),
     "temperature": (
         ["generate", "RUN", "--prompt", "a", "--temperature", "-1"],
         ["temperature: got -1.0", "expected a finite number >= 0"],
     ),
-    "seed": (["generate", "RUN", "--prompt", "a", "--seed", 2**70], ["seed: got 118059", "expect"]),
+    "a length that no position has": (
+        ["generate", "RUN", "--prompt", "a", "--length", 2**31],
+        ["length: got 2147483648, expected an integer from 1 to 2^31 - 1"],
+    ),
+    "seed": (["generate", "RUN", "--prompt", "a", "--seed", 2**40], ["seed: got 109951", "expect"]),
     "prompt": (
         ["generate", "RUN", "--prompt", "a token Ω"],
         ["prompt: unknown character 'Ω' (U+03A9) at position 8"],
@@ -290,3 +297,138 @@ def test_a_damaged_run_is_named(probattn, own_run):
     status, _, err = probattn("generate", own_run.path, "--prompt", "a")
     assert status == 2
     assert f"{own_run.path / 'config.toml'}: expected a TOML file" in error_line(err)
+
+
+def outputs():
+    """Every file that a command writes outside a run, with the command."""
+    commands_of = {
+        "margins": ["margins", "RUN", "--out", "out"],
+        "sensitivity": ["sensitivity", "RUN", "--out", "out"],
+        "compared": ["compare", "RUN", "--out", "out"],
+    }
+    for report, arguments in commands_of.items():
+        for name in REPORTS[report]:
+            yield arguments, f"out/{name}"
+    for name in (*REPORTS["comparison"], *REPORTS["margins"]):
+        yield ["demo", "--out", "out"], f"out/figures/{name}"
+    yield ["demo", "--out", "out"], "out/excerpt.txt"
+    for name in ("figure_1_1.png", "figure_3_2.csv", "proper_region.csv", "paper.csv"):
+        yield ["figures", "--out", "out"], f"out/{name}"
+    yield ["generate", "RUN", "--prompt", "a", "--out", "out/a.csv"], "out/a.csv"
+
+
+@pytest.mark.parametrize(("arguments", "name"), list(outputs()))
+def test_an_output_is_refused_before_the_work(probattn, tiny_run, monkeypatch, arguments, name):
+    def work(*arguments, **options):
+        raise AssertionError("the work had begun")
+
+    for module, function in (
+        *((commands, name) for name in ("generate", "text_margins", "sensitivity", "compare")),
+        (demo_module, "fit"),
+        (paper_report.data, "trajectory"),
+    ):
+        monkeypatch.setattr(module, function, work)
+    Path(name).mkdir(parents=True)
+    before = sorted(Path().rglob("*"))
+    status, out, err = probattn(*(tiny_run.path if each == "RUN" else each for each in arguments))
+    assert (status, out) == (2, "")
+    assert error_line(err) == f"{name}: is a folder: expected a file, a pipe or a new name"
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", "--out", ""],
+        ["fit", "--out="],
+        ["fit", "--out", "", "--resume"],
+        ["fit", "--out", "out", "--config", ""],
+        ["sample", "--out", "out", "--from", ""],
+        ["margins", "RUN", "--out", ""],
+        ["margins", "RUN", "--out", "out", "--text", ""],
+        ["generate", "RUN", "--prompt", "a", "--out", ""],
+        ["generate", "", "--prompt", "a"],
+        ["demo", "--out", ""],
+        ["figures", "--out", ""],
+    ],
+)
+def test_an_empty_path_is_not_the_working_directory(probattn, tiny_run, monkeypatch, arguments):
+    monkeypatch.chdir(tiny_run.path)  # where a run would be found
+    before = files_of(tiny_run.path)
+    status, out, err = probattn(*(tiny_run.path if each == "RUN" else each for each in arguments))
+    assert (status, out) == (2, "")
+    assert "got an empty path" in error_line(err)
+    assert files_of(tiny_run.path) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--fit.steps", "1_0_0"),
+        ("--fit.steps", "\N{ARABIC-INDIC DIGIT THREE}"),
+        ("--fit.learning-rate", "1_0.5"),
+        ("--fit.learning-rate", "\N{FULLWIDTH DIGIT ONE}"),
+        ("--num-processes", "1_0"),
+    ],
+)
+def test_a_number_has_plain_digits(probattn, option, value):
+    status, out, err = probattn("fit", "--out", "out", option, value)
+    assert (status, out) == (2, "")
+    assert f"got '{value}', expected" in error_line(err)
+    assert option in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["fit", "--out", "out"], "--fit.steps"),
+        (["fit", "--out", "out"], "--model.layers"),
+        (["fit", "--out", "out"], "--process-id"),
+        (["generate", "RUN", "--prompt", "a"], "--length"),
+        (["generate", "RUN", "--prompt", "a"], "--top-k"),
+        (["margins", "RUN", "--out", "out"], "--stride"),
+        (["sensitivity", "RUN", "--out", "out"], "--draws"),
+        (["evaluate", "RUN"], "--seed"),
+    ],
+)
+@pytest.mark.parametrize("value", ["1" + 25 * "0", "-" + 5000 * "9"])
+def test_an_integer_that_no_array_holds(probattn, tiny_run, arguments, option, value):
+    given = (tiny_run.path if each == "RUN" else each for each in arguments)
+    status, out, err = probattn(*given, option, value)
+    assert (status, out) == (2, "")
+    assert f"{len(value.lstrip('-'))} digits, expected at most 63 bits" in error_line(err)
+    assert option in err
+
+
+def test_a_run_has_a_name_in_utf8(probattn, own_run):
+    """Checkpoints can have no other: found out before anything is fitted, and nothing is left."""
+    name = os.fsdecode(b"caf\xe9")
+    for arguments in (["fit", "--out", name], ["sample", "--out", f"{name}/run"]):
+        status, out, err = probattn(*arguments, "--data", own_run.config.data.source)
+        assert (status, out) == (2, "")
+        assert "its path is not UTF-8" in error_line(err)
+    assert not Path(name).exists()
+    moved = own_run.path.rename(name)
+    before = files_of(moved)
+    for arguments in (
+        ["fit", "--resume", "--out", name],
+        ["evaluate", name],
+        ["generate", name, "--prompt", "a"],
+        ["compare", name, "--out", "out"],
+        ["sample", "--from", name, "--out", "out"],
+    ):
+        status, out, err = probattn(*arguments)
+        assert (status, out) == (2, "")
+        assert "its path is not UTF-8" in error_line(err)
+    assert files_of(moved) == before
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("option", ["--data", "--data.validation"])
+def test_a_text_of_a_run_has_a_name_in_utf8(probattn, option):
+    name = os.fsdecode(b"caf\xe9.txt")
+    Path(name).write_text("a text that is long enough to be split")
+    status, out, err = probattn("fit", "--out", "out", option, name)
+    assert (status, out) == (2, "")
+    assert "whose name is not UTF-8: expected" in error_line(err)
+    assert not Path("out").exists()

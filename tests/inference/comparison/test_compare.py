@@ -35,7 +35,7 @@ from probattn.inference.comparison.predictive import (
     reliability,
 )
 from probattn.inference.figures import posterior as posterior_plots
-from probattn.inference.figures.report import compared_report
+from probattn.inference.figures.report import REPORTS, compared_report
 from probattn.inference.runs.files import RunError
 from probattn.inference.sampling.posterior_runs import load_posterior, training_sequences
 from probattn.models import LatentEmbeddingsConfig
@@ -251,11 +251,7 @@ def test_draws_of_a_guide_are_a_posterior_of_one_chain(runs):
 def test_table_and_figures(compared, tmp_path):
     weaker = replace(compared["margin"], label="weaker", barrier_weight=0.01)
     paths = compared_report([*compared.values(), weaker], tmp_path)
-    assert {path.name for path in paths} == {
-        "comparison.csv",
-        "reliability.png",
-        "smallest_margin.png",
-    }
+    assert {path.name for path in paths} == set(REPORTS["compared"])
     with (tmp_path / "comparison.csv").open(newline="") as stream:
         rows = {row["run"]: row for row in csv.DictReader(stream)}
     assert set(rows) == {*compared, "weaker"}

@@ -130,7 +130,8 @@ def test_table_reads_back(tiny_run, tmp_path):
 
 
 BAD = {
-    "length": ({"length": 0}, r"length: got 0, expected an integer >= 1"),
+    "length": ({"length": 0}, r"length: got 0, expected an integer from 1 to"),
+    "endless length": ({"length": 10**25}, r"length: got 10+, expected an integer from 1 to"),
     "negative length": ({"length": -3}, r"length: got -3, expected"),
     "temperature": ({"temperature": -0.1}, r"temperature: got -0\.1, expected a finite .* >= 0"),
     "infinite temperature": ({"temperature": float("inf")}, r"temperature: got inf, expected"),

@@ -65,7 +65,22 @@ def test_awkward_characters_are_drawn_without_a_warning(tmp_path):
     cells = sum(
         int(p.get_extents().width) for p in collection(figure.axes[0], "tokens").get_paths()
     )
-    assert cells == len(text) + 1 + 2  # the empty token has a cell
+    assert cells == len(text) + 2  # the empty token goes with the one before it
+
+
+def test_a_character_of_several_tokens_is_drawn_once():
+    """With the smallest of their margins, and boxed if one of them is a support token."""
+    tokens = ["caf", "é", "", "", "!", ""]
+    margin = np.array([0.9, 0.8, 0.1, np.nan, 0.7, np.nan])
+    figure = text_figure(tokens, margin, support=[2])
+    same = text_figure(["caf", "é", "!"], np.array([0.9, 0.1, 0.7]), support=[1])
+    for gid in ("tokens", "support"):
+        drawn, expected = (collection(each.axes[0], gid) for each in (figure, same))
+        np.testing.assert_allclose(drawn.get_facecolor(), expected.get_facecolor())
+        for path, other in zip(drawn.get_paths(), expected.get_paths(), strict=True):
+            np.testing.assert_array_equal(path.vertices, other.vertices)
+    assert "".join(each.get_text() for each in figure.axes[0].texts) == "café!"
+    assert "no margin" not in figure.texts[0].get_text()
 
 
 def test_a_cut_is_stated():

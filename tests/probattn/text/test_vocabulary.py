@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import pickle
+import re
 import sys
 from collections import Counter
 
@@ -270,6 +271,44 @@ def test_a_character_cut_in_two_counts_for_its_first_part():
     assert ids.tolist() == list("a🦞é".encode())  # ids below 256 are the bytes
     assert plain.token_characters[ids].tolist() == [1, 1, 0, 0, 0, 1, 0]
     assert plain.decode(ids[:3]) == "a\ufffd"
+
+
+@given(TEXTS, st.data())
+@settings(deadline=None)
+def test_what_is_shown_of_a_text_is_the_text(text, data):
+    """And what is shown of a part of it is the part, with the bytes of a cut character in full."""
+    vocabulary = byte_pairs()
+    ids = vocabulary.encode(text)
+    shown = vocabulary.display(ids)
+    assert "".join(shown) == text
+    assert [len(each) for each in shown] == vocabulary.token_characters[ids].tolist()
+    cut = data.draw(st.integers(0, ids.size))
+    for part in (ids[:cut], ids[cut:]):
+        shown = "".join(vocabulary.display(part)).encode()
+        held = re.sub(rb"<0x([0-9A-F]{2})>", lambda byte: bytes.fromhex(byte[1].decode()), shown)
+        assert held == b"".join(vocabulary.tokens[token] for token in part)
+
+
+def test_a_byte_of_no_character_is_shown_in_hexadecimal():
+    vocabulary = BytePairVocabulary(((97, 0xC3),))  # a token that ends within a character
+    assert vocabulary.display([256, 0xA9, 98]) == ["aé", "", "b"]
+    assert vocabulary.display([256]) == ["a<0xC3>"]
+    assert vocabulary.display([0xA9, 256, 98]) == ["<0xA9>", "a<0xC3>", "b"]
+    assert vocabulary.display([0xF0, 0x9F, 0xA6, 0x9E]) == ["🦞", "", "", ""]
+    assert vocabulary.display([0xF0, 0x9F, 0xA6]) == ["<0xF0>", "<0x9F>", "<0xA6>"]
+    assert vocabulary.display([0xED, 0xB2, 0x80]) == ["<0xED>", "<0xB2>", "<0x80>"]  # a surrogate
+    assert vocabulary.display([*"\ufffd".encode()]) == ["\ufffd", "", ""]  # which the text holds
+    assert vocabulary.display([]) == []
+    with pytest.raises(ValueError, match="ids: got 257 at position 0, expected 0 to 256"):
+        vocabulary.display([257])
+
+
+def test_characters_are_shown_as_they_are():
+    for tokenizer in ("character", "frequent:3"):
+        vocabulary = build_vocabulary(tokenizer, "aaab\nécd")
+        ids = vocabulary.encode("abé\n")
+        assert "".join(vocabulary.display(ids)) == vocabulary.decode(ids)
+        assert len(vocabulary.display(ids)) == 4
 
 
 def test_first_merge_is_the_most_frequent_pair():
