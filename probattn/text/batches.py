@@ -52,8 +52,9 @@ class Windows:
         if most >= len(self.numbers):
             return self
         chosen = np.linspace(0, len(self.numbers) - 1, most).round().astype(int)
-        all_of_text = isinstance(self.numbers, range)  # whose numbers are their indices
-        return replace(self, numbers=chosen if all_of_text else self.numbers[chosen])
+        if not isinstance(self.numbers, range):  # a range's numbers are their indices
+            chosen = self.numbers[chosen]
+        return replace(self, numbers=chosen)
 
 
 def random_blocks(
