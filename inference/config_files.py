@@ -115,6 +115,8 @@ def _check_names(given: dict[str, Any], known: dict[str, Any], what: str) -> Non
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
     """Return a value as the declared type: only int to float is converted, and nothing guessed."""
+    if type(value) is list and tuple[str, ...] in typing.get_args(kind):
+        return tuple(value)  # whose members are checked where they belong
     kind = _given(kind)
     if typing.get_origin(kind) is Literal:
         kind = str
@@ -128,7 +130,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
 
 
 def _given(kind: Any) -> Any:
-    """Return the type of what may be None where it is not."""
+    """Return the type of what may be None, or several, where it is neither."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        (kind,) = [option for option in typing.get_args(kind) if option is not type(None)]
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
     return kind

@@ -28,6 +28,7 @@ from probattn.inference.sampling.posterior_runs import (
 from probattn.inference.sampling.result import PosteriorResult
 from probattn.models import ObjectiveConfig
 from probattn.text.corpora import load_corpus
+from probattn.text.tokens import corpus_tokens
 
 QUANTILES = (0.01, 0.1, 0.5)
 
@@ -108,7 +109,7 @@ def compare(
         sequences = _sequences(runs)
         for label, run in runs.items():
             bar.show(run=label)
-            held_out = run.vocabulary.encode(corpus.validation)
+            _, held_out = corpus_tokens(corpus, run.vocabulary)
             if isinstance(run, PosteriorRun):
                 compared.append(_sampled(label, run, held_out, seed))
             else:

@@ -16,11 +16,13 @@ from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.run import Run
 from probattn.text.corpora import load_corpus
+from probattn.text.tokens import corpus_tokens
 
 NOISE_ABSOLUTE = (0.0, 0.1, 0.2, 0.5)
 NOISE_RELATIVE = (0.0, 0.25, 0.5, 1.0)
 SUBSTITUTED = (0.0, 0.05, 0.1, 0.2)
 ASCENT_TOKENS = 16_384
+_COUNTED = 2**20  # tokens at once, of which NumPy makes integers of 64 bits
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,10 @@ def training_frequencies(run: Run) -> Float[np.ndarray, " V"]:
     """
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
-    counts = np.bincount(run.vocabulary.encode(corpus.train), minlength=run.vocabulary.size)
+    tokens, _ = corpus_tokens(corpus, run.vocabulary)
+    counts = np.zeros(run.vocabulary.size, np.int64)
+    for first in range(0, len(tokens), _COUNTED):
+        counts += np.bincount(tokens[first : first + _COUNTED], minlength=len(counts))
     return counts / counts.sum()
 
 

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Float
 
 from probattn import log_det, relaxed_barrier, residual
+from probattn.inference.config_memory import check_stage
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError, replacing
 from probattn.inference.runs.folder import LOCK_SECONDS
@@ -28,6 +29,7 @@ from probattn.models.priors import attention_prior
 from probattn.models.transformer import embed
 from probattn.text.batches import windows
 from probattn.text.corpora import load_corpus
+from probattn.text.tokens import corpus_tokens
 
 TOKENS = 65_536  # of training text, in windows spread evenly over it
 _BATCH = 16  # windows in a step
@@ -74,9 +76,10 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
         return stored
     with run.lock():  # refused before the work rather than after it
         pass
+    check_stage(run.config.model)
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
-    tokens = run.vocabulary.encode(corpus.train)
+    tokens, _ = corpus_tokens(corpus, run.vocabulary)
     plan = windows(len(tokens), block=run.config.model.block).spread(TOKENS)
     prior = fit_attention_prior(
         embed(run.parameters, jnp.asarray(plan.take(tokens))),

@@ -7,7 +7,9 @@ import numpy as np
 
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.run import Run, require_fit
-from probattn.text.corpora import load_corpus, read_text
+from probattn.text.corpora import load_corpus, open_text
+from probattn.text.pieces import checksum
+from probattn.text.tokens import corpus_tokens, token_arrays
 
 
 def check_seed(seed: int) -> None:
@@ -31,13 +33,19 @@ def text_tokens(run: Run, text: str | os.PathLike[str] | None) -> tuple[np.ndarr
     if text is None:
         corpus = load_corpus(run.config.data)
         check_same_corpus(run, corpus)
-        content, name = corpus.validation, f"validation text of {corpus.name}"
+        _, tokens = corpus_tokens(corpus, run.vocabulary)
+        name = f"validation text of {corpus.name}"
     else:
-        content, name = read_text(text), Path(text).name
-    try:
-        tokens = run.vocabulary.encode(content)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        tokens, name = _of_file(run, text), Path(text).name
     if len(tokens) < 2:
         raise ValueError(f"{name}: has {len(tokens)} tokens: expected at least 2")
     return tokens, name
+
+
+def _of_file(run: Run, path: str | os.PathLike[str]) -> np.ndarray:
+    text = open_text(path)
+    try:
+        [tokens] = token_arrays(run.vocabulary, [text], checksum([text]))
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name}: {error}") from None
+    return tokens

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import optax
-from jaxtyping import Int
+from jaxtyping import UInt
 
 from probattn.inference.config import RunConfig
 from probattn.inference.fitting.guides import check_guide
@@ -19,6 +19,7 @@ from probattn.inference.runs.run import Run
 from probattn.inference.runtime.processes import is_main_process, wait_for_all
 from probattn.inference.runtime.progress import progress_bar
 from probattn.text.corpora import Corpus, DataError
+from probattn.text.tokens import corpus_tokens
 from probattn.text.vocabulary import Vocabulary
 
 
@@ -88,7 +89,7 @@ def fit(
 
 def training_tokens(
     corpus: Corpus, vocabulary: Vocabulary, config: RunConfig
-) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
+) -> tuple[UInt[np.ndarray, " N"], UInt[np.ndarray, " M"]]:
     """Return the tokens of training and validation text.
 
     Raises:
@@ -97,7 +98,7 @@ def training_tokens(
     """
     if vocabulary.size < 2:
         raise DataError(f"corpus {corpus.name!r}: has one symbol alone: expected two or more")
-    train, validation = vocabulary.encode(corpus.train), vocabulary.encode(corpus.validation)
+    train, validation = corpus_tokens(corpus, vocabulary)
     block, batch = config.model.block, config.fit.batch
     for part, tokens in (("training", train), ("validation", validation)):
         if len(tokens) <= block:

@@ -18,6 +18,7 @@ from probattn.inference.runtime.progress import progress_bar
 from probattn.models.language import sample_parameters
 from probattn.text.batches import batched_rows
 from probattn.text.corpora import load_corpus
+from probattn.text.tokens import corpus_tokens
 
 DRAWS, VALUES = 128, 2**24  # most draws, and most numbers, that are made at once
 
@@ -91,7 +92,8 @@ def _variational(run: Run) -> tuple[Sampler, dict[str, Array]]:
 def _laplace(run: Run, progress: bool) -> tuple[Sampler, Any]:
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
-    text = Text(run.config, run.vocabulary.encode(corpus.train), run.vocabulary.size)
+    tokens, _ = corpus_tokens(corpus, run.vocabulary)
+    text = Text(run.config, tokens, run.vocabulary.size)
 
     def unpack(z: Array) -> dict[str, Array]:
         return guide.median({"auto_loc": z})

@@ -20,7 +20,6 @@ from numpyro.infer.autoguide import (
 )
 
 from probattn.inference.config import GuideName, RunConfig
-from probattn.inference.runtime.memory import check_memory
 from probattn.models.language import parameter_shapes
 
 # Guides whose own parameters say more than their median, and are saved beside it.
@@ -66,15 +65,13 @@ def make_guide(
 
 
 def check_guide(config: RunConfig, vocabulary_size: int) -> None:
-    """Refuse a model that would not fit into memory, or whose Hessian would not.
+    """Refuse a model whose Hessian would not fit into memory.
 
     Raises:
-        ValueError: if parameters and Adam's moments are larger than the memory, or the guide is
-            laplace and there are more than `LARGEST_LAPLACE` parameters.
+        ValueError: if the guide is laplace and there are more than `LARGEST_LAPLACE` parameters.
     """
     shapes = parameter_shapes(vocabulary_size, config.model, config.objective)
     size = sum(math.prod(leaf.shape) for leaf in shapes.values())  # leaf.size is of 64 bits
-    check_memory("parameters and optimizer state of [model]", 3 * 4 * size)
     if config.fit.guide == "laplace" and size > LARGEST_LAPLACE:
         raise ValueError(
             f"fit.guide is laplace and the model has {size:,} parameters: expected at most "

@@ -4,7 +4,6 @@ import math
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -56,9 +55,9 @@ class Loop:
             if optimizer is None
             else "try smaller steps of the optimizer"
         )
-        self._trainer = Trainer(
-            config, jnp.asarray(train), run.vocabulary.size, optimizer, placement
-        )
+        # On a CPU no copy: what is mapped from a file is read only where minibatches are.
+        tokens = jax.device_put(train, may_alias=True)
+        self._trainer = Trainer(config, tokens, run.vocabulary.size, optimizer, placement)
         self._reports = Reports(run, train, validation)
         self._state = self._trainer.init()
         # An optimizer of the user's may start from infinities, such as a best loss so far.

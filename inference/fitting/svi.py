@@ -102,7 +102,7 @@ class Trainer:
         self._svi = SVI(scaled, guide_of(self.guide), optim, OrderedELBO())
         self._tokens = placement.put(tokens)
 
-        def init(start: dict[str, Array], keys: Keys) -> TrainState:
+        def init(start: dict[str, Array], keys: Keys, tokens: Array) -> TrainState:
             # The priors say what there is to learn: tracing all of the model takes long. The guide
             # is one of its own, so that where it starts is an argument.
             guide = guide_of(make_guide(config.fit.guide, parameters, start))
@@ -113,10 +113,11 @@ class Trainer:
             self._svi.constrain_fn = starting.constrain_fn
             return TrainState(svi, jnp.zeros(()), *counts)
 
-        shapes = jax.eval_shape(init, start, self._keys)
+        shapes = jax.eval_shape(init, start, self._keys, tokens)
         jax.eval_shape(numpyro.handlers.seed(self.guide, rng_seed=0))  # sets its prototype up
         spread = placement.shardings(shapes)
-        self._init = partial(jax.jit(init, out_shardings=spread), start, self._keys)
+        starting_from = start, self._keys, self._tokens
+        self._init = partial(jax.jit(init, out_shardings=spread), *starting_from)
         # Compiled here, so that a rate of steps is one. Donated: the old parameters and moments
         # make room for the new. Of any seed it is the same program, which is compiled but once.
         arguments = *placement.shapes((shapes, tokens)), self._keys, np.int32(0), np.int32(0)
@@ -171,14 +172,14 @@ class Trainer:
             step: number of the step.
             keys: keys of the fit, where a program takes them; by default those of its seed.
         """
-        return self._placement.sequences(
-            random_blocks(
-                jax.random.fold_in((keys or self._keys).data, step),
-                tokens,
-                batch=self.config.fit.batch,
-                block=self.config.model.block,
-            )
+        inputs, targets = random_blocks(
+            jax.random.fold_in((keys or self._keys).data, step),
+            tokens,
+            batch=self.config.fit.batch,
+            block=self.config.model.block,
         )
+        # The tokens of a text are of the smallest type that holds its vocabulary.
+        return self._placement.sequences((inputs.astype(jnp.int32), targets.astype(jnp.int32)))
 
     def noise(self, step: int | Int[Array, ""], keys: Keys | None = None) -> dict[str, Perturb]:
         """Return a step's noise as an option of the model, a function of seed and step alone.

@@ -10,6 +10,7 @@ import numpy as np
 
 from probattn.inference.config import RunConfig, SampleRunConfig
 from probattn.inference.config_files import format_config
+from probattn.inference.config_memory import check_size
 from probattn.inference.runs.checks import check_same_config, check_same_corpus
 from probattn.inference.runs.files import RunError, replacing, write_text
 from probattn.inference.runs.folder import check_target, locked, replacement
@@ -20,7 +21,8 @@ from probattn.inference.runtime.processes import (
     wait_for_all,
 )
 from probattn.text.corpora import Corpus, load_corpus
-from probattn.text.vocabulary import Vocabulary, build_vocabulary
+from probattn.text.tokens import corpus_vocabulary
+from probattn.text.vocabulary import Vocabulary
 
 
 def find_run[R: RunDirectory](
@@ -46,15 +48,16 @@ def find_run[R: RunDirectory](
         The run, and its corpus.
 
     Raises:
-        ValueError: if both are asked for, or the text is unusable; RunError if a new run would
-            damage what is there, or the run to resume is another one.
+        ValueError: if both are asked for, the text is unusable or the run larger than the memory;
+            RunError if a new run would damage what is there, or the run to resume is another one.
     """
     if is_main_process():
         _check_options(path, resume=resume, overwrite=overwrite)
     corpus = load_corpus(config.data)
     check_same_everywhere("the options", format_config(config), corpus.sha256, resume, *agreed)
     if not resume:
-        vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
+        vocabulary = corpus_vocabulary(corpus, config.data.tokenizer)
+        check_size(config, vocabulary.size)
         return new_run(kind, path, config, corpus, vocabulary), corpus
     run = load_run(path)
     if not isinstance(run, kind):
@@ -62,6 +65,7 @@ def find_run[R: RunDirectory](
         raise RunError(f"{path}: is a run of `probattn {other}`: resume it with that command")
     check_same_config(run, config)
     check_same_corpus(run, corpus)
+    check_size(config, run.vocabulary.size)
     return run, corpus
 
 
@@ -77,8 +81,8 @@ def new_run[R: RunDirectory](
         "name": corpus.name,
         "description": corpus.description,
         "sha256": corpus.sha256,
-        "train_characters": len(corpus.train),
-        "validation_characters": len(corpus.validation),
+        "train_characters": corpus.train_text.length,
+        "validation_characters": corpus.validation_text.length,
     }
     return kind(path, config, data, vocabulary)
 

@@ -17,7 +17,6 @@ from probattn.inference.runs.folder import clear
 from probattn.inference.runs.npz import read_arrays
 from probattn.inference.runs.opening import find_run, open_run
 from probattn.inference.runs.run import PosteriorRun, Run
-from probattn.inference.runtime.memory import check_memory
 from probattn.inference.sampling.chains import SampleError
 from probattn.inference.sampling.initialisation import given_values
 from probattn.inference.sampling.nuts import load_draws, sample
@@ -25,6 +24,7 @@ from probattn.inference.sampling.result import PosteriorResult
 from probattn.models import language_model, latent_embeddings
 from probattn.text.batches import windows
 from probattn.text.corpora import Corpus, DataError, load_corpus
+from probattn.text.tokens import corpus_tokens
 from probattn.text.vocabulary import Vocabulary
 
 
@@ -53,18 +53,14 @@ def sample_run(
         The run, and its draws.
 
     Raises:
-        ValueError: if the text is unusable, `out` holds something else, the configuration is not
-            the run's, or its segments are damaged (RunError, DataError and SegmentError say
-            which).
+        ValueError: if the text is unusable, the run larger than the memory, `out` holds something
+            else, the configuration is not the run's, or its segments are damaged (RunError,
+            DataError and SegmentError say which).
         SampleError: if a chain finds no start of positive density.
         Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
     """
     init_values = given_values(init_values, start)
     out = Path(out)
-    if config.latent is not None:
-        size = config.latent  # embeddings, and a coupling
-        numbers = size.width * (size.sequences * size.length + size.width)
-        check_memory("chains of [latent]", 8 * config.sample.chains * numbers)
     run, corpus = find_run(PosteriorRun, out, config, resume=resume, overwrite=overwrite)
     arguments = _tokens(config, corpus, run.vocabulary)
     if resume:
@@ -159,7 +155,8 @@ def training_sequences(run: Run, at_most: int) -> tuple[np.ndarray, ...]:
     """
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
-    tokens, length = run.vocabulary.encode(corpus.train), run.config.model.block
+    tokens, _ = corpus_tokens(corpus, run.vocabulary)
+    length = run.config.model.block
     count = max(min(at_most, (len(tokens) - 1) // length), 1)
     return _spread(tokens, corpus, count=count, length=length, shifts=2)
 
@@ -193,7 +190,7 @@ def _tokens(
     config: SampleRunConfig, corpus: Corpus, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, ...]:
     """Return the model's arguments: sequences from the training text, spread evenly over it."""
-    tokens = vocabulary.encode(corpus.train)
+    tokens, _ = corpus_tokens(corpus, vocabulary)
     if config.latent is not None:
         count, length = config.latent.sequences, config.latent.length
         return _spread(tokens, corpus, count=count, length=length, shifts=1)

@@ -1,51 +1,75 @@
 """Blocks of a token sequence: random minibatches to fit, windows to evaluate."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, Integer, PRNGKeyArray
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Windows:
     """Windows over a text, such that every position is reported exactly once.
 
+    Their arrays are made when they are asked for, since those of a long text are long.
+
     Attributes:
-        starts: (windows,), where each window begins.
+        numbers: which of all windows of the text these are.
         length: positions in each window.
-        reported: (windows, length), True where a position is this window's to report.
+        stride: positions from the start of a window to that of the next.
+        last: where the last window of the text begins.
     """
 
-    starts: Int[np.ndarray, " windows"]
+    numbers: range | Int[np.ndarray, " windows"]
     length: int
-    reported: Bool[np.ndarray, "windows length"]
+    stride: int
+    last: int
 
-    def take(self, tokens: Int[np.ndarray, " N"]) -> Int[np.ndarray, "windows length"]:
-        """Return the tokens of each window."""
-        return tokens[self.starts[:, None] + np.arange(self.length)]
+    @cached_property
+    def starts(self) -> Int[np.ndarray, " windows"]:
+        """Where each window begins, (windows,)."""
+        return np.minimum(np.asarray(self.numbers) * self.stride, self.last)
+
+    @cached_property
+    def reported(self) -> Bool[np.ndarray, "windows length"]:
+        """True where a position is this window's to report, (windows, length)."""
+        numbers = np.asarray(self.numbers)
+        before = (numbers - 1) * self.stride + self.length  # where the window before it ends
+        seen = np.where(numbers > 0, before - self.starts, 0)
+        return np.arange(self.length) >= seen[:, None]
+
+    def take(self, tokens: Integer[np.ndarray, " N"]) -> Int[np.ndarray, "windows length"]:
+        """Return the tokens of each window, as integers of 32 bits."""
+        return tokens[self.starts[:, None] + np.arange(self.length)].astype(np.int32)
 
     def spread(self, most_tokens: int) -> "Windows":
         """Return windows that hold at most that many positions, and one at least, spread evenly."""
-        most = min(max(most_tokens // self.length, 1), len(self.starts))
-        chosen = np.linspace(0, len(self.starts) - 1, most).round().astype(int)
-        return Windows(self.starts[chosen], self.length, self.reported[chosen])
+        most = max(most_tokens // self.length, 1)
+        if most >= len(self.numbers):
+            return self
+        chosen = np.linspace(0, len(self.numbers) - 1, most).round().astype(int)
+        if not isinstance(self.numbers, range):  # a range's numbers are their indices
+            chosen = self.numbers[chosen]
+        return replace(self, numbers=chosen)
 
 
 def random_blocks(
-    rng_key: PRNGKeyArray, tokens: Int[Array, " N"], *, batch: int, block: int
+    rng_key: PRNGKeyArray, tokens: Integer[Array, " N"], *, batch: int, block: int
 ) -> tuple[Int[Array, "batch block"], Int[Array, "batch block"]]:
     """Draw blocks that start at random positions, and the token that follows each input.
 
     Args:
         rng_key: the minibatch is a function of it, so a step's data can be drawn again.
-        tokens: (N,), N > block.
+        tokens: (N,), N > block, integers of any type.
         batch: number of blocks B.
         block: tokens per block T.
 
     Returns:
-        Inputs and targets, each (B, T).
+        Inputs and targets, each (B, T), of the type of the tokens.
 
     Raises:
         ValueError: if batch or block is below 1, or the text is not longer than a block.
@@ -86,10 +110,7 @@ def windows(length: int, *, block: int, stride: int | None = None) -> Windows:
     if not 1 <= stride <= block:
         raise ValueError(f"stride is {stride}: expected 1 <= stride <= block = {block}")
     size = min(block, length)
-    starts = np.append(np.arange(0, length - size, stride), length - size)
-    ends = np.concatenate([[0], starts[:-1] + size])
-    positions = starts[:, None] + np.arange(size)
-    return Windows(starts, size, positions >= ends[:, None])
+    return Windows(range(-(-(length - size) // stride) + 1), size, stride, length - size)
 
 
 def batched_rows(count: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:

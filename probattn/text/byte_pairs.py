@@ -16,11 +16,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from probattn.messages import describe
+from probattn.text.pieces import Text
 
 MAX_SIZE = 2**18
 """Largest vocabulary: above the number of assigned Unicode characters and of any BPE in use."""
 MIN_BPE_SIZE = 257
 """Smallest byte-pair vocabulary: the 256 bytes, which make every text encodable, and one merge."""
+LEARNT_CHARACTERS = 2**25
+"""Most characters that merges are learnt from: 64 stretches, spread evenly over a longer text."""
 MAX_TOKEN_BYTES = 64
 """Longest byte-pair token. The bound also keeps a hostile list of merges from doubling for ever."""
 
@@ -59,11 +62,12 @@ class BytePairVocabulary:
         _ = self.tokens  # building them checks the merges
 
     @classmethod
-    def from_text(cls, text: str, size: int) -> "BytePairVocabulary":
+    def from_text(cls, text: str | Text, size: int) -> "BytePairVocabulary":
         """Learn merges from a text; the same text and library version give the same merges.
 
         Args:
-            text: the training text, not empty.
+            text: the training text, not empty. Of one with more than `LEARNT_CHARACTERS`, a sample
+                is taken that is spread evenly over it.
             size: number of tokens wanted, `MIN_BPE_SIZE` to `MAX_SIZE`. A text without enough pairs
                 that occur twice yields fewer: `.size` is what was reached.
 
@@ -84,7 +88,9 @@ class BytePairVocabulary:
             max_token_length=MAX_TOKEN_BYTES,
             show_progress=False,
         )
-        learner.train_from_iterator(_lines(text), trainer)
+        sample = Text.of(text).sample(LEARNT_CHARACTERS)
+        lines = itertools.chain.from_iterable(map(_lines, sample.paragraphs()))
+        learner.train_from_iterator(lines, trainer)
         ids = {symbol: byte for byte, symbol in _SYMBOLS.items()}
         merges = []
         for left, right in json.loads(learner.to_str())["model"]["merges"]:
@@ -260,11 +266,12 @@ class UnknownCharacter(ValueError):  # noqa: N818 (the standard name of the thin
         )
 
 
-def check_text(text: str) -> None:
+def check_text(text: str | Text) -> None:
     """Refuse a text that gives no vocabulary: empty, or with a lone surrogate."""
-    if not text:
+    if not any(True for _ in Text.of(text).pieces()):
         raise ValueError("text: got an empty text, expected one character or more")
-    check_surrogates(text)
+    if isinstance(text, str):  # a text from files is UTF-8
+        check_surrogates(text)
 
 
 def check_surrogates(text: str) -> None:

@@ -1,15 +1,15 @@
 """Text corpora: where training and validation text come from, and the checksum that names them."""
 
-import hashlib
 import importlib
 import os
 import platform
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from probattn.messages import is_utf8, one_line
+from probattn.messages import is_utf8
+from probattn.text.documents import decoded, documents_text, find_documents
 from probattn.text.download import Archive, DataError, read_archive
+from probattn.text.pieces import Text, checksum
 from probattn.text.vocabulary import parse_tokenizer
 
 __all__ = [
@@ -19,12 +19,11 @@ __all__ = [
     "DataConfig",
     "DataError",
     "load_corpus",
+    "open_text",
     "read_text",
 ]
 
 NAMED_SOURCES = ("pydoc", "wikitext-2")
-_LARGEST = 2**31 - 1  # bytes of a text
-
 WIKITEXT_2 = Archive(
     name="wikitext-2",
     url="https://wikitext.smerity.com/wikitext-2-raw-v1.zip",  # the first author's own copy
@@ -52,30 +51,33 @@ class DataConfig:
 
     Attributes:
         source: "pydoc" (Python's own language reference, present wherever Python is), "wikitext-2"
-            (the raw character version, downloaded once), or the path of a UTF-8 text file. A file
-            with one of these two names is reached as "./pydoc".
-        validation: path of a second UTF-8 text file to validate on. Without it, "wikitext-2" has
-            its own validation text and the other sources hold out their end.
+            (the raw character version, downloaded once), or UTF-8 text, plain or compressed by
+            gzip: a file, a folder, a pattern such as "texts/*.txt", or several of these. Documents
+            are taken in sorted order, an empty line between two of them. A file with one of the two
+            names is reached as "./pydoc".
+        validation: a second text to validate on: a file, a folder or a pattern. Without it,
+            "wikitext-2" has its own validation text and the other sources hold out their end.
         validation_fraction: fraction of the characters, between 0 and 1, held out at the end of the
             text where there is no separate validation text.
         tokenizer: "character", "frequent:SIZE" for the most frequent characters and one symbol for
             all others, or "bpe:SIZE" for byte-level byte pairs with SIZE tokens, such as
-            "bpe:512".
+            "bpe:512", learnt from a sample of 2^25 characters where the text has more.
 
     Raises:
         ValueError: if a field is of the wrong type or out of range.
     """
 
-    source: str = "pydoc"
+    source: str | tuple[str, ...] = "pydoc"
     validation: str | None = None
     validation_fraction: float = 0.1
     tokenizer: str = "character"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.source, str) or not self.source:
+        several = self.source if isinstance(self.source, tuple) else (self.source,)
+        if not several or not all(isinstance(each, str) and each for each in several):
             raise ValueError(
-                f"data.source: got {self.source!r}, expected {' or '.join(NAMED_SOURCES)}, or the "
-                "path of a text file"
+                f"data.source: got {self.source!r}, expected {' or '.join(NAMED_SOURCES)}, or "
+                "paths of text files"
             )
         if self.validation is not None and (
             not isinstance(self.validation, str) or not self.validation
@@ -84,7 +86,8 @@ class DataConfig:
                 f"data.validation: got {self.validation!r}, expected the path of a text file, or "
                 "None"
             )
-        for name, path in (("source", self.source), ("validation", self.validation)):
+        paths = [("source", each) for each in several] + [("validation", self.validation)]
+        for name, path in paths:
             if path is not None and not is_utf8(path):
                 raise ValueError(
                     f"data.{name}: got {path!r}, whose name is not UTF-8: expected a name that the "
@@ -104,38 +107,58 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation text.
+    """Training and validation text, which are read anew whenever they are needed.
 
     Attributes:
-        name: the named source, or the file's name.
-        train: training text, not empty.
-        validation: validation text, not empty.
+        name: the named source, or the name of the file or the folder.
+        train_text: training text, not empty; a string is made one.
+        validation_text: validation text, not empty; likewise.
         description: where the text came from, with the version where there is one.
-        sha256: hexadecimal SHA-256 of the UTF-8 bytes of `train`, the byte 0xFF and the UTF-8 bytes
-            of `validation`. 0xFF occurs in no UTF-8 text, so the checksum fixes the split as well.
+        sha256: hexadecimal SHA-256 of the UTF-8 bytes of the training text, the byte 0xFF and the
+            UTF-8 bytes of the validation text, so that the checksum fixes the split as well.
 
     Raises:
         DataError: if a text is empty, or holds a lone surrogate, which has no UTF-8.
     """
 
     name: str
-    train: str = field(repr=False)
-    validation: str = field(repr=False)
+    train_text: Text = field(repr=False, compare=False)
+    validation_text: Text = field(repr=False, compare=False)
     description: str
     sha256: str = field(init=False)
 
     def __post_init__(self) -> None:
         for part in ("train", "validation"):
-            if not getattr(self, part):
+            text = Text.of(getattr(self, f"{part}_text"))
+            object.__setattr__(self, f"{part}_text", text)
+            if not text.length:
                 raise DataError(f"corpus {self.name!r}: got an empty {part} text")
         try:
-            data = self.train.encode() + b"\xff" + self.validation.encode()
+            digest = checksum((self.train_text, self.validation_text))
         except UnicodeEncodeError as error:
+            found = error.object[error.start]
+            texts = self.train, self.validation  # strings that were given: files are UTF-8
+            position = next(text.index(found) for text in texts if found in text)
             raise DataError(
-                f"corpus {self.name!r}: got the lone surrogate {error.object[error.start]!r} at "
-                f"position {error.start}, expected text that UTF-8 can hold"
+                f"corpus {self.name!r}: got the lone surrogate {found!r} at position {position}, "
+                "expected text that UTF-8 can hold"
             ) from None
-        object.__setattr__(self, "sha256", hashlib.sha256(data).hexdigest())
+        object.__setattr__(self, "sha256", digest)
+
+    @property
+    def train(self) -> str:
+        """The training text as a string, whole in memory."""
+        return self.train_text.read()
+
+    @property
+    def validation(self) -> str:
+        """The validation text as a string, whole in memory."""
+        return self.validation_text.read()
+
+    @property
+    def text(self) -> Text:
+        """Training and validation text as one."""
+        return Text.joined(self.train_text, self.validation_text)
 
 
 def load_corpus(config: DataConfig, *, cache_dir: Path | None = None) -> Corpus:
@@ -152,6 +175,8 @@ def load_corpus(config: DataConfig, *, cache_dir: Path | None = None) -> Corpus:
     Where 1 or 3 lacks them they are downloaded into it. The files' checksums are verified at every
     load, so that the name always means the same text.
 
+    Files are read in pieces, here for their length and their checksum.
+
     Args:
         config: the source and the split.
         cache_dir: directory to use instead of the user's cache.
@@ -165,87 +190,73 @@ def load_corpus(config: DataConfig, *, cache_dir: Path | None = None) -> Corpus:
     """
     validation = None
     if config.source == "pydoc":
-        name, text = "pydoc", _python_reference()
+        name, text = "pydoc", Text.of(_python_reference())
         description = f"language reference of Python {platform.python_version()}"
     elif config.source == "wikitext-2":
         name, description = "wikitext-2", "WikiText-2, raw characters, CC BY-SA"
-        text, validation = (_decode(data, name) for data in read_archive(WIKITEXT_2, cache_dir))
+        text, validation = (
+            Text.of(decoded(data, name)) for data in read_archive(WIKITEXT_2, cache_dir)
+        )
     else:
-        name, description = Path(config.source).name, f"file {config.source}"
         try:
-            text = read_text(config.source)
+            name, description, text = _documents(config.source)
         except DataError as error:
             names = " or ".join(NAMED_SOURCES)
             raise DataError(f"data.source: {error} (it may also be {names})") from None
 
     if config.validation is not None:
         try:
-            validation = read_text(config.validation)
+            _, validated, validation = _documents(config.validation)
         except DataError as error:
             raise DataError(f"data.validation: {error}") from None
-        description += f", validated on file {config.validation}"
+        description += f", validated on {validated}"
     if validation is None:
-        if len(text) < 2:
+        length = text.length
+        if length < 2:
             raise DataError(
-                f"corpus {name!r}: got {len(text)} character, expected two or more to hold out "
+                f"corpus {name!r}: got {length} character, expected two or more to hold out "
                 "validation text; give a longer text or a data.validation file"
             )
-        held_out = round(len(text) * config.validation_fraction)
-        cut = len(text) - min(max(held_out, 1), len(text) - 1)
-        text, validation = text[:cut], text[cut:]
-    return Corpus(name=name, train=text, validation=validation, description=description)
+        held_out = round(length * config.validation_fraction)
+        cut = length - min(max(held_out, 1), length - 1)
+        text, validation = Text(text.source, 0, cut), Text(text.source, cut, length)
+    return Corpus(name, text, validation, description)
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    r"""Read a UTF-8 text file.
+def open_text(source: str | os.PathLike[str]) -> Text:
+    r"""Open a text on disk: a UTF-8 file, or all files of a folder or a pattern.
 
-    A byte-order mark at its start is dropped, and the line ends `\r\n` and `\r` become `\n`, so
-    that a file gives the same text, and the same checksum, whichever system saved it. Nothing else
-    is changed: no Unicode normalisation.
-
-    Args:
-        path: the file; a leading `~` is the user's home.
+    See `documents.find_documents` and `documents.documents_text`.
 
     Raises:
         DataError: if there is no such file, it cannot be read, is no regular file, is empty, is
             larger than 2 GiB, or is not UTF-8 (the message gives the byte offset).
     """
-    try:
-        file = Path(path).expanduser()
-        status = file.stat()
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            # It could be read once at most, or for ever; a run reads its text again.
-            raise DataError(f"{str(path)!r}: got a device or a pipe, expected a UTF-8 text file")
-        if status.st_size > _LARGEST:
-            raise DataError(
-                f"{str(path)!r}: has {status.st_size} bytes, expected at most {_LARGEST}, as "
-                "positions are numbers of 32 bits; give a part of the text"
-            )
-        data = file.read_bytes()
-    except DataError:
-        raise
-    except FileNotFoundError:
-        where = "" if file.is_absolute() else f" in {Path.cwd()}"
-        raise DataError(f"{str(path)!r}: no such file{where}, expected a UTF-8 text file") from None
-    except IsADirectoryError:
-        raise DataError(f"{str(path)!r}: got a directory, expected a UTF-8 text file") from None
-    except (OSError, RuntimeError, ValueError) as error:  # ~ without a home; a NUL in the path
-        raise DataError(f"{str(path)!r}: cannot be read: {one_line(error)}") from None
-    return _decode(data, path)
-
-
-def _decode(data: bytes, origin: object) -> str:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{str(origin)!r}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            "convert the file to UTF-8"
-        ) from None
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    if not text:
-        raise DataError(f"{str(origin)!r}: got an empty file, expected a UTF-8 text file")
+    text = documents_text(find_documents(source))
+    _ = text.length  # reads it: what is wrong with it is said here
     return text
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a text on disk as a string, whole in memory.
+
+    Raises:
+        DataError: see `open_text`.
+    """
+    return documents_text(find_documents(path)).read()
+
+
+def _documents(source: str | tuple[str, ...]) -> tuple[str, str, Text]:
+    """Return what to call the documents of a source, a description of them, and their text."""
+    paths = find_documents(source)
+    text = documents_text(paths)
+    _ = text.length  # reads it: what is wrong with it is said here
+    names = [source] if isinstance(source, str) else list(source)
+    if paths == (Path(names[0]).expanduser(),):
+        return paths[0].name, f"file {names[0]}", text
+    name = Path(names[0]).name if len(names) == 1 else f"{len(paths)} documents"
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return name, f"{len(paths)} documents of {shown}", text
 
 
 def _python_reference() -> str:

@@ -8,7 +8,6 @@ bits of a text are divided by `characters(ids)`, never by the number of tokens.
 import functools
 import itertools
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +25,7 @@ from probattn.text.byte_pairs import (
     check_ids,
     check_text,
 )
+from probattn.text.pieces import CODE_POINTS, Text, character_counts, code_points
 
 __all__ = [
     "MAX_SIZE",
@@ -109,7 +109,7 @@ class CharacterVocabulary:
                 )
 
     @classmethod
-    def from_text(cls, text: str) -> "CharacterVocabulary":
+    def from_text(cls, text: str | Text) -> "CharacterVocabulary":
         """Make the vocabulary of all characters of a text.
 
         Raises:
@@ -117,7 +117,7 @@ class CharacterVocabulary:
             UnknownCharacter: if it holds a lone surrogate.
         """
         check_text(text)
-        return cls(tuple(sorted(set(text))))
+        return cls(tuple(map(chr, np.flatnonzero(character_counts(Text.of(text))))))
 
     @property
     def size(self) -> int:
@@ -135,9 +135,9 @@ class CharacterVocabulary:
         Raises:
             UnknownCharacter: at the first character that is not among the symbols.
         """
-        codes = _code_points(text)
-        ids = np.searchsorted(self._points, codes).astype(np.int32)
-        unknown = np.flatnonzero(self._points[np.minimum(ids, self.size - 1)] != codes)
+        codes = code_points(text)
+        ids = self._ids[codes]
+        unknown = np.flatnonzero(ids == self.size)
         if unknown.size:
             position = int(unknown[0])
             raise UnknownCharacter(text[position], position, int(np.unique(codes[unknown]).size))
@@ -174,7 +174,11 @@ class CharacterVocabulary:
     @functools.cached_property
     def _points(self) -> NDArray[np.uint32]:
         """Code point of each symbol, shape (size,), increasing."""
-        return _code_points("".join(self.symbols))
+        return code_points("".join(self.symbols))
+
+    @functools.cached_property
+    def _ids(self) -> NDArray[np.int32]:
+        return _ids_of(self.symbols)
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ class FrequentVocabulary:
             )
 
     @classmethod
-    def from_text(cls, text: str, size: int) -> "FrequentVocabulary":
+    def from_text(cls, text: str | Text, size: int) -> "FrequentVocabulary":
         """Make the vocabulary of `size` symbols, the last of them for what is not kept.
 
         Raises:
@@ -212,16 +216,17 @@ class FrequentVocabulary:
         check_text(text)
         if size < 2:
             raise ValueError(f"size is {size}: expected at least 2, a character and all others")
-        counts = Counter(text)
-        del counts[OTHER]
-        if len(counts) < size:
+        counts = character_counts(Text.of(text))
+        counts[ord(OTHER)] = 0
+        present = np.flatnonzero(counts)
+        if len(present) < size:
             raise ValueError(
-                f"tokenizer: got 'frequent:{size}' for a text of {len(counts)} distinct "
-                f"characters, expected SIZE <= {len(counts)}; or keep all, with 'character'"
+                f"tokenizer: got 'frequent:{size}' for a text of {len(present)} distinct "
+                f"characters, expected SIZE <= {len(present)}; or keep all, with 'character'"
             )
         # Ties by code point, so that the vocabulary is a function of the counts alone.
-        ordered = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))
-        return cls(tuple(sorted(ordered[: size - 1])))
+        ordered = present[np.argsort(-counts[present], kind="stable")]
+        return cls(tuple(map(chr, np.sort(ordered[: size - 1]))))
 
     @property
     def size(self) -> int:
@@ -235,10 +240,7 @@ class FrequentVocabulary:
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Return the token ids of any text, shape (len(text),)."""
-        codes = _code_points(text)
-        points = _code_points("".join(self.symbols))
-        ids = np.minimum(np.searchsorted(points, codes), len(points) - 1).astype(np.int32)
-        return np.where(points[ids] == codes, ids, np.int32(len(points)))
+        return self._ids[code_points(text)]
 
     def decode(self, ids: ArrayLike) -> str:
         """Return the text of token ids of shape (tokens,), U+FFFD for the last symbol.
@@ -269,6 +271,10 @@ class FrequentVocabulary:
         """Return JSON-safe values: the kind and the list of symbols kept."""
         return {"kind": "frequent", "symbols": list(self.symbols)}
 
+    @functools.cached_property
+    def _ids(self) -> NDArray[np.int32]:
+        return _ids_of(self.symbols)
+
 
 def parse_tokenizer(tokenizer: str) -> tuple[str, int]:
     """Read the tokenizer setting, "character", "frequent:SIZE" or "bpe:SIZE".
@@ -295,8 +301,8 @@ def parse_tokenizer(tokenizer: str) -> tuple[str, int]:
     )
 
 
-def build_vocabulary(tokenizer: str, text: str) -> Vocabulary:
-    """Build the vocabulary of a text.
+def build_vocabulary(tokenizer: str, text: str | Text) -> Vocabulary:
+    """Build the vocabulary of a text; byte pairs are learnt from a sample of a very long one.
 
     Args:
         tokenizer: "character", "frequent:SIZE" or "bpe:SIZE".
@@ -339,6 +345,8 @@ def vocabulary_from_dict(values: Mapping[str, Any]) -> Vocabulary:
     )
 
 
-def _code_points(text: str) -> NDArray[np.uint32]:
-    # surrogatepass: a surrogate is to be reported as an unknown character, not as a codec failure
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+def _ids_of(symbols: tuple[str, ...]) -> NDArray[np.int32]:
+    """Return the id of every code point, and of those that are no symbol the number of symbols."""
+    ids = np.full(CODE_POINTS, len(symbols), np.int32)
+    ids[code_points("".join(symbols))] = np.arange(len(symbols), dtype=np.int32)
+    return ids

@@ -252,3 +252,13 @@ def test_differences_name_each_field_with_both_values():
     old, new = RunConfig(), RunConfig(data=DataConfig(validation="b.txt"), fit=FitConfig(seed=4))
     assert differences(old, new) == ["data.validation: None -> b.txt", "fit.seed: 0 -> 4"]
     assert differences(new, dataclasses.replace(new)) == []
+
+
+def test_several_texts_are_a_list_in_the_file(tmp_path):
+    config = RunConfig(data=DataConfig(source=("b.txt", "a.txt")))
+    path = tmp_path / "config.toml"
+    path.write_text(format_config(config))
+    assert read_config(path) == config
+    path.write_text('[data]\nsource = ["a.txt", 3]\n')
+    with pytest.raises(ValueError, match=r"data.source: got \('a.txt', 3\), expected"):
+        read_config(path)

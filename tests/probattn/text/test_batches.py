@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probattn.text.batches import Windows, batched_rows, map_batches, random_blocks, windows
+from probattn.text.batches import batched_rows, map_batches, random_blocks, windows
 
 BLOCK = 8
 # Every token once and out of order, so that a block shows where it was taken from.
@@ -210,8 +210,21 @@ def test_spread_of_enough_tokens_is_every_window():
 
 
 def test_take_reads_the_tokens_of_each_window():
-    taken = Windows(np.array([0, 3, 5]), 4, np.ones((3, 4), bool)).take(np.arange(100, 109))
+    taken = windows(9, block=4, stride=3).take(np.arange(100, 109))
     assert taken.tolist() == [[100, 101, 102, 103], [103, 104, 105, 106], [105, 106, 107, 108]]
+
+
+def test_windows_of_a_text_of_two_billion_tokens_take_no_array_of_that_length():
+    some = windows(2**31 - 1, block=64).spread(6400)
+    assert (some.starts[0], some.starts[-1], len(some.starts)) == (0, 2**31 - 1 - 64, 100)
+    assert some.reported[:-1].all()
+    assert some.reported[-1].sum() == (2**31 - 1) % 64
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
+def test_windows_have_tokens_of_32_bits(dtype):
+    taken = windows(9, block=4).take(np.arange(9, dtype=dtype))
+    assert taken.dtype == np.int32
 
 
 # Rows

@@ -120,6 +120,9 @@ def error_line(raises):
     [
         ("source", ""),
         ("source", 3),
+        ("source", ()),
+        ("source", ("a", "")),
+        ("source", ("a", 3)),
         ("validation", ""),
         ("validation", 3),
         *(("validation_fraction", f) for f in (0.0, 1.0, -0.1, 1.5, float("nan"), "0.1", 1, True)),
@@ -189,7 +192,7 @@ def test_read_text_gives_the_offset_of_what_is_not_utf8(tmp_path, data, offset, 
     ("name", "reason"),
     [
         ("missing", "no such file"),
-        ("folder", "got a directory"),
+        ("folder", "got a folder without files"),
         ("empty", "got an empty file"),
         ("mark", "got an empty file"),
         ("nul\0", "cannot be read"),

@@ -1,0 +1,116 @@
+"""How much memory a run needs at the least: the one estimate for all commands.
+
+It counts the arrays that there must be at once, and nothing that depends on the compiler. So what
+it refuses cannot be held, and not all that it lets pass can.
+"""
+
+import math
+
+import jax
+
+from probattn.inference.config import FitConfig, RunConfig, SampleConfig, SampleRunConfig
+from probattn.inference.runtime.memory import check_memory, host_memory
+from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
+from probattn.models.language import parameter_shapes
+
+_GUIDE_COPIES = {"map": 1, "laplace": 1, "mean_field": 2, "low_rank": 12}
+"""Numbers of each guide by parameter: low_rank has a location, a scale and ten factors."""
+_ADAM = 3  # a number and its two moments
+_NUTS = 8  # vectors of a chain: both ends of a tree and its proposal, and the mass matrix
+_ROWS = 64  # least positions of a sequence whose r x r blocks are made at once
+
+
+def check_size(config: RunConfig | SampleRunConfig, vocabulary_size: int) -> None:
+    """Refuse a run that is larger than the memory, before anything of it is made.
+
+    Args:
+        config: configuration of a fit or a posterior.
+        vocabulary_size: number of symbols.
+
+    Raises:
+        ValueError: if it is: the message says which part, and how large it is.
+    """
+    memory = _memory()
+    if isinstance(config, RunConfig):
+        _check_fit(config, config.fit, vocabulary_size, memory)
+    elif config.latent is not None:
+        numbers = _latent_numbers(config.latent, vocabulary_size)
+        _check_chains("[latent]", config.sample, numbers, memory)
+    else:
+        assert config.model is not None  # SampleRunConfig has one or the other
+        assert config.objective is not None
+        numbers = _parameters(config.model, config.objective, vocabulary_size)
+        _check_chains("[model]", config.sample, numbers, memory)
+        each = _step(config.model, config.objective, config.sample.sequences)
+        size = config.sample.chains * each * _bytes(config.sample)
+        check_memory("a gradient of every chain of [model]", size, memory)
+
+
+def check_stage(config: LanguageModelConfig) -> None:
+    """Refuse a separate attention stage that is larger than the memory.
+
+    Raises:
+        ValueError: if it is.
+    """
+    numbers = _ADAM * 2 * config.width * config.prior_rank + _blocks(config, config.prior_rank)
+    check_memory("the attention stage of model.prior_rank", 4 * numbers, _memory())
+
+
+def _check_fit(config: RunConfig, fit: FitConfig, vocabulary_size: int, memory: int) -> None:
+    numbers = _parameters(config.model, config.objective, vocabulary_size)
+    size = 4 * _ADAM * _GUIDE_COPIES[fit.guide] * numbers
+    check_memory("parameters and optimizer state of [model]", size, memory)
+    # Of several processes each takes its share of a minibatch, one sequence at the least.
+    sequences = 1 if jax.distributed.is_initialized() else fit.batch
+    size = 4 * _step(config.model, config.objective, sequences)
+    check_memory("a step of [model] and fit.batch", size, memory)
+
+
+def _check_chains(table: str, sample: SampleConfig, numbers: int, memory: int) -> None:
+    """Refuse chains whose states and draws are too large."""
+    vectors = _NUTS + 2 * sample.max_tree_depth + sample.draws
+    size = sample.chains * numbers * vectors * _bytes(sample)
+    check_memory(f"chains of {table}", size, memory)
+
+
+def _parameters(
+    config: LanguageModelConfig, objective: ObjectiveConfig, vocabulary_size: int
+) -> int:
+    shapes = parameter_shapes(vocabulary_size, config, objective)
+    return sum(math.prod(leaf.shape) for leaf in shapes.values())  # leaf.size is of 64 bits
+
+
+def _latent_numbers(config: LatentEmbeddingsConfig, vocabulary_size: int) -> int:
+    """Count embeddings, a coupling and the emission of symbols."""
+    embeddings = config.sequences * config.length
+    return config.width * (embeddings + config.width + vocabulary_size)
+
+
+def _step(config: LanguageModelConfig, objective: ObjectiveConfig, sequences: int) -> int:
+    """Count what the derivative of so many sequences keeps, and their determinants need."""
+    weights = config.layers * config.heads * config.block**2
+    activations = 8 * config.layers * config.block * config.width  # queries to the MLP
+    numbers = sequences * (weights + activations)
+    if objective.name == "ce":
+        return numbers
+    of_layer = objective.attention == "first_layer"
+    return numbers + _blocks(
+        config, config.width // config.heads if of_layer else config.prior_rank
+    )
+
+
+def _blocks(config: LanguageModelConfig, rank: int) -> int:
+    """Count the numbers of the r x r blocks of one sequence that are made at once."""
+    return min(config.block, _ROWS) * rank**2
+
+
+def _bytes(sample: SampleConfig) -> int:
+    return 8 if sample.precision == "float64" else 4
+
+
+def _memory() -> int:
+    """Return the bytes of memory where arrays lie: of the host, or of its accelerators."""
+    if jax.default_backend() == "cpu":
+        return host_memory()
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return sum(each.get("bytes_limit", 0) for each in stats) or host_memory()

@@ -1,0 +1,213 @@
+"""Texts as arrays of token ids: made once, kept in the user's cache, mapped into memory.
+
+An array has the smallest unsigned integers that hold the vocabulary: a byte for each token of up to
+256. Those of a long text are written to a file, piece after piece, and a file is named after the
+checksum of its text and that of its vocabulary, so that the same text is encoded once. Files are
+removed, those first that were not used for longest, when all take more than 8 GiB. Where the cache
+cannot be written to, arrays are made in memory, at every start.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from jaxtyping import UInt
+
+from probattn.text.byte_pairs import BytePairVocabulary, UnknownCharacter
+from probattn.text.corpora import Corpus
+from probattn.text.download import DataError
+from probattn.text.pieces import TEXT_END, Text
+from probattn.text.vocabulary import Vocabulary, build_vocabulary, vocabulary_from_dict
+from probattn.user_cache import private_folder
+
+CACHED = 2**22
+"""Characters from which on the tokens of a text are kept in the user's cache."""
+
+MOST_BYTES = 2**33
+"""Most bytes that all files take."""
+
+_UNFINISHED = ".new."
+_UNFINISHED_SECONDS = 3600.0  # without a write, after which a file is one that a kill left
+
+
+def corpus_vocabulary(corpus: Corpus, tokenizer: str) -> Vocabulary:
+    """Build the vocabulary of a corpus, or read that of a long one from the user's cache.
+
+    Raises:
+        ValueError: see `build_vocabulary`.
+    """
+    text = corpus.text
+    folder = private_folder("tokens") if text.length >= CACHED else None
+    if folder is None:
+        return build_vocabulary(tokenizer, text)
+    name = f"{corpus.sha256} {tokenizer}"
+    if tokenizer.startswith("bpe:"):  # merges are a function of the library's version too
+        with suppress(importlib.metadata.PackageNotFoundError):
+            name += f" {importlib.metadata.version('tokenizers')}"
+    path = folder / f"{_digest(name)}.json"
+    with suppress(OSError, ValueError):
+        vocabulary = vocabulary_from_dict(json.loads(path.read_text(encoding="utf-8")))
+        _mark_used(path)
+        return vocabulary
+    vocabulary = build_vocabulary(tokenizer, text)
+    with suppress(OSError), _replacing(path) as stream:
+        stream.write(json.dumps(vocabulary.to_dict()).encode())
+    return vocabulary
+
+
+def corpus_tokens(
+    corpus: Corpus, vocabulary: Vocabulary
+) -> tuple[UInt[np.ndarray, " N"], UInt[np.ndarray, " M"]]:
+    """Return the tokens of the training text and of the validation text, (N,) and (M,).
+
+    Raises:
+        UnknownCharacter: at a character that the vocabulary lacks.
+        DataError: if the text changes while it is read.
+    """
+    train, validation = token_arrays(
+        vocabulary, (corpus.train_text, corpus.validation_text), corpus.sha256
+    )
+    return train, validation
+
+
+def token_arrays(
+    vocabulary: Vocabulary, texts: Sequence[Text], sha256: str
+) -> list[UInt[np.ndarray, " N"]]:
+    """Return the tokens of texts, of a long text mapped from a file and not to be written to.
+
+    Args:
+        vocabulary: the vocabulary.
+        texts: texts that belong together.
+        sha256: their `pieces.checksum`.
+
+    Raises:
+        UnknownCharacter: at a character that the vocabulary lacks.
+        DataError: if a text changes while it is read.
+    """
+    dtype = np.min_scalar_type(vocabulary.size - 1)
+    if sum(text.length for text in texts) >= CACHED and (folder := private_folder("tokens")):
+        key = _digest(sha256 + json.dumps(vocabulary.to_dict()))
+        paths = [folder / f"{key}.{number}.npy" for number in range(len(texts))]
+        with suppress(OSError, ValueError, EOFError):  # there is none, or it is cut
+            return [_mapped(path, dtype) for path in paths]
+        with suppress(OSError):
+            _write(paths, vocabulary, texts, sha256, dtype)
+            _make_room(folder, keep=paths)
+            return [_mapped(path, dtype) for path in paths]
+    buffers = [io.BytesIO() for _ in texts]
+    _encode(buffers, vocabulary, texts, sha256, dtype)
+    return [np.frombuffer(buffer.getbuffer(), dtype) for buffer in buffers]
+
+
+def _encode(
+    streams: Sequence[IO[bytes]],
+    vocabulary: Vocabulary,
+    texts: Sequence[Text],
+    sha256: str,
+    dtype: np.dtype,
+) -> list[int]:
+    """Write the tokens of each text to its stream, and return how many each has."""
+    digest, counts = hashlib.sha256(), []
+    for number, (stream, text) in enumerate(zip(streams, texts, strict=True)):
+        if number:
+            digest.update(TEXT_END)
+        position = count = 0
+        by_words = isinstance(vocabulary, BytePairVocabulary)
+        for piece in text.paragraphs() if by_words else text.pieces():
+            digest.update(piece.encode())
+            try:
+                ids = vocabulary.encode(piece)
+            except UnknownCharacter as error:
+                unknown = (
+                    set()
+                    .union(*text.pieces())
+                    .difference(vocabulary.decode([i]) for i in range(vocabulary.size))
+                )
+                raise UnknownCharacter(
+                    error.character, position + error.position, len(unknown)
+                ) from None
+            stream.write(ids.astype(dtype))
+            position, count = position + len(piece), count + len(ids)
+        counts.append(count)
+    if digest.hexdigest() != sha256:
+        raise DataError("the text has changed while it was read; start again when it is at rest")
+    return counts
+
+
+def _write(
+    paths: Sequence[Path],
+    vocabulary: Vocabulary,
+    texts: Sequence[Text],
+    sha256: str,
+    dtype: np.dtype,
+) -> None:
+    """Write a file for each text, each whole or not at all."""
+    with ExitStack() as files:
+        streams = [files.enter_context(_replacing(path)) for path in paths]
+        for stream in streams:
+            _write_header(stream, dtype, 0)
+        counts = _encode(streams, vocabulary, texts, sha256, dtype)
+        for stream, count in zip(streams, counts, strict=True):
+            stream.seek(0)
+            _write_header(stream, dtype, count)  # as long as before: NumPy leaves room for it
+
+
+def _write_header(stream: IO[bytes], dtype: np.dtype, count: int) -> None:
+    fields = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(stream, fields)
+
+
+def _mapped(path: Path, dtype: np.dtype) -> UInt[np.ndarray, " N"]:
+    tokens = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    if tokens.dtype != dtype or tokens.ndim != 1:
+        raise ValueError(f"{path}: holds other numbers")
+    _mark_used(path)
+    return tokens
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file under another name, and give it its own when it is whole and on the disk."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_UNFINISHED, delete=False) as stream:
+        try:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.replace(stream.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(stream.name)
+            raise
+
+
+def _make_room(folder: Path, keep: Sequence[Path]) -> None:
+    """Remove what a kill left, and files that were not used for longest, up to the limit."""
+    files = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process makes room too
+            files.append((path.stat().st_mtime, path.stat().st_size, path))
+    size = sum(each for _, each, _ in files)
+    for used, each, path in sorted(files):
+        unfinished = path.name.startswith(_UNFINISHED)
+        left = unfinished and used < time.time() - _UNFINISHED_SECONDS
+        if left or (size > MOST_BYTES and not unfinished and path not in keep):
+            path.unlink(missing_ok=True)
+            size -= each
+
+
+def _mark_used(path: Path) -> None:
+    with suppress(OSError):
+        os.utime(path)
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
