@@ -34,7 +34,7 @@ from probattn.inference.runs.files import (
     write_errors,
     write_text,
 )
-from probattn.inference.runs.folder import check_folder, locked
+from probattn.inference.runs.folder import enter, locked, put_aside
 from probattn.inference.runs.segments import SegmentFolder
 from probattn.messages import describe
 from probattn.models.language import parameter_shapes
@@ -131,9 +131,11 @@ class Run(RunDirectory):
     @cached_property
     def _point(self) -> tuple[int, dict[str, Array]]:
         if self.best.step is None:
+            before = put_aside(self.path)
             raise CheckpointError(
                 f"{self.path}: the fit has not reached its first report, so it has no parameters "
                 "yet; finish it with fit --resume"
+                + (f"; the run that it replaces lies in {before}" if before else "")
             )
         return self.best.load_with_step(self.parameter_shapes())
 
@@ -200,12 +202,14 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
     """Open a run directory for reading; parameters and draws are loaded when they are asked for.
 
     Raises:
-        RunError: if the directory is no run, or its description is damaged.
+        RunError: if the directory is no run or one of a newer version, or its description is
+            damaged.
+        WriteError: if a killed --overwrite had put the run aside, and it cannot be brought back.
     """
     path = Path(path)
+    enter(path)
     if not (path / "config.toml").is_file():
         raise RunError(f"{path}: expected a run directory, which has a config.toml")
-    check_folder(path)
     try:
         text = (path / "config.toml").read_text(encoding="utf-8")
         sampled = "\n[sample]\n" in text
