@@ -14,6 +14,9 @@ import tomli_w
 from probattn.inference.config import RunConfig
 from probattn.messages import one_line
 
+LARGEST = 2**14
+"""Bytes of a file: to read a key with many dots takes the square of their number."""
+
 
 def read_config(path: str | os.PathLike[str]) -> RunConfig:
     """Read a TOML file whose tables are the fields of `RunConfig`; what it leaves out is default.
@@ -35,14 +38,19 @@ def read_tables[C](
         defaults: objects by table that give the fields that the file leaves out; else its class.
 
     Raises:
-        ValueError: if the file cannot be read, is no TOML, or names an unknown or ill-typed field.
+        ValueError: if the file cannot be read, is too large, is no TOML, or names an unknown or
+            ill-typed field.
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(LARGEST + 1)  # of a device there is no end
+        if len(text) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} characters")
+        tables = tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, too long a number, too deep
+    except (ValueError, RecursionError) as error:  # too large, no UTF-8, no TOML, too deep
         raise ValueError(f"{path}: expected a TOML file: {one_line(error)}") from None
     try:
         return _from_tables(tables, kind, defaults or {})

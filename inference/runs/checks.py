@@ -1,11 +1,24 @@
 """Whether a run is one to go on with."""
 
+import dataclasses
+import os
+
 from probattn.inference.config import RunConfig, SampleRunConfig
 from probattn.inference.config_files import differences
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import RunDirectory
 from probattn.messages import legible
-from probattn.text.corpora import Corpus
+from probattn.text.corpora import NAMED_SOURCES, Corpus
+
+
+def with_absolute_paths[C: (RunConfig, SampleRunConfig)](config: C) -> C:
+    """Name the texts of a configuration so that every working directory finds them."""
+    data, named = config.data, {}
+    if data.source not in NAMED_SOURCES:
+        named["source"] = os.path.abspath(os.path.expanduser(data.source))
+    if data.validation is not None:
+        named["validation"] = os.path.abspath(os.path.expanduser(data.validation))
+    return dataclasses.replace(config, data=dataclasses.replace(data, **named))
 
 
 def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) -> None:
@@ -14,7 +27,8 @@ def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) ->
     Raises:
         RunError: if they differ; it names the fields.
     """
-    if changed := differences(run.config, config):
+    stored = with_absolute_paths(run.config)  # earlier versions kept what they were given
+    if changed := differences(stored, with_absolute_paths(config)):
         raise RunError(
             f"{run.path}: cannot resume with a changed configuration: {'; '.join(changed)}; "
             "give the run's own values, or start a new run"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from probattn.inference.config_files import LARGEST
 from probattn.inference.runs.files import RunError, final_name, read_json, write_errors
 from probattn.inference.runs.locks import OWNER, hold
 from probattn.messages import describe
@@ -39,12 +40,12 @@ LOCK_SECONDS = 60.0
 _REPLACED = "replaced"  # where the run that is being replaced lies
 _PUT_ASIDE = "put-aside"  # where older versions put its entries first
 
-# Most bytes of what is read in one go; a million reports are within.
+# Most bytes of what is read in one go. In memory, JSON may take twenty times as many.
 _LARGEST = {
-    "config.toml": 2**20,
-    "data.json": 2**26,
-    "summary.json": 2**26,
-    "metrics.jsonl": 2**30,
+    "config.toml": LARGEST,
+    "data.json": 2**23,  # the largest vocabulary takes half of them
+    "summary.json": 2**23,
+    "metrics.jsonl": 2**25,  # at 1,600 for each report of the longest fit
 }
 # What a run's own commands write into it, and a kill may leave under a temporary name.
 _WRITTEN = re.compile(
@@ -260,6 +261,10 @@ def _tidy(path: Path) -> None:
             if name != entry.name and _WRITTEN.fullmatch(written):
                 with write_errors(entry):
                     entry.unlink()
+    for entry in path.glob("checkpoints/*/*.saving"):
+        if re.fullmatch(r"\d+\.saving", entry.name) and entry.is_dir():
+            with write_errors(entry):
+                shutil.rmtree(entry)
     if (path / _PUT_ASIDE).is_dir():
         _bring_back(path, _PUT_ASIDE)
     if _is_put_aside(path):

@@ -10,7 +10,11 @@ import numpy as np
 
 from probattn.inference.config import RunConfig, SampleRunConfig
 from probattn.inference.config_files import format_config
-from probattn.inference.runs.checks import check_same_config, check_same_corpus
+from probattn.inference.runs.checks import (
+    check_same_config,
+    check_same_corpus,
+    with_absolute_paths,
+)
 from probattn.inference.runs.files import RunError, replacing, write_text
 from probattn.inference.runs.folder import FORMAT, check_target, enter, locked, replacement
 from probattn.inference.runs.run import Run, RunDirectory, load_run
@@ -55,6 +59,7 @@ def find_run[R: RunDirectory](
     check_same_everywhere("the options", format_config(config), corpus.sha256, resume, *agreed)
     if not resume:
         vocabulary = build_vocabulary(config.data.tokenizer, corpus.train + corpus.validation)
+        config = with_absolute_paths(config)
         return new_run(kind, path, config, corpus, vocabulary), corpus
     run = load_run(path)
     if not isinstance(run, kind):

@@ -311,6 +311,11 @@ def test_a_line_of_metrics_that_was_cut_off_is_none(run):
         ("[1]", "expected an object with an integer step"),
         ('{"loss": 1}', "expected an object with an integer step"),
         ('{"step": true}', "expected an object with an integer step"),
+        ('{"step": 9, "loss": [[]]}', "loss is list [[]]: expected a number"),
+        ('{"step": 9, "loss": "low"}', "loss is str 'low': expected a number"),
+        ('{"step": 9, "loss": 1' + "0" * 99 + "}", "loss is int 1000"),
+        ('{"step": 9, "validation_bpc": null}', "validation_bpc is NoneType None: expected a nu"),
+        ('{"step": 9, "min_margin_kind": 1}', "min_margin_kind is int 1: expected a text"),
     ],
 )
 def test_damaged_metrics_are_refused(run, line, reason):
@@ -318,6 +323,14 @@ def test_damaged_metrics_are_refused(run, line, reason):
     path.write_text(path.read_text() + line + "\n")
     expected = f"{path}, line {len(ROWS) + 1}: {reason}"
     assert refusal(RunError, run.metrics).startswith(expected)
+
+
+def test_a_line_of_metrics_that_lacks_a_value_is_named(run):
+    assert run.metrics("loss") == ROWS
+    message = refusal(RunError, run.metrics, "loss", "tokens_per_s", "bpc")
+    assert message == (
+        f"{run.path / 'metrics.jsonl'}: the line of step 4 lacks bpc; restore the file from a copy"
+    )
 
 
 def test_another_text_is_refused(run):
