@@ -7,7 +7,7 @@ metrics.jsonl    one line per report      post_hoc_prior.npz  attention prior, s
 summary.json     results                  figures/            pictures and their tables
 segments/        draws as they come       posterior.nc        draws for ArviZ
 start.npz        what chains start from, if not draws of the prior
-lock             held by the process that writes
+lock             held by the process that writes (lock.owner where a file system has no locks)
 """
 
 import errno
