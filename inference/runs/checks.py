@@ -11,14 +11,13 @@ from probattn.messages import legible
 from probattn.text.corpora import NAMED_SOURCES, Corpus
 
 
-def with_absolute_paths[C: (RunConfig, SampleRunConfig)](config: C) -> C:
+def with_absolute_paths(config: RunConfig | SampleRunConfig) -> RunConfig | SampleRunConfig:
     """Name the texts of a configuration so that every working directory finds them."""
-    data, named = config.data, {}
-    if data.source not in NAMED_SOURCES:
-        named["source"] = os.path.abspath(os.path.expanduser(data.source))
-    if data.validation is not None:
-        named["validation"] = os.path.abspath(os.path.expanduser(data.validation))
-    return dataclasses.replace(config, data=dataclasses.replace(data, **named))
+    data = config.data
+    source = data.source if data.source in NAMED_SOURCES else _absolute(data.source)
+    validation = None if data.validation is None else _absolute(data.validation)
+    data = dataclasses.replace(data, source=source, validation=validation)
+    return dataclasses.replace(config, data=data)
 
 
 def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) -> None:
@@ -47,3 +46,7 @@ def check_same_corpus(run: RunDirectory, corpus: Corpus) -> None:
             f"{run.data['sha256'][:12]}, and that source now has {corpus.sha256[:12]}; "
             "restore the text, or start a new run"
         )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

@@ -113,10 +113,9 @@ def _own(path: Path) -> Callable[[], None] | None:
 def _is_abandoned(path: Path) -> bool:
     """Tell whether the owner is gone, as far as this host can see, or the file came by a copy."""
     try:
-        with path.open(encoding="utf-8") as stream:
-            pid, inode, host = stream.read(1000).split()
-            if int(inode) != os.fstat(stream.fileno()).st_ino:
-                return True
+        pid, inode, host = _owner(path)
+        if int(inode) != path.stat().st_ino:
+            return True
     except FileNotFoundError:
         return True
     except ValueError:  # it is being written
@@ -132,10 +131,15 @@ def _is_abandoned(path: Path) -> bool:
     return False
 
 
+def _owner(path: Path) -> list[str]:
+    with path.open(encoding="utf-8") as stream:
+        return stream.read(1000).split()  # of a run from somebody else it may hold anything
+
+
 def _who(path: Path) -> str:
     """Say who holds a lock where a file names its owner, which a kill may have left."""
     try:
-        pid, _, host = path.with_name(OWNER).read_text(encoding="utf-8").split()
+        pid, _, host = _owner(path.with_name(OWNER))
     except (FileNotFoundError, ValueError):
         return ""
     return f": process {pid} on {host}; if it is gone, remove {path.with_name(OWNER)}"

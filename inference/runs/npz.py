@@ -62,7 +62,7 @@ def read_arrays(
 class _InPieces(io.FileIO):
     """A file of which nobody reads much at once."""
 
-    def read(self, size: int | None = -1) -> bytes | None:
+    def read(self, size: int | None = -1) -> bytes:
         """Read so many bytes.
 
         Raises:
