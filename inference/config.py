@@ -13,6 +13,10 @@ from probattn.text.corpora import DataConfig
 GuideName = Literal["map", "laplace", "mean_field", "low_rank"]
 
 
+MOST_REPORTS = 20_000
+"""Of a fit: they are read in one go."""
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """How a model is fitted.
@@ -24,7 +28,8 @@ class FitConfig:
             to a tenth of it.
         warmup: steps of the linear warm-up, fewer than steps.
         seed: seed of the initial parameters and the minibatches.
-        eval_every: steps between reports on training and validation text.
+        eval_every: steps between reports on training and validation text, of which a fit has at
+            most 20,000.
         checkpoint_every: steps between checkpoints to resume from.
         precision: precision of the network's matrix products; the determinant is always float32.
         guide: family that approximates the posterior: map is a point; laplace a Gaussian at that
@@ -66,6 +71,11 @@ class FitConfig:
         check_integers(self, "fit", warmup=None, seed=None)
         if self.evaluation_tokens is not None:
             check_integers(self, "fit", evaluation_tokens=1)
+        if self.steps // self.eval_every > MOST_REPORTS:
+            raise ValueError(
+                f"fit.eval_every is {self.eval_every} and fit.steps {self.steps}, which makes "
+                f"{self.steps // self.eval_every} reports: expected at most {MOST_REPORTS}"
+            )
         rate = self.learning_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float):
             raise ValueError(f"fit.learning_rate is {rate!r}: expected a number")

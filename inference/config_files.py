@@ -15,7 +15,8 @@ import tomli_w
 from probattn.inference.config import RunConfig
 from probattn.messages import one_line
 
-_LARGEST = 2**20  # bytes of a file
+LARGEST = 2**14
+"""Bytes of a file: to read a key with many dots takes the square of their number."""
 
 
 def read_config(path: str | os.PathLike[str]) -> RunConfig:
@@ -38,17 +39,18 @@ def read_tables[C](
         defaults: objects by table that give the fields that the file leaves out; else its class.
 
     Raises:
-        ValueError: if the file cannot be read, is no TOML, or names an unknown or ill-typed field.
+        ValueError: if the file cannot be read, is too large, is no TOML, or names an unknown or
+            ill-typed field.
     """
     path = Path(path)
     try:
-        status = path.stat()
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            # It could be read for ever.
-            raise ValueError("got a device or a pipe")
-        if status.st_size > _LARGEST:
-            raise ValueError(f"got {status.st_size} bytes, and at most {_LARGEST} are read")
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        if not (stat.S_ISREG(path.stat().st_mode) or path.is_dir()):
+            raise ValueError("got a device or a pipe")  # it could be read for ever
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} characters")
+        tables = tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # as above, or no UTF-8, no TOML, too deep

@@ -29,7 +29,7 @@ from probattn.inference.cli.quiet import silence_libraries
 from probattn.inference.cli.values import PLAIN_VALUES, plain_path
 from probattn.inference.config import SAMPLED_DATA, SAMPLED_OBJECTIVE, RunConfig, SampleRunConfig
 from probattn.inference.config_files import read_config, read_tables
-from probattn.inference.runs.folder import check_folder
+from probattn.inference.runs.folder import enter
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.processes import exit_process
 from probattn.inference.runtime.signals import Ended, Interrupted, ended_by_signals
@@ -175,7 +175,7 @@ def _configuration(arguments: list[str], command: str) -> Path | None:
         return plain_path(given)
     if out is not None and "--resume" in arguments:
         stored = plain_path(out) / "config.toml"
-        check_folder(Path(out))
+        enter(Path(out))
         return stored if stored.exists() else None
     return None
 

@@ -196,6 +196,8 @@ class Evaluate:
         )
         label = self.run.resolve().name
         console.print_evaluations(screen, {label: result})
+        if not run.is_writable(wait=LOCK_SECONDS):
+            return
         with run.lock(wait=LOCK_SECONDS):
             figures = comparison_figures({label: run}, {label: result}, run.path / "figures")
         console.print_paths(screen, figures)

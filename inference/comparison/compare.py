@@ -258,7 +258,7 @@ def _sizes(run: Run | PosteriorRun, kind: str) -> tuple[int, int] | None:
 def _fit_seconds(run: Run) -> float:
     """Return the seconds of steps, from the rate in every report."""
     fit, done, seconds = run.config.fit, 0, 0.0
-    for row in run.metrics():
+    for row in run.metrics("tokens_per_s"):
         if row["tokens_per_s"]:
             tokens = (row["step"] - done) * fit.batch * run.config.model.block
             seconds += tokens / row["tokens_per_s"]

@@ -100,7 +100,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = False,
 ) -> EvaluateResult:
-    """Evaluate a run and store the result in its summary.
+    """Evaluate a run and store the result in its summary, unless the run is read-only.
 
     The noise of every level of a kind is the same draw, scaled, so that levels and runs of one
     configuration compare. Margins are those of at most 2048 positions, in windows spread evenly.
@@ -134,8 +134,7 @@ def evaluate(
         sorted({0.0, *levels}) for levels in (noise_absolute, noise_relative, substituted)
     )
     tokens, name = text_tokens(run, text)
-    with run.lock():  # refused before the work rather than after it
-        pass
+    writable = run.is_writable()  # refused before the work rather than after it
     prior = post_hoc_prior(run, progress=progress)
     scorer = Scorer(run.config.model, run.vocabulary, tokens)
     losses = scorer.losses(run.parameters)
@@ -145,6 +144,8 @@ def evaluate(
     levels += len(substituted) * substitutes
     total = levels + len(list(stages(run, prior)))
     with progress_bar("evaluate", total=total, unit="part", visible=progress) as bar:
+        if not writable:
+            bar.line(f"{run.path}: is read-only, so nothing is stored in it")
         sweeps = NoiseSweeps(
             run,
             tokens,
@@ -171,8 +172,9 @@ def evaluate(
         margins=margins,
         post_hoc_converged=prior.converged,
     )
-    with run.lock(wait=LOCK_SECONDS):
-        run.update_summary(evaluate=_plain(asdict(result)))
+    if writable:
+        with run.lock(wait=LOCK_SECONDS):
+            run.update_summary(evaluate=_plain(asdict(result)))
     return result
 
 

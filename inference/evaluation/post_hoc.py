@@ -67,6 +67,8 @@ class PostHocPrior:
 def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
     """Read the run's post-hoc attention prior, fitted and stored by the first call.
 
+    In a run that is read-only every call fits it.
+
     Raises:
         ValueError: if the run has no parameters yet, its corpus is not there any more, the stored
             prior is damaged, or there is none and another process is writing to the run.
@@ -74,8 +76,7 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
     path = run.path / "post_hoc_prior.npz"
     if path.exists() and (stored := _read(path, run)) is not None:
         return stored
-    with run.lock():  # refused before the work rather than after it
-        pass
+    writable = run.is_writable()  # refused before the work rather than after it
     check_stage(run.config.model)
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
@@ -90,6 +91,8 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
         steps=STEPS,
         progress=progress,
     )
+    if not writable:
+        return prior
     with run.lock(wait=LOCK_SECONDS):
         if path.exists() and (stored := _read(path, run)) is not None:  # another was faster
             return stored

@@ -63,7 +63,8 @@ def comparison_figures(
     from probattn.inference.figures.noise import noise_kinds, noise_sweep
     from probattn.inference.figures.training import barrier_curves, training_curves
 
-    curves = {label: run.metrics() for label, run in runs.items()}
+    required = ("bpc", "validation_bpc", "min_margin", "min_margin_kind")
+    curves = {label: run.metrics(*required) for label, run in runs.items()}
     figures = {"training": training_curves(curves)}
     gaussian = {label: _gaussian(each) for label, each in evaluations.items()}
     if all(each["noise_absolute"] for each in gaussian.values()):

@@ -79,6 +79,8 @@ def fit(
             unit="step",
             visible=progress and is_main_process(),
         ) as bar:
+            if loop.rounding:
+                bar.line(f"{run.path}: {loop.rounding}")
             loop.go(bar)
         if is_main_process():
             summarise_fit(run, validation)

@@ -13,6 +13,7 @@ from probattn.inference.fitting.sharding import Placement
 from probattn.inference.fitting.svi import Trainer
 from probattn.inference.runs.folder import is_replacing
 from probattn.inference.runs.run import Run
+from probattn.inference.runtime.cores import other_rounding
 from probattn.inference.runtime.processes import (
     agree_on,
     check_same_everywhere,
@@ -37,6 +38,7 @@ class Loop:
 
     Attributes:
         step: steps taken so far.
+        rounding: a line to tell if they were rounded otherwise than the next ones will be.
     """
 
     def __init__(
@@ -66,8 +68,11 @@ class Loop:
         self._seconds = 0.0
         self._reported_step = self.step = run.latest.step or 0
         check_same_everywhere("the last checkpoint", self.step)
+        self.rounding: str | None = None
         if self.step:
             self._state = self._trainer.restored(self._state, run.latest.load)
+            if self.step < config.fit.steps:
+                self.rounding = other_rounding(run.latest.cores())
         wait_for_all("restored")
         self._shown: dict[str, str] = {}
         if is_main_process():

@@ -90,7 +90,8 @@ class Reports:
 
     def _up_to(self, step: int) -> list[dict[str, Any]]:
         path = self._run.path / "metrics.jsonl"
-        rows = [row for row in self._run.metrics() if row["step"] <= step]
+        rows = self._run.metrics("validation_cross_entropy", "rejected_steps")
+        rows = [row for row in rows if row["step"] <= step]
         steps = [row["step"] for row in rows]
         expected = _report_steps(self._run.config, step)
         if steps != expected:
@@ -105,7 +106,7 @@ def summarise_fit(run: Run, validation: np.ndarray) -> None:
     """Score the best parameters on the validation text, and store the result in summary.json."""
     fit = run.config.fit
     score = _scorer(run, validation, most_tokens=fit.evaluation_tokens).score(run.parameters)
-    rows = run.metrics()
+    rows = run.metrics("rejected_steps")
     run.update_summary(
         fit={
             "inference": fit.guide,

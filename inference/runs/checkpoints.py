@@ -7,6 +7,7 @@ deletes the checkpoint before as soon as the new one has its name. See record 12
 
 import glob
 import hashlib
+import json
 import math
 import os
 import re
@@ -22,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from probattn.inference.runs.files import WriteError, fsync, write_errors
+from probattn.inference.runs.files import WriteError, fsync, read_json, write_errors
+from probattn.inference.runtime.cores import cores
 from probattn.inference.runtime.memory import check_memory
 from probattn.messages import one_line
 
@@ -31,7 +33,13 @@ if TYPE_CHECKING:
 
 _ARRAYS = "arrays"
 _CHECKSUMS = "SHA256SUMS"
+_ORIGIN = "origin.json"  # in each part: its step, and the cores it was computed on
 _SLACK = 2**24  # bytes of a checkpoint beside its arrays, at most
+_LARGEST = 2**20  # bytes of other files
+_WHOLE = re.compile("0|[1-9][0-9]*")
+_UNFINISHED = re.compile(r"[0-9]+\.(saving|orbax-checkpoint-tmp.*)")
+# What orbax and tensorstore raise: of the status of an operation, a ValueError or another of these.
+_OF_LIBRARIES = (OSError, ValueError, LookupError, RuntimeError)
 
 
 class CheckpointError(ValueError):
@@ -55,8 +63,18 @@ class CheckpointFolder:
     @property
     def step(self) -> int | None:
         """Step of the checkpoint, None where there is none."""
-        names = [entry.name for entry in self._path.iterdir()] if self._path.is_dir() else []
-        return max((int(name) for name in names if name.isdecimal()), default=None)
+        return max((int(entry.name) for entry in self._checkpoints()), default=None)
+
+    def _checkpoints(self) -> list[Path]:
+        """List the checkpoints, and nothing else that may lie there."""
+        entries = self._path.iterdir() if self._path.is_dir() else ()
+        return [e for e in entries if _WHOLE.fullmatch(e.name) and (e / _ARRAYS).is_dir()]
+
+    def cores(self) -> int | None:
+        """Return on how many cores the checkpoint was computed, None where it does not say."""
+        origin = self._path / str(self.step) / _ARRAYS / _ORIGIN
+        found = read_json(origin).get("cores") if origin.exists() else None
+        return found if type(found) is int else None
 
     def save(
         self,
@@ -84,21 +102,26 @@ class CheckpointFolder:
             }
             shutil.rmtree(partial, ignore_errors=True)
             try:
-                _write(partial, parts)
+                _write(partial, parts, step)
                 for entry in (*partial.rglob("*"), partial):
                     fsync(entry)
                 partial.rename(target)
                 fsync(self._path)
             # Tensorstore raises a ValueError, which quotes the system, where a disk is full.
-            except Exception as error:
+            except _OF_LIBRARIES as error:
                 shutil.rmtree(partial, ignore_errors=True)  # which makes room again
                 raise WriteError(target, _system_error(error)) from None
         self.tidy(step)
 
     def tidy(self, step: int | None = None) -> None:
-        """Remove all but one checkpoint, by default the newest: older ones, and unfinished ones."""
+        """Remove all but one checkpoint, by default the newest: older ones, and unfinished ones.
+
+        What is no checkpoint is not this folder's own, and stays.
+        """
         kept = self.step if step is None else step
-        for entry in self._path.iterdir() if self._path.is_dir() else ():
+        entries = self._path.iterdir() if self._path.is_dir() else ()
+        unfinished = [e for e in entries if _UNFINISHED.fullmatch(e.name) and e.is_dir()]
+        for entry in (*self._checkpoints(), *unfinished):
             if entry.name != str(kept):
                 with write_errors(entry):
                     shutil.rmtree(entry)
@@ -122,8 +145,7 @@ class CheckpointFolder:
             folder = self._path / str(step)
             try:
                 stored = _read(folder / part, like)
-            # Orbax and tensorstore raise what they meet: KeyError, OSError, JSON errors and others.
-            except Exception as error:
+            except _OF_LIBRARIES as error:
                 if self.step != step:  # a fit that goes on has replaced it
                     continue
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -166,7 +188,7 @@ def checksums(folder: Path) -> str:
     return "".join(lines)
 
 
-def _write(checkpoint: Path, parts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def _write(checkpoint: Path, parts: Mapping[str, Mapping[str, np.ndarray]], step: int) -> None:
     """Write the parts of a checkpoint by orbax, and their checksums beside them."""
     import orbax.checkpoint as ocp  # here, since it takes an eighth of the time of all imports
 
@@ -188,6 +210,8 @@ def _write(checkpoint: Path, parts: Mapping[str, Mapping[str, np.ndarray]]) -> N
             checkpointer.save(folder / part, args=ocp.args.StandardSave(dict(arrays)))
             # Orbax reports no error where it found nothing to merge, and none could be loaded.
             _check_same(_open(checkpoint / part), arrays)
+            origin = json.dumps({"step": step, "cores": cores()})
+            (checkpoint / part / _ORIGIN).write_text(origin, "utf-8")
             _checksum_file(checkpoint / part).write_text(checksums(checkpoint / part), "utf-8")
 
 
@@ -255,11 +279,19 @@ def _checksum_file(folder: Path) -> Path:
 
 def _check_files(folder: Path) -> None:
     """Refuse files that are not those that were saved."""
-    stored = set(_checksum_file(folder).read_text(encoding="utf-8").splitlines())
+    path = _checksum_file(folder)
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(f"{path.name} has more than {_LARGEST} bytes")
+    stored = set(path.read_text(encoding="utf-8").splitlines())
     changed = stored ^ set(checksums(folder).splitlines())
     if changed:
         names = sorted({line.partition("  ")[2] for line in changed})
         raise ValueError(f"files that do not fit their checksums: {', '.join(names)}")
+    origin = folder / _ORIGIN
+    if origin.exists():  # earlier versions saved none
+        step = read_json(origin).get("step")
+        if str(step) != folder.parent.name:
+            raise ValueError(f"it is of step {step}, whatever its name")
 
 
 def _check_sizes(folder: Path, expected: Mapping[str, Any]) -> None:

@@ -1,11 +1,26 @@
 """Whether a run is one to go on with."""
 
+import dataclasses
+import os
+
 from probattn.inference.config import RunConfig, SampleRunConfig
 from probattn.inference.config_files import differences
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import RunDirectory
 from probattn.messages import legible
-from probattn.text.corpora import Corpus
+from probattn.text.corpora import NAMED_SOURCES, Corpus
+
+
+def with_absolute_paths(config: RunConfig | SampleRunConfig) -> RunConfig | SampleRunConfig:
+    """Name the texts of a configuration so that every working directory finds them."""
+    data = config.data
+    if isinstance(data.source, tuple):
+        source: str | tuple[str, ...] = tuple(_absolute(path) for path in data.source)
+    else:
+        source = data.source if data.source in NAMED_SOURCES else _absolute(data.source)
+    validation = None if data.validation is None else _absolute(data.validation)
+    data = dataclasses.replace(data, source=source, validation=validation)
+    return dataclasses.replace(config, data=data)
 
 
 def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) -> None:
@@ -14,7 +29,8 @@ def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) ->
     Raises:
         RunError: if they differ; it names the fields.
     """
-    if changed := differences(run.config, config):
+    stored = with_absolute_paths(run.config)  # earlier versions kept what they were given
+    if changed := differences(stored, with_absolute_paths(config)):
         raise RunError(
             f"{run.path}: cannot resume with a changed configuration: {'; '.join(changed)}; "
             "give the run's own values, or start a new run"
@@ -33,3 +49,7 @@ def check_same_corpus(run: RunDirectory, corpus: Corpus) -> None:
             f"{run.data['sha256'][:12]}, and that source now has {corpus.sha256[:12]}; "
             "restore the text, or start a new run"
         )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

@@ -12,15 +12,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
-
+from probattn.inference.config_files import LARGEST
 from probattn.inference.runs.files import (
     RunError,
-    WriteError,
     check_name,
     final_name,
+    read_json,
     write_errors,
 )
+from probattn.inference.runs.locks import OWNER, hold
+from probattn.messages import describe
 
 ENTRIES = (
     "config.toml",
@@ -36,18 +37,21 @@ ENTRIES = (
 )
 """What a run directory consists of, beside its lock."""
 
+FORMAT = 1
+"""Of the runs that this version makes. Those of earlier versions name no format."""
+
 LOCK_SECONDS = 60.0
 """To wait for the lock with work that is done: but for fits and samplers nobody holds it long."""
 
 _REPLACED = "replaced"  # where the run that is being replaced lies
 _PUT_ASIDE = "put-aside"  # where older versions put its entries first
 
-# Most bytes of what is read in one go; a million reports are within.
+# Most bytes of what is read in one go. In memory, JSON may take twenty times as many.
 _LARGEST = {
-    "config.toml": 2**20,
-    "data.json": 2**26,
-    "summary.json": 2**26,
-    "metrics.jsonl": 2**30,
+    "config.toml": LARGEST,
+    "data.json": 2**23,  # the largest vocabulary takes half of them
+    "summary.json": 2**23,
+    "metrics.jsonl": 2**25,  # at 1,600 for each report of the longest fit
 }
 # What a run's own commands write into it, and a kill may leave under a temporary name.
 _WRITTEN = re.compile(
@@ -88,6 +92,34 @@ def check_folder(path: Path) -> None:
             )
 
 
+def enter(path: Path) -> None:
+    """Refuse a run that cannot be read, once what a killed --overwrite put aside is back.
+
+    A folder that holds no run is left to the caller.
+
+    Raises:
+        RunError: if it holds what no run does or is of a newer version, or another process is just
+            replacing it.
+        WriteError: if the run that was put aside cannot be brought back.
+    """
+    if not any((path / name).exists() for name in ("config.toml", _REPLACED, _PUT_ASIDE)):
+        return
+    check_folder(path)
+    if _is_put_aside(path):
+        with locked(path):  # which brings it back
+            pass
+    description = path / "data.json"
+    if description.exists():
+        found = read_json(description).get("format", 0)
+        if type(found) is not int or found < 0:
+            raise RunError(f"{description}: damaged: format is {describe(found)}")
+        if found > FORMAT:
+            raise RunError(
+                f"{path}: is a run of format {found}, and this version of probattn reads formats "
+                f"up to {FORMAT}; update probattn to use it"
+            )
+
+
 def check_target(path: Path, *, overwrite: bool) -> None:
     """Refuse a directory that a new run would damage.
 
@@ -104,7 +136,8 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     if not path.is_dir():
         raise RunError(f"{path}: expected a directory for the run, got a file")
     names = (final_name(entry.name) for entry in path.iterdir())
-    others = sorted(name for name in names if name not in (*ENTRIES, "lock", _PUT_ASIDE, _REPLACED))
+    known = (*ENTRIES, "lock", OWNER, _PUT_ASIDE, _REPLACED)
+    others = sorted(name for name in names if name not in known)
     if others:
         raise RunError(
             f"{path}: holds {', '.join(others[:3])}, which is no part of a run; "
@@ -166,6 +199,11 @@ def is_replacing(path: Path) -> bool:
     return not (begun and _is_whole(path))
 
 
+def put_aside(path: Path) -> Path | None:
+    """Return where the run lies that the one here is replacing, None if it replaces none."""
+    return path / _REPLACED if _is_whole(path) else None
+
+
 def _is_whole(path: Path) -> bool:
     """Tell whether the old run is wholly set aside: its configuration goes last, and returns first.
 
@@ -217,19 +255,10 @@ def locked(path: Path, *, wait: float = 0.0) -> Iterator[None]:
     """
     with write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path.resolve() / "lock", timeout=0, is_singleton=True)
-    try:
-        lock.acquire(timeout=wait)
-    except filelock.Timeout:
-        raise RunError(f"{path}: another process is writing to this run") from None
-    except OSError as error:
-        raise WriteError(path / "lock", error) from None
-    try:
-        if lock.lock_counter == 1:
+    with hold(path / "lock", wait=wait) as first:
+        if first:
             _tidy(path)
         yield
-    finally:
-        lock.release()
 
 
 def _tidy(path: Path) -> None:
@@ -241,8 +270,20 @@ def _tidy(path: Path) -> None:
             if name != entry.name and _WRITTEN.fullmatch(written):
                 with write_errors(entry):
                     entry.unlink()
+    for entry in path.glob("checkpoints/*/*.saving"):
+        if re.fullmatch(r"\d+\.saving", entry.name) and entry.is_dir():
+            with write_errors(entry):
+                shutil.rmtree(entry)
     if (path / _PUT_ASIDE).is_dir():
         _bring_back(path, _PUT_ASIDE)
-    # A new run stays: it is what --resume goes on with, and the old one lies aside until it ends.
-    if (path / _REPLACED).is_dir() and not ((path / "config.toml").exists() and _is_whole(path)):
+    if _is_put_aside(path):
         _bring_back(path)
+
+
+def _is_put_aside(path: Path) -> bool:
+    """Tell whether the run that was there before lies aside, and no new one has taken its place.
+
+    A new run stays: it is what --resume goes on with, and the old one lies aside until it ends.
+    """
+    replacing = (path / "config.toml").exists() and _is_whole(path)
+    return (path / _PUT_ASIDE).is_dir() or ((path / _REPLACED).is_dir() and not replacing)

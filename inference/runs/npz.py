@@ -1,5 +1,6 @@
 """Arrays in npz files: what a file claims to hold is checked before anything of it is read."""
 
+import io
 import math
 import os
 import zipfile
@@ -11,6 +12,8 @@ import numpy as np
 
 from probattn.inference.runtime.memory import check_memory
 
+_LONGEST = 2**20  # bytes of an archive that zipfile reads in one go, such as its list of members
+_SLACK = 2**16  # bytes of an archive beside its numbers, at most
 _KINDS = "biuf"  # booleans and numbers: all that is ever stored
 
 
@@ -31,10 +34,14 @@ def read_arrays(
             meet.
     """
     with path.open("rb") as stream:
-        with zipfile.ZipFile(stream) as archive:
+        size = os.fstat(stream.fileno()).st_size
+        if shapes is not None:
+            largest = _SLACK + 8 * sum(math.prod(shape) for shape in shapes.values())
+            if size > largest:
+                raise ValueError(f"it has {size} bytes, expected at most {largest}")
+        check_memory("its arrays", size)
+        with _InPieces(path) as pieces, zipfile.ZipFile(pieces) as archive:
             members = archive.infolist()
-            size = os.fstat(stream.fileno()).st_size
-            check_memory("its arrays", size)
             # Stored as they are: an archive that unpacks to more than its size is not ours.
             packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
             if packed or sum(member.file_size for member in members) > size:
@@ -50,6 +57,22 @@ def read_arrays(
         stream.seek(0)
         with np.load(stream, allow_pickle=False) as stored:
             return dict(stored)
+
+
+class _InPieces(io.FileIO):
+    """A file of which nobody reads much at once."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read so many bytes.
+
+        Raises:
+            ValueError: if they are many.
+        """
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > _LONGEST:
+            raise ValueError("its list of arrays is too long")
+        return super().read(size)
 
 
 def _shape(name: str, data: IO[bytes], size: int) -> tuple[int, ...]:

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 
 from probattn.inference.config import RunConfig, SampleRunConfig
-from probattn.inference.config_files import format_config
+from probattn.inference.config_files import LARGEST, format_config
 from probattn.inference.config_memory import check_size
-from probattn.inference.runs.checks import check_same_config, check_same_corpus
+from probattn.inference.runs.checks import (
+    check_same_config,
+    check_same_corpus,
+    with_absolute_paths,
+)
 from probattn.inference.runs.files import RunError, replacing, write_text
-from probattn.inference.runs.folder import check_target, locked, replacement
+from probattn.inference.runs.folder import FORMAT, check_target, enter, locked, replacement
 from probattn.inference.runs.run import Run, RunDirectory, load_run
 from probattn.inference.runtime.processes import (
     check_same_everywhere,
@@ -58,6 +62,12 @@ def find_run[R: RunDirectory](
     if not resume:
         vocabulary = corpus_vocabulary(corpus, config.data.tokenizer)
         check_size(config, vocabulary.size)
+        config = with_absolute_paths(config)
+        if len(format_config(config)) > LARGEST:  # else the run could not be opened
+            raise ValueError(
+                f"the configuration has more than {LARGEST} characters: expected fewer; name a "
+                "folder or a pattern in data.source instead of every file"
+            )
         return new_run(kind, path, config, corpus, vocabulary), corpus
     run = load_run(path)
     if not isinstance(run, kind):
@@ -125,12 +135,14 @@ def _check_options(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise ValueError("resume and overwrite exclude each other: expected at most one of them")
     if not resume:
         check_target(path, overwrite=overwrite)
-    elif not (path / "config.toml").exists():
+        return
+    enter(path)
+    if not (path / "config.toml").exists():
         raise RunError(f"{path}: holds no run to resume; start one without --resume")
 
 
 def _write_description(run: RunDirectory, start: Mapping[str, Any] | None) -> None:
-    description = {**run.data, "vocabulary": run.vocabulary.to_dict()}
+    description = {"format": FORMAT, **run.data, "vocabulary": run.vocabulary.to_dict()}
     write_text(run.path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
     if start is not None:
         with replacing(run.path / "start.npz") as stream:

@@ -7,9 +7,10 @@ metrics.jsonl    one line per report      post_hoc_prior.npz  attention prior, s
 summary.json     results                  figures/            pictures and their tables
 segments/        draws as they come       posterior.nc        draws for ArviZ
 start.npz        what chains start from, if not draws of the prior
-lock             held by the process that writes
+lock             held by the process that writes (lock.owner where a file system has no locks)
 """
 
+import errno
 import json
 import os
 import re
@@ -28,15 +29,16 @@ from probattn.inference.config_files import read_tables
 from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder
 from probattn.inference.runs.files import (
     RunError,
+    WriteError,
     fsync,
     read_bytes,
     read_json,
     write_errors,
     write_text,
 )
-from probattn.inference.runs.folder import check_folder, locked
+from probattn.inference.runs.folder import enter, locked, put_aside
 from probattn.inference.runs.segments import SegmentFolder
-from probattn.messages import describe
+from probattn.messages import describe, legible
 from probattn.models.language import parameter_shapes
 from probattn.text.vocabulary import Vocabulary, vocabulary_from_dict
 
@@ -92,6 +94,25 @@ class RunDirectory:
             self.reopened()
             yield
 
+    def is_writable(self, *, wait: float = 0.0) -> bool:
+        """Tell whether results can be stored in the run, or this user may only read it.
+
+        Args:
+            wait: seconds to wait for another process that holds its lock.
+
+        Raises:
+            RunError: if it holds it still, or another run has been made there.
+        """
+        if not os.access(self.path, os.W_OK):
+            return False
+        try:
+            with self.lock(wait=wait):
+                return True
+        except WriteError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return False
+            raise
+
 
 @dataclass(frozen=True)
 class PosteriorRun(RunDirectory):
@@ -131,9 +152,11 @@ class Run(RunDirectory):
     @cached_property
     def _point(self) -> tuple[int, dict[str, Array]]:
         if self.best.step is None:
+            before = put_aside(self.path)
             raise CheckpointError(
                 f"{self.path}: the fit has not reached its first report, so it has no parameters "
                 "yet; finish it with fit --resume"
+                + (f"; the run that it replaces lies in {before}" if before else "")
             )
         return self.best.load_with_step(self.parameter_shapes())
 
@@ -151,13 +174,26 @@ class Run(RunDirectory):
         """Checkpoint to resume from."""
         return CheckpointFolder(self.path / "checkpoints" / "latest")
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self, *required: str) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, one per report.
 
         A last line without its end, which is what a kill leaves, is none: resuming repeats it. Nor
         is the line that says why a fit stopped, see `stopped`.
+
+        Args:
+            required: names of values that every line must have.
+
+        Raises:
+            RunError: if a line is damaged, or lacks one of them.
         """
-        return [row for row in self._lines() if "stopped" not in row]
+        rows = [row for row in self._lines() if "stopped" not in row]
+        for row in rows:
+            if missing := [name for name in required if name not in row]:
+                raise RunError(
+                    f"{self.path / 'metrics.jsonl'}: the line of step {row['step']} lacks "
+                    f"{', '.join(missing)}; restore the file from a copy"
+                )
+        return rows
 
     @property
     def stopped(self) -> tuple[int, str] | None:
@@ -180,6 +216,11 @@ class Run(RunDirectory):
                 raise RunError(f"{path}, line {number}: expected an object with an integer step")
             if not isinstance(row.get("stopped", ""), str):
                 raise RunError(f"{path}, line {number}: expected a text for why the fit stopped")
+            if wrong := [name for name, value in row.items() if not _is_metric(name, value)]:
+                raise RunError(
+                    f"{path}, line {number}: {legible(wrong[0])} is {describe(row[wrong[0]])}: "
+                    f"expected {'a text' if wrong[0] in _TEXTS else 'a number'}"
+                )
             rows.append(row)
         return rows
 
@@ -200,12 +241,14 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
     """Open a run directory for reading; parameters and draws are loaded when they are asked for.
 
     Raises:
-        RunError: if the directory is no run, or its description is damaged.
+        RunError: if the directory is no run or one of a newer version, or its description is
+            damaged.
+        WriteError: if a killed --overwrite had put the run aside, and it cannot be brought back.
     """
     path = Path(path)
+    enter(path)
     if not (path / "config.toml").is_file():
         raise RunError(f"{path}: expected a run directory, which has a config.toml")
-    check_folder(path)
     try:
         text = (path / "config.toml").read_text(encoding="utf-8")
         sampled = "\n[sample]\n" in text
@@ -259,6 +302,19 @@ _DATA_FIELDS = {
     "train_characters": int,
     "validation_characters": int,
 }
+
+
+_TEXTS = ("stopped", "min_margin_kind")
+_MEASURED = ("cross_entropy", "bpc", "rejected_steps")  # in every report; others may be None
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    """Tell whether a value is one that a report has under this name."""
+    if value is None:
+        return not name.endswith(_MEASURED)
+    if name in _TEXTS:
+        return isinstance(value, str)
+    return type(value) is float or (type(value) is int and value.bit_length() < 64)
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

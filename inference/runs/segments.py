@@ -15,6 +15,7 @@ import numpy as np
 
 from probattn.inference.runs.files import replacing
 from probattn.inference.runs.npz import read_arrays
+from probattn.inference.runtime.cores import cores
 
 _NAME = re.compile(r"(\d{8})-(\d{8})\.npz")
 _KINDS = ("draws", "statistics", "state")
@@ -35,6 +36,7 @@ class Segment:
         statistics: what NUTS says of each iteration, (chains, iterations).
         state: leaves of the sampler's state after the last iteration, (chains, ...).
         digest: of the configuration and data that they were made with.
+        cores: number of cores that they were computed on, None where a file does not say.
     """
 
     first: int
@@ -43,6 +45,7 @@ class Segment:
     statistics: Mapping[str, np.ndarray]
     state: Mapping[str, np.ndarray]
     digest: np.ndarray
+    cores: int | None = None
 
 
 class SegmentFolder:
@@ -56,12 +59,12 @@ class SegmentFolder:
         self.path = Path(path)
 
     def save(self, segment: Segment) -> None:
-        """Save a segment, whole or not at all."""
+        """Save a segment, whole or not at all, with its place and the cores of this machine."""
         arrays = {
             f"{kind}/{name}": value
             for kind in _KINDS
             for name, value in getattr(segment, kind).items()
-        } | {"digest": segment.digest}
+        } | {"digest": segment.digest, "first": np.int64(segment.first), "cores": np.int64(cores())}
         with replacing(self._file(segment.first, segment.stop)) as stream:
             # Without pickle: an array of objects is refused, and nothing else would need it.
             np.savez(stream, allow_pickle=False, **arrays)
@@ -101,6 +104,9 @@ class SegmentFolder:
         try:
             arrays = read_arrays(path)
             digest = arrays.pop("digest")
+            # Earlier versions saved neither of these.
+            begins = int(arrays.pop("first", first))
+            computed_on = int(arrays.pop("cores")) if "cores" in arrays else None
             for key, array in arrays.items():
                 kind, _, name = key.partition("/")
                 parts[kind][name] = array
@@ -110,13 +116,18 @@ class SegmentFolder:
                 f"{path}: the segment is damaged ({error}); restore it from a copy, or delete it "
                 "and all later ones and go on with --resume"
             ) from None
+        if begins != first:
+            raise SegmentError(
+                f"{path}: begins at iteration {begins}, whatever its name; give the segments their "
+                "names again"
+            )
         for name, value in parts["statistics"].items():
             if value.ndim != 2 or value.shape[1] != stop - first:
                 raise SegmentError(
                     f"{path}: {name} has shape {value.shape}: expected {stop - first} iterations; "
                     "restore the segment from a copy"
                 )
-        return Segment(first, stop, **parts, digest=digest)
+        return Segment(first, stop, **parts, digest=digest, cores=computed_on)
 
     def _file(self, first: int, stop: int) -> Path:
         return self.path / f"{first:08d}-{stop:08d}.npz"

@@ -23,6 +23,7 @@ import numpy as np
 
 from probattn.inference.config import SampleConfig
 from probattn.inference.runs.segments import Segment, SegmentError, SegmentFolder
+from probattn.inference.runtime.cores import other_rounding
 from probattn.inference.runtime.memory import check_memory
 from probattn.inference.runtime.progress import Bar, progress_bar
 from probattn.inference.runtime.signals import Interrupted, deferred_interrupts
@@ -93,6 +94,8 @@ def sample(
             unit="iteration",
             visible=progress,
         ) as bar:
+            if sampler.rounding and sampler.iteration < config.warmup + config.draws:
+                bar.line(f"{out}: {sampler.rounding}")
             sampler.go(bar)
     return PosteriorResult(
         method="nuts",
@@ -173,6 +176,7 @@ class _Sampler:
         self.kept = _Kept(config)
         self.iteration = 0
         self.seconds = 0.0
+        self.rounding: str | None = None
         self._pending: list[tuple[dict, dict]] = []
         self._saved = 0
         if folder is not None:
@@ -238,6 +242,7 @@ class _Sampler:
                 )
             self.seconds = self.kept.add_segment(folder.path, segment)
             self._saved = self.iteration = segment.stop
+            self.rounding = other_rounding(segment.cores)
             last = segment.state
         if last is not None:
             self._chains.restore(last)

@@ -10,9 +10,9 @@ import pytest
 
 from probattn.inference import fit, load_run
 from probattn.inference.config_files import format_config
+from tests.support.mounts import ALONE, may_mount
 from tests.support.tiny_run import tiny_config
 
-ALONE = ["unshare", "--user", "--map-root-user", "--mount"]
 STORY = """
 import json, os, shutil, subprocess, sys
 folder, free = sys.argv[1], int(sys.argv[2])
@@ -39,14 +39,6 @@ told.append(probattn("--resume"))
 shutil.copytree(disk + "/run", folder + "/kept")
 print(json.dumps(told))
 """
-
-
-def may_mount():
-    try:
-        mount = ["mount", "-t", "tmpfs", "tmpfs", "/tmp"]  # seen in that namespace alone
-        return subprocess.run([*ALONE, *mount], capture_output=True).returncode == 0
-    except OSError:
-        return False
 
 
 @pytest.mark.slow

@@ -18,11 +18,13 @@ import tensorstore
 from probattn.inference import load_run
 from probattn.inference.cli import main
 from probattn.inference.cli.quiet import silence_libraries
+from probattn.inference.config_files import read_config
 from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder, checksums
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.npz import read_arrays
 from probattn.inference.runs.segments import Segment, SegmentError, SegmentFolder
 from probattn.inference.runtime import memory
+from probattn.inference.runtime.cores import cores
 from tests.support.made_runs import (
     ARRAYS,
     CONFIG,
@@ -95,6 +97,20 @@ def test_a_description_that_is_too_large_is_not_read(run, name):
     with (run.path / name).open("r+b") as file:
         file.truncate(2**40)  # of which nothing is on disk
     assert refusal(RunError, load_run, run.path).startswith(f"{run.path / name}: has 1099511627776")
+
+
+def test_a_configuration_of_many_dots_is_not_read(run):
+    """To read it would take minutes: the square of their number."""
+    config = run.path / "config.toml"
+    config.write_text("a." * 100_000 + "a = 1\n")
+    assert refusal(RunError, load_run, run.path).startswith(f"{config}: has 200006 bytes")
+    message = refusal(ValueError, read_config, config)
+    assert message == f"{config}: expected a TOML file: it has more than 16384 characters"
+
+
+def test_a_configuration_without_an_end_is_not_read_for_ever():
+    message = refusal(ValueError, read_config, "/dev/zero")
+    assert message.startswith("/dev/zero: expected a TOML file: it has more than")
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' * 100_000, b"9" * 10_000, b"\xff"])
@@ -175,6 +191,40 @@ def test_arrays_that_unpack_to_more_than_the_file(tmp_path, monkeypatch):
     np.savez(tmp_path / "large.npz", a=np.zeros(1000))
     monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1}.get)
     assert "its arrays would take" in refusal(ValueError, read_arrays, tmp_path / "large.npz")
+
+
+def test_arrays_whose_shapes_are_known_have_a_largest_size(tmp_path):
+    path = tmp_path / "file.npz"
+    np.savez(path, a=np.zeros(2))
+    with path.open("r+b") as file:
+        file.truncate(2**40)
+    message = refusal(ValueError, read_arrays, path, {"a": (2,)})
+    assert message == "it has 1099511627776 bytes, expected at most 65552"
+
+
+def test_a_list_of_arrays_that_is_too_long_is_not_read(tmp_path):
+    """Zipfile reads it whole, and takes many times as much memory."""
+    path = archive_of(tmp_path / "file.npz", {f"{n}{'a' * 60_000}": npy((0,)) for n in range(20)})
+    assert refusal(ValueError, read_arrays, path) == "its list of arrays is too long"
+
+
+def test_a_segment_under_the_name_of_another_is_refused(tmp_path):
+    folder = SegmentFolder(tmp_path)
+    for first in (0, 4):
+        folder.save(Segment(first, first + 4, {}, {"lp": np.empty((1, 4))}, {}, np.uint8(0)))
+    assert [segment.cores for segment in folder.load()] == [cores()] * 2
+    names = [tmp_path / "00000000-00000004.npz", tmp_path / "00000004-00000008.npz"]
+    for source, target in ((names[0], "aside"), (names[1], names[0].name), ("aside", names[1])):
+        (tmp_path / source).rename(tmp_path / target)
+    message = refusal(SegmentError, lambda: list(folder.load()))
+    assert message.startswith(f"{names[0]}: begins at iteration 4, whatever its name")
+
+
+def test_a_segment_of_an_earlier_version_names_neither_its_place_nor_cores(tmp_path):
+    folder = SegmentFolder(tmp_path)
+    lp = np.empty((1, 4))
+    np.savez(tmp_path / "00000000-00000004.npz", **{"statistics/lp": lp, "digest": np.uint8(0)})
+    assert [segment.cores for segment in folder.load()] == [None]
 
 
 def test_a_segment_of_objects_is_damaged_and_nothing_of_it_runs(tmp_path):
@@ -267,6 +317,12 @@ def test_a_checkpoint_too_large_for_what_it_holds(folder, tmp_path):
     assert "it has 1099" in refusal(CheckpointError, folder.load, ARRAYS)
 
 
+def test_checksums_that_are_too_large_are_not_read(folder, tmp_path):
+    with (tmp_path / "latest" / "3" / "SHA256SUMS").open("r+b") as file:
+        file.truncate(2**40)
+    assert "SHA256SUMS has more than" in refusal(CheckpointError, folder.load, ARRAYS)
+
+
 def test_a_configuration_too_large_for_the_machine(run):
     """Whatever its checkpoint holds: arrays of that size are never made."""
     text = (run.path / "config.toml").read_text(encoding="utf-8")
@@ -294,6 +350,7 @@ def test_what_a_kill_leaves_is_put_away_by_the_next_to_write(run):
         names = files_of(run.path).keys()
     assert set(others) <= names
     assert not set(left) & names
+    assert not (run.path / "checkpoints/best/9.saving").exists()
     run.best.tidy()
     assert [path.name for path in (run.path / "checkpoints/best").iterdir()] == ["8"]
     assert run.parameters.keys() == draw(run.parameter_shapes()).keys()

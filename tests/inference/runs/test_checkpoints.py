@@ -21,6 +21,7 @@ from probattn.inference.runs.checkpoints import (
     with_leaves,
 )
 from probattn.inference.runs.files import WriteError
+from probattn.inference.runtime.cores import cores
 from tests.support.made_runs import (
     ARRAYS,
     assert_same,
@@ -166,6 +167,37 @@ def test_a_damaged_checkpoint_is_refused(folder, damage, caplog, place):
         path.write_bytes(whole)
     assert_same(folder.load(ARRAYS), ARRAYS)
     assert [record.getMessage() for record in caplog.records] == []  # the error is one line
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(folder, place):
+    (place / "3").rename(place / "4")
+    message = refusal(CheckpointError, folder.load, ARRAYS)
+    assert message.startswith(f"{place / '4'}: ")
+    assert "it is of step 3, whatever its name" in message
+
+
+def test_a_checkpoint_of_an_earlier_version_names_neither_step_nor_cores(folder, place):
+    assert folder.cores() == cores()
+    part = place / "3" / "arrays"
+    (part / "origin.json").unlink()
+    (place / "3" / "SHA256SUMS").write_text(checkpoints.checksums(part), "utf-8")
+    assert_same(folder.load(ARRAYS), ARRAYS)
+    assert folder.cores() is None
+
+
+def test_what_is_no_checkpoint_stays_and_is_not_in_the_way(folder, place):
+    (place / "notes.txt").write_text("mine")
+    for name in ("mine", "2024", "007"):
+        (place / name).mkdir()
+        (place / name / "thesis.tex").write_text("mine")
+    before = {name: text for name, text in files_of(place).items() if not name.startswith("3/")}
+    assert folder.step == 3
+    folder.save(5, ARRAYS)
+    folder.tidy()
+    assert folder.step == 5
+    assert_same(folder.load(ARRAYS), ARRAYS)
+    after = {name: text for name, text in files_of(place).items() if not name.startswith("5/")}
+    assert after == before
 
 
 def test_a_checkpoint_with_a_file_more_is_refused(folder, place):

@@ -9,9 +9,11 @@ import pytest
 
 from probattn.inference import FitConfig, load_run
 from probattn.inference.config import DataConfig
+from probattn.inference.runs import opening
+from probattn.inference.runs.checkpoints import CheckpointError
 from probattn.inference.runs.files import RunError, WriteError
 from probattn.inference.runs.folder import is_replacing, locked
-from probattn.inference.runs.opening import new_run, open_run
+from probattn.inference.runs.opening import find_run, new_run, open_run
 from probattn.inference.runs.run import Run
 from tests.support.made_runs import (
     CONFIG,
@@ -20,7 +22,7 @@ from tests.support.made_runs import (
     create_run,
 )
 from tests.support.refusals import refusal
-from tests.support.tiny_run import files_of
+from tests.support.tiny_run import files_of, held_by_another_process
 
 ENDING = ValueError("no more")
 OTHER = dataclasses.replace(CONFIG, fit=FitConfig(seed=1))
@@ -142,6 +144,42 @@ def test_after_a_kill_it_is_the_new_run_that_is_resumed(run):
     assert files_of(load_run(path / "replaced").path) == before
     replace_run(path, resume=True, saved="checkpoints/latest/3", ending=None)
     assert files_of(path).keys() == {"config.toml", "data.json", "checkpoints/latest/3"}
+
+
+def test_a_new_run_without_parameters_names_the_one_that_it_replaces(run):
+    path = killed_early(run)
+    message = refusal(CheckpointError, lambda: load_run(path).parameters)
+    assert message.endswith(f"; the run that it replaces lies in {path / 'replaced'}")
+
+
+def put_aside(run, names):
+    """A run as a kill leaves it that comes while, or just after, it is put aside."""
+    (run.path / "replaced").mkdir()
+    for name in names:
+        (run.path / name).rename(run.path / "replaced" / name)
+
+
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_a_run_that_a_kill_left_aside_is_opened_and_resumed(run, all_of_it, monkeypatch):
+    before = files_of(run.path)
+    moved = {path.name for path in run.path.iterdir()} - {"lock"}
+    put_aside(run, moved if all_of_it else moved - {"config.toml", "data.json"})
+    opened = load_run(run.path)  # as `generate` and others open it
+    assert opened == run
+    assert opened.parameters.keys() == run.parameter_shapes().keys()
+    assert files_of(run.path) == before
+    put_aside(run, moved)
+    monkeypatch.setattr(opening, "load_corpus", lambda config: CORPUS)
+    found, _ = find_run(Run, run.path, CONFIG, resume=True, overwrite=False)
+    assert found == run
+    assert files_of(run.path) == before
+
+
+def test_a_run_that_is_just_being_replaced_is_not_brought_back(run):
+    put_aside(run, {path.name for path in run.path.iterdir()} - {"lock"})
+    with held_by_another_process(run):
+        message = refusal(RunError, load_run, run.path)
+    assert message == f"{run.path}: another process is writing to this run"
 
 
 def test_after_a_kill_the_old_run_comes_back_if_the_new_one_fails_again(run):

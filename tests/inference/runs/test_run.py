@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from probattn.inference import FitConfig, RunConfig, load_run
+from probattn.inference.cli import main
 from probattn.inference.runs.checkpoints import (
     CheckpointError,
 )
@@ -48,6 +49,39 @@ def test_a_run_opens_as_it_was_made(made):
     assert (run.step, run.latest.step) == (8, 8)
     assert (run.metrics(), run.summary()) == (ROWS, {"fit": {"steps": 8}})
     assert_same(run.parameters, draw(run.parameter_shapes()))
+
+
+def with_description(run, changes):
+    """Change the fields of data.json; None removes one."""
+    path = run.path / "data.json"
+    fields = json.loads(path.read_text("utf-8")) | changes
+    kept = {name: value for name, value in fields.items() if value is not None}
+    path.write_text(json.dumps(kept), "utf-8")
+
+
+def test_a_run_of_an_earlier_version_names_no_format(run):
+    assert json.loads((run.path / "data.json").read_text("utf-8"))["format"] == 1
+    with_description(run, {"format": None})
+    assert load_run(run.path) == run
+
+
+def test_a_run_of_a_newer_version_is_refused_whatever_it_holds(run, capsys):
+    with_description(run, {"format": 2, "vocabulary": None})
+    (run.path / "config.toml").write_text("[tomorrow]\n")
+    expected = (
+        f"{run.path}: is a run of format 2, and this version of probattn reads formats up to 1; "
+        "update probattn to use it"
+    )
+    assert refusal(RunError, load_run, run.path) == expected
+    for command in (["fit", "--out", str(run.path), "--resume"], ["evaluate", str(run.path)]):
+        assert main(command) == 2
+        assert capsys.readouterr() == ("", f"probattn: error: {expected}\n")
+
+
+@pytest.mark.parametrize("given", ["2", 1.5, True, -1])
+def test_a_format_that_is_no_number_is_damaged(run, given):
+    with_description(run, {"format": given})
+    assert "data.json: damaged: format is" in refusal(RunError, load_run, run.path)
 
 
 def test_a_byte_pair_vocabulary_comes_back(tmp_path):
@@ -277,6 +311,11 @@ def test_a_line_of_metrics_that_was_cut_off_is_none(run):
         ("[1]", "expected an object with an integer step"),
         ('{"loss": 1}', "expected an object with an integer step"),
         ('{"step": true}', "expected an object with an integer step"),
+        ('{"step": 9, "loss": [[]]}', "loss is list [[]]: expected a number"),
+        ('{"step": 9, "loss": "low"}', "loss is str 'low': expected a number"),
+        ('{"step": 9, "loss": 1' + "0" * 99 + "}", "loss is int 1000"),
+        ('{"step": 9, "validation_bpc": null}', "validation_bpc is NoneType None: expected a nu"),
+        ('{"step": 9, "min_margin_kind": 1}', "min_margin_kind is int 1: expected a text"),
     ],
 )
 def test_damaged_metrics_are_refused(run, line, reason):
@@ -284,6 +323,14 @@ def test_damaged_metrics_are_refused(run, line, reason):
     path.write_text(path.read_text() + line + "\n")
     expected = f"{path}, line {len(ROWS) + 1}: {reason}"
     assert refusal(RunError, run.metrics).startswith(expected)
+
+
+def test_a_line_of_metrics_that_lacks_a_value_is_named(run):
+    assert run.metrics("loss") == ROWS
+    message = refusal(RunError, run.metrics, "loss", "tokens_per_s", "bpc")
+    assert message == (
+        f"{run.path / 'metrics.jsonl'}: the line of step 4 lacks bpc; restore the file from a copy"
+    )
 
 
 def test_another_text_is_refused(run):

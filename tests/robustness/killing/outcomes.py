@@ -38,7 +38,7 @@ def outcome_of_sample(run: Path) -> dict[str, Any]:
     for key in segments[0]:
         if key.startswith(("draws/", "statistics/")) and not key.endswith("/seconds"):
             found[key] = _bits(np.concatenate([segment[key] for segment in segments], axis=1))
-        elif not key.endswith("/seconds"):
+        elif key != "first" and not key.endswith("/seconds"):  # a kill moves where segments begin
             found[key] = _bits(segments[-1][key])
     names = _names(run)
     found["files"] = [name for name in names if not name.startswith("segments/")]
