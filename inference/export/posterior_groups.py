@@ -206,7 +206,8 @@ class _Datasets:
         import xarray as xr
 
         flat = self._flat and group in ("observed_data", "posterior_predictive")
-        sizes: dict[str, int] = {}
+        # A dimension that has the name of a site would be that site's coordinate.
+        sizes: dict[str, int] = dict.fromkeys(("chain", "draw", *sites), -1)
         variables = {}
         # A name that two sites have of different sizes is the first's: the user's, then what is
         # of the data, then parameters, which may be of more positions than there are.
@@ -235,13 +236,10 @@ class _Datasets:
         missing = 0
         given = self._layout.is_given(name)
         for dim, size in zip(named, shape, strict=True):
-            if dim is not None and (given or self._is_free(dim, size, dims, sizes)):
+            is_free = dim is not None and dim not in dims and sizes.setdefault(dim, size) == size
+            if dim is not None and (given or is_free):
                 dims.append(dim)
             else:
                 dims.append(f"{name}_dim_{missing}")  # ArviZ's name, which counts these alone
                 missing += 1
         return dims
-
-    @staticmethod
-    def _is_free(dim: str, size: int, dims: Sequence[str], sizes: dict[str, int]) -> bool:
-        return dim not in ("chain", "draw", *dims) and sizes.setdefault(dim, size) == size

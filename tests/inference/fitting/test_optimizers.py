@@ -89,7 +89,7 @@ def test_a_fit_whose_optimizer_draws_noise_is_saved_and_goes_on(config, tmp_path
     def optimizer():
         return optax.noisy_sgd(1e-3, key=jax.random.key(5))
 
-    short = with_fit(config, steps=6, eval_every=6, checkpoint_every=3)
+    short = with_fit(config, steps=6, warmup=0, eval_every=3, checkpoint_every=3)
     whole = fit(short, tmp_path / "whole", optimizer=optimizer()).run
     begun = dataclasses.replace(short, fit=dataclasses.replace(short.fit, steps=3))
     fit(begun, tmp_path / "cut", optimizer=optimizer())
