@@ -14,7 +14,7 @@ from numpyro.infer.svi import SVIRunResult
 
 from probattn.inference.sampling.result import PosteriorResult, in_own_precision
 
-NumPyroDraws = MCMC | SVIRunResult | Mapping[str, Any]
+type NumPyroDraws = MCMC | SVIRunResult | Mapping[str, Any]
 
 # ArviZ's names of the fields of NumPyro's states.
 _STATISTICS = {

@@ -119,7 +119,7 @@ def to_datatree(
             draws=draws,
             seed=seed,
         )
-    elif not isinstance(source, RunDirectory | PosteriorResult):
+    elif not isinstance(source, Run | PosteriorRun | PosteriorResult):
         raise ValueError(
             f"source is {describe(source)}: expected a run, the result of `sample`, an MCMC, the "
             "result of SVI.run with its guide, or samples by site"
