@@ -10,42 +10,13 @@ from numpyro.handlers import seed as seeded
 from numpyro.handlers import trace
 
 from probattn import support_tokens
-from probattn.inference.export.site_values import map_rows, observed_sites, site_values
-from probattn.inference.sampling.result import PosteriorResult
+from probattn.inference.export.layout import Layout
+from probattn.inference.export.margin_stages import with_margins
+from probattn.inference.export.site_values import map_rows, site_values
+from probattn.inference.sampling.result import PosteriorResult, in_own_precision
 
 if TYPE_CHECKING:  # xarray takes half a second to load
     import xarray as xr
-
-DIMS: Mapping[str, tuple[str, ...]] = {
-    "token_embedding": ("vocab", "embed"),
-    "position_embedding": ("position", "embed"),
-    "final_norm": ("embed",),
-    "attention_norm": ("layer", "embed"),
-    "attention_in": ("layer", "embed", "query_key_value"),
-    "attention_out": ("layer", "value", "embed"),
-    "mlp_norm": ("layer", "embed"),
-    "mlp_in": ("layer", "embed", "hidden"),
-    "mlp_out": ("layer", "hidden", "embed"),
-    "w_query": ("embed", "rank"),
-    "w_key": ("embed", "rank"),
-    "log_residual_scale": (),
-    "embeddings": ("sequence", "position", "embed"),
-    "embeddings_base": ("sequence", "position", "embed"),
-    "margin": ("sequence", "position"),
-    "log_det": ("sequence", "position"),
-    "coupling": ("key_embed", "query_embed"),
-    "direction": ("key_embed", "query_embed"),
-    "free_coupling": ("key_embed", "query_embed"),
-    "repulsion": ("embed", "factor"),
-    "rotation": ("embed_pair",),
-    "coupling_eigenvalues": ("eigenvalue",),
-    "emission": ("embed", "vocab"),
-    "emission_bias": ("vocab",),
-    "tokens": ("sequence", "position"),
-}
-
-# Sites of which positions are told, with an axis of heads where the stage has them.
-_PER_POSITION = {"margin", "log_det", "certificate"}
 
 
 def posterior_groups(
@@ -57,6 +28,7 @@ def posterior_groups(
     seed: int,
     dims: Mapping[str, Sequence[str]],
     labels: Mapping[str, Sequence],
+    flat: bool,
 ) -> dict[str, "xr.Dataset"]:
     """Make the groups of a DataTree: see `to_datatree`.
 
@@ -68,10 +40,13 @@ def posterior_groups(
         seed: seed of the predictive and prior draws.
         dims: names of dimensions by site, after chain and draw.
         labels: coordinates by dimension.
+        flat: give what was observed and predicted one dimension.
     """
+    result = in_own_precision(result)
+    layout = Layout(result, dims)
     predictive_key, prior_key = jax.random.split(jax.random.key(seed))
     tables = _Tables(result.shape)
-    support = _Support(result.shape)
+    support = {stage: _Support(stage, result.shape, layout.heads(stage)) for stage in layout.stages}
     parts = site_values(
         result,
         log_likelihood=log_likelihood,
@@ -80,31 +55,34 @@ def posterior_groups(
     )
     for rows, values in parts:
         deterministic = dict(values.deterministic)
-        certificate = deterministic.pop("certificate", None)
-        if "margin" in deterministic and deterministic["margin"].ndim >= 3:
-            deterministic |= support.add(deterministic["margin"], certificate)
+        for stage in support.values():
+            deterministic = stage.add(deterministic) | deterministic
         tables.add("posterior", rows, deterministic)
         tables.add("log_likelihood", rows, values.log_likelihood)
         tables.add("posterior_predictive", rows, values.predictive)
     found = tables.groups
     found["posterior"] = {**result.draws, **found.get("posterior", {})}
-    if result.statistics:
+    found["sample_stats"] = dict(result.statistics)
+    if "n_steps" in result.statistics:
         depth = np.ceil(np.log2(np.asarray(result.statistics["n_steps"]) + 1)).astype(np.int64)
-        found["sample_stats"] = {**result.statistics, "tree_depth": depth}
+        found["sample_stats"]["tree_depth"] = depth
     if prior:
-        found["prior"] = _prior(result, prior, prior_key)
+        found["prior"] = _prior(result, prior, prior_key, list(support.values()))
+    named = _Datasets(layout, labels, frozenset(result.draws), flat)
     groups = {
-        group: _dataset(
-            sites, ("chain", "draw"), dims, labels, likelihood=group == "log_likelihood"
-        )
+        group: named.dataset(group, sites, ("chain", "draw"))
         for group, sites in found.items()
         if sites
     }
-    if support.probability is not None:
-        groups["support_tokens"] = _dataset(support.summary(), (), dims, labels)
-    observed = _observed(result)
-    if observed:
-        groups["observed_data"] = _dataset(observed, (), dims, labels)
+    for group, sites in (
+        (
+            "support_tokens",
+            {n: v for stage in support.values() for n, v in stage.summary().items()},
+        ),
+        ("observed_data", layout.observed),
+    ):
+        if sites:
+            groups[group] = named.dataset(group, sites, ())
     return groups
 
 
@@ -133,35 +111,59 @@ class _Tables:
 
 
 class _Support:
-    """How often each position is the support token of its sequence, and is certified."""
+    """How often each position is the support token of its sequence, and is certified.
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    Args:
+        stage: what stands before "margin" in the name of the stage's margins.
+        shape: chains and draws.
+        heads: axes of heads in the margins of a draw.
+    """
+
+    def __init__(self, stage: str, shape: tuple[int, int], heads: tuple[int, ...]) -> None:
+        self._stage, self._heads = stage, heads
         self._draws = shape[0] * shape[1]
-        self.probability: np.ndarray | None = None
-        self._certified: np.ndarray | None = None
+        self._support: Any = 0
+        self._certified: Any = 0
 
-    def add(self, margin: np.ndarray, certificate: np.ndarray | None) -> dict[str, np.ndarray]:
-        """Count draws (draws, sequences, ..., T), and return their smallest margins."""
+    def add(self, sites: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Count draws, and return their smallest margins; take the certificate out of the sites."""
+        margin = sites[f"{self._stage}margin"]
+        certificate = sites.pop(f"{self._stage}certificate")
         with jax.enable_x64(margin.dtype == np.float64):
             first = np.asarray(support_tokens(margin))
-        is_support = np.arange(margin.shape[-1]) == first
-        counts = is_support.sum(0)
-        self.probability = counts if self.probability is None else self.probability + counts
-        if certificate is not None:
-            certified = (certificate < 1).sum(0)
-            self._certified = certified if self._certified is None else self._certified + certified
-        return _smallest(margin)
+        self._support += (np.arange(margin.shape[-1]) == first).sum(0)
+        self._certified += (certificate < 1).sum(0)
+        return self.smallest(margin)
+
+    def smallest(self, margin: np.ndarray) -> dict[str, np.ndarray]:
+        """Return smallest margins, positions >= 2, of every sequence and of all: (draws, ...)."""
+        axes = (*(axis + 1 for axis in self._heads), margin.ndim - 1)
+        sequence = margin[..., 2:].min(axes)
+        return {
+            f"{self._stage}sequence_margin": sequence,
+            f"{self._stage}smallest_margin": sequence.reshape(len(sequence), -1).min(1),
+        }
+
+    def prior(self, sites: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the sites of draws of the prior, with smallest margins and no certificate."""
+        del sites[f"{self._stage}certificate"]
+        return self.smallest(sites[f"{self._stage}margin"]) | sites
 
     def summary(self) -> dict[str, np.ndarray]:
-        counts = {"support_probability": self.probability, "certified_probability": self._certified}
-        return {name: count / self._draws for name, count in counts.items() if count is not None}
+        """Return the probabilities of every position."""
+        return {
+            f"{self._stage}support_probability": self._support / self._draws,
+            f"{self._stage}certified_probability": self._certified / self._draws,
+        }
 
 
-def _prior(result: PosteriorResult, count: int, rng_key: Array) -> dict[str, np.ndarray]:
+def _prior(
+    result: PosteriorResult, count: int, rng_key: Array, stages: Sequence[_Support]
+) -> dict[str, np.ndarray]:
+    model = with_margins(result.model)
+
     def draw(key: Array) -> dict[str, Array]:
-        sites = trace(seeded(result.model, key)).get_trace(
-            *result.model_args, **result.model_kwargs
-        )
+        sites = trace(seeded(model, key)).get_trace(*result.model_args, **result.model_kwargs)
         return {
             name: site["value"]
             for name, site in sites.items()
@@ -172,79 +174,72 @@ def _prior(result: PosteriorResult, count: int, rng_key: Array) -> dict[str, np.
     tables = _Tables((1, count))
     keys = jax.random.split(rng_key, count)
     for batch, values in map_rows(draw, keys, precision=result.precision):
-        values.pop("certificate", None)
-        if "margin" in values and values["margin"].ndim >= 3:
-            values |= _smallest(values["margin"])
+        for stage in stages:
+            values = stage.prior(values)
         tables.add("prior", batch, values)
     return tables.groups["prior"]
 
 
-def _smallest(margin: np.ndarray) -> dict[str, np.ndarray]:
-    """Return smallest margins, positions >= 2, of every sequence and of all: (draws, ...)."""
-    sequence = margin[..., 2:].min(tuple(range(2, margin.ndim)))
-    return {"sequence_margin": sequence, "smallest_margin": sequence.min(1)}
+class _Datasets:
+    """Sites as datasets whose dimensions have names, and the labels that belong to them.
 
+    Args:
+        layout: names of dimensions.
+        labels: coordinates by dimension.
+        draws: names of the sites that were drawn.
+        flat: give what was observed and predicted one dimension.
+    """
 
-def _observed(result: PosteriorResult) -> dict[str, np.ndarray]:
-    """Return what the model was given to observe, by site."""
-    found: dict[str, Any] = {}
+    def __init__(
+        self,
+        layout: Layout,
+        labels: Mapping[str, Sequence],
+        draws: frozenset[str],
+        flat: bool,
+    ) -> None:
+        self._layout, self._labels, self._draws, self._flat = layout, labels, draws, flat
 
-    def note() -> None:
-        sites = trace(seeded(result.model, jax.random.key(0))).get_trace(
-            *result.model_args, **result.model_kwargs
-        )
-        found.update({name: site["value"] for name, site in observed_sites(sites).items()})
+    def dataset(
+        self, group: str, sites: Mapping[str, np.ndarray], leading: tuple[str, ...]
+    ) -> "xr.Dataset":
+        """Make a dataset; a slash in a name, which no DataTree takes, becomes a point."""
+        import xarray as xr
 
-    jax.eval_shape(note)  # what is observed depends on no draw: nothing need be computed
-    if any(isinstance(value, jax.core.Tracer) for value in found.values()):
-        note()  # but where the model computes it from its arguments
-    return {name: np.asarray(value) for name, value in found.items()}
+        flat = self._flat and group in ("observed_data", "posterior_predictive")
+        # A dimension that has the name of a site would be that site's coordinate.
+        sizes: dict[str, int] = dict.fromkeys(("chain", "draw", *sites), -1)
+        variables = {}
+        # A name that two sites have of different sizes is the first's: the user's, then what is
+        # of the data, then parameters, which may be of more positions than there are.
+        for name in sorted(sites, key=lambda n: (not self._layout.is_given(n), n in self._draws)):
+            value = sites[name]
+            if flat:
+                value = value.reshape(*value.shape[: len(leading)], -1)
+                dims: list[str] = [f"{name}_entry"]
+            else:
+                dims = self._dims(group, name, value.shape[len(leading) :], sizes)
+            own = [dim.replace("/", ".") for dim in (*leading, *dims)]
+            variables[name] = (own, value)
+        dataset = xr.Dataset({name.replace("/", "."): variables[name] for name in sites})
+        coords = {
+            dim: list(values)
+            for dim, values in self._labels.items()
+            if dataset.sizes.get(dim) == len(values)
+        }
+        return dataset.assign_coords(coords)
 
-
-def _dataset(
-    sites: Mapping[str, np.ndarray],
-    leading: tuple[str, ...],
-    dims: Mapping[str, Sequence[str]],
-    labels: Mapping[str, Sequence],
-    *,
-    likelihood: bool = False,
-) -> "xr.Dataset":
-    import xarray as xr
-
-    variables = {}
-    for name, value in sites.items():
-        own = _dims_of(name, value.ndim - len(leading), dims, likelihood=likelihood)
-        variables[name] = ((*leading, *own), value)
-    dataset = xr.Dataset(variables)
-    coords = {
-        dim: list(values) for dim, values in labels.items() if dataset.sizes.get(dim) == len(values)
-    }
-    return dataset.assign_coords(coords)
-
-
-def _dims_of(
-    name: str, ndim: int, given: Mapping[str, Sequence[str]], *, likelihood: bool
-) -> tuple[str, ...]:
-    """Name a site's dimensions: as given, as this package's models do, or by numbers."""
-    if name in given:
-        if likelihood:
-            return tuple(given[name][:ndim])
-        if len(given[name]) != ndim:
-            raise ValueError(
-                f"dims of {name} are {tuple(given[name])}: expected {ndim} names, one per dimension"
-            )
-        return tuple(given[name])
-    derived: Mapping[str, tuple[str, ...]] = {
-        "sequence_margin": ("sequence",),
-        "support_probability": DIMS["margin"],
-        "certified_probability": DIMS["margin"],
-    }
-    known: Any = DIMS.get(name, derived.get(name, ()))
-    if name in _PER_POSITION | set(derived) and ndim == 3:
-        known = ("sequence", "head", "position")
-    if name.startswith("coupling") and ndim == len(known) + 1:
-        known = ("head", *known)
-    # A log likelihood has the leading dimensions of its site.
-    if len(known) == ndim or (likelihood and len(known) > ndim):
-        return tuple(known[:ndim])
-    return tuple(f"{name}_dim_{axis}" for axis in range(ndim))
+    def _dims(
+        self, group: str, name: str, shape: tuple[int, ...], sizes: dict[str, int]
+    ) -> list[str]:
+        named = self._layout.dims(name, len(shape), likelihood=group == "log_likelihood")
+        dims: list[str] = []
+        missing = 0
+        given = self._layout.is_given(name)
+        for dim, size in zip(named, shape, strict=True):
+            is_free = dim is not None and dim not in dims and sizes.setdefault(dim, size) == size
+            if dim is not None and (given or is_free):
+                dims.append(dim)
+            else:
+                dims.append(f"{name}_dim_{missing}")  # ArviZ's name, which counts these alone
+                missing += 1
+        return dims

@@ -1,16 +1,16 @@
 """What a model says of each draw: deterministic sites, log likelihood and predictions."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro.handlers import seed, substitute, trace
 
+from probattn.inference.export.margin_stages import observed_sites, with_margins
 from probattn.inference.runtime.blas_threads import one_blas_thread
 from probattn.inference.sampling.result import PosteriorResult
 from probattn.text.batches import batched_rows
@@ -43,7 +43,8 @@ def site_values(
 ) -> Iterator[tuple[slice, SiteValues]]:
     """Run the model on all draws, some at a time, so that memory stays bounded.
 
-    Factor sites are no likelihood and are left out.
+    Factor sites are no likelihood and are left out. Margins of attention processes are among the
+    deterministic sites, see `with_margins`.
 
     Args:
         result: the draws and their model.
@@ -60,7 +61,7 @@ def site_values(
 
     def of_one(draw: dict[str, Array], rng_key: Array) -> SiteValues:
         model_key, rng_key = jax.random.split(rng_key)
-        model = seed(substitute(result.model, draw), model_key)
+        model = seed(substitute(with_margins(result.model), draw), model_key)
         sites = trace(model).get_trace(*result.model_args, **result.model_kwargs)
         observed = observed_sites(sites)
         keys = dict(zip(observed, jax.random.split(rng_key, len(observed) + 1), strict=False))
@@ -122,20 +123,3 @@ def _without_filling(values: Any, batch: slice) -> Any:
     """Return arrays of a batch without the rows that `batched_rows` added to fill it."""
     count = batch.stop - batch.start
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], values)
-
-
-def observed_sites(sites: Mapping[str, dict]) -> dict[str, dict]:
-    """Return sites of a trace that were observed, without factors: NumPyro observes those too."""
-    return {
-        name: site
-        for name, site in sites.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not isinstance(_innermost(site["fn"]), dist.Unit)
-    }
-
-
-def _innermost(distribution: dist.Distribution) -> dist.Distribution:
-    while isinstance(distribution, dist.ExpandedDistribution | dist.Independent):
-        distribution = distribution.base_dist
-    return distribution

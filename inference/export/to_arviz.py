@@ -2,20 +2,25 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpyro.infer import MCMC
+from numpyro.infer.svi import SVIRunResult
 
 from probattn.inference.config_files import format_config
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.texts import text_tokens
-from probattn.inference.export.posterior_groups import DIMS, located, posterior_groups
+from probattn.inference.export.layout import DIMS
+from probattn.inference.export.numpyro_draws import NumPyroDraws, numpyro_result
+from probattn.inference.export.posterior_groups import located, posterior_groups
 from probattn.inference.runs.run import PosteriorRun, Run, RunDirectory
 from probattn.inference.sampling.posterior_runs import guide_posterior, load_posterior
 from probattn.inference.sampling.result import PosteriorResult
+from probattn.messages import describe
 from probattn.text.batches import windows
 
 if TYPE_CHECKING:
@@ -23,8 +28,12 @@ if TYPE_CHECKING:
 
 
 def to_datatree(
-    source: Run | PosteriorRun | PosteriorResult,
+    source: Run | PosteriorRun | PosteriorResult | NumPyroDraws,
     *,
+    model: Callable | None = None,
+    model_args: tuple | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    guide: Callable | None = None,
     sequences: int = 64,
     draws: int = 1000,
     log_likelihood: bool = False,
@@ -32,8 +41,14 @@ def to_datatree(
     prior: int = 0,
     seed: int = 0,
     dims: Mapping[str, Sequence[str]] | None = None,
+    flat: bool = False,
 ) -> "xr.DataTree":
-    """Export a run, or any sampled posterior, as a DataTree that ArviZ takes as it is.
+    """Export a run, or any posterior, as a DataTree that ArviZ takes as it is.
+
+    The posterior may be the result of `sample`, or what NumPyro made by itself: an MCMC, the
+    result of SVI.run beside its guide, or a dictionary of samples beside the model. Its model may
+    be one of your own. Where it records no margins (see `attention_sites.record_margins`), they
+    are taken of its sites of `CausalAttention`.
 
     Groups of a posterior:
         posterior: draws and deterministic sites, (chain, draw, ...), and of models with margins
@@ -48,6 +63,7 @@ def to_datatree(
         prior: draws of the prior, on request.
         observed_data: what was observed: of a language model the targets, each a token after the
             one whose embedding has the margin. Factors are none, and are left out.
+        In a name, such as that of a scope, "." stands for "/", which a DataTree does not take.
 
     Groups of a MAP run:
         point_estimate: the parameters. Not called posterior, and without chain and draw, so that
@@ -57,23 +73,35 @@ def to_datatree(
         observed_data: the tokens of these windows, (sequence, position).
         constant_data: W_Q, W_K and sigma of the post-hoc attention prior.
 
+    Dimensions have the names of `dims`, else those that this package's models have, else those of
+    plates and of `infer={"event_dims": [...]}`, as in `az.from_numpyro`; others are numbered.
+
     The configuration, the seed, the corpus and the versions of the packages are attributes. The
     tree can be saved with `to_netcdf` and `to_zarr`.
 
     Args:
-        source: a run from `load_run`, `fit` or `sample_run`, or the result of `sample`.
+        source: a run from `load_run`, `fit` or `sample_run`, the result of `sample`, an MCMC that
+            was run, the result of SVI.run, or samples by site, each (draws, ...) or (chains, draws,
+            ...), such as those of `MCMC.get_samples`.
+        model: the NumPyro model of samples, or of a guide that is no AutoGuide.
+        model_args: its arguments; of an MCMC by default those that it was run with.
+        model_kwargs: its keyword arguments, likewise.
+        guide: the guide of SVI.run's result, which the draws are of.
         sequences: for a fitted run, the most windows to spread evenly over the text: for a MAP
             over the validation text, for another guide over the training text.
-        draws: number of draws of a guide other than map.
+        draws: number of draws of a guide.
         log_likelihood: add the log likelihoods.
         posterior_predictive: add draws of the observed sites.
         prior: number of draws of the prior to add.
         seed: seed of the predictive and prior draws, and of a guide's.
         dims: names of dimensions by site, after chain and draw, for sites of models of your own.
+        flat: give observed data and predictions one dimension, SITE_entry, instead of sequence and
+            position: `az.plot_ppc_rootogram` counts along one alone.
 
     Raises:
-        ValueError: if an argument is out of range, draws are asked of a MAP run, or the run or its
-            corpus is not there any more.
+        ValueError: if an argument is out of range, draws are asked of a MAP run or an AutoDelta,
+            the run or its corpus is not there any more, a model or a guide is missing or given
+            beside a source that has its own, or the samples are not of the model.
     """
     import xarray as xr
 
@@ -81,6 +109,26 @@ def to_datatree(
         raise ValueError(f"sequences: got {sequences}, expected an integer >= 1")
     if prior < 0:
         raise ValueError(f"prior: got {prior}, expected an integer >= 0")
+    if isinstance(source, MCMC | SVIRunResult | Mapping):
+        source = numpyro_result(
+            source,
+            model=model,
+            model_args=model_args,
+            model_kwargs=model_kwargs,
+            guide=guide,
+            draws=draws,
+            seed=seed,
+        )
+    elif not isinstance(source, Run | PosteriorRun | PosteriorResult):
+        raise ValueError(
+            f"source is {describe(source)}: expected a run, the result of `sample`, an MCMC, the "
+            "result of SVI.run with its guide, or samples by site"
+        )
+    elif any(given is not None for given in (model, model_args, model_kwargs, guide)):
+        raise ValueError(
+            f"a {type(source).__name__} has its own model: expected model, model_args, "
+            "model_kwargs and guide beside an MCMC, a result of SVI.run or samples alone"
+        )
     attributes: dict[str, Any] = {}
     labels: dict[str, Any] = {}
     if isinstance(source, RunDirectory):
@@ -109,6 +157,7 @@ def to_datatree(
             seed=seed,
             dims=dims or {},
             labels=labels,
+            flat=flat,
         )
     tree = xr.DataTree.from_dict({name: located(group) for name, group in groups.items()})
     tree.attrs = attributes | _versions()

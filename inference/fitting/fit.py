@@ -1,6 +1,7 @@
 """Fit a language model by SVI: what is checked before, and the run directory that it leaves."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from probattn.inference.fitting.optimizers import check_optimizer
 from probattn.inference.fitting.reports import summarise_fit
 from probattn.inference.fitting.result import FitResult
 from probattn.inference.fitting.sharding import Placement
+from probattn.inference.runs.folder import clear
 from probattn.inference.runs.opening import find_run, open_run
 from probattn.inference.runs.run import Run
 from probattn.inference.runtime.processes import is_main_process, wait_for_all
@@ -43,8 +45,9 @@ def fit(
         out: run directory, see `runs`; new or empty unless `resume` or `overwrite` is set.
         resume: continue the run in `out` from its latest checkpoint.
         overwrite: replace the run in `out`.
-        optimizer: any optax transformation, by default Adam with warm-up and cosine decay. It is
-            not recorded in the run: pass it again to resume.
+        optimizer: any optax transformation, by default Adam with warm-up and cosine decay. A line
+            search such as that of `optax.lbfgs` is given the loss of the minibatch. It is not
+            recorded in the run: pass it again to resume.
         mesh: devices over which minibatches ("data" and "fsdp") and parameters ("fsdp") are
             spread, such as "data=2,fsdp=4"; by default one. It changes no more than rounding, is
             no part of the configuration, and may be another one in a run that is resumed. Of
@@ -57,7 +60,8 @@ def fit(
     Raises:
         ValueError: if the text is unusable, `out` holds something else, the configuration is not
             the run's (the subclasses DataError, RunError and CheckpointError say which), the
-            model is too large for the guide laplace, or the mesh is none for these devices.
+            model is too large for the guide laplace, the optimizer asks for what a step does not
+            give, or the mesh is none for these devices.
         FitError: if the loss, a parameter, the optimizer state or a reported figure is not finite
             any more. metrics.jsonl says so, see `Run.stopped`; the checkpoint before is kept.
         Interrupted: on SIGINT or SIGTERM, after the state was saved.
@@ -70,8 +74,16 @@ def fit(
     train, validation = training_tokens(corpus, run.vocabulary, config)
     if not resume:
         check_guide(config, run.vocabulary.size)
+    made = not run.path.exists()
     with open_run(run, resume=resume, overwrite=overwrite) as run:
-        loop = Loop(run, train, validation, optimizer, placement)
+        try:
+            loop = Loop(run, train, validation, optimizer, placement)
+        except ValueError:
+            if not resume and is_main_process():
+                clear(run.path)  # new, and refused before the first step: it is no run
+                if made:
+                    shutil.rmtree(run.path)
+            raise
         with progress_bar(
             f"fit {config.objective.name}",
             total=config.fit.steps,

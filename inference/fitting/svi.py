@@ -21,7 +21,7 @@ from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.fitting.backtracking import backtrack
 from probattn.inference.fitting.elbo import OrderedELBO
 from probattn.inference.fitting.guides import make_guide
-from probattn.inference.fitting.optimizers import default_optimizer, svi_optimizer
+from probattn.inference.fitting.optimizers import check_step, default_optimizer, svi_optimizer
 from probattn.inference.fitting.sharding import PlacedOptimizer, Placement
 from probattn.inference.fitting.train_state import (
     Keys,
@@ -29,6 +29,7 @@ from probattn.inference.fitting.train_state import (
     TrainState,
     training_keys,
     with_key_data,
+    with_keys,
 )
 from probattn.inference.runs.checkpoints import named_leaves, with_leaves
 from probattn.log_determinants import log_det
@@ -114,6 +115,7 @@ class Trainer:
             return TrainState(svi, jnp.zeros(()), *counts)
 
         shapes = jax.eval_shape(init, start, self._keys, tokens)
+        check_step(plain, plain.get_params(shapes.svi.optim_state))
         jax.eval_shape(numpyro.handlers.seed(self.guide, rng_seed=0))  # sets its prototype up
         spread = placement.shardings(shapes)
         starting_from = start, self._keys, self._tokens
@@ -159,8 +161,7 @@ class Trainer:
         """
         plain = with_key_data(state)
         found = self._placement.put(with_leaves(plain, load(named_leaves(plain))))
-        key = jax.random.wrap_key_data(found.svi.rng_key)
-        return found._replace(svi=found.svi._replace(rng_key=key))
+        return with_keys(found, state)
 
     def minibatch(
         self, tokens: Int[Array, " N"], step: int | Int[Array, ""], keys: Keys | None = None

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from numpyro.infer.svi import SVIState
 
@@ -64,5 +65,23 @@ def training_keys(seed: Array) -> Keys:
 
 
 def with_key_data(state: TrainState) -> TrainState:
-    """Return the state with its typed random key as plain numbers, which can be saved."""
-    return state._replace(svi=state.svi._replace(rng_key=jax.random.key_data(state.svi.rng_key)))
+    """Return the state with its typed random keys as plain numbers, which can be saved.
+
+    Beside the key of the steps these are keys in the optimizer's state.
+    """
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
+
+
+def with_keys(plain: TrainState, like: TrainState) -> TrainState:
+    """Undo `with_key_data`: numbers become keys where another state has them."""
+    return jax.tree.map(
+        lambda old, new: (
+            jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
+        ),
+        like,
+        plain,
+    )
+
+
+def _is_key(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

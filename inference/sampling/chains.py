@@ -72,7 +72,8 @@ class Chains:
             draw of the prior.
 
     Raises:
-        ValueError: if `init_values` names a site that the model lacks, or has density zero.
+        ValueError: if `init_values` names a site that the model lacks, or has density zero, or the
+            model has no latent site.
         SampleError: if a chain finds no start of positive density.
     """
 
@@ -300,7 +301,12 @@ def _for_own_chains(advance: Callable, spread: NamedSharding) -> Callable:
 
 
 def _check_size(size: int, config: SampleConfig) -> None:
-    """Refuse draws that no memory holds, before anything is compiled."""
+    """Refuse draws that no memory holds, or of nothing, before anything is compiled."""
+    if size == 0:
+        raise ValueError(
+            "the model has no latent sample site, or none with a number in it: expected one at "
+            "least; what is observed or deterministic needs no sampling"
+        )
     total = size * config.draws * jnp.dtype(config.precision).itemsize
     if total > _LARGEST:
         raise ValueError(

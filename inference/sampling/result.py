@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from probattn.inference.config import SampleConfig
@@ -44,10 +46,32 @@ class PosteriorResult:
 
     @property
     def precision(self) -> str:
-        """Of the draws: "float32" or "float64"."""
-        return str(next(iter(self.draws.values())).dtype)
+        """Of the draws: "float32" or "float64"; if all are whole numbers, JAX's default."""
+        kinds = [value.dtype for value in self.draws.values()]
+        return str(next((kind for kind in kinds if kind.kind == "f"), jnp.result_type(float)))
 
     @property
     def divergences(self) -> int:
         """How many draws end a trajectory that diverged."""
         return int(np.sum(self.statistics.get("diverging", 0)))
+
+
+def in_own_precision(result: PosteriorResult) -> PosteriorResult:
+    """Return the result with the arrays among the model's arguments in the precision of its draws.
+
+    JAX warns where an array of 64 bits meets a program of 32.
+    """
+    with jax.enable_x64(result.precision == "float64"):
+        floating = np.dtype(result.precision)
+
+        def of(leaf: Any) -> Any:
+            if not isinstance(leaf, jax.Array | np.ndarray):
+                return leaf
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                return np.asarray(leaf, floating)
+            if jnp.issubdtype(leaf.dtype, jnp.integer):
+                return np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
+            return leaf
+
+        args, kwargs = jax.tree.map(of, (tuple(result.model_args), dict(result.model_kwargs)))
+    return replace(result, model_args=args, model_kwargs=kwargs)

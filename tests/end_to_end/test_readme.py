@@ -82,6 +82,8 @@ def test_how_sure_are_we(folder, capsys):
     assert "bits per character" in printed
     assert (folder / "runs" / "compared" / "smallest_margin.png").exists()
     assert names["likely"].sizes == {"sequence": 2, "position": 6}
+    assert names["probability"].sizes == {"sequence": 4, "position": 8}
+    assert names["probability"].sum("position").values == pytest.approx(1)
 
 
 def test_every_command_and_all_code_belong_to_a_section_that_is_run():

@@ -21,7 +21,7 @@ from probattn import _reference as reference
 from probattn import is_proper
 from probattn.inference import fit, load_run
 from probattn.inference.evaluation.attention_stages import stages
-from probattn.inference.export.posterior_groups import DIMS
+from probattn.inference.export.layout import DIMS
 from probattn.inference.fitting.latent_metrics import latent_metrics
 from probattn.inference.fitting.svi import Trainer
 from probattn.models import ObjectiveConfig, language_model, latent_guide, transformer
