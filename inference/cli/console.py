@@ -16,7 +16,7 @@ from probattn.inference.evaluation.generation import Generated
 from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.evaluation.noise_sweeps import NoisePoint
 from probattn.inference.evaluation.sensitivity import Sensitivity
-from probattn.inference.evaluation.token_margins import TextMargins
+from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins
 from probattn.inference.export.diagnostics import divergence_margin, summarise, values_of
 from probattn.inference.figures.report import compared_row
 from probattn.inference.paper.data import PaperComparison
@@ -44,7 +44,7 @@ _COMPARED = {
 }
 _SENSITIVITY = {
     "margin": "rank correlation of the increase with the margin (below 0: small margins suffer)",
-    "embedding_margin": "rank correlation of the increase with the embedding margin",
+    "embedding_margin": "rank correlation of the increase with the first-order embedding margin",
     "support": "mean increase at support tokens less that at others (nats; above 0: they suffer)",
 }
 _COLUMNS = 4  # columns of a comparison, in a terminal of 80 characters
@@ -86,9 +86,10 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
         table.add_column(name, justify="right")
     inner = margins.position >= 2
     for stage in margins.stages:
-        weakest = int(np.argmin(np.where(inner, stage.margin, np.inf)))
+        known = inner & ~np.isnan(stage.margin)
+        weakest = int(np.argmin(np.where(known, stage.margin, np.inf)))
         before = "".join(margins.tokens[max(weakest - 12, 0) : weakest])
-        quantiles = np.quantile(stage.margin[inner], [0, 0.01, 0.5])
+        quantiles = np.quantile(stage.margin[known] if known.any() else np.nan, [0, 0.01, 0.5])
         table.add_row(
             stage.label,
             *(f"{value:.3f}" for value in quantiles),
@@ -96,6 +97,23 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
             Text(f"{margins.tokens[weakest]!r} after {before!r}"),
         )
     screen.print(table)
+    _print_unknown(screen, margins.stages, np.arange(len(margins.tokens)), margins.tokens)
+
+
+def _print_unknown(
+    screen: Console, stages: Sequence[TokenMargins], index: np.ndarray, tokens: Sequence[str]
+) -> None:
+    """Print, of every stage with margins that are NaN, how many they are and which is the first."""
+    for stage in stages:
+        unknown = np.flatnonzero(np.isnan(stage.margin))
+        if len(unknown):
+            screen.print(
+                Text(
+                    f"{stage.label}: {len(unknown)} of {len(tokens)} margins are not known (NaN) "
+                    f"and left out, the first at token {index[unknown[0]]}, {tokens[unknown[0]]!r}"
+                ),
+                soft_wrap=True,
+            )
 
 
 def print_sensitivity(screen: Console, found: Sensitivity) -> None:
@@ -121,6 +139,7 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
             table.add_row(stage, *(_interval(cell) for cell in cells))
         screen.print(table)
     screen.print("in brackets the 95 % interval, by a bootstrap over windows")
+    _print_unknown(screen, found.stages, found.index, found.tokens)
 
 
 def _interval(estimate: Estimate) -> str:
@@ -192,7 +211,7 @@ def print_generated(screen: Console, result: Generated) -> None:
         style = "red" if margin < 0 else "yellow" if margin < _NEAR else ""
         text.append(printable(token), style=style)
     screen.print(text, soft_wrap=True)
-    weakest = int(result.margin.argmin())
+    weakest = int(np.argmin(np.where(np.isnan(result.margin), np.inf, result.margin)))
     screen.print()
     screen.print(
         Text(
@@ -226,6 +245,8 @@ def _evaluation_rows(result: EvaluateResult) -> dict[str, str]:
         rows[f"{summary.label}: smallest margin"] = f"{summary.quantiles[0.0]:.3f}"
         rows[f"{summary.label}: median margin"] = f"{summary.quantiles[0.5]:.3f}"
         rows[f"{summary.label}: infeasible"] = f"{100 * summary.infeasible_fraction:.2f} %"
+        if summary.unknown:
+            rows[f"{summary.label}: not known"] = f"{summary.unknown} of {summary.positions}"
     return rows
 
 

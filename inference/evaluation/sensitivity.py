@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import stages
 from probattn.inference.evaluation.margin_comparisons import (
     MarginComparison,
@@ -75,6 +76,7 @@ class Sensitivity:
     characters: tuple[SupportCharacter, ...]
 
 
+@default_promotion()
 def sensitivity(
     run: Run,
     text: str | os.PathLike[str] | None = None,

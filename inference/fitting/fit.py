@@ -7,6 +7,7 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.config import RunConfig
 from probattn.inference.fitting.guides import check_guide
 from probattn.inference.fitting.loop import Loop
@@ -22,6 +23,7 @@ from probattn.text.corpora import Corpus, DataError
 from probattn.text.vocabulary import Vocabulary
 
 
+@default_promotion()
 def fit(
     config: RunConfig,
     out: str | os.PathLike[str],

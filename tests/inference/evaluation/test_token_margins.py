@@ -207,14 +207,14 @@ def test_table_reads_back_whatever_the_tokens_are(margins, tmp_path):
         for column, values in (
             ("sigma_min", stage.margin),
             ("log_det", stage.log_det),
-            ("embedding_margin", stage.embedding_margin),
+            ("first_order_embedding_margin", stage.embedding_margin),
             ("certificate", stage.certificate),
         ):
             written = [float(row[f"{prefix}_{column}"]) for row in rows]
             np.testing.assert_allclose(written, values, rtol=1e-6)
         assert [row[f"{prefix}_support"] for row in rows] == [str(int(s)) for s in stage.support]
     assert any(row["post_hoc_log_det"] == "-inf" for row in rows)
-    assert rows[0]["post_hoc_embedding_margin"] == "inf"
+    assert rows[0]["post_hoc_first_order_embedding_margin"] == "inf"
 
 
 # Bad input
