@@ -1,4 +1,4 @@
-"""All of `probattn.inference` and its commands, in a process that forbids promotion."""
+"""Commands and functions of `probattn.inference`, in a process that forbids promotion."""
 
 import os
 import subprocess
@@ -31,12 +31,8 @@ latent = ["--latent.width", "2", "--latent.sequences", "2", "--latent.length", "
 assert main(["fit", *data, *steps, "--out", f"{folder}/run"]) == 0
 assert main(["fit", *data, *steps, "--guide", "mean_field", "--out", f"{folder}/guide"]) == 0
 assert main(["sample", *data, *latent, *draws, "--out", f"{folder}/draws"]) == 0
-for command in ("evaluate", "margins", "sensitivity"):
-    out = [] if command == "evaluate" else ["--out", f"{folder}/{command}"]
-    assert main([command, f"{folder}/run", *out]) == 0
-
 run, guide, draws = (load_run(f"{folder}/{name}") for name in ("run", "guide", "draws"))
-evaluate(run)
+evaluate(run, noise_absolute=[], noise_relative=[0.5])
 text_margins(run)
 sensitivity(run, draws=1)
 generate(run, "the", length=3)
