@@ -40,8 +40,15 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module")
 def strict_promotion():
-    """No silent mixing of dtypes or ranks: for the mathematics, not for libraries that do it."""
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    """No silent mixing of dtypes: for the mathematics, not for libraries that rely on it."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def strict_ranks():
+    """No silent mixing of ranks, likewise."""
+    with jax.numpy_rank_promotion("raise"):
         yield
 
 

@@ -16,7 +16,7 @@ from probattn.models import (
 from probattn.models.language import sample_parameters
 from probattn.models.latent_language_guide import latent_guide
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
+pytestmark = pytest.mark.usefixtures("strict_promotion", "strict_ranks")
 
 CONFIG = LanguageModelConfig(layers=1, heads=2, width=4, block=5, prior_rank=2)
 LATENT = LatentEmbeddingsConfig(width=2, sequences=3, length=4)

@@ -38,7 +38,7 @@ from tests.support.dense import (
     signed_sigma_min,
 )
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
+pytestmark = pytest.mark.usefixtures("strict_promotion", "strict_ranks")
 
 KINDS = ["sigma_min", "reduced", "det", "log_det"]
 EPS32 = np.finfo(np.float32).eps

@@ -7,7 +7,7 @@ import pytest
 import probattn as pa
 from probattn import ancestral, positivity, process
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
+pytestmark = pytest.mark.usefixtures("strict_promotion", "strict_ranks")
 
 # Leading axes of x and of the weights, which need not be as many.
 LEADING = [((), ()), ((2,), ()), ((), (2,)), ((2,), (3, 1))]
