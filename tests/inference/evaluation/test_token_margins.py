@@ -116,7 +116,8 @@ def test_stages_come_in_order_and_the_folded_one_has_no_log_det_somewhere(margin
     outside = np.isneginf(first.log_det)
     assert 0 < outside.sum() < len(TEXT)
     assert np.all(first.margin[outside] <= 0)
-    assert np.all(first.margin[~outside] > 0)
+    # Some positions have two negative eigenvalues, which the determinant does not see.
+    assert 0 < np.sum(first.margin[~outside] <= 0) < np.sum(~outside) / 2
 
 
 @pytest.mark.parametrize("label", LABELS)
