@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from probattn import CausalAttention, coupling, relaxed_barrier, residual
 from probattn.arguments import is_positive
+from probattn.blocks.promotion import default_promotion
 from probattn.models import priors, transformer
 from probattn.models.attention_sites import record_coupling, record_margins
 from probattn.models.checks import check_integers, check_symbols
@@ -64,6 +65,7 @@ class AttentionInputs(TypedDict):
     bound: float | None
 
 
+@default_promotion()
 def language_model(
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B T"] | None = None,

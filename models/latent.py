@@ -13,6 +13,7 @@ from numpyro.infer.reparam import TransformReparam
 
 from probattn import CausalAttention
 from probattn.arguments import is_positive
+from probattn.blocks.promotion import default_promotion
 from probattn.models.attention_sites import record_margins
 from probattn.models.checks import check_integers, check_symbols
 from probattn.models.coupling import Coupling, attention_weights_of, sample_coupling
@@ -59,6 +60,7 @@ class LatentEmbeddingsConfig:
         return self.bound if self.coupling == "bounded" else None
 
 
+@default_promotion()
 def latent_embeddings(
     tokens: Int[Array, "N T"] | None = None,
     *,
@@ -113,6 +115,7 @@ def latent_embeddings(
     record_margins(x, *attention_weights_of(coupling), config.context_bound)
 
 
+@default_promotion()
 def observed_embeddings(
     embeddings: Float[Array, "N T d"] | None = None,
     *,

@@ -18,11 +18,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 from numpyro.distributions import constraints
 
+from probattn.blocks.promotion import default_promotion
 from probattn.models.embedding_noise import embedding_rms
 from probattn.models.objective import ObjectiveConfig
 from probattn.models.transformer import Parameters, embed
 
 
+@default_promotion()
 def latent_guide(
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B T"] | None = None,

@@ -175,9 +175,11 @@ def relaxed_barrier(x, w_query, w_key, delta=1e-3, bound=None):
 
 
 def signed_sigma_min(matrix):
-    """Return the smallest singular value, negative where the determinant is not positive."""
+    """Return the smallest singular value, negative where a real eigenvalue is at most zero."""
     sigma_min = jnp.linalg.svd(matrix, compute_uv=False)[-1]
-    return jnp.where(jnp.linalg.det(matrix) > 0, sigma_min, -sigma_min)
+    eigenvalues = jnp.linalg.eigvals(jax.lax.stop_gradient(matrix))
+    crossed = jnp.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0))
+    return jnp.where(crossed, -sigma_min, sigma_min)
 
 
 def stability_margin(x, w_query, w_key, kind="sigma_min", bound=None):

@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from probattn.arguments import check_arguments
 from probattn.attention import residual
-from probattn.blocks.covariance import attention_covariance
+from probattn.blocks.covariance import attention_covariance, identity_less
 from probattn.blocks.geometry import bounded, geometry
+from probattn.blocks.promotion import with_rank
 
 _HIGHEST = lax.Precision.HIGHEST
 _MOST_TRIALS = 1000  # antisymmetric couplings of norm 10 need up to 460, of norm 20 up to 800
@@ -70,7 +71,8 @@ def solve_residual(
     """
     e, w_query, w_key = check_arguments(e, w_query, w_key, bound)
     dtype = jnp.result_type(e, w_query, w_key)
-    e, w_query, w_key = (array.astype(dtype) for array in (e, w_query, w_key))
+    rank = max(e.ndim, w_query.ndim)
+    e, w_query, w_key = (with_rank(array.astype(dtype), rank) for array in (e, w_query, w_key))
 
     def sequence(e: Array, w_query: Array, w_key: Array) -> AncestralSolution:
         known = lax.stop_gradient((e, w_query, w_key, bound))
@@ -200,10 +202,10 @@ def _iterate(
     difference = x - mean - e
     rank = keys.shape[1]
     weighted = weights[:, None] * keys
-    covariance = jnp.matmul(weighted.T, values - mean, precision=_HIGHEST) / math.sqrt(rank)
+    covariance = jnp.matmul(weighted.T, values - mean[None], precision=_HIGHEST) / math.sqrt(rank)
     # D = I - W_Q C for row vectors, with C = Cov(k, v) / sqrt(r); by Woodbury's identity
     # D^-1 = I + W_Q (I - C W_Q)^-1 C.
-    reduced = jnp.eye(rank, dtype=x.dtype) - jnp.matmul(covariance, w_query, precision=_HIGHEST)
+    reduced = identity_less(jnp.matmul(covariance, w_query, precision=_HIGHEST))
     projected = jnp.matmul(difference, w_query, precision=_HIGHEST)
     inner = jnp.linalg.solve(reduced.T, projected)
     step = -(difference + jnp.matmul(inner, covariance, precision=_HIGHEST))
@@ -273,7 +275,7 @@ def _solve_jacobian(
     queries = jnp.matmul(x, w_query, precision=_HIGHEST) / math.sqrt(rank)
     means = jnp.matmul(weights, centred, precision=_HIGHEST)
     covariance = attention_covariance(weights, keys, centred) / math.sqrt(rank)
-    reduced = jnp.eye(rank, dtype=x.dtype) - jnp.matmul(covariance, w_query, precision=_HIGHEST)
+    reduced = identity_less(jnp.matmul(covariance, w_query, precision=_HIGHEST))
     # (T, r, d): what turns f W_Q into the correction of f by Woodbury's identity.
     correction = jnp.linalg.solve(reduced, covariance)
 
@@ -281,7 +283,7 @@ def _solve_jacobian(
         value_changes, key_changes = carry
         weight_changes = weights[t] * jnp.matmul(key_changes, queries[t], precision=_HIGHEST)
         mean_change = jnp.matmul(weights[t], value_changes, precision=_HIGHEST) + jnp.matmul(
-            weight_changes, centred - means[t], precision=_HIGHEST
+            weight_changes, centred - means[t][None], precision=_HIGHEST
         )
         known = right[t] + mean_change
         projected = jnp.matmul(known, w_query, precision=_HIGHEST)

@@ -28,6 +28,7 @@ from probattn.arguments import (
 )
 from probattn.blocks.geometry import bounded, causal_softmax, geometry
 from probattn.blocks.nonfinite import zero_nonfinite
+from probattn.blocks.promotion import with_rank
 
 _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
 
@@ -100,7 +101,8 @@ def residual(
             not positive.
     """
     x = floating("x", x)
-    return x - conditional_mean(x, w_query, w_key, bound=bound)
+    mean = conditional_mean(x, w_query, w_key, bound=bound)
+    return with_rank(x, mean.ndim) - mean
 
 
 def coupling(w_query: ArrayLike, w_key: ArrayLike) -> Float[Array, "*batch d d"]:

@@ -29,6 +29,7 @@ from numpyro.distributions.util import validate_sample
 from probattn.ancestral import AncestralSolution, solve_residual
 from probattn.arguments import check_bound, check_weights
 from probattn.attention import residual
+from probattn.blocks.promotion import default_promotion, with_rank
 from probattn.log_determinants import log_det
 
 
@@ -164,6 +165,7 @@ class CausalAttention(dist.TransformedDistribution):
     support = constraints.real_matrix
     reparametrized_params: ClassVar = ["w_query", "w_key", "scale"]
 
+    @default_promotion()
     def __init__(
         self,
         w_query: ArrayLike,
@@ -188,9 +190,9 @@ class CausalAttention(dist.TransformedDistribution):
                 "expected a scale that broadcasts with the leading axes of w_query"
             ) from None
         # As many leading axes for each, so that those that NumPyro's scan stacks in front line up.
-        transform.w_query = _with_rank(transform.w_query, len(batch) + 2)
-        transform.w_key = _with_rank(transform.w_key, len(batch) + 2)
-        self.scale = _with_rank(self.scale, len(batch))
+        transform.w_query = with_rank(transform.w_query, len(batch) + 2)
+        transform.w_key = with_rank(transform.w_key, len(batch) + 2)
+        self.scale = with_rank(self.scale, len(batch))
         self.w_query, self.w_key, self.bound = transform.w_query, transform.w_key, bound
         shape = (*batch, int(length), self.w_query.shape[-2])
         noise = dist.Normal(jnp.zeros((), self.w_query.dtype), self.scale[..., None, None])
@@ -198,11 +200,18 @@ class CausalAttention(dist.TransformedDistribution):
             noise.expand(shape).to_event(2), transform.inv, validate_args=validate_args
         )
 
+    @default_promotion()
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Float[Array, "*batch T d"]:
+        """Draw sequences (*sample_shape, ..., length, d)."""
+        return super().sample(key, sample_shape)
+
+    @default_promotion()
     @validate_sample
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Float[Array, "*batch"]:
         """Return log densities of sequences (..., length, d), in nats; -inf if a det D_t is <= 0.
 
-        The determinants are those of the exact formula, at any distance from the boundary.
+        The determinants are those of the exact formula, at any distance from the boundary. A
+        positive determinant is weaker than feasible: see `margins`.
         """
         del intermediates  # the residuals are cheaper to compute than to keep
         if jnp.shape(value)[-2:] != self.event_shape:
@@ -220,11 +229,6 @@ class CausalAttention(dist.TransformedDistribution):
 def _holds(condition: Callable[[np.ndarray], np.ndarray], values: ArrayLike) -> bool:
     """Tell whether a condition holds everywhere; what is traced is left to NumPyro's validation."""
     return isinstance(values, jax.core.Tracer) or bool(np.all(condition(np.asarray(values))))
-
-
-def _with_rank(array: Array, rank: int) -> Array:
-    """Return an array with axes of length 1 put in front, up to that many axes."""
-    return jnp.expand_dims(array, tuple(range(rank - array.ndim)))
 
 
 def _check_event(shape: tuple[int, ...], width: int) -> None:

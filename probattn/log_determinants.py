@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from probattn.arguments import check_arguments, is_positive
-from probattn.blocks.covariance import attention_covariance
+from probattn.blocks.covariance import attention_covariance, identity_less
 from probattn.blocks.determinants import determinant_values
 from probattn.blocks.geometry import geometry, projections
 
@@ -43,9 +43,8 @@ def reduced_blocks(
     """
     x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
     _, queries, keys, weights = geometry(x, w_query, w_key, bound)
-    rank = w_query.shape[-1]
     covariance = attention_covariance(weights, queries, keys)
-    return jnp.eye(rank, dtype=covariance.dtype) - covariance / math.sqrt(rank)
+    return identity_less(covariance / math.sqrt(w_query.shape[-1]))
 
 
 def jacobian_blocks(
@@ -72,8 +71,7 @@ def jacobian_blocks(
     values, _, keys, weights = geometry(x, w_query, w_key, bound)
     covariance = attention_covariance(weights, values, keys)
     transposed = jnp.swapaxes(w_query, -1, -2)[..., None, :, :] / math.sqrt(w_query.shape[-1])
-    product = jnp.matmul(covariance, transposed, precision=lax.Precision.HIGHEST)
-    return jnp.eye(x.shape[-1], dtype=product.dtype) - product
+    return identity_less(jnp.matmul(covariance, transposed, precision=lax.Precision.HIGHEST))
 
 
 def log_det(

@@ -1,8 +1,13 @@
 """Margins to instability, and support tokens.
 
-Position t is stable while its Jacobian block D_t = I_d - C_t W_Q^T / sqrt(r), with
-C_t = Cov_{alpha_t}(x_s, k_s), keeps a positive determinant. Its margin says how far it is from
-losing it (paper, section 3; Definition 3.1 for support tokens).
+Position t has the Jacobian block D_t = I_d - C_t W_Q^T / sqrt(r), with C_t = Cov_{alpha_t}(x_s,
+k_s). It is feasible where D_t has no real eigenvalue <= 0: then no matrix on the straight way from
+the identity to D_t is singular. The margin says how far D_t is from a singular matrix, and is
+negative where t is infeasible (paper, section 3; Definition 3.1 for support tokens).
+
+A feasible position has det D_t > 0, but not the other way round: a second negative eigenvalue makes
+the determinant positive again. The sign of `log_det` and the domain of the density
+(`CausalAttention.log_prob`) are those of the determinant, as in the paper.
 """
 
 import math
@@ -14,10 +19,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from probattn.arguments import check_arguments
-from probattn.blocks.covariance import attention_covariance
-from probattn.blocks.elimination import determinant
+from probattn.blocks.covariance import attention_covariance, identity_less
 from probattn.blocks.geometry import bounded, geometry
 from probattn.blocks.nonfinite import zero_nonfinite
+from probattn.blocks.promotion import with_rank
 from probattn.blocks.selection import compute_where
 from probattn.blocks.singular_values import (
     finite_blocks,
@@ -44,14 +49,16 @@ def stability_margin(
 
     Kinds:
         "sigma_min": smallest singular value of D_t, its spectral-norm distance to the nearest
-            singular matrix, with a minus sign where det D_t <= 0: a folded position must not look
+            singular matrix, with a minus sign where the position is `infeasible`: it must not look
             safe. At most 1 where d > r, since D_t differs from the identity by rank r.
-        "reduced": the same of R_t. Cheaper; it vanishes where "sigma_min" does, but its size
-            depends on how A is split into W_Q and W_K.
-        "det": det D_t.
+        "reduced": the same of R_t. Cheaper; it vanishes where "sigma_min" does and has its sign,
+            but its size depends on how A is split into W_Q and W_K.
+        "det": det D_t, which is positive too where an even number of eigenvalues is negative.
         "log_det": log det D_t in nats, -inf where det D_t <= 0.
 
     In the scalar case d = r = 1 the first three are 1 - a Var_{alpha_t}(x) (paper, Proposition 1).
+    The first two change sign where they vanish. They also jump from one sign to the other where two
+    complex eigenvalues of D_t meet on the negative axis, which no singular block marks.
     The first derivative is exact wherever the smallest singular value is simple; second
     derivatives of the two singular-value kinds are not defined by this function.
 
@@ -87,9 +94,10 @@ def stability_margin(
 def infeasible(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Bool[Array, "*batch T"]:
-    """Tell which positions lie beyond the boundary: R_t has a real eigenvalue <= 0.
+    """Tell which positions lie beyond the boundary: D_t has a real eigenvalue <= 0.
 
-    Wider than a non-positive determinant, which an even number of negative eigenvalues hides.
+    R_t then has it too. This is the sign of the margins "sigma_min" and "reduced". It is wider than
+    a determinant <= 0, which an even number of negative eigenvalues hides.
 
     Args:
         x: token embeddings (..., T, d).
@@ -105,7 +113,11 @@ def infeasible(
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
             not positive.
     """
-    blocks = lax.stop_gradient(reduced_blocks(x, w_query, w_key, bound=bound))
+    return _infeasible(reduced_blocks(x, w_query, w_key, bound=bound))
+
+
+def _infeasible(blocks: Float[Array, "*batch T r r"]) -> Bool[Array, "*batch T"]:
+    blocks = lax.stop_gradient(blocks)
     *leading, rank, _ = blocks.shape
     blocks = blocks.reshape(-1, rank, rank)
     if len(blocks) == 0:
@@ -125,7 +137,7 @@ def _surely_positive_real_parts(blocks: Float[Array, "n r r"]) -> Bool[Array, " 
     # More than what Cholesky's method errs by (Higham 2002, Theorem 10.3).
     largest = jnp.max(jnp.diagonal(symmetric, axis1=-2, axis2=-1), axis=-1)
     slack = 4 * rank * (rank + 1) * jnp.finfo(blocks.dtype).eps * jnp.abs(largest)
-    shifted = symmetric - slack[:, None, None] * jnp.eye(rank, dtype=blocks.dtype)
+    shifted = symmetric - slack[:, None, None] * jnp.eye(rank, dtype=blocks.dtype)[None]
     factor = jnp.linalg.cholesky(shifted, symmetrize_input=False)
     return jnp.all(jnp.isfinite(factor), axis=(-2, -1))
 
@@ -170,11 +182,13 @@ def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
 def embedding_margin(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T"]:
-    """Compute every position's first-order distance to the boundary, in embedding space.
+    """Compute every position's first-order embedding margin, an estimate and no safe radius.
 
-    It is |m_t| / ||dm_t/d(x_0 .. x_t)||_F, with m_t the margin "sigma_min": how far the
-    embeddings up to t must move, to first order, before position t loses invertibility. It has
-    the unit of x and so compares with the standard deviation of a noise on embeddings.
+    It is |m_t| / ||dm_t/d(x_0 .. x_t)||_F, with m_t the margin "sigma_min": the distance in
+    embedding space to the boundary, were the margin linear. The boundary itself is mostly nearer:
+    of 90 random contexts in which an attack on the embeddings reached it, it was nearer in 96 %, at
+    0.70 of this number in the median and at 0.09 of it in the worst. It has the unit of x, as the
+    standard deviation of a noise on embeddings has.
 
     With u, v the singular vectors of m_t = u^T D_t v and c = W_Q^T v / sqrt(r), the margin is
     u.v - Cov_{alpha_t}(f, g) for the scalars f_s = u.x_s and g_s = c.k_s, whose derivative is a
@@ -187,7 +201,7 @@ def embedding_margin(
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
-        (..., T), +inf where the derivative vanishes (positions 0 and 1 among them).
+        (..., T), +inf where the derivative vanishes (positions 0 and 1 among them); not signed.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
@@ -199,7 +213,7 @@ def embedding_margin(
 def both_margins(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
-    """Compute margin "sigma_min" and embedding margin, from one singular value decomposition.
+    """Compute margin "sigma_min" and first-order embedding margin, from one decomposition.
 
     Arguments and errors are those of `embedding_margin`.
     """
@@ -258,7 +272,7 @@ def _smallest_singular_value(
     w_scaled = w_query[..., None, :, :] / math.sqrt(rank)
     covariance = attention_covariance(weights, values, keys)
     reduced = attention_covariance(weights, queries, keys) / math.sqrt(rank)
-    sign, _ = determinant(jnp.moveaxis(jnp.eye(rank, dtype=reduced.dtype) - reduced, -3, -1))
+    crossed = _infeasible(identity_less(reduced))
 
     # The basis is a constant of the derivative: differentiating through it is NaN where the past
     # has no spread, and wrong while it has fewer than r + 1 tokens. u^T dD v needs no more.
@@ -270,21 +284,20 @@ def _smallest_singular_value(
         basis_t = jnp.swapaxes(basis, -1, -2)
         low_rank = tuple(jnp.matmul(basis_t, factor, precision=_HIGHEST) for factor in low_rank)
     product = jnp.matmul(low_rank[0], jnp.swapaxes(low_rank[1], -1, -2), precision=_HIGHEST)
-    u, size, v = last_singular_triple(jnp.eye(product.shape[-1], dtype=x.dtype) - product)
+    u, size, v = last_singular_triple(identity_less(product))
     if 2 * rank < d:
         u = jnp.matmul(basis, u[..., None], precision=_HIGHEST)[..., 0]
         v = jnp.matmul(basis, v[..., None], precision=_HIGHEST)[..., 0]
 
     v_scaled = jnp.matmul(v[..., None, :], w_scaled, precision=_HIGHEST)
     change = _bilinear(u, covariance, jnp.squeeze(v_scaled, -2))
-    return _signed(sign, size, -change), u, v
+    return _signed(crossed, size, -change), u, v
 
 
 def _reduced_margin(blocks: Float[Array, "*batch T r r"]) -> Float[Array, "*batch T"]:
-    sign, _ = determinant(jnp.moveaxis(blocks, -3, -1))
     # Without the vectors it takes half the time; JAX finds them for the derivative alone.
     size = smallest_singular_value(blocks)
-    return jnp.where(sign > 0, size, -size)
+    return jnp.where(_infeasible(blocks), -size, size)
 
 
 def _bilinear(
@@ -294,11 +307,11 @@ def _bilinear(
 
 
 def _signed(
-    sign: Float[Array, "*batch"], size: Float[Array, "*batch"], linear: Float[Array, "*batch"]
+    negative: Bool[Array, "*batch"], size: Float[Array, "*batch"], linear: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """Return `size` with the derivative of `linear`, both negative where the sign is not +1."""
+    """Return `size` with the derivative of `linear`, both with a minus sign where told."""
     value = size + (linear - lax.stop_gradient(linear))
-    return jnp.where(sign > 0, value, -value)
+    return jnp.where(negative, -value, value)
 
 
 def _centred_under(
@@ -326,5 +339,5 @@ def _through_bound(
     along = jnp.einsum("...tid,...sd->...tsi", vectors, context, precision=_HIGHEST)
     along = jnp.sum(coefficients * along, axis=-1)
     inverse = 1 / jnp.asarray(bound, squared.dtype) ** 2
-    filled = inverse * jnp.sum(context**2, axis=-1)[..., None, :]
+    filled = inverse * with_rank(jnp.sum(context**2, axis=-1)[..., None, :], squared.ndim)
     return (1 - filled) * (squared - inverse * (2 - filled) * along**2)

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from probattn.arguments import check_arguments
+from probattn.blocks.promotion import default_promotion
 from probattn.distributions import CausalAttention
 from probattn.quadrature import integrate
 
@@ -75,6 +76,7 @@ def marginal_ratio(
     return Ratio(*integrate(conditional, edges, tolerance=tolerance))
 
 
+@default_promotion()
 def marginal_ratio_monte_carlo(
     rng_key: Array,
     log_prob: LogProb,
@@ -111,6 +113,7 @@ def marginal_ratio_monte_carlo(
     return Ratio(float(jnp.mean(weights)), float(error))
 
 
+@default_promotion()
 def bidirectional_log_prob(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, scale: ArrayLike
 ) -> Float[Array, "*batch"]:
@@ -150,6 +153,7 @@ def bidirectional_log_prob(
     return jnp.vectorize(of_one, signature="(t,d)->()")(x)
 
 
+@default_promotion()
 def layered_process(
     w_query: ArrayLike,
     w_key: ArrayLike,

@@ -49,6 +49,13 @@ def strict_promotion():
         yield
 
 
+@pytest.fixture(scope="module")
+def strict_ranks():
+    """No silent mixing of ranks, likewise."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_executables():
     """Drop compiled programs before there are too many.

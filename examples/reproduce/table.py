@@ -221,7 +221,8 @@ def sensitivity_table(results: Results) -> str:
     }
     for statistic, described in {
         "margin": "rank correlation of margin and increase of the loss",
-        "embedding_margin": "rank correlation of embedding margin and increase of the loss",
+        "embedding_margin": "rank correlation of first-order embedding margin and increase of "
+        "the loss",
         "support": "increase at support tokens less that elsewhere, nats",
     }.items():
         for within, among in {"text": "", "token": ", among tokens of one symbol"}.items():

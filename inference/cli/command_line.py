@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.cli.commands import (
     Compare,
     Demo,
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_what_the_encoding_holds()
     if arguments is None:  # the process is the command's own
         silence_libraries()
-    with ended_by_signals():
+    with ended_by_signals(), default_promotion():
         status = _main(arguments)
         if status:
             exit_process(status)

@@ -17,7 +17,7 @@ from probattn.inference.evaluation.generation import Generated
 from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.evaluation.noise_sweeps import NoisePoint
 from probattn.inference.evaluation.sensitivity import Sensitivity
-from probattn.inference.evaluation.token_margins import TextMargins
+from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins
 from probattn.inference.export.diagnostics import divergence_margin, summarise, values_of
 from probattn.inference.figures.data import character_heads
 from probattn.inference.figures.report import compared_row
@@ -46,7 +46,7 @@ _COMPARED = {
 }
 _SENSITIVITY = {
     "margin": "rank correlation of the increase with the margin (below 0: small margins suffer)",
-    "embedding_margin": "rank correlation of the increase with the embedding margin",
+    "embedding_margin": "rank correlation of the increase with the first-order embedding margin",
     "support": "mean increase at support tokens less that at others (nats; above 0: they suffer)",
 }
 _COLUMNS = 4  # columns of a comparison, in a terminal of 80 characters
@@ -87,10 +87,12 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
     heads, inner = character_heads(margins.tokens), margins.position >= 2
     rows, support = [], []
     for stage in margins.stages:
-        quantiles = (f"{value:.3f}" for value in np.quantile(stage.margin[inner], [0, 0.01, 0.5]))
+        known = inner & ~np.isnan(stage.margin)
+        values = stage.margin[known] if known.any() else np.nan
+        quantiles = (f"{value:.3f}" for value in np.quantile(values, [0, 0.01, 0.5]))
         certified = f"{100 * np.mean(stage.certificate[inner] < 1):.1f} %"
         rows.append((stage.label, *quantiles, certified))
-        support.append(heads[np.argmin(np.where(inner, stage.margin, np.inf))])
+        support.append(heads[np.argmin(np.where(known, stage.margin, np.inf))])
     for name in header:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     table.add_column("support token", justify="right", no_wrap=True)
@@ -98,6 +100,23 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
     for row, head in zip(rows, support, strict=True):
         table.add_row(*row, _token_in_text(margins.tokens, head, screen.width - taken - 4))
     screen.print(table)
+    _print_unknown(screen, margins.stages, np.arange(len(margins.tokens)), margins.tokens)
+
+
+def _print_unknown(
+    screen: Console, stages: Sequence[TokenMargins], index: np.ndarray, tokens: Sequence[str]
+) -> None:
+    """Print, of every stage with margins that are NaN, how many they are and which is the first."""
+    for stage in stages:
+        unknown = np.flatnonzero(np.isnan(stage.margin))
+        if len(unknown):
+            screen.print(
+                Text(
+                    f"{stage.label}: {len(unknown)} of {len(tokens)} margins are not known (NaN) "
+                    f"and left out, the first at token {index[unknown[0]]}, {tokens[unknown[0]]!r}"
+                ),
+                soft_wrap=True,
+            )
 
 
 def _token_in_text(tokens: Sequence[str], position: int, room: int) -> Text:
@@ -135,6 +154,7 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
             table.add_row(stage, *(_interval(cell) for cell in cells))
         screen.print(table)
     screen.print("in brackets the 95 % interval, by a bootstrap over windows")
+    _print_unknown(screen, found.stages, found.index, found.tokens)
 
 
 def _interval(estimate: Estimate) -> str:
@@ -204,11 +224,11 @@ def print_generated(screen: Console, result: Generated) -> None:
     text = Text().append(printable(result.prompt), style="bold")
     heads = character_heads(result.tokens)
     shown, begins = np.unique(heads, return_index=True)
-    for head, margin in zip(shown, np.minimum.reduceat(result.margin, begins), strict=True):
+    for head, margin in zip(shown, np.fmin.reduceat(result.margin, begins), strict=True):
         style = "red" if margin < 0 else "yellow" if margin < _NEAR else ""
         text.append(printable(result.tokens[head]), style=style)
     screen.print(text, soft_wrap=True)
-    weakest = int(result.margin.argmin())
+    weakest = int(np.argmin(np.where(np.isnan(result.margin), np.inf, result.margin)))
     token = result.tokens[heads[weakest]]
     screen.print()
     screen.print(
@@ -243,6 +263,8 @@ def _evaluation_rows(result: EvaluateResult) -> dict[str, str]:
         rows[f"{summary.label}: smallest margin"] = f"{summary.quantiles[0.0]:.3f}"
         rows[f"{summary.label}: median margin"] = f"{summary.quantiles[0.5]:.3f}"
         rows[f"{summary.label}: infeasible"] = f"{100 * summary.infeasible_fraction:.2f} %"
+        if summary.unknown:
+            rows[f"{summary.label}: not known"] = f"{summary.unknown} of {summary.positions}"
     return rows
 
 

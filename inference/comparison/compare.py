@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.comparison.predictive import Predictions, latent_predictions, predictions
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
@@ -76,6 +77,7 @@ class ComparedRun:
     seconds: float | None = None
 
 
+@default_promotion()
 def compare(
     runs: Mapping[str, Run | PosteriorRun], *, seed: int = 0, progress: bool = False
 ) -> list[ComparedRun]:

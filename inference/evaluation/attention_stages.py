@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from probattn import certificate, infeasible, log_det
+from probattn import certificate, log_det
 from probattn.inference.evaluation.post_hoc import PostHocPrior
 from probattn.inference.runs.run import Run
 from probattn.inference.runtime.blas_threads import one_blas_thread
@@ -49,12 +49,13 @@ class StageMargins:
 
     Attributes:
         label: label of the stage.
-        margin: "sigma_min", (windows, T).
+        margin: "sigma_min", (windows, T); NaN where it is not known, see `stability_margin`.
         log_det: log det D_t in nats, -inf where the determinant is not positive.
-        embedding_margin: distance to the boundary in the space of the stage's input, and in its
-            unit: embeddings, or their normalised form, of root mean square 1.
+        embedding_margin: first-order distance to the boundary in the space of the stage's input,
+            and in its unit: embeddings, or their normalised form, of root mean square 1.
         certificate: rho_t; below 1 the position is proved invertible.
-        infeasible: whether R_t has a real eigenvalue <= 0.
+        infeasible: whether D_t has a real eigenvalue <= 0: the margin is then not positive. True
+            too where the margin is not known.
     """
 
     label: str
@@ -127,5 +128,5 @@ def _measure(
         jnp.where(sign > 0, log_abs, -jnp.inf),
         distance,
         certificate(x, w_query, w_key, bound=bound),
-        infeasible(x, w_query, w_key, bound=bound),
+        ~(margin > 0),  # the sign of the margin is that of `infeasible`
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import StageMargins, stage_margins, stages
 from probattn.inference.evaluation.noise_sweeps import (
     ASCENT_TOKENS,
@@ -40,11 +41,13 @@ class MarginSummary:
     Attributes:
         label: label of the stage.
         kind: kind of the margin.
-        quantiles: margin by quantile; that at 0 is the smallest.
+        quantiles: margin by quantile, of those that are known; that at 0 is the smallest.
         mean_log_det: mean log det D_t in nats over positions of positive determinant.
-        infeasible_fraction: fraction of positions at which R_t has a real eigenvalue <= 0.
+        infeasible_fraction: fraction of positions at which D_t has a real eigenvalue <= 0, or the
+            margin is not known.
         certified_fraction: fraction of positions with certificate rho_t < 1.
         positions: how many positions.
+        unknown: positions among them whose margin is not known (NaN).
     """
 
     label: str
@@ -54,6 +57,7 @@ class MarginSummary:
     infeasible_fraction: float
     certified_fraction: float
     positions: int
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class EvaluateResult:
     post_hoc_converged: bool
 
 
+@default_promotion()
 def evaluate(
     run: Run,
     text: str | os.PathLike[str] | None = None,
@@ -192,15 +197,20 @@ def _margins(run: Run, prior: Any, tokens: np.ndarray, bar: Bar) -> tuple[Margin
 
 def _summary(margins: StageMargins) -> MarginSummary:
     margin, log_det = margins.margin[:, 2:], margins.log_det[:, 2:]
-    feasible = np.isfinite(log_det)
+    known = margin[~np.isnan(margin)]
+    positive = np.isfinite(log_det)
     return MarginSummary(
         label=margins.label,
         kind="sigma_min",
-        quantiles={level: float(np.quantile(margin, level)) for level in QUANTILES},
-        mean_log_det=float(log_det[feasible].mean()) if feasible.any() else -math.inf,
+        quantiles={
+            level: float(np.quantile(known, level)) if known.size else math.nan
+            for level in QUANTILES
+        },
+        mean_log_det=float(log_det[positive].mean()) if positive.any() else -math.inf,
         infeasible_fraction=float(margins.infeasible[:, 2:].mean()),
         certified_fraction=float((margins.certificate[:, 2:] < 1).mean()),
         positions=margin.size,
+        unknown=margin.size - known.size,
     )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.texts import check_seed
@@ -38,6 +39,7 @@ class Generated:
     margin: Float[np.ndarray, " N"]
 
 
+@default_promotion()
 def generate(
     run: Run,
     prompt: str,

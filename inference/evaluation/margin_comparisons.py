@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from probattn.inference.evaluation.intervals import LEVEL, Estimate, bootstrap, ratio, spearman
 from probattn.inference.evaluation.token_margins import TokenMargins
@@ -92,6 +92,7 @@ def compare_with_margins(
     loss, window = loss[inner], window[inner]
     increase = noisy_loss[inner] - loss
     quantities = [getattr(stage, name)[inner] for stage in margins for name in QUANTITIES]
+    known = [~np.isnan(values) for values in quantities]
     supports = [stage.support[inner] for stage in margins]
     groups = {
         "text": np.zeros(len(loss), int),
@@ -107,7 +108,9 @@ def compare_with_margins(
 
     def statistic(counts: Int[np.ndarray, "resamples windows"]) -> np.ndarray:
         weights = counts[:, window]
-        correlations = [spearman(of_increase, rest, weights) for of_increase, *rest in ranks]
+        correlations = [
+            _correlations(of_increase, rest, known, weights) for of_increase, *rest in ranks
+        ]
         differences = [_differences(values, supports, weights) for values in centred]
         return np.concatenate([*correlations, *differences])
 
@@ -121,6 +124,19 @@ def compare_with_margins(
     return sorted(compared, key=lambda each: labels.index(each.stage))
 
 
+def _correlations(
+    of_increase: Float[np.ndarray, " N"],
+    others: Sequence[Float[np.ndarray, " N"]],
+    known: Sequence[Bool[np.ndarray, " N"]],
+    weights: Int[np.ndarray, "resamples N"],
+) -> Float[np.ndarray, "others resamples"]:
+    """Compute rank correlations, each of the tokens at which the other quantity is known."""
+    if all(each.all() for each in known):
+        return spearman(of_increase, others, weights)
+    pairs = zip(others, known, strict=True)
+    return np.concatenate([spearman(of_increase, [other], weights * at) for other, at in pairs])
+
+
 def increase_by_margin(
     increase: Float[np.ndarray, " N"],
     values: Float[np.ndarray, " N"],
@@ -129,8 +145,9 @@ def increase_by_margin(
 ) -> Float[np.ndarray, "groups 3"]:
     """Average the increase of the loss in ten groups of tokens by margin, with intervals.
 
-    The groups have about as many tokens each, those at positions 0 and 1 left out; equal margins
-    stay together, so a group may be empty, its row NaN. The intervals are those of `ratio`.
+    The groups have about as many tokens each, without those at positions 0 and 1 and those whose
+    margin is not known. Equal margins stay together, so a group may be empty, its row NaN. The
+    intervals are those of `ratio`.
 
     Args:
         increase: increase of the loss at each token, in nats.
@@ -138,14 +155,14 @@ def increase_by_margin(
         window: number of each token's window, from 0 on.
         position: position of each token in its window.
     """
-    inner = position >= 2
+    inner, windows = (position >= 2) & ~np.isnan(values), window.max() + 1
     increase, values, window = increase[inner], values[inner], window[inner]
     group = _quantile_groups(values, _GROUPS)
     rows = []
     for number in range(_GROUPS):
         at = group == number
         sums, counts = (
-            np.bincount(window[at], weights, minlength=window.max() + 1)
+            np.bincount(window[at], weights, minlength=windows)
             for weights in (increase[at], np.ones(at.sum()))
         )
         rows.append(ratio(sums, counts) if at.any() else Estimate(np.nan, np.nan, np.nan))
@@ -155,14 +172,18 @@ def increase_by_margin(
 def ranks_within(
     values: Float[np.ndarray, " N"], group: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, " N"]:
-    """Return each value's rank in its group, less the group's mean rank, over the group's size."""
+    """Return each value's rank in its group, less the group's mean rank, over the group's size.
+
+    A value that is NaN counts for nothing and has rank 0.
+    """
     from scipy.stats import rankdata
 
     found = np.empty(len(values))
     for each in np.unique(group):
         at = group == each
-        size = np.count_nonzero(at)
-        found[at] = (rankdata(values[at]) - (size + 1) / 2) / size
+        size = np.count_nonzero(~np.isnan(values[at]))
+        ranks = rankdata(values[at], nan_policy="omit")
+        found[at] = np.nan_to_num((ranks - (size + 1) / 2) / max(size, 1))
     return found
 
 

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Float
 
 from probattn import log_det, relaxed_barrier, residual
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.config_memory import check_stage
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError, replacing
@@ -64,6 +65,7 @@ class PostHocPrior:
     tokens: int
 
 
+@default_promotion()
 def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
     """Read the run's post-hoc attention prior, fitted and stored by the first call.
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import stages
 from probattn.inference.evaluation.margin_comparisons import (
     MarginComparison,
@@ -77,6 +78,7 @@ class Sensitivity:
     characters: tuple[SupportCharacter, ...]
 
 
+@default_promotion()
 def sensitivity(
     run: Run,
     text: str | os.PathLike[str] | None = None,

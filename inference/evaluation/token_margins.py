@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from probattn import support_tokens
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import AttentionStage, stage_margins, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.texts import text_tokens
@@ -16,6 +17,15 @@ from probattn.inference.runs.csv_tables import write_table
 from probattn.inference.runs.run import Run
 from probattn.inference.runtime.progress import progress_bar
 from probattn.text.batches import windows
+
+# Columns of a stage in tables, and the attributes that they show.
+_COLUMNS = {
+    "sigma_min": "margin",
+    "log_det": "log_det",
+    "first_order_embedding_margin": "embedding_margin",
+    "certificate": "certificate",
+    "support": "support",
+}
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,10 @@ class TokenMargins:
 
     Attributes:
         label: label of the stage: "post hoc", "trained", or "layer 1 head 1" and so on.
-        margin: kind "sigma_min", (N,).
+        margin: kind "sigma_min", (N,); NaN where it is not known.
         log_det: log det D_t in nats, -inf where the determinant is not positive, (N,).
-        embedding_margin: distance to the boundary in the space of the stage's input, in its
-            unit (see `attention_stages.StageMargins`), (N,).
+        embedding_margin: first-order distance to the boundary in the space of the stage's input,
+            in its unit (see `attention_stages.StageMargins`), (N,).
         certificate: rho_t, below 1 where the position is proved invertible, (N,).
         support: whether the token is the support token of its window, (N,).
     """
@@ -65,6 +75,7 @@ class TextMargins:
     stages: tuple[TokenMargins, ...]
 
 
+@default_promotion()
 def text_margins(
     run: Run,
     text: str | os.PathLike[str] | None = None,
@@ -136,11 +147,8 @@ def write_csv(margins: TextMargins, path: Path) -> None:
 
 def stage_columns(stages: Sequence[TokenMargins]) -> dict[str, np.ndarray]:
     """Return columns of a table with a row per token: five of each stage, named after it."""
-    names = ("margin", "log_det", "embedding_margin", "certificate", "support")
     return {
-        f"{stage.label.replace(' ', '_')}_{'sigma_min' if name == 'margin' else name}": getattr(
-            stage, name
-        )
+        f"{stage.label.replace(' ', '_')}_{column}": getattr(stage, name)
         for stage in stages
-        for name in names
+        for column, name in _COLUMNS.items()
     }

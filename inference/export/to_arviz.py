@@ -10,6 +10,7 @@ import numpy as np
 from numpyro.infer import MCMC
 from numpyro.infer.svi import SVIRunResult
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.config_files import format_config
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+@default_promotion()
 def to_datatree(
     source: Run | PosteriorRun | PosteriorResult | NumPyroDraws,
     *,
@@ -68,8 +70,8 @@ def to_datatree(
     Groups of a MAP run:
         point_estimate: the parameters. Not called posterior, and without chain and draw, so that
             no diagnostic of draws (r_hat, ess, loo) can be computed of a point.
-        margins: margin (kind "sigma_min"), log_det, embedding_margin, certificate and infeasible,
-            each (stage, sequence, position), over windows of the validation text.
+        margins: margin (kind "sigma_min"), log_det, the first-order embedding_margin, certificate
+            and infeasible, each (stage, sequence, position), over windows of the validation text.
         observed_data: the tokens of these windows, (sequence, position).
         constant_data: W_Q, W_K and sigma of the post-hoc attention prior.
 

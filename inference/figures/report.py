@@ -165,7 +165,8 @@ def sensitivity_report(found: Sensitivity, folder: Path) -> list[Path]:
         heads = ", heads of layer 1" if stage.label.startswith("layer") else ""
         for name in QUANTITIES:
             values = getattr(stage, name)
-            bins.setdefault(name.replace("_", " ") + heads, {})[stage.label] = increase_by_margin(
+            panel = "first-order embedding margin" if name == "embedding_margin" else name
+            bins.setdefault(panel + heads, {})[stage.label] = increase_by_margin(
                 increase, values, found.window, found.position
             )
     figure = loss_by_margin(bins)

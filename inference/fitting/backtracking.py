@@ -34,7 +34,7 @@ def backtrack[Point](
     start: Point,
     stop: Point,
     *,
-    certainly_feasible: Callable[[Point], Bool[Array, "*batch T"]],
+    certainly_inside: Callable[[Point], Bool[Array, "*batch T"]],
     inside: Callable[[Point], Bool[Array, "*batch T"]],
 ) -> tuple[Point, Float[Array, ""]]:
     """Go from a point towards another, as far as no position that was inside gets outside.
@@ -45,7 +45,7 @@ def backtrack[Point](
     Args:
         start: a tree of arrays.
         stop: point of the same shapes.
-        certainly_feasible: a cheap sufficient condition: most steps pay for nothing else.
+        certainly_inside: a cheap sufficient condition: most steps pay for nothing else.
         inside: function that tells which positions are inside.
 
     Returns:
@@ -71,7 +71,7 @@ def backtrack[Point](
     def unfinished(trial: _Trial) -> Array:
         return ~trial.accepted & (trial.number <= _FRACTIONS)
 
-    sure = certainly_feasible(stop)
+    sure = certainly_inside(stop)
     everywhere = jnp.ones_like(sure)
     trial = _Trial(jnp.int32(0), everywhere, everywhere, jnp.all(sure))
     trial = jax.lax.while_loop(unfinished, body, trial)

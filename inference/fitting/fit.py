@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import UInt
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.config import RunConfig
 from probattn.inference.fitting.guides import check_guide
 from probattn.inference.fitting.loop import Loop
@@ -25,6 +26,7 @@ from probattn.text.tokens import corpus_tokens
 from probattn.text.vocabulary import Vocabulary
 
 
+@default_promotion()
 def fit(
     config: RunConfig,
     out: str | os.PathLike[str],

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.fitting.guides import Model, init_params, make_guide
 from probattn.inference.fitting.laplace import LaplaceError, Text, hessian
 from probattn.inference.runs.checkpoints import CheckpointError
@@ -23,6 +24,7 @@ from probattn.text.tokens import corpus_tokens
 DRAWS, VALUES = 128, 2**24  # most draws, and most numbers, that are made at once
 
 
+@default_promotion()
 def guide_draws(
     run: Run, *, draws: int = 1000, seed: int = 0, progress: bool = False
 ) -> dict[str, np.ndarray]:

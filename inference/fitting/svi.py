@@ -238,7 +238,7 @@ class Trainer:
         params, fraction = backtrack(
             start,
             stop,
-            certainly_feasible=lambda params: certainly_positive(**stage(params)),
+            certainly_inside=lambda params: certainly_positive(**stage(params)),
             inside=lambda params: log_det(**stage(params))[0] > 0,
         )
         count, (_, moments) = new.optim_state

@@ -82,13 +82,13 @@ def check_initial_values(model: Callable, args: tuple, kwargs: dict, values: Map
     if not np.isfinite(density):
         raise ValueError(
             f"the initial values have a log density of {float(density)}"
-            f"{_infeasible(model, args, kwargs, values)}; "
+            f"{_outside(model, args, kwargs, values)}; "
             "start from smaller couplings or embeddings, or from the prior"
         )
 
 
-def _infeasible(model: Callable, args: tuple, kwargs: dict, values: Mapping) -> str:
-    """Tell how many tokens of attention processes lie outside the feasible region."""
+def _outside(model: Callable, args: tuple, kwargs: dict, values: Mapping) -> str:
+    """Tell how many tokens of attention processes have no positive determinant."""
     sites = trace(seed(substitute(model, values), jax.random.key(0))).get_trace(*args, **kwargs)
     outside, smallest = 0, math.inf
     for site in sites.values():

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.config import SampleConfig
 from probattn.inference.runs.segments import Segment, SegmentError, SegmentFolder
 from probattn.inference.runtime.cores import other_rounding
@@ -34,6 +35,7 @@ from probattn.inference.sampling.result import PosteriorResult
 SAVE_SECONDS = 30.0  # between two segments
 
 
+@default_promotion()
 def sample(
     model: Callable,
     *,

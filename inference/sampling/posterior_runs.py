@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.config import SampleConfig, SampleRunConfig
 from probattn.inference.fitting.guide_draws import guide_draws
 from probattn.inference.runs.checks import check_same_corpus
@@ -28,6 +29,7 @@ from probattn.text.tokens import corpus_tokens
 from probattn.text.vocabulary import Vocabulary
 
 
+@default_promotion()
 def sample_run(
     config: SampleRunConfig,
     out: str | os.PathLike[str],
@@ -96,6 +98,7 @@ def config_of_fit(run: Run, config: SampleConfig) -> SampleRunConfig:
     )
 
 
+@default_promotion()
 def load_posterior(run: PosteriorRun) -> PosteriorResult:
     """Load the draws of a run that is finished, without compiling or sampling anything.
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from probattn.blocks.promotion import with_rank
+
 # Positions at once, which bounds the memory: there are positions x past x m centred vectors.
 _ROWS, _NUMBERS = (32, 64), 2**17
 
@@ -59,7 +61,8 @@ def centred_covariance(
     """Return the covariance under any rows of weights, of all rows at once."""
 
     def centred(factor: Array) -> Array:
-        return factor[..., None, :, :] - _matmul(weights, factor)[..., :, None, :]
+        means = _matmul(weights, factor)
+        return with_rank(factor, means.ndim)[..., None, :, :] - means[..., :, None, :]
 
     return jnp.einsum(
         "...tsm,...tsn->...tmn",
@@ -67,3 +70,9 @@ def centred_covariance(
         centred(right),
         precision=lax.Precision.HIGHEST,
     )
+
+
+def identity_less(matrices: Float[Array, "*batch m m"]) -> Float[Array, "*batch m m"]:
+    """Return I - M for every matrix M."""
+    identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    return jnp.broadcast_to(identity, matrices.shape) - matrices

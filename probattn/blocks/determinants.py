@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.blocks.covariance import centred_covariance
+from probattn.blocks.covariance import centred_covariance, identity_less
 from probattn.blocks.elimination import determinant
 from probattn.blocks.geometry import Projections, causal_softmax
 from probattn.blocks.moments import Pointwise, representable, row_values, slope_of, summed_over_rows
@@ -211,8 +211,7 @@ def _by_centring(
 def _of_covariances(
     pointwise: Pointwise, covariance: Float[Array, "n r r"]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    rank = covariance.shape[-1]
-    blocks = jnp.eye(rank, dtype=covariance.dtype) - covariance / math.sqrt(rank)
+    blocks = identity_less(covariance / math.sqrt(covariance.shape[-1]))
     return _of_blocks(pointwise, jnp.moveaxis(blocks, 0, -1))
 
 

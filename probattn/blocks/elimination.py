@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from probattn.blocks.promotion import with_rank
 from probattn.blocks.selection import all_in_batch
 
 _LARGEST_MULTIPLIER = 8.0  # partial pivoting keeps them below 1; each may cost its size in digits
@@ -264,7 +265,7 @@ def _lapack(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
     pivots = jnp.moveaxis(diagonal, -1, -2)
     shift = _without_zeros(pivots) - pivots
     identity = jnp.eye(blocks.shape[-2], dtype=blocks.dtype)
-    solvable = factors + jnp.moveaxis(shift, -1, -2)[..., None] * identity
+    solvable = factors + jnp.moveaxis(shift, -1, -2)[..., None] * with_rank(identity, factors.ndim)
     solve = partial(lax.linalg.triangular_solve, solvable, left_side=True)
     inverse = solve(solve(identity[permutation], lower=True, unit_diagonal=True), lower=False)
     return _lapack_pivots(factors, swaps), jnp.moveaxis(inverse, -3, -1)
@@ -273,6 +274,7 @@ def _lapack(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
 def _lapack_pivots(factors: Array, swaps: Array) -> Array:
     """Return the diagonal, (..., r, n), the sign of the permutation in its first entry."""
     diagonal = jnp.diagonal(factors, axis1=-2, axis2=-1)
-    count = jnp.sum(swaps != jnp.arange(swaps.shape[-1], dtype=swaps.dtype), axis=-1)
+    unswapped = lax.broadcasted_iota(swaps.dtype, swaps.shape, swaps.ndim - 1)
+    count = jnp.sum(swaps != unswapped, axis=-1)
     parity = jnp.where(count % 2 == 0, 1, -1).astype(diagonal.dtype)
     return jnp.moveaxis(diagonal.at[..., 0].multiply(parity), -1, -2)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from probattn.arguments import check_bound, floating
 from probattn.blocks.nonfinite import after_nonfinite, zero_nonfinite
+from probattn.blocks.promotion import with_rank
 
 _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
 
@@ -128,9 +129,10 @@ def causal_softmax(
     if positions is None:
         positions = jnp.arange(rows)
     logits = jnp.matmul(queries, jnp.swapaxes(keys, -1, -2), precision=_HIGHEST)
-    causal = jnp.arange(past) < positions[..., None]
+    places = with_rank(jnp.arange(past), positions.ndim + 1)
+    causal = places < positions[..., None]
     # Row 0 has no past: one finite logit, a constant, keeps its softmax and derivative finite.
-    no_past = (positions == 0)[..., None] & (jnp.arange(past) == 0)
+    no_past = (positions == 0)[..., None] & (places == 0)
     masked = jnp.where(no_past, 0.0, -jnp.inf).astype(logits.dtype)
     weights = jax.nn.softmax(jnp.where(causal, logits / math.sqrt(rank), masked), axis=-1)
     return jnp.where(causal, weights, jnp.zeros((), logits.dtype))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from probattn.blocks.elimination import determinant, eliminate
 from probattn.blocks.geometry import causal_softmax
+from probattn.blocks.promotion import with_rank
 
 # Second moments leave an error of eps times their size in I - Cov / sqrt(r). Fine are positions
 # where they are at most so large, or at most so many times the variances, of which centring
@@ -212,7 +213,8 @@ def _blocks(
     means = _materialise(_matmul(jnp.concatenate([queries, keys, *squares], axis=-2), weights))
     query, key, query_square, key_square = jnp.split(means, [rank, 2 * rank, 2 * rank + 1], axis=-2)
     covariance = moments - query[..., :, None, :] * key[..., None, :, :]
-    blocks = jnp.eye(rank, dtype=covariance.dtype)[..., None] - covariance / math.sqrt(rank)
+    identity = jnp.eye(rank, dtype=covariance.dtype)[..., None]
+    blocks = with_rank(identity, covariance.ndim) - covariance / math.sqrt(rank)
     moment, variance = query_square * key_square, jnp.ones_like(key_square)
     for mean, square in ((query, query_square), (key, key_square)):
         variance *= jnp.maximum(square - jnp.sum(mean**2, axis=-2, keepdims=True), 0.0)

@@ -3,10 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from probattn.blocks.promotion import with_rank
+
 
 def after_nonfinite(*arrays: Float[Array, "*batch T m"]) -> Bool[Array, "*batch T"]:
     """Tell which rows come after one that is not finite in any array: they attend to it."""
-    nonfinite = sum((~_finite(array)).astype(jnp.int32) for array in arrays)
+    lost = [(~_finite(array)).astype(jnp.int32) for array in arrays]
+    nonfinite = sum(with_rank(rows, max(each.ndim for each in lost)) for rows in lost)
     return jnp.cumsum(nonfinite, axis=-1) > nonfinite
 
 

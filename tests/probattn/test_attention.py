@@ -14,7 +14,7 @@ from tests.support import dense
 from tests.support.cases import BY_NAME, THIN, evaluated, every_shape, main_shapes, make
 from tests.support.dense import quick_jit
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
+pytestmark = pytest.mark.usefixtures("strict_promotion", "strict_ranks")
 
 # Every public function of (x, w_query, w_key) with one result per position.
 PER_POSITION = {

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from typing import get_args
 
 import hypothesis
@@ -19,6 +20,7 @@ from tests.support.cases import (
     SCALAR,
     SINGULAR_POSITION,
     THIN,
+    WIDE,
     Case,
     evaluated,
     main_shapes,
@@ -36,14 +38,16 @@ from tests.support.dense import (
     signed_sigma_min,
 )
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
+pytestmark = pytest.mark.usefixtures("strict_promotion", "strict_ranks")
 
 KINDS = ["sigma_min", "reduced", "det", "log_det"]
 EPS32 = np.finfo(np.float32).eps
 # Singular values and eigenvalues take long to compile.
 margin_shapes = shapes("rank_one", "one_token", "two_tokens", "square")
 embedding_margin = quick_jit(pa.embedding_margin)
-margin_and_sign = quick_jit(lambda *inputs: (pa.stability_margin(*inputs), pa.log_det(*inputs)[0]))
+margin_and_crossed = quick_jit(
+    lambda *inputs: (pa.stability_margin(*inputs), pa.infeasible(*inputs))
+)
 infeasible = quick_jit(margins.infeasible)
 
 
@@ -155,11 +159,11 @@ def test_scalar_margins_agree():
 @pytest.mark.slow
 @hypothesis.given(st.integers(0, 2**32 - 1), st.floats(0, 3))
 def test_margin_is_at_most_one_with_fewer_queries_than_dimensions(seed, scale):
-    """And the sign is that of the determinant."""
+    """And it is negative where the position is infeasible, and there alone."""
     inputs = make(Case("", *THIN, scale=scale, seed=seed))
-    margin, sign = map(np.asarray, margin_and_sign(*inputs))
+    margin, crossed = map(np.asarray, margin_and_crossed(*inputs))
     assert np.all(margin <= 1 + 1e-14)
-    np.testing.assert_array_equal(np.sign(margin), sign)
+    np.testing.assert_array_equal(margin < 0, crossed)
 
 
 @margin_shapes
@@ -169,6 +173,31 @@ def test_infeasible_is_a_real_eigenvalue_of_the_dense_block_at_most_zero(shape):
         expected = real_eigenvalue_at_most_zero(dense(case).blocks)
         # The nearest steered block is 1e-8 from singular: well above rounding, on either side.
         np.testing.assert_array_equal(found["crossed"], expected, err_msg=str(case))
+
+
+def test_a_twice_folded_token_is_infeasible_in_every_sense_but_the_determinant():
+    """After (2, 0), (-2, 0), (0, 2), (0, -2) the token 0 with A = I has D = -I, determinant 1."""
+    length, width, rank = WIDE
+    x = np.zeros((length, width))
+    x[:4] = [[2, 0], [-2, 0], [0, 2], [0, -2]]
+    w_query = np.eye(width, rank)
+    count = len(of_shape(WIDE))  # for which it is compiled
+    inputs = (x, w_query, math.sqrt(rank) * w_query)
+    found = every_margin(*(np.broadcast_to(array, (count, *array.shape)) for array in inputs))
+    at_zero = {name: float(values[0, 4]) for name, values in found.items()}
+    del at_zero["embedding"]  # of a singular value that is not simple
+    expected = {"sigma_min": -1, "reduced": -1, "crossed": 1, "det": 1, "log_det": 0}
+    assert at_zero == pytest.approx(expected, abs=1e-12)
+
+
+def test_margin_is_not_positive_exactly_where_the_position_is_infeasible():
+    """Whatever two negative eigenvalues make of the determinant."""
+    hidden = 0
+    for case, found in evaluated(every_margin, WIDE).items():
+        for kind in ("sigma_min", "reduced"):
+            np.testing.assert_array_equal(found[kind] <= 0, found["crossed"], err_msg=str(case))
+        hidden += np.sum(found["crossed"] & (found["det"] > 0))
+    assert hidden > 0
 
 
 @pytest.mark.slow

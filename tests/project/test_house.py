@@ -50,7 +50,15 @@ MATHEMATICS = (
     "probattn.proper",
     "probattn.ancestral",
 )
-MATHEMATICS_MAY_IMPORT = {"collections", "functools", "jax", "jaxtyping", "math", "typing"}
+MATHEMATICS_MAY_IMPORT = {
+    "collections",
+    "contextlib",
+    "functools",
+    "jax",
+    "jaxtyping",
+    "math",
+    "typing",
+}
 BLOCKS_MAY_IMPORT = ("probattn.arguments", "probattn.blocks")
 AT_HOME_IN = {  # package (its sub-distributions included): where alone it may be imported
     "arviz": ("probattn.inference.export",),

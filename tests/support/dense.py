@@ -159,7 +159,7 @@ def sigma_min(found):
 
 def signed_sigma_min(matrices):
     sizes = np.linalg.svd(matrices, compute_uv=False)[..., -1]
-    return np.where(np.linalg.det(matrices) > 0, sizes, -sizes)
+    return np.where(real_eigenvalue_at_most_zero(matrices), -sizes, sizes)
 
 
 def log_abs_slopes(found):
@@ -183,7 +183,7 @@ def determinant_slopes(found):
 def margin_slopes(found):
     """Derivative of the signed smallest singular value, where it is simple, by each input."""
     left, _, right = np.linalg.svd(found.blocks)
-    sign = np.where(np.linalg.det(found.blocks) > 0, 1.0, -1.0)
+    sign = np.where(real_eigenvalue_at_most_zero(found.blocks), -1.0, 1.0)
     return [
         np.einsum("t,ta,tb,tab...->t...", sign, left[..., -1], right[..., -1, :], slope)
         for slope in found.slopes

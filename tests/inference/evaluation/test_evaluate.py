@@ -10,6 +10,8 @@ import pytest
 
 from probattn import certificate, log_det, stability_margin
 from probattn.inference import evaluate
+from probattn.inference.evaluation.attention_stages import StageMargins
+from probattn.inference.evaluation.evaluate import _summary
 from probattn.inference.evaluation.intervals import ratio
 from probattn.inference.evaluation.perturbations import Ascent, Substitution
 from probattn.inference.evaluation.scoring import Scorer
@@ -275,6 +277,19 @@ def test_margins_are_those_of_every_window(evaluated, label):
     assert summary.certified_fraction == pytest.approx((rho < 1).mean())
     outside = [folded(sequence, w_query, w_key) for sequence in x]
     assert summary.infeasible_fraction == pytest.approx(np.mean(outside))
+
+
+def test_margins_that_are_not_known_are_counted_and_leave_the_others():
+    margin = np.array([[1, 1, 0.5, np.nan, -0.25], [1, 1, 0.75, 0.5, 0.5]])
+    ones = np.ones_like(margin)
+    found = StageMargins("stage", margin, ones, ones, ones, ~(margin > 0))
+    summary = _summary(found)
+    assert (summary.unknown, summary.positions) == (1, 6)
+    assert summary.quantiles[0.0] == -0.25
+    assert summary.quantiles[0.5] == 0.5
+    assert summary.infeasible_fraction == pytest.approx(2 / 6)
+    assert _summary(dataclasses.replace(found, margin=ones)).unknown == 0
+    assert math.isnan(_summary(dataclasses.replace(found, margin=np.nan * ones)).quantiles[0.0])
 
 
 def test_every_stage_is_there_and_the_folded_one_is_seen_to_be(evaluated):

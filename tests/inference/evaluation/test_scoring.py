@@ -190,9 +190,9 @@ def reduced_blocks(x, w_query, w_key):
 
 def expected_watch(blocks):
     sigma = np.linalg.svd(blocks, compute_uv=False)[..., -1]
-    margins = np.where(np.linalg.det(blocks) > 0, sigma, -sigma)
     values = np.linalg.eigvals(blocks)
     outside = np.any((np.abs(values.imag) < 1e-12) & (values.real <= 0), axis=-1)
+    margins = np.where(outside, -sigma, sigma)
     sign, log_abs = np.linalg.slogdet(blocks)
     return {
         "min_margin": margins.min(),

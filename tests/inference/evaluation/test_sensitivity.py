@@ -177,6 +177,33 @@ def test_where_there_is_no_effect_19_of_20_intervals_hold_zero(seeds):
     assert stats.binomtest(sum(covered), len(covered), 0.95).pvalue > 1e-3
 
 
+def test_a_margin_that_is_not_known_counts_for_nothing():
+    """The other tokens keep their comparisons, and so do the other stages."""
+    rng = np.random.default_rng(0)
+    window, position = (each.ravel() for each in np.indices((20, BLOCK)))
+    zeros, ones = np.zeros(len(window)), np.ones(len(window))
+    increase, margin = rng.normal(size=(2, len(window)))
+    lost = (rng.random(len(window)) < 0.1) & (position >= 2)
+    support = position == 2
+    stages = [
+        TokenMargins(label, values, ones, values**3, ones, support)
+        for label, values in (("some", np.where(lost, np.nan, margin)), ("all", margin))
+    ]
+    found = compare_with_margins(zeros, increase, stages, position, window, position, seed=0)
+    for label, kept in (("some", ~lost & (position >= 2)), ("all", position >= 2)):
+        expected = stats.spearmanr(increase[kept], margin[kept]).statistic
+        for name in ("margin", "embedding_margin"):
+            estimate = estimates(found, name)[label]
+            assert estimate.value == pytest.approx(expected, abs=1e-9)
+            assert estimate.low < estimate.value < estimate.high
+
+    groups = increase_by_margin(increase, stages[0].margin, window, position)
+    kept = ~lost & (position >= 2)
+    smallest = np.argsort(margin[kept])[: kept.sum() // 10]
+    assert groups[0, 0] == pytest.approx(increase[kept][smallest].mean(), abs=1e-9)
+    assert np.isfinite(groups).all()
+
+
 def test_margins_that_do_not_vary_have_no_correlation():
     """As of a repulsive or a vanishing coupling, where every margin is 1."""
     window, position = (each.ravel() for each in np.indices((4, BLOCK)))

@@ -116,7 +116,8 @@ def test_stages_come_in_order_and_the_folded_one_has_no_log_det_somewhere(margin
     outside = np.isneginf(first.log_det)
     assert 0 < outside.sum() < len(TEXT)
     assert np.all(first.margin[outside] <= 0)
-    assert np.all(first.margin[~outside] > 0)
+    # Some positions have two negative eigenvalues, which the determinant does not see.
+    assert 0 < np.sum(first.margin[~outside] <= 0) < np.sum(~outside) / 2
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -207,14 +208,14 @@ def test_table_reads_back_whatever_the_tokens_are(margins, tmp_path):
         for column, values in (
             ("sigma_min", stage.margin),
             ("log_det", stage.log_det),
-            ("embedding_margin", stage.embedding_margin),
+            ("first_order_embedding_margin", stage.embedding_margin),
             ("certificate", stage.certificate),
         ):
             written = [float(row[f"{prefix}_{column}"]) for row in rows]
             np.testing.assert_allclose(written, values, rtol=1e-6)
         assert [row[f"{prefix}_support"] for row in rows] == [str(int(s)) for s in stage.support]
     assert any(row["post_hoc_log_det"] == "-inf" for row in rows)
-    assert rows[0]["post_hoc_embedding_margin"] == "inf"
+    assert rows[0]["post_hoc_first_order_embedding_margin"] == "inf"
 
 
 # Bad input
