@@ -92,13 +92,7 @@ class Fit:
                 progress=True,
             )
             if is_main_process():
-                screen.print(
-                    f"{console.printable(str(self.out))}: "
-                    f"validation {result.validation_bpc:.4f} bits per character "
-                    f"({result.validation_cross_entropy:.4f} nats per token), "
-                    f"parameters of step {result.run.step}",
-                    soft_wrap=True,
-                )
+                console.print_fit(screen, result)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from probattn.inference.evaluation.token_margins import TextMargins, TokenMargin
 from probattn.inference.export.diagnostics import divergence_margin, summarise, values_of
 from probattn.inference.figures.data import character_heads
 from probattn.inference.figures.report import compared_row
+from probattn.inference.fitting.result import FitResult
 from probattn.inference.paper.data import PaperComparison
 
 if TYPE_CHECKING:
@@ -77,6 +78,17 @@ def print_evaluations(
             screen.print(
                 f"{printable(label)}: the fit of the post-hoc attention prior did not come to rest"
             )
+
+
+def print_fit(screen: Console, result: FitResult) -> None:
+    """Print in one line what a fit has reached."""
+    screen.print(
+        f"{printable(str(result.run.path))}: "
+        f"validation {result.validation_bpc:.4f} bits per character "
+        f"({result.validation_cross_entropy:.4f} nats per token), "
+        f"parameters of step {result.run.step}",
+        soft_wrap=True,
+    )
 
 
 def print_margins(screen: Console, margins: TextMargins) -> None:
