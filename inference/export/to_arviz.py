@@ -14,6 +14,7 @@ from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.texts import text_tokens
 from probattn.inference.export.posterior_groups import DIMS, located, posterior_groups
 from probattn.inference.runs.run import PosteriorRun, Run, RunDirectory
+from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.sampling.posterior_runs import guide_posterior, load_posterior
 from probattn.inference.sampling.result import PosteriorResult
 from probattn.text.batches import windows
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+@one_thread_at_a_time
 def to_datatree(
     source: Run | PosteriorRun | PosteriorResult,
     *,

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import optax
 from jaxtyping import Int
@@ -16,12 +17,14 @@ from probattn.inference.fitting.result import FitResult
 from probattn.inference.fitting.sharding import Placement
 from probattn.inference.runs.opening import find_run, open_run
 from probattn.inference.runs.run import Run
+from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.runtime.processes import is_main_process, wait_for_all
 from probattn.inference.runtime.progress import progress_bar
 from probattn.text.corpora import Corpus, DataError
 from probattn.text.vocabulary import Vocabulary
 
 
+@one_thread_at_a_time
 def fit(
     config: RunConfig,
     out: str | os.PathLike[str],
@@ -56,11 +59,14 @@ def fit(
     Raises:
         ValueError: if the text is unusable, `out` holds something else, the configuration is not
             the run's (the subclasses DataError, RunError and CheckpointError say which), the
-            model is too large for the guide laplace, or the mesh is none for these devices.
+            model is too large for the guide laplace, the mesh is none for these devices, or JAX
+            is to check for leaked tracers.
         FitError: if the loss, a parameter, the optimizer state or a reported figure is not finite
             any more. metrics.jsonl says so, see `Run.stopped`; the checkpoint before is kept.
-        Interrupted: on SIGINT or SIGTERM, after the state was saved.
+        Interrupted: on SIGINT, SIGTERM or SIGHUP, after the state was saved.
     """
+    _check_leaks()
+    config = config.resolved()
     placement = Placement(mesh, batch=config.fit.batch)
     check_optimizer(config.fit, optimizer)
     run, corpus = find_run(
@@ -84,6 +90,14 @@ def fit(
         wait_for_all("concluded")
     score = run.summary()["fit"]
     return FitResult(run, score["validation_cross_entropy"], score["validation_bpc"], run.metrics())
+
+
+def _check_leaks() -> None:
+    if jax.config.jax_check_tracer_leaks:
+        raise ValueError(
+            "JAX_CHECK_TRACER_LEAKS is set: NumPyro's guides keep values of a trace on purpose, "
+            "which it takes for leaks: expected a fit without it"
+        )
 
 
 def training_tokens(

@@ -14,11 +14,15 @@ def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) ->
     Raises:
         RunError: if they differ; it names the fields.
     """
-    if changed := differences(run.config, config):
+    if changed := differences(_resolved(run.config), _resolved(config)):
         raise RunError(
             f"{run.path}: cannot resume with a changed configuration: {'; '.join(changed)}; "
             "give the run's own values, or start a new run"
         )
+
+
+def _resolved(config: RunConfig | SampleRunConfig) -> RunConfig | SampleRunConfig:
+    return config.resolved() if isinstance(config, RunConfig) else config
 
 
 def check_same_corpus(run: RunDirectory, corpus: Corpus) -> None:
