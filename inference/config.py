@@ -2,8 +2,8 @@
 
 import math
 import typing
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, get_args
 
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.models.checks import check_integers
@@ -26,7 +26,8 @@ class FitConfig:
         batch: sequences in a minibatch.
         learning_rate: peak of the learning rate, after a linear warm-up and before a cosine decay
             to a tenth of it.
-        warmup: steps of the linear warm-up, fewer than steps.
+        warmup: steps of the linear warm-up, fewer than steps; by default a tenth of the steps, but
+            at most 100.
         seed: seed of the initial parameters and the minibatches.
         eval_every: steps between reports on training and validation text, of which a fit has at
             most 20,000.
@@ -52,7 +53,7 @@ class FitConfig:
     steps: int = 2000
     batch: int = 12
     learning_rate: float = 3e-3
-    warmup: int = 100
+    warmup: int | None = None
     seed: int = 0
     eval_every: int = 250
     checkpoint_every: int = 500
@@ -68,9 +69,10 @@ class FitConfig:
     def __post_init__(self) -> None:
         """Refuse numbers that make no fit."""
         check_integers(self, "fit", steps=1, batch=1, eval_every=1, checkpoint_every=1)
-        check_integers(self, "fit", warmup=None, seed=None)
-        if self.evaluation_tokens is not None:
-            check_integers(self, "fit", evaluation_tokens=1)
+        check_integers(self, "fit", seed=None)
+        for name, least in (("warmup", None), ("evaluation_tokens", 1)):
+            if getattr(self, name) is not None:
+                check_integers(self, "fit", **{name: least})
         if self.steps // self.eval_every > MOST_REPORTS:
             raise ValueError(
                 f"fit.eval_every is {self.eval_every} and fit.steps {self.steps}, which makes "
@@ -79,7 +81,7 @@ class FitConfig:
         rate = self.learning_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float):
             raise ValueError(f"fit.learning_rate is {rate!r}: expected a number")
-        if not 0 <= self.warmup < self.steps:
+        if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"fit.warmup is {self.warmup} and fit.steps {self.steps}: "
                 "expected 0 <= warmup < steps"
@@ -95,6 +97,11 @@ class FitConfig:
                     f"expected one of {', '.join(typing.get_args(choices))}"
                 )
         self._check_regularisers()
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up: those given, or by default as many as suit the steps."""
+        return min(self.steps // 10, 100) if self.warmup is None else self.warmup
 
     def _check_regularisers(self) -> None:
         for name in ("weight_decay", "embedding_noise", "neftune_alpha", "sam_rho"):
@@ -161,6 +168,13 @@ class RunConfig:
                     f"fit.{name} is {value} with objective latent, whose guide draws the "
                     "embeddings: expected 0; objective.guide_scale is its noise"
                 )
+
+    def resolved(self) -> Self:
+        """Return the same configuration with each default that depends on other fields as a value.
+
+        A run keeps it, so that a later version with another default goes on in the same way.
+        """
+        return replace(self, fit=replace(self.fit, warmup=self.fit.warmup_steps))
 
 
 ChainMethod = Literal["parallel", "vectorized"]

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -33,6 +34,8 @@ hypothesis.settings.load_profile(os.environ.get("PROBATTN_HYPOTHESIS", "ci"))
 
 
 def pytest_configure(config):
+    # A shell may start the tests with SIGINT ignored, and commands then ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     install_import_hook(SHAPE_CHECKED, "beartype.beartype")
     # Most of the suite's time goes into compiling, of the same programs again and again. Child
     # processes read the environment.

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import io
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+import probattn
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.cli.commands import (
     Compare,
@@ -32,8 +34,14 @@ from probattn.inference.config import SAMPLED_DATA, SAMPLED_OBJECTIVE, RunConfig
 from probattn.inference.config_files import read_config, read_tables
 from probattn.inference.runs.folder import enter
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
-from probattn.inference.runtime.processes import exit_process
-from probattn.inference.runtime.signals import Ended, Interrupted, ended_by_signals
+from probattn.inference.runtime.outputs import keep_outputs_open, lost_output
+from probattn.inference.runtime.processes import check_devices, exit_process
+from probattn.inference.runtime.signals import (
+    Ended,
+    Interrupted,
+    ended_by_signals,
+    ignore_signals,
+)
 
 _SHORT = {
     "--data": "--data.source",
@@ -42,6 +50,10 @@ _SHORT = {
     "--model": "--kind",
 }
 _TABLES = {"latent": ("latent",), "language": ("model", "objective")}  # for `sample`
+_DESCRIPTION = (
+    "Causal self-attention as a probabilistic program. `probattn help fit` explains a command, and "
+    "`probattn --version` names the version."
+)
 _NO_FAULT_OF_THE_INPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -49,24 +61,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0 when the work is done, 1 when it failed, 2 for bad input, 130 or
-        143 when SIGINT or SIGTERM ended it. Errors are one line on standard error.
+        The exit status: 0 when the work is done, 1 when it failed, 2 for bad input, 129, 130 or
+        143 when SIGHUP, SIGINT or SIGTERM ended it. Errors are one line on standard error.
     """
-    _print_what_the_encoding_holds()
     if arguments is None:  # the process is the command's own
-        silence_libraries()
+        _own_process()
+    _print_what_the_encoding_holds()
     with ended_by_signals(), default_promotion():
-        status = _main(arguments)
+        try:
+            status = _main(arguments)
+        except Ended as ended:
+            ignore_signals()  # so that the line is printed whatever comes
+            hint = "; go on with --resume" if isinstance(ended, Interrupted) else ""
+            _tell(f"{ended}{hint}")
+            status = 128 + ended.signum
         if status:
             exit_process(status)
         return status
 
 
+def _own_process() -> None:
+    silence_libraries()
+    keep_outputs_open()
+    # Where the command handles no signals, as while Python ends, SIGINT ends the process without
+    # Python's traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _main(arguments: Sequence[str] | None) -> int:
     arguments = _lengthened(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"probattn {probattn.__version__}")
+        return 0
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     try:
         command = _parse(arguments)
-        keep_compiled_programs()
+        keep_compiled_programs(_tell)
+        if getattr(command, "coordinator", None) is None:  # the processes must join first
+            check_devices()
         # No markup: names of files and of runs may look like it.
         command(Console(highlight=False, markup=False, emoji=False))
     except OSError as error:
@@ -75,13 +109,13 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _fail(error, status=2)
     except (RuntimeError, MemoryError) as error:
         return _fail(error, status=1)
-    except Ended as signal:
-        hint = "; go on with --resume" if isinstance(signal, Interrupted) else ""
-        print(f"probattn: {signal}{hint}", file=sys.stderr)
-        return 128 + signal.signum
+    except Ended:
+        raise
     except KeyboardInterrupt:
-        print("probattn: interrupted", file=sys.stderr)
+        _tell("interrupted")
         return 130
+    if lost := lost_output():
+        return _fail(f"standard output: {lost.strerror}", status=1)
     return 0
 
 
@@ -113,7 +147,7 @@ def _parse(arguments: list[str]) -> Any:
             command = tyro.cli(
                 commands,
                 prog="probattn",
-                description="Causal self-attention as a probabilistic program.",
+                description=_DESCRIPTION,
                 args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff,),
                 registry=PLAIN_VALUES,
@@ -214,7 +248,11 @@ def _unframed(message: str) -> str:
     return f"{text.strip()}; see probattn --help"
 
 
-def _fail(error: BaseException, *, status: int) -> int:
-    message = printable(" ".join(str(error).split())) or type(error).__name__
-    print(f"probattn: error: {message}", file=sys.stderr)
+def _fail(error: BaseException | str, *, status: int) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    _tell(f"error: {message}")
     return status
+
+
+def _tell(message: str) -> None:
+    print(f"probattn: {printable(message)}", file=sys.stderr)

@@ -1,6 +1,5 @@
 """The commands of `probattn`: what each takes, calls and prints."""
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -269,6 +268,8 @@ class Compare:
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
+        if not self.runs:
+            raise ValueError("runs: got none, expected the directories of one run or more")
         names = [path.resolve().name for path in self.runs]
         distinct = len(set(names)) == len(names)
         labels = names if distinct else [str(path) for path in self.runs]
@@ -311,7 +312,7 @@ class Generate:
             temperature=self.temperature,
             top_k=self.top_k,
             seed=self.seed,
-            progress=sys.stderr.isatty(),
+            progress=True,
         )
         console.print_generated(screen, result)
         if self.out is not None:

@@ -20,6 +20,7 @@ from probattn.inference.export.to_arviz import to_datatree
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import PosteriorRun, Run
+from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.runtime.progress import progress_bar
 from probattn.inference.sampling.posterior_runs import (
     guide_posterior,
@@ -78,6 +79,7 @@ class ComparedRun:
 
 
 @default_promotion()
+@one_thread_at_a_time
 def compare(
     runs: Mapping[str, Run | PosteriorRun], *, seed: int = 0, progress: bool = False
 ) -> list[ComparedRun]:

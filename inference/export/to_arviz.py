@@ -19,6 +19,7 @@ from probattn.inference.export.layout import DIMS
 from probattn.inference.export.numpyro_draws import NumPyroDraws, numpyro_result
 from probattn.inference.export.posterior_groups import located, posterior_groups
 from probattn.inference.runs.run import PosteriorRun, Run, RunDirectory
+from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.sampling.posterior_runs import guide_posterior, load_posterior
 from probattn.inference.sampling.result import PosteriorResult
 from probattn.messages import describe
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 @default_promotion()
+@one_thread_at_a_time
 def to_datatree(
     source: Run | PosteriorRun | PosteriorResult | NumPyroDraws,
     *,

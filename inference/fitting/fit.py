@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import optax
 from jaxtyping import UInt
@@ -19,6 +20,7 @@ from probattn.inference.fitting.sharding import Placement
 from probattn.inference.runs.folder import clear
 from probattn.inference.runs.opening import find_run, open_run
 from probattn.inference.runs.run import Run
+from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.runtime.processes import is_main_process, wait_for_all
 from probattn.inference.runtime.progress import progress_bar
 from probattn.text.corpora import Corpus, DataError
@@ -27,6 +29,7 @@ from probattn.text.vocabulary import Vocabulary
 
 
 @default_promotion()
+@one_thread_at_a_time
 def fit(
     config: RunConfig,
     out: str | os.PathLike[str],
@@ -63,11 +66,13 @@ def fit(
         ValueError: if the text is unusable, `out` holds something else, the configuration is not
             the run's (the subclasses DataError, RunError and CheckpointError say which), the
             model is too large for the guide laplace, the optimizer asks for what a step does not
-            give, or the mesh is none for these devices.
+            give, the mesh is none for these devices, or JAX is to check for leaked tracers.
         FitError: if the loss, a parameter, the optimizer state or a reported figure is not finite
             any more. metrics.jsonl says so, see `Run.stopped`; the checkpoint before is kept.
-        Interrupted: on SIGINT or SIGTERM, after the state was saved.
+        Interrupted: on SIGINT, SIGTERM or SIGHUP, after the state was saved.
     """
+    _check_leaks()
+    config = config.resolved()
     placement = Placement(mesh, batch=config.fit.batch)
     check_optimizer(config.fit, optimizer)
     run, corpus = find_run(
@@ -101,6 +106,14 @@ def fit(
         wait_for_all("concluded")
     score = run.summary()["fit"]
     return FitResult(run, score["validation_cross_entropy"], score["validation_bpc"], run.metrics())
+
+
+def _check_leaks() -> None:
+    if jax.config.jax_check_tracer_leaks:
+        raise ValueError(
+            "JAX_CHECK_TRACER_LEAKS is set: NumPyro's guides keep values of a trace on purpose, "
+            "which it takes for leaks: expected a fit without it"
+        )
 
 
 def training_tokens(

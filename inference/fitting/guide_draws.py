@@ -15,6 +15,7 @@ from probattn.inference.fitting.laplace import LaplaceError, Text, hessian
 from probattn.inference.runs.checkpoints import CheckpointError
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.run import Run, require_fit
+from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.runtime.progress import progress_bar
 from probattn.models.language import sample_parameters
 from probattn.text.batches import batched_rows
@@ -25,6 +26,7 @@ DRAWS, VALUES = 128, 2**24  # most draws, and most numbers, that are made at onc
 
 
 @default_promotion()
+@one_thread_at_a_time
 def guide_draws(
     run: Run, *, draws: int = 1000, seed: int = 0, progress: bool = False
 ) -> dict[str, np.ndarray]:

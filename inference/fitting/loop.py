@@ -53,7 +53,7 @@ class Loop:
         self.run = run
         self._advice = (
             f"try a smaller fit.learning_rate (now {config.fit.learning_rate:g}) or a longer "
-            f"fit.warmup (now {config.fit.warmup})"
+            f"fit.warmup (now {config.fit.warmup_steps})"
             if optimizer is None
             else "try smaller steps of the optimizer"
         )
@@ -86,7 +86,7 @@ class Loop:
         Raises:
             FitError: if the loss, a parameter, the optimizer state or a reported figure is not
                 finite any more, or no step moves.
-            Interrupted: on SIGINT or SIGTERM, after the state was saved.
+            Interrupted: on SIGINT, SIGTERM or SIGHUP, after the state was saved.
         """
         fit = self.run.config.fit
         calls = 1

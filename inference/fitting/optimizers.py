@@ -19,9 +19,9 @@ def default_optimizer(config: FitConfig) -> optax.GradientTransformation:
     By default not AdamW: the priors already regularise, and decoupled decay on top is not the MAP.
     """
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / max(config.warmup, 1),
+        init_value=config.learning_rate / max(config.warmup_steps, 1),
         peak_value=config.learning_rate,
-        warmup_steps=config.warmup,
+        warmup_steps=config.warmup_steps,
         decay_steps=config.steps,
         end_value=config.learning_rate / 10,
     )

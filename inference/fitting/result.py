@@ -1,6 +1,6 @@
 """What a fit comes to: its result, or why it cannot go on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from probattn.inference.runs.run import Run
@@ -25,4 +25,4 @@ class FitResult:
     run: Run
     validation_cross_entropy: float
     validation_bpc: float
-    metrics: list[dict[str, Any]]
+    metrics: list[dict[str, Any]] = field(repr=False, hash=False)

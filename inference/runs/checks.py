@@ -29,12 +29,17 @@ def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) ->
     Raises:
         RunError: if they differ; it names the fields.
     """
-    stored = with_absolute_paths(run.config)  # earlier versions kept what they were given
-    if changed := differences(stored, with_absolute_paths(config)):
+    # Earlier versions kept the paths that they were given.
+    stored, given = (with_absolute_paths(_resolved(each)) for each in (run.config, config))
+    if changed := differences(stored, given):
         raise RunError(
             f"{run.path}: cannot resume with a changed configuration: {'; '.join(changed)}; "
             "give the run's own values, or start a new run"
         )
+
+
+def _resolved(config: RunConfig | SampleRunConfig) -> RunConfig | SampleRunConfig:
+    return config.resolved() if isinstance(config, RunConfig) else config
 
 
 def check_same_corpus(run: RunDirectory, corpus: Corpus) -> None:

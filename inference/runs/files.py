@@ -36,6 +36,10 @@ class WriteError(OSError):
             "was: make room or give permission there, and go on, or name another place"
         )
         self.errno = error.errno
+        self._arguments = path, error
+
+    def __reduce__(self) -> tuple[type, tuple[Path, OSError]]:
+        return type(self), self._arguments
 
 
 def write_text(path: Path, text: str) -> None:

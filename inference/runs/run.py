@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -56,8 +56,8 @@ class RunDirectory:
 
     path: Path
     config: RunConfig | SampleRunConfig
-    data: Mapping[str, Any]
-    vocabulary: Vocabulary
+    data: Mapping[str, Any] = field(hash=False)
+    vocabulary: Vocabulary = field(repr=False)
 
     def reopened(self) -> Self:
         """Open the run again, under its lock.

@@ -65,6 +65,7 @@ def distributed(
         )
     except (RuntimeError, ValueError) as error:
         raise ProcessError(f"the processes cannot be joined by {coordinator}: {error}") from None
+    check_devices()
     process_id = jax.process_index()
     try:
         yield
@@ -78,6 +79,23 @@ def distributed(
             "processes as there are, and a --mesh of their devices"
         ) from None
     jax.distributed.shutdown()
+
+
+def check_devices() -> None:
+    """Start JAX's devices.
+
+    Raises:
+        RuntimeError: if there are none of the kind that JAX_PLATFORMS asks for.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter says nothing
+        asked = jax.config.jax_platforms
+        why = f" ({error})" if str(error) else ""
+        raise RuntimeError(
+            f"JAX finds no device, and JAX_PLATFORMS is {asked!r}{why}: install JAX for such "
+            "devices, or unset it to take what there is"
+        ) from None
 
 
 def exit_process(status: int) -> None:

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from probattn.inference.runtime.outputs import Forgiving
+
 
 class Bar(Protocol):
     """What a long computation tells of itself."""
@@ -22,8 +24,8 @@ class Bar(Protocol):
 
 
 class _TqdmBar:
-    def __init__(self, bar: tqdm) -> None:
-        self._bar = bar
+    def __init__(self, bar: tqdm, stream: Forgiving) -> None:
+        self._bar, self._stream = bar, stream
 
     def update(self, done: int) -> None:
         self._bar.update(done)
@@ -32,7 +34,7 @@ class _TqdmBar:
         self._bar.set_postfix(values, refresh=False)
 
     def line(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(text, file=self._stream)
 
 
 class _Silent:
@@ -50,16 +52,21 @@ class _Silent:
 def progress_bar(
     description: str, *, total: int, unit: str, initial: int = 0, visible: bool = True
 ) -> Iterator[Bar]:
-    """Show a progress bar on standard error; only lines if that is no terminal; none if hidden."""
-    if not visible:
+    """Show a progress bar on standard error; only lines if that is no terminal; none if hidden.
+
+    Standard error may be closed or fail at any time: the work goes on.
+    """
+    if not visible or sys.stderr is None:
         yield _Silent()
         return
+    stream = Forgiving(sys.stderr)
     with tqdm(
         total=total,
         initial=initial,
         desc=description,
         unit=unit,
+        file=stream,
         dynamic_ncols=True,
         disable=None,  # where there is no terminal
     ) as bar:
-        yield _TqdmBar(bar)
+        yield _TqdmBar(bar, stream)

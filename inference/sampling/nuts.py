@@ -26,6 +26,7 @@ from probattn.inference.config import SampleConfig
 from probattn.inference.runs.segments import Segment, SegmentError, SegmentFolder
 from probattn.inference.runtime.cores import other_rounding
 from probattn.inference.runtime.memory import check_memory
+from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.runtime.progress import Bar, progress_bar
 from probattn.inference.runtime.signals import Interrupted, deferred_interrupts
 from probattn.inference.sampling.chains import Chains
@@ -36,6 +37,7 @@ SAVE_SECONDS = 30.0  # between two segments
 
 
 @default_promotion()
+@one_thread_at_a_time
 def sample(
     model: Callable,
     *,
@@ -71,7 +73,7 @@ def sample(
         ValueError: if `init_values` names a site that the model lacks, `out` holds segments
             already, or they are damaged or of another model (SegmentError).
         SampleError: if a chain finds no start of positive density.
-        Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
+        Interrupted: on SIGINT, SIGTERM or SIGHUP, after the draws so far were saved.
     """
     init_values = given_values(init_values, start)
     config = SampleConfig() if config is None else config

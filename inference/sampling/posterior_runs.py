@@ -59,7 +59,7 @@ def sample_run(
             else, the configuration is not the run's, or its segments are damaged (RunError,
             DataError and SegmentError say which).
         SampleError: if a chain finds no start of positive density.
-        Interrupted: on SIGINT or SIGTERM, after the draws so far were saved.
+        Interrupted: on SIGINT, SIGTERM or SIGHUP, after the draws so far were saved.
     """
     init_values = given_values(init_values, start)
     out = Path(out)

@@ -12,7 +12,7 @@ import numpy as np
 from probattn.inference.config import SampleConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PosteriorResult:
     """Draws of a posterior, and the model that they are of.
 
@@ -31,12 +31,20 @@ class PosteriorResult:
 
     method: str
     draws: Mapping[str, np.ndarray]
-    model: Callable = field(repr=False)
-    model_args: tuple = field(default=(), repr=False)
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    model: Callable
+    model_args: tuple = ()
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
     seconds: float = math.nan
     config: SampleConfig | None = None
+
+    def __repr__(self) -> str:
+        """Name the sites and the size of the draws, and not the draws."""
+        chains, draws = self.shape
+        return (
+            f"PosteriorResult(method={self.method!r}, chains={chains}, draws={draws}, "
+            f"divergences={self.divergences}, sites={list(self.draws)})"
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

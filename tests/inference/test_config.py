@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from probattn.inference import FitConfig, RunConfig, read_config
-from probattn.inference.config import SampleConfig, SampleRunConfig
+from probattn.inference import FitConfig, RunConfig, SampleConfig, read_config
+from probattn.inference.config import SampleRunConfig
 from probattn.inference.config_files import differences, format_config
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.text.corpora import DataConfig
@@ -165,7 +165,7 @@ REGULARISERS = ("weight_decay", "embedding_noise", "neftune_alpha", "sam_rho")
         *((name, value) for name in ("steps", "batch") for value in (0, -1, *NO_INTEGER)),
         *((name, 0) for name in ("eval_every", "checkpoint_every")),
         *(("evaluation_tokens", value) for value in (0, -1, True, 1.5, "3")),
-        *(("warmup", value) for value in (-1, 2000, 2001, *NO_INTEGER)),
+        *(("warmup", value) for value in (-1, 2000, 2001, True, 1.5, "3")),
         *(("learning_rate", value) for value in (0, -1e-3, math.nan, math.inf, "fast", None)),
         *(("seed", value) for value in (-1, 2**32, *NO_INTEGER)),
         *(("precision", value) for value in ("float16", "", 32)),
@@ -262,3 +262,37 @@ def test_several_texts_are_a_list_in_the_file(tmp_path):
     path.write_text('[data]\nsource = ["a.txt", 3]\n')
     with pytest.raises(ValueError, match=r"data.source: got \('a.txt', 3\), expected"):
         read_config(path)
+
+
+# Defaults
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup"),
+    [(1, 0), (9, 0), (50, 5), (999, 99), (1000, 100), (2000, 100), (10**6, 100)],
+)
+def test_the_default_warm_up_suits_the_steps(steps, warmup):
+    config = RunConfig(fit=FitConfig(steps=steps))
+    assert config.fit.warmup_steps == config.resolved().fit.warmup == warmup
+    assert dataclasses.replace(FitConfig(), steps=steps) == config.fit
+
+
+LEAST = {"steps": 1, "batch": 1, "eval_every": 1, "checkpoint_every": 1, "chains": 1, "draws": 1}
+LEAST |= {
+    "layers": 1,
+    "block": 3,
+    "prior_rank": 1,
+    "sequences": 1,
+    "length": 3,
+    "max_tree_depth": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [FitConfig, SampleConfig, LanguageModelConfig, LatentEmbeddingsConfig]
+)
+def test_no_default_forbids_the_least_or_a_large_value_of_another_field(kind):
+    """But for heads: their number is not guessed from a width that they do not divide."""
+    for name in LEAST.keys() & {field.name for field in dataclasses.fields(kind)}:
+        for value in (LEAST[name], LEAST[name] + 1, 10**6):
+            assert getattr(kind(**{name: value}), name) == value

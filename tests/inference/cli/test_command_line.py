@@ -15,6 +15,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+import probattn as probattn_package
 from probattn.inference import RunConfig, generate, load_run, sensitivity
 from probattn.inference.cli import commands, console, main
 from probattn.inference.cli import demo as demo_module
@@ -101,6 +102,27 @@ def test_help_names_every_command_and_the_short_forms(capsys):
         assert not stop.value.code
         out, _ = capsys.readouterr()
         assert {*HELP, "--data", "--objective"} <= set(out.split())
+
+
+def test_the_version_is_named(probattn):
+    assert probattn("--version") == (0, f"probattn {probattn_package.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [[], ["fit"], ["compare"]])
+def test_help_is_a_command_too(capsys, command):
+    helps = []
+    for arguments in (["help", *command], [*command, "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert not stop.value.code
+        helps.append(capsys.readouterr())
+    assert helps[0] == helps[1]
+
+
+def test_a_few_steps_are_enough_to_ask_for(probattn, fitted):
+    """The default warm-up was of more."""
+    assert probattn("fit", "--out", "run", "--fit.steps", "50")[0] == 0
+    assert fitted[0][0].fit.warmup_steps == 5
 
 
 def test_config_flags_are_as_many_as_there_are_fields():

@@ -4,19 +4,22 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
-from probattn.inference import FitError
+from probattn.inference import FitError, load_run
 from probattn.inference.cli import commands, main
 from probattn.inference.cli import demo as demo_module
 from probattn.inference.figures.report import REPORTS
 from probattn.inference.paper import report as paper_report
 from probattn.inference.runtime.signals import Interrupted
 from tests.support.command_line import error_line
+from tests.support.small import FLAGS
 from tests.support.tiny_run import files_of
 
 ERRORS = {
@@ -27,6 +30,7 @@ ERRORS = {
     ),
     "no run directory": (["fit"], ["--out", "run directory"]),
     "no run": (["evaluate"], ["PATH", "run directory"]),
+    "no runs": (["compare", "--out", "OUT"], ["runs: got none, expected the directories"]),
     "no prompt": (["generate", "RUN"], ["--prompt"]),
     "unknown option": (["fit", "--out", "OUT", "--model.layres", "2"], ["--model.layres"]),
     "unknown option of demo": (["demo", "--steps", "2"], ["--steps"]),
@@ -266,7 +270,10 @@ def test_a_signal_that_ended_a_fit_is_told_by_name(probattn, monkeypatch, sent, 
     assert "--resume" in line
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("sent", "status"), ENDS)
 def test_a_signal_ends_a_command_that_has_nothing_to_save(
     probattn, own_run, monkeypatch, sent, status
 ):
@@ -274,9 +281,13 @@ def test_a_signal_ends_a_command_that_has_nothing_to_save(
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def evaluate(run, **options):
-        with run.lock():
-            os.kill(os.getpid(), sent)
-            time.sleep(10)
+        try:
+            with run.lock():
+                os.kill(os.getpid(), sent)
+                time.sleep(10)
+        finally:  # a burst
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), number)
         raise AssertionError("the signal did not end it")
 
     monkeypatch.setattr(commands, "evaluate", evaluate)
@@ -432,3 +443,73 @@ def test_a_text_of_a_run_has_a_name_in_utf8(probattn, option):
     assert (status, out) == (2, "")
     assert "whose name is not UTF-8: expected" in error_line(err)
     assert not Path("out").exists()
+
+
+def no_device():
+    raise AssertionError  # as JAX does with JAX_PLATFORMS=cuda and no CUDA
+
+
+def test_a_device_that_is_not_there_is_named(probattn, monkeypatch):
+    monkeypatch.setattr(jax, "devices", no_device)
+    status, out, err = probattn("fit", "--out", "run")
+    assert (status, out) == (1, "")
+    assert error_line(err).startswith("JAX finds no device, and JAX_PLATFORMS is ")
+
+
+def test_a_fit_under_the_check_for_leaks_is_refused(probattn):
+    with jax.checking_leaks():
+        status, out, err = probattn("fit", "--out", "run")
+    assert (status, out) == (2, "")
+    assert "JAX_CHECK_TRACER_LEAKS is set" in error_line(err)
+
+
+# Processes of their own
+
+SMALL_FIT = [sys.executable, "-m", "probattn", "fit", "--data", "text.txt", "--out", "run", *FLAGS]
+
+
+@pytest.fixture(name="text")
+def text_fixture(tmp_path):
+    (tmp_path / "text.txt").write_text("the token of a margin " * 200)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("text")
+@pytest.mark.parametrize("redirection", ["2>&1 | head -1", ">&- 2>&-"])
+def test_a_fit_goes_on_without_its_outputs(redirection):
+    command = f'"$@" {redirection}'
+    subprocess.run(["bash", "-o", "pipefail", "-c", command, "bash", *SMALL_FIT], check=True)
+    assert load_run("run").latest.step == 8
+    assert "fit" in load_run("run").summary()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("text")
+@pytest.mark.parametrize(("sent", "status"), ENDS)
+def test_a_burst_of_signals_leaves_a_saved_fit_and_a_line(sent, status):
+    command = [*SMALL_FIT, "--fit.steps", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while (line := process.stderr.readline()) and not line.startswith("step"):
+                pass
+            for _ in range(5):
+                process.send_signal(sent)
+                time.sleep(0.01)
+            err = process.stderr.read()
+        finally:
+            process.kill()
+    # A signal may come while Python ends, which is then what ends it.
+    assert process.returncode in (status, -sent)
+    assert f"ended by {sent.name}; what was done is saved; go on with --resume" in err
+    assert "Traceback" not in err
+    assert load_run("run").latest.step > 0
+
+
+@pytest.mark.slow
+def test_help_may_be_cut_off():
+    command = f'"{sys.executable}" -m probattn fit --help | head -1'
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("usage: probattn fit")
+    assert result.stderr == ""
