@@ -56,6 +56,18 @@ def test_a_simulation_of_another_model_is_noticed(calibration):
 
 
 @pytest.mark.slow
+def test_a_density_without_its_log_determinant_is_noticed(calibration):
+    """By the sum of log determinants, and neither by the smallest margin nor by the scale."""
+    setting = calibration.settings("repulsive")["observed repulsive"]
+    result = calibration.calibrate(
+        calibration.without_log_det(setting), replications=REPLICATIONS, warmup=200
+    )
+    p_values = {name: row["p_value"] for name, row in result["quantities"].items()}
+    assert p_values["sum_of_log_dets"] < 1e-6
+    assert min(p_values["smallest_margin"], p_values["scale"]) > calibration.LEVEL
+
+
+@pytest.mark.slow
 def test_continuation_solves_the_residual_equation(calibration):
     e = jax.random.normal(jax.random.key(0), (calibration.LENGTH, calibration.WIDTH))
     coupling = 0.4 * jax.random.normal(jax.random.key(1), (2, 2))
