@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--replications", type=int, default=240)
     parser.add_argument("--only", help="one setting, such as 'latent bounded'")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warmup", type=int, default=WARMUP)
     parser.add_argument(
         "--without-log-det",
         action="store_true",
@@ -262,7 +263,7 @@ def main() -> None:
             "width": WIDTH,
             "symbols": SYMBOLS,
             "bound": 1.0,
-            "warmup": WARMUP,
+            "warmup": options.warmup,
             "draws": RANKS * THIN,
             "thinned_to": RANKS,
             "bins": BINS,
@@ -283,7 +284,11 @@ def main() -> None:
         if options.without_log_det:
             setting = without_log_det(setting)
         found[name] = calibrate(
-            setting, replications=options.replications, seed=options.seed, description=name
+            setting,
+            replications=options.replications,
+            seed=options.seed,
+            warmup=options.warmup,
+            description=name,
         )
         print(name, found[name]["diverging_draws"], "diverging draws")
     tests = [name for name in found if not name.endswith("free")]

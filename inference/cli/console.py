@@ -49,6 +49,9 @@ _SENSITIVITY = {
 }
 _COLUMNS = 4  # columns of a comparison, in a terminal of 80 characters
 _NEAR = 0.1  # margins below it are coloured
+_NOT_CONVERGED = (
+    "the fit of the post-hoc attention prior has not converged; its margins may be others"
+)
 
 
 def print_evaluations(
@@ -72,9 +75,7 @@ def print_evaluations(
     screen.print(table)
     for label, result in results.items():
         if not result.post_hoc_converged:
-            screen.print(
-                f"{printable(label)}: the fit of the post-hoc attention prior did not come to rest"
-            )
+            screen.print(f"{printable(label)}: {_NOT_CONVERGED}")
 
 
 def print_margins(screen: Console, margins: TextMargins) -> None:
@@ -96,6 +97,8 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
             Text(f"{margins.tokens[weakest]!r} after {before!r}"),
         )
     screen.print(table)
+    if not margins.post_hoc_converged:
+        screen.print(_NOT_CONVERGED)
 
 
 def print_sensitivity(screen: Console, found: Sensitivity) -> None:
@@ -121,6 +124,8 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
             table.add_row(stage, *(_interval(cell) for cell in cells))
         screen.print(table)
     screen.print("in brackets the 95 % interval, by a bootstrap over windows")
+    if not found.post_hoc_converged:
+        screen.print(_NOT_CONVERGED)
 
 
 def _interval(estimate: Estimate) -> str:
@@ -200,6 +205,8 @@ def print_generated(screen: Console, result: Generated) -> None:
             f"token {weakest}, {result.tokens[weakest]!r}; red is below 0, yellow below {_NEAR}"
         )
     )
+    if not result.post_hoc_converged:
+        screen.print(_NOT_CONVERGED)
 
 
 def print_paths(screen: Console, paths: Sequence[Path]) -> None:

@@ -59,6 +59,7 @@ class Sensitivity:
             one, and the heads of the first layer.
         comparisons: comparisons for each stage: three statistics among four sets of tokens.
         characters: symbols that are support tokens, by stage, most frequent first.
+        post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Sensitivity:
     stages: tuple[TokenMargins, ...]
     comparisons: tuple[MarginComparison, ...]
     characters: tuple[SupportCharacter, ...]
+    post_hoc_converged: bool
 
 
 def sensitivity(
@@ -165,6 +167,7 @@ def sensitivity(
             for stage in margins
             for character in support_characters(stage, symbols, position, strings)
         ),
+        post_hoc_converged=prior.converged,
     )
 
 

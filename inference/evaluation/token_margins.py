@@ -54,6 +54,7 @@ class TextMargins:
         window: number of that window, (N,).
         window_starts: where each window begins, (windows,).
         stages: margins by stage, the post-hoc attention prior first.
+        post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TextMargins:
     window: Int[np.ndarray, " N"]
     window_starts: Int[np.ndarray, " windows"]
     stages: tuple[TokenMargins, ...]
+    post_hoc_converged: bool
 
 
 def text_margins(
@@ -103,7 +105,7 @@ def text_margins(
             found.append(reported_margins(run, stage, inputs, plan.reported))
             bar.update(1)
     strings = [run.vocabulary.decode(token[None]) for token in tokens]
-    return TextMargins(name, strings, position, window, plan.starts, tuple(found))
+    return TextMargins(name, strings, position, window, plan.starts, tuple(found), prior.converged)
 
 
 def reported_margins(

@@ -458,7 +458,7 @@ def test_a_table_that_cannot_be_written_loses_no_text(probattn, tiny_run, tmp_pa
 
 def test_nothing_generated_steers_the_terminal(probattn, tiny_run, monkeypatch):
     steering = (ESCAPE, "\x9b2J", "\x07", "\r", "\N{RIGHT-TO-LEFT OVERRIDE}", "\b")
-    made = Generated("a" + ESCAPE, "".join(steering), steering, np.full(len(steering), 0.05))
+    made = Generated("a" + ESCAPE, "".join(steering), steering, np.full(len(steering), 0.05), True)
     monkeypatch.setattr(commands, "generate", lambda *arguments, **options: made)
     status, out, _ = probattn("generate", tiny_run.path, "--prompt", "a" + ESCAPE)
     assert status == 0
