@@ -201,7 +201,7 @@ def _minimum(
         float(found.fun),
         float(np.linalg.norm(found.jac)),
         int(found.nit),
-        found.status == 0,
+        found.status != 1,  # the iterations are not used up
     )
 
 
