@@ -467,6 +467,14 @@ def test_nothing_generated_steers_the_terminal(probattn, tiny_run, monkeypatch):
     assert out.startswith("a\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}[2J")
 
 
+def test_a_post_hoc_fit_that_has_not_converged_is_named(probattn, tiny_run, monkeypatch):
+    for converged in (True, False):
+        made = Generated("a", "b", ("b",), np.full(1, 0.05), converged)
+        monkeypatch.setattr(commands, "generate", lambda *arguments, made=made, **options: made)
+        _, out, _ = probattn("generate", tiny_run.path, "--prompt", "a")
+        assert ("has not converged" in " ".join(out.split())) is not converged
+
+
 def test_demo_compares_what_it_fits(probattn, tiny_run, monkeypatch, tmp_path):
     """With runs made by hand in place of its fits, and evaluations that are made up."""
     fits, evaluations = [], []
