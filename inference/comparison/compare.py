@@ -151,7 +151,7 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
         return ComparedRun(label, "language", **found)
     inputs, _ = training_sequences(run, sequences)
     compared = _trained(objective)
-    # A fit takes a thousand steps and is written into the run: only where its stage is compared.
+    # A fit takes a while and is written into the run: only where its stage is compared.
     prior = post_hoc_prior(run) if compared == "post hoc" else None
     chosen = [stage for stage in stages(run, prior) if _label(stage.label) == compared]
     margins = [stage_margins(run, stage, inputs).margin for stage in chosen]
