@@ -241,6 +241,7 @@ def _mean_log_density(
 def _read(path: Path, run: Run) -> PostHocPrior | None:
     """Read a stored prior; None if it is of other parameters, or of an earlier version's fit."""
     shape = (run.config.model.width, run.config.model.prior_rank)
+    shapes: dict[str, tuple[int, ...]]
     shapes = dict.fromkeys(("of_step", *PostHocPrior.__dataclass_fields__), ())
     shapes |= {"w_query": shape, "w_key": shape}
     try:
