@@ -5,6 +5,9 @@ of the true value among the draws is noted: where density and sampler agree with
 ranks are uniform. In the regimes without guarantee, data come from the root that continuation from
 A = 0 reaches, and the ranks show what a density that is none does.
 
+With --without-log-det the log determinant is taken out of the density, but not out of the
+simulation: which quantities notice?
+
     python benchmarks/calibration.py [--replications 240] [--only "latent bounded"]
 """
 
@@ -20,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from harness import environment
 from jax import lax
 from matplotlib.figure import Figure
@@ -53,6 +57,7 @@ QUANTITIES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "smallest_eigenvalue": lambda site: site["coupling_eigenvalues"][0],
     "largest_eigenvalue": lambda site: site["coupling_eigenvalues"][-1],
     "smallest_margin": lambda site: site["margin"][:, 2:].min(),
+    "sum_of_log_dets": lambda site: site["log_det"].sum(),
 }
 
 
@@ -78,6 +83,22 @@ def settings(coupling: str) -> dict[str, Setting]:
         f"latent {coupling}": Setting(latent, "tokens", QUANTITIES, draw),
         f"observed {coupling}": Setting(observed, "embeddings", with_scale, draw),
     }
+
+
+def without_log_det(setting: Setting) -> Setting:
+    """Take the log determinant out of the density that is sampled, not out of the simulation.
+
+    For the proper couplings, where no determinant is negative.
+    """
+
+    def model(*args: Any) -> None:
+        with trace() as sites:
+            setting.model(*args)
+        numpyro.factor("taken_out", -sites["log_det"]["value"].sum())
+
+    return setting._replace(
+        model=model, simulate=lambda _, rng_key: setting.simulate(setting.model, rng_key)
+    )
 
 
 def ancestral(model: Callable, rng_key: jax.Array) -> dict[str, Any]:
@@ -222,10 +243,18 @@ def main() -> None:
     parser.add_argument("--replications", type=int, default=240)
     parser.add_argument("--only", help="one setting, such as 'latent bounded'")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warmup", type=int, default=WARMUP)
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "calibration.json"
+        "--without-log-det",
+        action="store_true",
+        help="take the log determinant out of the density of the proper couplings; needs --out",
     )
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.without_log_det and options.out is None:
+        parser.error("--without-log-det: give --out a file, so that no calibration is replaced")
+    out = options.out or Path(__file__).parent / "results" / "calibration.json"
+    couplings = ("bounded", "repulsive") + (() if options.without_log_det else ("free",))
     results: dict[str, Any] = {
         "environment": environment(),
         "size": {
@@ -234,25 +263,32 @@ def main() -> None:
             "width": WIDTH,
             "symbols": SYMBOLS,
             "bound": 1.0,
-            "warmup": WARMUP,
+            "warmup": options.warmup,
             "draws": RANKS * THIN,
             "thinned_to": RANKS,
             "bins": BINS,
             "seed": options.seed,
+            "without_log_det": options.without_log_det,
         },
     }
     found = {}
     chosen = {
         name: setting
-        for coupling in ("bounded", "repulsive", "free")
+        for coupling in couplings
         for name, setting in settings(coupling).items()
         if options.only in (None, name)
     }
     if not chosen:
         parser.error(f"--only: got {options.only!r}, expected such as 'latent bounded'")
     for name, setting in chosen.items():
+        if options.without_log_det:
+            setting = without_log_det(setting)
         found[name] = calibrate(
-            setting, replications=options.replications, seed=options.seed, description=name
+            setting,
+            replications=options.replications,
+            seed=options.seed,
+            warmup=options.warmup,
+            description=name,
         )
         print(name, found[name]["diverging_draws"], "diverging draws")
     tests = [name for name in found if not name.endswith("free")]
@@ -265,12 +301,12 @@ def main() -> None:
         "smallest_p_value": smallest,
         "uniform": smallest >= LEVEL / count,
     }
-    options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    save_figure(rank_histograms(found), options.out.with_suffix(".png"))
+    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    save_figure(rank_histograms(found), out.with_suffix(".png"))
     for name, result in found.items():
         for quantity, row in result["quantities"].items():
             print(f"{name:20s} {quantity:20s} p = {row['p_value']:.4f}  {row['counts']}")
-    print(f"smallest p-value {smallest:.4f}, level {LEVEL / count:.5f}; wrote {options.out}")
+    print(f"smallest p-value {smallest:.4f}, level {LEVEL / count:.5f}; wrote {out}")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,9 @@ _SENSITIVITY = {
 }
 _COLUMNS = 4  # columns of a comparison, in a terminal of 80 characters
 _NEAR = 0.1  # margins below it are coloured
+_NOT_CONVERGED = (
+    "the fit of the post-hoc attention prior has not converged; its margins may be others"
+)
 
 
 def print_evaluations(
@@ -75,9 +78,7 @@ def print_evaluations(
     screen.print(table)
     for label, result in results.items():
         if not result.post_hoc_converged:
-            screen.print(
-                f"{printable(label)}: the fit of the post-hoc attention prior did not come to rest"
-            )
+            screen.print(f"{printable(label)}: {_NOT_CONVERGED}")
 
 
 def print_fit(screen: Console, result: FitResult) -> None:
@@ -113,6 +114,8 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
         table.add_row(*row, _token_in_text(margins.tokens, head, screen.width - taken - 4))
     screen.print(table)
     _print_unknown(screen, margins.stages, np.arange(len(margins.tokens)), margins.tokens)
+    if not margins.post_hoc_converged:
+        screen.print(_NOT_CONVERGED)
 
 
 def _print_unknown(
@@ -167,6 +170,8 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
         screen.print(table)
     screen.print("in brackets the 95 % interval, by a bootstrap over windows")
     _print_unknown(screen, found.stages, found.index, found.tokens)
+    if not found.post_hoc_converged:
+        screen.print(_NOT_CONVERGED)
 
 
 def _interval(estimate: Estimate) -> str:
@@ -249,6 +254,8 @@ def print_generated(screen: Console, result: Generated) -> None:
             f"token {weakest}, {token!r}; red is below 0, yellow below {_NEAR}"
         )
     )
+    if not result.post_hoc_converged:
+        screen.print(_NOT_CONVERGED)
 
 
 def print_paths(screen: Console, paths: Sequence[Path]) -> None:

@@ -52,7 +52,8 @@ class ComparedRun:
         smallest_margin: smallest margin over the compared sequences; the median over draws.
         margin_quantiles: quantiles of all positions >= 2, by level; of all draws together.
         margin_stage: attention stage that the margins are taken at: "trained", "first layer" (all
-            its heads), or "post hoc" for a run whose objective acts on none.
+            its heads), or "post hoc" for a run whose objective acts on none; "post hoc, not
+            converged" if the fit of that stage did not come to rest.
         smallest_margin_draws: smallest margin in every draw, (chain, draw).
         elpd_loo: expected log predictive density by leave-one-out, nats; where there are draws.
         elpd_loo_se: its standard error.
@@ -155,12 +156,13 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
         return ComparedRun(label, "language", **found)
     inputs, _ = training_sequences(run, sequences)
     compared = _trained(objective)
-    # A fit takes a thousand steps and is written into the run: only where its stage is compared.
+    # A fit takes a while and is written into the run: only where its stage is compared.
     prior = post_hoc_prior(run) if compared == "post hoc" else None
     chosen = [stage for stage in stages(run, prior) if _label(stage.label) == compared]
     margins = [stage_margins(run, stage, inputs).margin for stage in chosen]
     found |= _margins(np.stack(margins, axis=1)[None, None])
-    found["margin_stage"] = compared
+    converged = prior is None or prior.converged
+    found["margin_stage"] = compared if converged else f"{compared}, not converged"
     members = {name: np.asarray(value)[None] for name, value in run.parameters.items()}
     found["predictions"] = predictions(run.vocabulary, model, members, held_out, seed=seed)
     return ComparedRun(label, "language", **found)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
-from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.post_hoc import PostHocPrior, post_hoc_prior
 from probattn.inference.evaluation.texts import check_seed
 from probattn.inference.runs.csv_tables import write_table
 from probattn.inference.runs.run import Run, require_fit
@@ -31,12 +31,14 @@ class Generated:
             the character of the one before, and <0xC3> for a byte that belongs to no character.
         margin: margin of each generated token, kind "sigma_min", under the post-hoc attention
             prior and in the window in which it was generated.
+        post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
     """
 
     prompt: str
     text: str
     tokens: tuple[str, ...]
     margin: Float[np.ndarray, " N"]
+    post_hoc_converged: bool
 
 
 @default_promotion()
@@ -102,11 +104,13 @@ def generate(
             tokens.append(int(chosen))
             bar.update(1)
     new = np.asarray(tokens[given:], np.int32)
+    prior = post_hoc_prior(run, progress=progress)
     return Generated(
         prompt,
         run.vocabulary.decode(new),
         tuple(run.vocabulary.display(new)),
-        _margins(run, tokens, np.asarray(starts), given, progress=progress),
+        _margins(run, prior, tokens, np.asarray(starts), given),
+        prior.converged,
     )
 
 
@@ -118,18 +122,17 @@ def write_csv(generated: Generated, path: Path) -> Path:
 
 def _margins(
     run: Run,
+    prior: PostHocPrior,
     tokens: list[int],
     starts: Int[np.ndarray, " N"],
     given: int,
-    *,
-    progress: bool,
 ) -> Float[np.ndarray, " N"]:
     """Return every generated token's margin, at its place in the window that generated it."""
     block = run.config.model.block
     unique, number = np.unique(starts, return_inverse=True)
     # What a window holds after a token does not change its margin.
     inputs = np.concatenate([_window(tokens[start : start + block], block) for start in unique])
-    stage = next(stages(run, post_hoc_prior(run, progress=progress)))
+    stage = next(stages(run, prior))
     margin = stage_margins(run, stage, inputs).margin
     return margin[number, given + np.arange(len(starts)) - starts]
 

@@ -2,22 +2,23 @@
 
 A run of objective ce trains no attention stage, and one of another objective trains it for its
 own weights. To compare runs, each gets the same treatment: the stage that maximises the exact log
-density of its embeddings, with the model's prior on W_Q and W_K, fitted once and kept in the run.
+density of its embeddings under a prior of W_Q and W_K, fitted once and kept in the run.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from probattn import log_det, relaxed_barrier, residual
+from probattn import log_det, relaxed_barrier, residual, stability_margin
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.config_memory import check_stage
 from probattn.inference.runs.checks import check_same_corpus
@@ -26,18 +27,21 @@ from probattn.inference.runs.folder import LOCK_SECONDS
 from probattn.inference.runs.npz import read_arrays
 from probattn.inference.runs.run import Run
 from probattn.inference.runtime.progress import progress_bar
-from probattn.models.priors import attention_prior
+from probattn.models.priors import WIDTH, attention_prior
 from probattn.models.transformer import embed
 from probattn.text.batches import windows
 from probattn.text.corpora import load_corpus
 from probattn.text.tokens import corpus_tokens
 
-TOKENS = 65_536  # of training text, in windows spread evenly over it
-_BATCH = 16  # windows in a step
-STEPS = 1000
-_STEPS_PER_CALL = 50
-_LEARNING_RATE = 0.03
-_CONVERGED = 0.01  # most that the last tenth of the steps may add to the whole improvement
+TOKENS = 8192  # of training text, in windows spread evenly over it
+PRIOR_TOKENS = 16  # for which the log prior counts once
+STARTS = 4  # at most
+STEPS = 1000  # most iterations of a start
+_MEMORY = 20  # steps that L-BFGS remembers
+_FLAT = 10.0  # relative improvement of an iteration, in rounding errors, at which a fit rests
+_AGREES = 0.02  # most that the margins of the two best ends may differ, relative
+_COMPARED = 1024  # tokens whose margins are compared
+_ADDED = {"gradient_norm", "disagreement"}  # fields that earlier versions did not store
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,13 @@ class PostHocPrior:
         scale: sigma, the standard deviation of the residual, in units of the embedding.
         log_density: mean log density in nats per token of the text it was fitted on; -inf where
             a determinant is not positive.
-        converged: whether the last tenth of the steps added less than a hundredth of what all did,
-            or than the minibatches' noise.
-        steps: number of steps of the optimizer.
+        converged: whether the best fit came to rest, and the quartiles of its margins are those of
+            the second best, which started elsewhere, to 2 %.
+        steps: iterations of the optimizer, those of all starts together.
         tokens: how many it was fitted on.
+        gradient_norm: norm of the gradient at the end, in nats per token, for matrices in units
+            of the inverse root mean square of the embeddings.
+        disagreement: largest relative difference of those quartiles.
     """
 
     w_query: Float[np.ndarray, "d r"]
@@ -63,6 +70,8 @@ class PostHocPrior:
     converged: bool
     steps: int
     tokens: int
+    gradient_norm: float
+    disagreement: float
 
 
 @default_promotion()
@@ -88,7 +97,6 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
         embed(run.parameters, jnp.asarray(plan.take(tokens))),
         rank=run.config.model.prior_rank,
         bound=run.config.model.bound,
-        training_tokens=len(tokens),
         seed=run.config.fit.seed,
         steps=STEPS,
         progress=progress,
@@ -107,89 +115,124 @@ def fit_attention_prior(
     x: Float[Array, "B T d"],
     *,
     rank: int,
-    training_tokens: int,
     bound: float | None = None,
     seed: int,
     steps: int = STEPS,
+    prior_tokens: float = PRIOR_TOKENS,
     progress: bool = False,
 ) -> PostHocPrior:
-    """Fit W_Q, W_K and sigma to embeddings by the exact log density, by Adam on minibatches.
+    """Fit W_Q, W_K and sigma to embeddings by the exact log density, by L-BFGS.
 
     Maximises the mean over tokens of log Normal(e_t; 0, sigma^2 I) + log det D_t, plus the log
-    prior of W_Q and W_K over the number of training tokens. Without the prior there is no
-    maximum: the log determinant grows like log ||A||. The learning rate decays to zero, and sigma
-    ends at its maximum given W_Q and W_K, the root mean square of the residual.
+    prior of W_Q and W_K over `prior_tokens`, all of it in units of the embeddings' root mean
+    square. docs/mathematics.md, section 8, proves that there is a maximum, and says why it needs
+    a prior of this weight. Fits start from prior draws until the best two agree in their
+    margins, or there are four; the best is returned. sigma is the root mean square of its residual.
 
     Args:
         x: embeddings (B, T, d).
         rank: rank of W_Q and W_K.
-        training_tokens: tokens of the whole text, of which x is a sample: the prior's weight.
         bound: c of a bounded context, or None.
-        seed: seed of the prior draw that the fit starts from, and of the minibatches.
-        steps: steps of Adam.
+        seed: seed of the prior draws that fits start from.
+        steps: most iterations of a fit.
+        prior_tokens: tokens for which the log prior counts once.
         progress: show a progress bar.
     """
-    start_key, data_key = jax.random.split(jax.random.key(seed))
+    unit = float(jnp.sqrt(jnp.mean(x**2)))
+    scaled, scaled_bound = x / unit, None if bound is None else bound / unit
+    objective = partial(_value_and_gradient, bound=scaled_bound, prior_tokens=prior_tokens)
     prior = attention_prior(x.shape[-1], rank)
-    w_query, w_key = (prior.sample(key).astype(x.dtype) for key in jax.random.split(start_key))
-    params = w_query, w_key, jnp.log(jnp.std(x))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, _LEARNING_RATE, steps // 20, steps)
-    optimizer = optax.adam(schedule, b2=0.99)
-    objective = partial(_objective, bound=bound, training_tokens=training_tokens)
-
-    def step(x: Array, carry: tuple[Any, Any], number: Array) -> tuple[tuple[Any, Any], Array]:
-        params, state = carry
-        key = jax.random.fold_in(data_key, number)
-        chosen = jax.random.choice(key, x.shape[0], (min(_BATCH, x.shape[0]),), replace=False)
-        value, gradient = jax.value_and_grad(objective)(params, x[chosen])
-        updates, state = optimizer.update(gradient, state)
-        return (optax.apply_updates(params, updates), state), value
-
-    @jax.jit
-    def several(x: Array, carry: tuple[Any, Any], numbers: Array) -> tuple[Any, Array]:
-        return jax.lax.scan(partial(step, x), carry, numbers)
-
-    carry, values = (params, optimizer.init(params)), np.empty(0)
+    compared = scaled[:: max(x.shape[0] * x.shape[1] // _COMPARED, 1)]
+    ends: list[tuple[_End, np.ndarray]] = []
     with progress_bar(
-        "post-hoc attention prior", total=steps, unit="step", visible=progress
+        "post-hoc attention prior", total=STARTS, unit="start", visible=progress
     ) as bar:
-        for first in range(0, steps, _STEPS_PER_CALL):
-            numbers = jnp.arange(first, min(first + _STEPS_PER_CALL, steps))
-            carry, losses = several(x, carry, numbers)
-            values = np.append(values, np.asarray(losses))
-            bar.update(len(numbers))
-            bar.show(loss=f"{values[-1]:.3f}")
-    tenths = np.array_split(values, 10)
-    gained = tenths[0].mean() - tenths[-1].mean()
-    last = tenths[-2].mean() - tenths[-1].mean()
-    noise = math.sqrt(sum(part.var() / part.size for part in tenths[-2:]))
-    w_query, w_key, _ = carry[0]
+        for key in jax.random.split(jax.random.key(seed), STARTS):
+            start = prior.sample(key, (2,)).astype(x.dtype) / WIDTH
+            end = _minimum(objective, (*start, jnp.zeros((), x.dtype)), scaled, steps)
+            margins = np.asarray(_margins(compared, *end.params[:2], bound=scaled_bound))
+            ends.append((end, np.quantile(margins, (0.25, 0.5, 0.75))))
+            bar.update(1)
+            bar.show(loss=f"{end.value:.3f}")
+            if len(ends) > 1:
+                (best, its), (_, others) = sorted(ends, key=lambda pair: pair[0].value)[:2]
+                disagreement = float(np.max(np.abs(others / its - 1)))
+                if disagreement <= _AGREES:
+                    break
+    w_query, w_key = (matrix / unit for matrix in best.params[:2])
     scale = float(jnp.sqrt(jnp.mean(residual(x, w_query, w_key, bound=bound) ** 2)))
     return PostHocPrior(
         np.asarray(w_query),
         np.asarray(w_key),
         scale,
         float(_mean_log_density(x, w_query, w_key, scale, bound)),
-        bool(last <= max(_CONVERGED * gained, 2 * noise)),
-        steps,
+        best.rests and disagreement <= _AGREES,
+        sum(end.steps for end, _ in ends),
         x.shape[0] * x.shape[1],
+        best.gradient_norm,
+        disagreement,
     )
 
 
-def _objective(
+class _End(NamedTuple):
+    """Where a fit ended."""
+
+    params: tuple[Array, Array, Array]
+    value: float
+    gradient_norm: float
+    steps: int
+    rests: bool
+
+
+def _minimum(
+    objective: Callable[..., Any], start: tuple[Array, Array, Array], x: Array, steps: int
+) -> _End:
+    """Minimise by L-BFGS until a step changes nothing that the dtype can hold."""
+    from scipy.optimize import minimize  # loaded only where a prior is fitted
+
+    flat, unravel = ravel_pytree(start)
+
+    def evaluated(at: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = objective(unravel(jnp.asarray(at, x.dtype)), x)
+        return float(value), np.asarray(ravel_pytree(gradient)[0], np.float64)
+
+    options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": _MEMORY, "gtol": 0.0}
+    found = minimize(
+        evaluated,
+        np.asarray(flat, np.float64),
+        jac=True,
+        method="L-BFGS-B",
+        options=options | {"ftol": _FLAT * float(jnp.finfo(x.dtype).eps)},
+    )
+    return _End(
+        unravel(jnp.asarray(found.x, x.dtype)),
+        float(found.fun),
+        float(np.linalg.norm(found.jac)),
+        int(found.nit),
+        found.status != 1,  # the iterations are not used up
+    )
+
+
+_margins = jax.jit(stability_margin)
+
+
+@jax.jit
+@jax.value_and_grad
+def _value_and_gradient(
     params: tuple[Array, Array, Array],
     x: Float[Array, "B T d"],
     *,
     bound: float | None,
-    training_tokens: int,
+    prior_tokens: float,
 ) -> Array:
+    """Return what is minimised, in nats per token, and its gradient."""
     w_query, w_key, log_scale = params
     energy = jnp.mean(residual(x, w_query, w_key, bound=bound) ** 2) * jnp.exp(-2 * log_scale)
     gauss = x.shape[-1] * (log_scale + energy / 2)
     barrier = jnp.mean(relaxed_barrier(x, w_query, w_key, bound=bound, summed=True)) / x.shape[-2]
-    prior = attention_prior(*w_query.shape)
-    log_prior = prior.log_prob(w_query) + prior.log_prob(w_key)
-    return gauss + barrier - log_prior / training_tokens
+    # The log prior, but for a constant: see attention_prior.
+    prior = x.shape[-1] / 2 * (jnp.sum(w_query**2) + jnp.sum(w_key**2))
+    return gauss + barrier + prior / prior_tokens
 
 
 @jax.jit
@@ -204,10 +247,19 @@ def _mean_log_density(
 
 
 def _read(path: Path, run: Run) -> PostHocPrior | None:
+    """Read a stored prior; None if it is of other parameters, or of an earlier version's fit."""
     shape = (run.config.model.width, run.config.model.prior_rank)
+    shapes: dict[str, tuple[int, ...]]
     shapes = dict.fromkeys(("of_step", *PostHocPrior.__dataclass_fields__), ())
+    shapes |= {"w_query": shape, "w_key": shape}
     try:
-        values = read_arrays(path, shapes | {"w_query": shape, "w_key": shape})
+        values = read_arrays(path)
+        if values.keys() == shapes.keys() - _ADDED:  # Adam's, which did not come to rest
+            return None
+        found = {name: value.shape for name, value in values.items()}
+        if found != shapes:
+            name = next(n for n in (*shapes, *found) if found.get(n) != shapes.get(n))
+            raise ValueError(f"{name} has shape {found.get(name)}, expected {shapes.get(name)}")
         if int(values["of_step"]) != run.step:
             return None
         scale = float(values["scale"])
@@ -224,6 +276,8 @@ def _read(path: Path, run: Run) -> PostHocPrior | None:
             bool(values["converged"]),
             int(values["steps"]),
             int(values["tokens"]),
+            float(values["gradient_norm"]),
+            float(values["disagreement"]),
         )
     # NumPy and zipfile raise what they meet: KeyError, TypeError, EOFError, BadZipFile and others.
     except Exception as error:

@@ -62,6 +62,7 @@ class Sensitivity:
             one, and the heads of the first layer.
         comparisons: comparisons for each stage: three statistics among four sets of tokens.
         characters: symbols that are support tokens, by stage, most frequent first.
+        post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Sensitivity:
     stages: tuple[TokenMargins, ...]
     comparisons: tuple[MarginComparison, ...]
     characters: tuple[SupportCharacter, ...]
+    post_hoc_converged: bool
 
 
 @default_promotion()
@@ -171,6 +173,7 @@ def sensitivity(
             for stage in margins
             for character in support_characters(stage, symbols, position, strings)
         ),
+        post_hoc_converged=prior.converged,
     )
 
 

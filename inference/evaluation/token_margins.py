@@ -65,6 +65,7 @@ class TextMargins:
         window: number of that window, (N,).
         window_starts: where each window begins, (windows,).
         stages: margins by stage, the post-hoc attention prior first.
+        post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TextMargins:
     window: Int[np.ndarray, " N"]
     window_starts: Int[np.ndarray, " windows"]
     stages: tuple[TokenMargins, ...]
+    post_hoc_converged: bool
 
 
 @default_promotion()
@@ -115,7 +117,7 @@ def text_margins(
             found.append(reported_margins(run, stage, inputs, plan.reported))
             bar.update(1)
     strings = run.vocabulary.display(tokens)
-    return TextMargins(name, strings, position, window, plan.starts, tuple(found))
+    return TextMargins(name, strings, position, window, plan.starts, tuple(found), prior.converged)
 
 
 def reported_margins(

@@ -56,6 +56,16 @@ def test_a_simulation_of_another_model_is_noticed(calibration):
 
 
 @pytest.mark.slow
+def test_a_density_without_its_log_determinant_is_noticed(calibration):
+    """A quarter of the replications is enough: see docs/calibration.md."""
+    setting = calibration.settings("repulsive")["observed repulsive"]
+    result = calibration.calibrate(
+        calibration.without_log_det(setting), replications=REPLICATIONS // 4, warmup=200
+    )
+    assert result["quantities"]["sum_of_log_dets"]["p_value"] < 1e-6
+
+
+@pytest.mark.slow
 def test_continuation_solves_the_residual_equation(calibration):
     e = jax.random.normal(jax.random.key(0), (calibration.LENGTH, calibration.WIDTH))
     coupling = 0.4 * jax.random.normal(jax.random.key(1), (2, 2))

@@ -535,13 +535,21 @@ def test_a_row_of_margins_is_one_line_of_a_narrow_terminal(tokens, shown):
 
 def test_nothing_generated_steers_the_terminal(probattn, tiny_run, monkeypatch):
     steering = (ESCAPE, "\x9b2J", "\x07", "\r", "\N{RIGHT-TO-LEFT OVERRIDE}", "\b")
-    made = Generated("a" + ESCAPE, "".join(steering), steering, np.full(len(steering), 0.05))
+    made = Generated("a" + ESCAPE, "".join(steering), steering, np.full(len(steering), 0.05), True)
     monkeypatch.setattr(commands, "generate", lambda *arguments, **options: made)
     status, out, _ = probattn("generate", tiny_run.path, "--prompt", "a" + ESCAPE)
     assert status == 0
     for text in steering:
         assert text[0] not in out
     assert out.startswith("a\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}[2J")
+
+
+def test_a_post_hoc_fit_that_has_not_converged_is_named(probattn, tiny_run, monkeypatch):
+    for converged in (True, False):
+        made = Generated("a", "b", ("b",), np.full(1, 0.05), converged)
+        monkeypatch.setattr(commands, "generate", lambda *arguments, made=made, **options: made)
+        _, out, _ = probattn("generate", tiny_run.path, "--prompt", "a")
+        assert ("has not converged" in " ".join(out.split())) is not converged
 
 
 def test_demo_compares_what_it_fits(probattn, tiny_run, monkeypatch, tmp_path):

@@ -55,7 +55,8 @@ def _make(path: Path) -> Run:
     run.update_summary(fit={"steps": 8})
     prior = {"w_query": rng.normal(size=(2, 1)), "w_key": rng.normal(size=(2, 1)), "scale": 1.5}
     counts = {"log_density": -1.0, "converged": True, "steps": 3, "tokens": 8, "of_step": 8}
-    np.savez(path / "post_hoc_prior.npz", allow_pickle=False, **prior, **counts)
+    rest = {"gradient_norm": 1e-4, "disagreement": 1e-3}
+    np.savez(path / "post_hoc_prior.npz", allow_pickle=False, **prior, **counts, **rest)
     for first in (0, 3):
         draws = {"a.b": rng.normal(size=(2, 3, 2))}
         statistics = {"lp": rng.normal(size=(2, 3))}
