@@ -91,7 +91,7 @@ class Fit:
                 progress=True,
             )
             if is_main_process():
-                console.print_fit(screen, result)
+                console.print_fit(screen, self.out, result)
 
 
 @dataclass(frozen=True)

@@ -81,10 +81,10 @@ def print_evaluations(
             screen.print(f"{printable(label)}: {_NOT_CONVERGED}")
 
 
-def print_fit(screen: Console, result: FitResult) -> None:
-    """Print in one line what a fit has reached."""
+def print_fit(screen: Console, out: Path, result: FitResult) -> None:
+    """Print in one line what a fit in this directory has reached."""
     screen.print(
-        f"{printable(str(result.run.path))}: "
+        f"{printable(str(out))}: "
         f"validation {result.validation_bpc:.4f} bits per character "
         f"({result.validation_cross_entropy:.4f} nats per token), "
         f"parameters of step {result.run.step}",

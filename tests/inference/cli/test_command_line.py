@@ -492,7 +492,7 @@ def test_a_table_that_cannot_be_written_loses_no_text(probattn, tiny_run, monkey
 
 
 def test_a_character_of_several_tokens_is_generated_whole(probattn, tiny_run, monkeypatch):
-    made = Generated("the", "caf\ufffd", ("caf", "é", "", "<0xC3>"), np.array([1, 1, -0.5, 1]))
+    made = Generated("the", "caf\ufffd", ("caf", "é", "", "<0xC3>"), np.array([1, 1, -0.5, 1]), True)
     monkeypatch.setattr(commands, "generate", lambda *arguments, **options: made)
     status, out, _ = probattn("generate", tiny_run.path, "--prompt", "the")
     assert status == 0
@@ -521,7 +521,7 @@ def test_a_row_of_margins_is_one_line_of_a_narrow_terminal(tokens, shown):
     )
     position = np.arange(count)
     screen = Console(file=io.StringIO(), width=80)
-    found = TextMargins("text", tokens, position, 0 * position, np.zeros(1, int), stages)
+    found = TextMargins("text", tokens, position, 0 * position, np.zeros(1, int), stages, True)
     console.print_margins(screen, found)
     title, *lines = screen.file.getvalue().splitlines()
     assert title.startswith("margins of text")

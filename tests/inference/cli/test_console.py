@@ -19,7 +19,7 @@ def stage(label, margin):
 
 def margins_of(*stages):
     positions = np.arange(len(MARGIN))
-    return TextMargins("a text", "abcdef", positions, 0 * positions, positions[:1], stages)
+    return TextMargins("a text", "abcdef", positions, 0 * positions, positions[:1], stages, True)
 
 
 def printed(margins):
