@@ -1,8 +1,7 @@
 """Vocabularies: text to token ids and back, by characters here, by byte pairs in `byte_pairs`.
 
-All kinds are immutable, are plain JSON when saved, and count the characters that a token sequence
-stands for, so that a cross-entropy in bits *per character* means the same under either: the summed
-bits of a text are divided by `characters(ids)`, never by the number of tokens.
+All are immutable, and plain JSON when saved. They count characters, so that bits *per character*
+mean the same under each: the bits of a text over `characters(ids)`, never over its tokens.
 """
 
 import functools
@@ -316,9 +315,8 @@ def build_vocabulary(tokenizer: str, text: str | Text) -> Vocabulary:
     kind, size = parse_tokenizer(tokenizer)
     if kind == "character":
         return CharacterVocabulary.from_text(text)
-    if kind == "frequent":
-        return FrequentVocabulary.from_text(text, size)
-    return BytePairVocabulary.from_text(text, size)
+    learnt = FrequentVocabulary if kind == "frequent" else BytePairVocabulary
+    return learnt.from_text(text, size)
 
 
 def vocabulary_from_dict(values: Mapping[str, Any]) -> Vocabulary:

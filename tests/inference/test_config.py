@@ -130,7 +130,8 @@ def test_a_device_a_pipe_and_a_huge_file_are_not_read(tmp_path):
         assert refusal(path) == "expected a TOML file: got a device or a pipe"
     (tmp_path / "huge.toml").touch()
     os.truncate(tmp_path / "huge.toml", 2**40)
-    assert refusal(tmp_path / "huge.toml").startswith("expected a TOML file: got 1099511627776 byt")
+    message = refusal(tmp_path / "huge.toml")
+    assert message == "expected a TOML file: it has more than 16384 characters"
 
 
 @pytest.mark.parametrize(

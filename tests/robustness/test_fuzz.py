@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import string
 import subprocess
 import sys
 from collections import Counter
@@ -182,12 +183,13 @@ for wrong in ("x", 1j, {}, -1.0):
         assert ": expected " in line
 
 
-def test_sizes_that_no_float_holds(tmp_path, capsys):
-    length = "1" + "0" * 400
-    out = str(tmp_path / "out")
-    assert main(["sample", "--out", out, "--latent.length", length, "--data=absent"]) == 2
+def test_sizes_whose_product_no_integer_holds(tmp_path, capsys):
+    (tmp_path / "text").write_text(string.ascii_letters * 20)
+    out, most = str(tmp_path / "out"), str(2**62)
+    sizes = ["--latent.length", most, "--latent.sequences", most, "--latent.width", most]
+    assert main(["sample", "--out", out, "--data", str(tmp_path / "text"), *sizes]) == 2
     message = capsys.readouterr().err
-    assert re.search(r"would take [\d,]{500,} GiB: expected at most the ", message)
+    assert re.search(r"would take [\d,]{50,} GiB: expected at most the ", message)
     assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -108,11 +108,6 @@ def test_a_configuration_of_many_dots_is_not_read(run):
     assert message == f"{config}: expected a TOML file: it has more than 16384 characters"
 
 
-def test_a_configuration_without_an_end_is_not_read_for_ever():
-    message = refusal(ValueError, read_config, "/dev/zero")
-    assert message.startswith("/dev/zero: expected a TOML file: it has more than")
-
-
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' * 100_000, b"9" * 10_000, b"\xff"])
 def test_json_that_breaks_its_reader_is_damaged(run, content):
     (run.path / "summary.json").write_bytes(content)

@@ -492,7 +492,9 @@ def test_a_table_that_cannot_be_written_loses_no_text(probattn, tiny_run, monkey
 
 
 def test_a_character_of_several_tokens_is_generated_whole(probattn, tiny_run, monkeypatch):
-    made = Generated("the", "caf\ufffd", ("caf", "é", "", "<0xC3>"), np.array([1, 1, -0.5, 1]), True)
+    made = Generated(
+        "the", "caf\ufffd", ("caf", "é", "", "<0xC3>"), np.array([1, 1, -0.5, 1]), True
+    )
     monkeypatch.setattr(commands, "generate", lambda *arguments, **options: made)
     status, out, _ = probattn("generate", tiny_run.path, "--prompt", "the")
     assert status == 0

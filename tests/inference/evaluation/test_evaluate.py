@@ -365,7 +365,7 @@ BAD = {
     "a probability above 1": ({"substituted": (1.5,)}, "substituted: got 1.5, expected probabilit"),
     "no tokens to ascend": ({"ascent_tokens": 0}, "ascent_tokens: got 0, expected an integer >= 1"),
     "no such file": ({"text": "nowhere.txt"}, "nowhere.txt': no such file"),
-    "a directory": ({"text": "."}, "'.': got a directory"),
+    "a folder of other files": ({"text": "."}, "not UTF-8: byte"),
     "an empty file": ({"text": ""}, "got an empty file"),
     "one character": ({"text": "t"}, "text.txt: has 1 tokens: expected at least 2"),
     "no UTF-8": ({"text": b"the \xff"}, "not UTF-8: byte 0xff at offset 4"),

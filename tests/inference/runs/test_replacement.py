@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from probattn.inference import FitConfig, load_run
-from probattn.inference.config import DataConfig
 from probattn.inference.runs import opening
 from probattn.inference.runs.checkpoints import CheckpointError
 from probattn.inference.runs.files import RunError, WriteError
@@ -63,11 +62,11 @@ def test_the_old_run_stays_until_the_new_one_has_something_to_go_on_from(run, sa
 
 
 def test_a_run_that_cannot_be_described_leaves_the_old_one(run):
-    """The name of its text is no UTF-8."""
+    """The name of its corpus is no UTF-8."""
     before = files_of(run.path)
-    config = dataclasses.replace(CONFIG, data=DataConfig(source="\udcff.txt"))
+    corpus = dataclasses.replace(CORPUS, name="\udcff.txt")
     with pytest.raises(UnicodeEncodeError):
-        create_run(run.path, config, CORPUS, VOCABULARY, overwrite=True)
+        create_run(run.path, CONFIG, corpus, VOCABULARY, overwrite=True)
     assert files_of(run.path) == before
 
 
