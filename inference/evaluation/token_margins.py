@@ -12,7 +12,7 @@ from probattn import support_tokens
 from probattn.inference.evaluation.attention_stages import AttentionStage, stage_margins, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.texts import text_tokens
-from probattn.inference.runs.csv_tables import write_table
+from probattn.inference.runs.csv_tables import write_columns
 from probattn.inference.runs.run import Run
 from probattn.inference.runtime.progress import progress_bar
 from probattn.text.batches import windows
@@ -130,7 +130,7 @@ def write_csv(margins: TextMargins, path: Path) -> None:
         "position": margins.position,
         **stage_columns(margins.stages),
     }
-    write_table(path, list(columns), zip(*columns.values(), strict=True))
+    write_columns(path, columns)
 
 
 def stage_columns(stages: Sequence[TokenMargins]) -> dict[str, np.ndarray]:
