@@ -123,7 +123,7 @@ def reported_margins(
 
 def write_csv(margins: TextMargins, path: Path) -> None:
     """Write a table with a row per token and, per stage, its five columns."""
-    columns = {
+    columns: dict[str, Sequence | np.ndarray] = {
         "index": range(len(margins.tokens)),
         "token": margins.tokens,
         "window": margins.window,
