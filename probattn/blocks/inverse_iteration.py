@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -174,8 +173,9 @@ def _prepared(top: Float[Array, "n k k"], below: Float[Array, "n m k"]) -> _Bloc
 def _filtered(blocks: _Blocks) -> Float[Array, "k n"]:
     """Return vectors in which the largest eigenvalues of S prevail."""
     size, _, count = blocks.plain.shape
-    direction = np.random.default_rng(0).standard_normal(size)
-    start = jnp.asarray(direction / np.linalg.norm(direction), blocks.plain.dtype)
+    # Some vector that is orthogonal to no eigenvector unless by accident.
+    start = jnp.sin(1 + jnp.arange(size, dtype=blocks.plain.dtype) ** 2)
+    start = jnp.broadcast_to(start[:, None], (size, count))
 
     def filtered(_: int, vector: Array) -> Array:
         matrix = _materialise(_symmetric(blocks, _root(blocks, vector).rest))
@@ -200,7 +200,7 @@ def _filtered(blocks: _Blocks) -> Float[Array, "k n"]:
         # Where all eigenvalues are the same there is nothing to suppress.
         return jnp.where(jnp.all(jnp.isfinite(found), axis=0), found, vector)
 
-    return lax.fori_loop(0, _FILTERS, filtered, jnp.broadcast_to(start[:, None], (size, count)))
+    return lax.fori_loop(0, _FILTERS, filtered, _normalised(start))
 
 
 def _inverse_iterated(
