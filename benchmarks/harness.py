@@ -20,22 +20,33 @@ _REST, _WARM = 0.15, 0.25  # seconds
 
 
 def compare(
-    alternatives: Mapping[str, Callable[[], Any]], *, rounds: int
+    alternatives: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Time each alternative once a round, in an order that turns, and the first twice.
 
     Before each timing the threads of what was timed before come to rest, and the alternative runs
     untimed, at least once.
 
+    Args:
+        alternatives: what to time, by name.
+        rounds: how often each is timed.
+        clock: in seconds. `time.process_time` counts what all threads of this process work.
+
     Returns:
         By name, and for the second timing of the first alternative under "control": median time
         in seconds, and median and quartiles over rounds of its ratio to the first.
     """
-    return ratios(timed_in_turn(alternatives, rounds=rounds))
+    return ratios(timed_in_turn(alternatives, rounds=rounds, clock=clock))
 
 
 def timed_in_turn(
-    alternatives: Mapping[str, Callable[[], Any]], *, rounds: int
+    alternatives: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Return what `compare` compares: by name, the seconds of each round."""
     runs = {**alternatives, CONTROL: next(iter(alternatives.values()))}
@@ -43,9 +54,9 @@ def timed_in_turn(
         jax.block_until_ready(run())  # compiled and warm
 
     def seconds_of(run: Callable[[], Any]) -> float:
-        started = time.perf_counter()
+        started = clock()
         jax.block_until_ready(run())
-        return time.perf_counter() - started
+        return clock() - started
 
     def timed(run: Callable[[], Any]) -> float:
         time.sleep(_REST)

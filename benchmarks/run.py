@@ -13,6 +13,7 @@ from pathlib import Path
 import checkpoints
 import export_memory
 import log_det
+import margins
 import nuts
 import sampling
 import scaling
@@ -25,7 +26,17 @@ from probattn.inference.figures.style import save_figure
 # Each has a function of its name, and a report of what that returns.
 BENCHMARKS = {
     module.__name__: module
-    for module in (log_det, scaling, svi_step, start, checkpoints, sampling, nuts, export_memory)
+    for module in (
+        log_det,
+        margins,
+        scaling,
+        svi_step,
+        start,
+        checkpoints,
+        sampling,
+        nuts,
+        export_memory,
+    )
 }
 
 

@@ -21,14 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 from probattn.arguments import check_arguments
 from probattn.blocks.covariance import attention_covariance, identity_less
 from probattn.blocks.geometry import bounded, geometry
+from probattn.blocks.inverse_iteration import smallest_triple
 from probattn.blocks.nonfinite import zero_nonfinite
 from probattn.blocks.promotion import with_rank
 from probattn.blocks.selection import compute_where
-from probattn.blocks.singular_values import (
-    finite_blocks,
-    last_singular_triple,
-    smallest_singular_value,
-)
+from probattn.blocks.singular_values import finite_blocks, smallest_singular_value
 from probattn.log_determinants import log_det, reduced_blocks
 
 MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]
@@ -213,7 +210,7 @@ def embedding_margin(
 def both_margins(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
-    """Compute margin "sigma_min" and first-order embedding margin, from one decomposition.
+    """Compute margin "sigma_min" and first-order embedding margin, from one triple of each block.
 
     Arguments and errors are those of `embedding_margin`.
     """
@@ -263,35 +260,26 @@ def _smallest_singular_value(
 ) -> tuple[Float[Array, "*all T"], Float[Array, "*all T d"], Float[Array, "*all T d"]]:
     """Return the signed smallest singular value of every D_t, and its vectors u and v.
 
-    D_t is the identity on everything orthogonal to the columns of W_Q and of C_t, so where
-    2r < d the singular values other than 1 are those of D_t within an orthonormal basis of 2r
-    directions that hold these columns.
+    In an orthonormal basis that begins with one of W_Q's columns, C_t W_Q^T has no more than r
+    columns that are not zero, and D_t is the identity in all others.
     """
     d, rank = w_query.shape[-2:]
-    values, queries, keys, weights = geometry(x, w_query, w_key, bound)
-    w_scaled = w_query[..., None, :, :] / math.sqrt(rank)
-    covariance = attention_covariance(weights, values, keys)
-    reduced = attention_covariance(weights, queries, keys) / math.sqrt(rank)
-    crossed = _infeasible(identity_less(reduced))
+    values, _, keys, weights = geometry(x, w_query, w_key, bound)
+    # The basis is a constant of the derivative: u^T dD v needs no more.
+    basis, factor = jnp.linalg.qr(lax.stop_gradient(w_query), mode="complete")
+    within = min(d, rank)
+    factor = jnp.swapaxes(factor[..., None, :within, :], -1, -2) / math.sqrt(rank)
+    covariance = attention_covariance(weights, jnp.matmul(values, basis, precision=_HIGHEST), keys)
+    change = jnp.matmul(lax.stop_gradient(covariance), factor, precision=_HIGHEST)
+    top = identity_less(change[..., :within, :])
+    u, size, v = smallest_triple(top, change[..., within:, :])
 
-    # The basis is a constant of the derivative: differentiating through it is NaN where the past
-    # has no spread, and wrong while it has fewer than r + 1 tokens. u^T dD v needs no more.
-    low_rank = tuple(
-        jnp.broadcast_arrays(lax.stop_gradient(covariance), lax.stop_gradient(w_scaled))
-    )
-    if 2 * rank < d:
-        basis, _ = jnp.linalg.qr(jnp.concatenate(low_rank, axis=-1))
-        basis_t = jnp.swapaxes(basis, -1, -2)
-        low_rank = tuple(jnp.matmul(basis_t, factor, precision=_HIGHEST) for factor in low_rank)
-    product = jnp.matmul(low_rank[0], jnp.swapaxes(low_rank[1], -1, -2), precision=_HIGHEST)
-    u, size, v = last_singular_triple(identity_less(product))
-    if 2 * rank < d:
-        u = jnp.matmul(basis, u[..., None], precision=_HIGHEST)[..., 0]
-        v = jnp.matmul(basis, v[..., None], precision=_HIGHEST)[..., 0]
-
-    v_scaled = jnp.matmul(v[..., None, :], w_scaled, precision=_HIGHEST)
-    change = _bilinear(u, covariance, jnp.squeeze(v_scaled, -2))
-    return _signed(crossed, size, -change), u, v
+    original = jnp.matmul(v, jnp.swapaxes(basis, -1, -2), precision=_HIGHEST)
+    v_scaled = jnp.matmul(original, w_query, precision=_HIGHEST) / math.sqrt(rank)
+    linear = -_bilinear(u, covariance, v_scaled)
+    u = jnp.matmul(u, jnp.swapaxes(basis, -1, -2), precision=_HIGHEST)
+    # Other eigenvalues of D_t than those of its upper block are 1.
+    return _signed(_infeasible(top), size, linear), u, original
 
 
 def _reduced_margin(blocks: Float[Array, "*batch T r r"]) -> Float[Array, "*batch T"]:

@@ -13,7 +13,7 @@ from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import AttentionStage, stage_margins, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.texts import text_tokens
-from probattn.inference.runs.csv_tables import write_table
+from probattn.inference.runs.csv_tables import write_columns
 from probattn.inference.runs.run import Run
 from probattn.inference.runtime.progress import progress_bar
 from probattn.text.batches import windows
@@ -137,14 +137,14 @@ def reported_margins(
 
 def write_csv(margins: TextMargins, path: Path) -> None:
     """Write a table with a row per token and, per stage, its five columns."""
-    columns = {
+    columns: dict[str, Sequence | np.ndarray] = {
         "index": range(len(margins.tokens)),
         "token": margins.tokens,
         "window": margins.window,
         "position": margins.position,
         **stage_columns(margins.stages),
     }
-    write_table(path, list(columns), zip(*columns.values(), strict=True))
+    write_columns(path, columns)
 
 
 def stage_columns(stages: Sequence[TokenMargins]) -> dict[str, np.ndarray]:

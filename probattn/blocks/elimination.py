@@ -78,14 +78,15 @@ def _eliminate_jvp(pivoting: bool, primals: tuple[Array], tangents: tuple[Array]
     (blocks,), (tangent,) = primals, tangents
     found = eliminate(blocks, pivoting)
     still = jnp.zeros_like(found.sign)
-    change = -_product(_product(found.inverse, tangent), found.inverse)
+    change = -product(product(found.inverse, tangent), found.inverse)
     trace = jnp.sum(jnp.swapaxes(found.inverse, -2, -3) * tangent, axis=(-3, -2))
     return found, Elimination(still, still, trace, change)
 
 
-def _product(
+def product(
     left: Float[Array, "*batch i j n"], right: Float[Array, "*batch j k n"]
 ) -> Float[Array, "*batch i k n"]:
+    """Return the products of matrices, which lie along the last axis."""
     # Term by term: as a reduction XLA would write out all products before it adds them.
     size = left.shape[-2]
     columns = lax.split(left, [1] * size, left.ndim - 2)
@@ -113,7 +114,7 @@ def _is_zero(pivots: Array) -> Array:
 
 def _guarded(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
     """Return pivots and inverse."""
-    pivots, inverse, largest = _swept(blocks)
+    pivots, inverse, largest = swept(blocks)
     pivots, inverse = _where_unstable(_lapack, largest, blocks, (pivots, inverse))
     return pivots, inverse
 
@@ -158,7 +159,7 @@ def _where_unstable(
     return lax.cond(all_in_batch(stable), lambda: found, replaced)
 
 
-def _swept(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:
+def swept(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array, Array]:
     """Return pivots (..., r, n), inverse and largest multiplier (..., n), without pivoting.
 
     Gauss and Jordan's way, in place: to eliminate p, let R be its row, with 1 at p, divided by the

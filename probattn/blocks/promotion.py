@@ -21,8 +21,8 @@ def with_rank(array: Shaped[Array, "..."], rank: int) -> Shaped[Array, "..."]:
 def default_promotion() -> Iterator[None]:
     """Promote dtypes and ranks as JAX does by default, whatever the user has set.
 
-    For what calls NumPyro or optax; as a context, or as a decorator. Where the user has set
-    nothing, nothing is compiled anew for it.
+    For what calls NumPyro or optax, or has its matrices along the last axis; as a context, or as a
+    decorator. Where the user has set nothing, nothing is compiled anew for it.
     """
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -53,6 +53,13 @@ def test_functions_of_arrays_and_their_derivatives_promote_nothing(name, bound):
             jax.eval_shape(jax.grad(lambda *inputs: total(function, *inputs), (0, 1, 2)), *inputs)
 
 
+def test_margins_of_long_sequences_promote_nothing():
+    """Which are iterated, and not decomposed as those of short ones."""
+    inputs = shaped(40, 96, 9), shaped(9, 4), shaped(9, 4)
+    jax.eval_shape(pa.stability_margin, *inputs)
+    jax.eval_shape(pa.embedding_margin, *inputs)
+
+
 @pytest.mark.parametrize("summed", [False, True])
 def test_determinants_of_long_sequences_promote_nothing(summed):
     """Which are computed in other ways than those of short ones."""
