@@ -173,6 +173,7 @@ def compiled_anew(number):
     return jax.jit(lambda x: x * number)(1.0)
 
 
+@pytest.mark.slow
 def test_a_torn_program_is_compiled_and_kept_again_without_a_word(own_cache, recwarn):
     keep_compiled_programs(unexpected)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -62,8 +62,8 @@ FACTORS = {
     "normalised_one_sided": {"attention_barrier", "attention_residual"},
 }
 all_objectives = pytest.mark.parametrize("name", OBJECTIVES)
-# A compilation each: of the two that the others are made of, `make test-all` tries them too.
-SLOW = {"margin_first_layer"}
+# A compilation each: `make test-slow` tries these.
+SLOW = {"margin_first_layer", "all_given", "normalised_one_sided"}
 compiled_objectives = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in OBJECTIVES]
 )

@@ -143,6 +143,7 @@ def test_both_forms_are_the_same_up_to_the_change_of_variables(kind):
     np.testing.assert_allclose(one - other, log_abs.sum(), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bounded", "free"])
 def test_a_rotation_of_the_embeddings_changes_nothing(kind):
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 2)))[0]
@@ -232,6 +233,7 @@ def test_log_density_of_the_observed_model(kind, unit):
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_another_unit_is_another_name_for_the_same_model():
     """x -> u x, A -> A / u^2, sigma -> u sigma, c -> u c: densities differ by the units alone."""
     unit = 0.05

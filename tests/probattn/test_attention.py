@@ -219,6 +219,7 @@ def test_weights_and_coupling_broadcast_leading_axes():
     )
 
 
+@pytest.mark.slow
 def test_vmap_agrees_with_jit():
     x, *weights = random_inputs(2, batch=(6,))
     together = mapped(x, *broadcast(*weights))

@@ -467,6 +467,7 @@ def test_transform_inverts_itself():
     assert jax.jit(pa.AttentionResidual.solve)(t, e).unconverged == 0
 
 
+@pytest.mark.slow
 def test_what_the_inverse_does_not_solve_is_nan():
     t, e = pa.AttentionResidual(*weights(), bound=1.0), sequences(2)
     e[1, 2, 0] = np.inf

@@ -473,6 +473,7 @@ def test_barrier_is_twice_continuously_differentiable(multiple):
     np.testing.assert_allclose(curvatures, 1 / delta**2, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_barrier_far_below_grows_but_no_longer_like_a_parabola():
     z = -np.logspace(-1, 30, 63)
     values = np.array([barrier_at(point) for point in z])

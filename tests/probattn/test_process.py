@@ -53,6 +53,7 @@ def test_proper_processes_are_consistent(coupling, bound, x):
     assert ratio.value == pytest.approx(1, abs=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap", [4.5, pytest.param(6.0, marks=SLOW)])
 def test_where_the_map_folds_the_ratio_is_the_conditional_mass(gap):
     x = jnp.array([[-gap / 2], [gap / 2]])
@@ -146,6 +147,7 @@ def sites_of(stacked):
     return {f"layer_{n}": stacked[..., n : n + 1] for n in range(3)}
 
 
+@pytest.mark.slow
 def test_the_layered_density_is_that_of_its_conditionals():
     x = jax.random.normal(jax.random.key(0), (3, 4, 2))
     sites = {f"layer_{n}": x[n] for n in range(3)}

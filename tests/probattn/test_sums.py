@@ -136,6 +136,7 @@ def test_nothing_is_computed_twice():
     assert products(log_det_sum) < each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("summed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sequences_that_are_taken_in_turns(summed, monkeypatch):
     """Value and derivative of two heads, of which not all sequences are formed at once."""

@@ -259,7 +259,10 @@ def quantities(*stage):
     return stability_margin(*stage), *log_det(*stage), certificate(*stage)
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize(
+    "label",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x == "layer 1 head 1")) for x in LABELS],
+)
 def test_margins_are_those_of_every_window(evaluated, label):
     run, result = evaluated
     summary = next(summary for summary in result.margins if summary.label == label)

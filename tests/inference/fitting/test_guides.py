@@ -346,6 +346,7 @@ def test_a_run_of_low_rank_has_one_point_of_parameters(low_rank):
     assert_one_point(low_rank, "low_rank")
 
 
+@pytest.mark.slow
 def test_the_loss_is_minus_the_elbo_per_token(mean_field, trainer):
     """At the start, where the guide is so narrow that the log joint is that of its centre."""
     state = trainer.init()

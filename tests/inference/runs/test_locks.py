@@ -16,7 +16,9 @@ from tests.support.made_runs import CONFIG, CORPUS, VOCABULARY, create_run
 from tests.support.tiny_run import files_of
 
 
-@pytest.fixture(params=["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+@pytest.fixture(
+    params=["ENOSYS", *(pytest.param(e, marks=pytest.mark.slow) for e in ("EOPNOTSUPP", "ENOLCK"))]
+)
 def without_locks(request, monkeypatch):
     """A file system that knows no locks, as the system tells of it."""
 
