@@ -67,3 +67,43 @@ def test_a_full_disk_and_a_read_only_one_lose_nothing(tmp_path):
     assert kept.step == whole.step
     for name, value in whole.parameters.items():
         np.testing.assert_array_equal(kept.parameters[name], value)
+
+
+FULL = """
+import json, os, subprocess, sys
+disk, *command = sys.argv[1:]
+os.mkdir(disk)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], check=True)
+command = [sys.executable, "-m", "probattn", *command]
+child = subprocess.run(command, capture_output=True, text=True)
+left = [os.path.join(folder, name) for folder, _, names in os.walk(disk) for name in names]
+print(json.dumps([child.returncode, child.stderr.splitlines(), left]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not may_mount(), reason="needs mounts in a namespace of its own")
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [
+        (["margins"], "out"),
+        (["sensitivity", "--draws", "2"], "out"),
+        (["compare"], "out"),
+        (["generate", "--prompt", "the", "--length", "600"], "out.csv"),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else "",
+)
+def test_a_command_on_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(
+    tiny_run, tmp_path, command, out
+):
+    disk = tmp_path / "disk"
+    command = [command[0], str(tiny_run.path), *command[1:], "--out", str(disk / out)]
+    child = subprocess.run(
+        [*ALONE, sys.executable, "-c", FULL, str(disk), *command], capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    status, lines, left = json.loads(child.stdout)
+    errors = [line for line in lines if line.startswith("probattn")]
+    assert (status, len(errors)) == (1, 1), lines
+    assert "cannot be written: No space left on device" in errors[0]
+    assert not [name for name in left if os.path.basename(name).startswith(".")]

@@ -1,13 +1,14 @@
-"""Kill `probattn fit`, `sample` and `evaluate` anywhere, go on, and compare with runs left alone.
+"""Kill commands of `probattn` anywhere, go on, and compare with those left alone.
 
-    python -m tests.robustness.kill [--kills 200] [--seed 0] [--only fit sample evaluate]
+    python -m tests.robustness.kill [--kills 200] [--seed 0] [--only fit sample evaluate ...]
 
 Half of the kills come at a random moment. The others come from within: the process kills itself
 when it opens, renames, removes or syncs the n-th file of its run, n random; at a sync it first cuts
 off a random part of what was not synced before, as a machine that dies may. Every run is killed up
 to three times before it may end. After each kill every file must be whole. In the end parameters,
 optimizer state, draws and metrics must be those of the run left alone, to the last bit, and nothing
-else may lie there; only times of day and durations differ.
+else may lie there; only times of day and durations differ. Commands that write beside a run begin
+anew after a kill. Their temporary files stay, since nothing tells whose they are.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import Any
 
 from benchmarks.harness import environment
 from tests.robustness.killing.laboratory import Laboratory
-from tests.robustness.killing.outcomes import outcome_of_evaluate, outcome_of_fit, outcome_of_sample
+from tests.robustness.killing.outcomes import outcome_of_files, outcome_of_fit, outcome_of_sample
 from tests.robustness.killing.whole import check_whole
 from tests.support.project import ROOT
 
@@ -43,7 +44,15 @@ SAMPLE = [
     *("--latent.length", "6", "--sample.chains", "2", "--sample.warmup", "40"),
     *("--sample.draws", "40"),
 ]
-EVALUATE = ["--noise-absolute", "0.5", "--noise-relative", "1"]
+# Commands that take a fitted run, and their further options.
+READING = {
+    "evaluate": ["--noise-absolute", "0.5", "--noise-relative", "1"],
+    "margins": [],
+    "sensitivity": ["--draws", "2"],
+    "generate": ["--prompt", "the", "--length", "20"],
+    "compare": [],
+}
+COMMANDS = ("fit", "sample", *READING)
 MOST = 3  # kills of one run
 
 
@@ -80,16 +89,19 @@ def faults(laboratory: Laboratory, name: str, kills: int) -> Outcome:
         begin = ["sample", "--data", source, *SAMPLE]
         outcome_of = outcome_of_sample
     else:
-        begin, outcome_of = ["evaluate"], outcome_of_evaluate
-        status, lines = laboratory.run(
-            ["fit", "--data", source, *MODEL, *FIT, "--out", str(folder / "fitted")], folder
-        )
-        if status:
-            raise RuntimeError(f"fit of the run to evaluate: status {status}: {lines[-1]}")
+        begin, outcome_of = [name], outcome_of_files
+        if not (folder / "fitted").exists():
+            fitted = ["fit", "--data", source, *MODEL, *FIT, "--out", str(folder / "fitted")]
+            status, lines = laboratory.run(fitted, folder)
+            if status:
+                raise RuntimeError(f"fit of the run for {name}: status {status}: {lines[-1]}")
 
     def arguments(run: Path) -> list[str]:
         if name == "evaluate":
-            return ["evaluate", str(run), *EVALUATE]
+            return ["evaluate", str(run), *READING[name]]
+        if name in READING:
+            out = run / "text.csv" if name == "generate" else run
+            return [name, str(folder / "fitted"), *READING[name], "--out", str(out)]
         if (run / "config.toml").exists():
             return [name, "--out", str(run), "--resume"]
         return [*begin, "--out", str(run)]
@@ -127,7 +139,7 @@ def faults(laboratory: Laboratory, name: str, kills: int) -> Outcome:
                 outcome.failures.append(f"{outcome.runs}: status {status}: {lines[-2:]}")
             if run.exists():
                 outcome.torn += [f"{outcome.runs}: {each}" for each in check_whole(run)]
-            if name == "evaluate":
+            if name in READING and run.exists():
                 for file, bits in outcome_of(run).items():
                     temporary = Path(file).name.startswith(".")
                     if not temporary and bits not in (before.get(file), expected.get(file)):
@@ -138,6 +150,8 @@ def faults(laboratory: Laboratory, name: str, kills: int) -> Outcome:
             outcome.runs += 1
             continue
         found = outcome_of(run)
+        if name in READING and name != "evaluate":
+            found = {file: bits for file, bits in found.items() if Path(file).name[0] != "."}
         different = [key for key in expected | found if expected.get(key) != found.get(key)]
         outcome.differences += [f"{outcome.runs}: {key}" for key in different]
         if not different:
@@ -159,11 +173,10 @@ def _place(lines: list[str]) -> str:
 
 def main() -> None:
     """Run what is asked for and write its figures."""
-    commands = ("fit", "sample", "evaluate")
     parser = argparse.ArgumentParser(description="kill probattn anywhere, and go on")
     parser.add_argument("--kills", type=int, default=200, help="of all commands, shared evenly")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=commands, default=list(commands))
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--folder", type=Path, help="keeps what differs; by default a new one")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     options = parser.parse_args()
@@ -199,7 +212,7 @@ def main() -> None:
     for name in options.only:
         row = results[name]
         counts = ", ".join(f"{len(row[key])} {key}" for key in ("torn", "differences", "failures"))
-        print(f"{name:9s} {row['kills']:4d} kills of {row['runs']:4d} runs: {counts}")
+        print(f"{name:11s} {row['kills']:4d} kills of {row['runs']:4d} runs: {counts}")
         for each in itertools.chain(row["torn"], row["differences"], row["failures"]):
             print(" ", each)
     print("wrote", path)

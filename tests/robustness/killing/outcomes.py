@@ -46,7 +46,7 @@ def outcome_of_sample(run: Path) -> dict[str, Any]:
     return found
 
 
-def outcome_of_evaluate(run: Path) -> dict[str, Any]:
+def outcome_of_files(run: Path) -> dict[str, Any]:
     """Every file, to the last byte."""
     return {name: _bits(np.fromfile(run / name, np.uint8)) for name in _names(run)}
 
