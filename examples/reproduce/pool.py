@@ -89,7 +89,7 @@ def _child(task: Task, core: int | None, writer: multiprocessing.connection.Conn
         os.setsid()
     if core is not None:
         os.sched_setaffinity(0, {core})  # before JAX counts the cores
-    keep_compiled_programs()
+    keep_compiled_programs(tell)
     failed = ""
     try:
         with ended_by_signals():
@@ -99,6 +99,11 @@ def _child(task: Task, core: int | None, writer: multiprocessing.connection.Conn
     except (OSError, RuntimeError, ValueError) as error:
         failed = str(error)
     writer.send(failed)
+
+
+def tell(line: str) -> None:
+    """Print a line that is no result, in the name of the command."""
+    print(f"run.py: {line}", file=sys.stderr)
 
 
 def _cores() -> list[int]:

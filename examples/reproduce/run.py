@@ -31,7 +31,7 @@ from plan import (
     read_scale,
     tuned_tasks,
 )
-from pool import run_tasks
+from pool import run_tasks, tell
 from summary import read_results, tuned_settings
 
 from probattn.inference.config_files import format_config
@@ -43,15 +43,15 @@ from probattn.text.corpora import NAMED_SOURCES, Corpus, DataConfig
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names; the exit status is 0 only when all of it is done."""
     options = _parser().parse_args(arguments)
-    keep_compiled_programs()
+    keep_compiled_programs(tell)
     try:
         with ended_by_signals():
             return _run(options)
     except Ended as ended:
-        print(f"{ended}; the same command goes on from here", file=sys.stderr)
+        tell(f"{ended}; the same command goes on from here")
         return 128 + ended.signum
     except (OSError, ValueError) as error:
-        print(f"run.py: {error}", file=sys.stderr)
+        tell(str(error))
         return 2
 
 

@@ -38,7 +38,7 @@ def given_values(
         "start is the old name of init_values, which the next version does not know: "
         "give init_values",
         FutureWarning,
-        stacklevel=3,
+        stacklevel=5,  # the caller of sample, past its two decorators
     )
     return start
 

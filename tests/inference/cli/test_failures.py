@@ -487,7 +487,7 @@ def test_a_fit_goes_on_without_its_outputs(redirection):
 @pytest.mark.usefixtures("text")
 @pytest.mark.parametrize(("sent", "status"), ENDS)
 def test_a_burst_of_signals_leaves_a_saved_fit_and_a_line(sent, status):
-    command = [*SMALL_FIT, "--fit.steps", "100000"]
+    command = [*SMALL_FIT, "--fit.steps", "80000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             while (line := process.stderr.readline()) and not line.startswith("step"):
