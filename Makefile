@@ -14,6 +14,11 @@ BIN = $(VENV)/bin
 PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One hash seed: programs that depend on the order of a set are then found in the compilation cache.
 PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Scripts carry few types: what is checked are names, and the calls of the package.
+UNTYPED = arg-type assignment call-overload index misc operator return-value type-var union-attr \
+	var-annotated
+SCRIPTS = --no-error-summary --allow-untyped-defs --allow-incomplete-defs \
+	$(addprefix --disable-error-code=,$(UNTYPED))
 
 .SILENT:
 .DEFAULT_GOAL := help
@@ -46,6 +51,7 @@ lint: install  ## ruff and mypy, changing nothing
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy -p probattn
+	for folder in benchmarks examples; do $(BIN)/mypy $(SCRIPTS) $$folder || exit 1; done
 
 format: install  ## let ruff repair what it can
 	$(BIN)/ruff check --fix --quiet

@@ -66,20 +66,22 @@ for seed in range(options.seeds):
         )
         print(f"{name} seed {seed}: {result.validation_cross_entropy:.4f}", flush=True)
 
+entropies = {name: interval(values) for name, values in losses.items()}
+# Paired by seed: initial network and minibatches are the same.
+costs = {
+    name: interval([100 * (a / b - 1) for a, b in zip(losses[name], losses["ce"], strict=True)])
+    for name in OBJECTIVES[1:]
+}
 table = {
     "environment": environment(),
     "config": "examples/tinyshakespeare.toml",
-    "validation_cross_entropy": {name: interval(values) for name, values in losses.items()},
-    # Paired by seed: initial network and minibatches are the same.
-    "cost_percent": {
-        name: interval([100 * (a / b - 1) for a, b in zip(losses[name], losses["ce"], strict=True)])
-        for name in OBJECTIVES[1:]
-    },
+    "validation_cross_entropy": entropies,
+    "cost_percent": costs,
     "runs": details,
 }
 options.out.parent.mkdir(parents=True, exist_ok=True)
 options.out.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-for name, row in table["validation_cross_entropy"].items():
+for name, row in entropies.items():
     print(f"{name:7s} {row['mean']:.4f} +- {row['half_width_95']:.4f} nats per character")
-for name, row in table["cost_percent"].items():
+for name, row in costs.items():
     print(f"{name:7s} costs {row['mean']:+.2f} % +- {row['half_width_95']:.2f}")

@@ -80,9 +80,9 @@ def consistency():
     def causal(coupling):
         return lambda x: pa.CausalAttention(coupling * ONE, ONE, 1.0, x.shape[-2]).log_prob(x)
 
-    for x in ([[0.5], [-1.5]], [[0.5], [-1.5], [2.0]]):
-        ratio = marginal_ratio(causal(-0.5), jnp.array(x), -30, 30)
-        yield Row("Theorem 2", f"d = 1, n = {len(x)}, a = -0.5, quadrature", "1", *ratio)
+    for given in ([[0.5], [-1.5]], [[0.5], [-1.5], [2.0]]):
+        ratio = marginal_ratio(causal(-0.5), jnp.array(given), -30, 30)
+        yield Row("Theorem 2", f"d = 1, n = {len(given)}, a = -0.5, quadrature", "1", *ratio)
     for gap in (4.5, 5.0, 6.0, 8.0):
         x = jnp.array([[-gap / 2], [gap / 2]])
         mass = pa.conditional_mass(x, 0.2 * ONE, ONE, 1.0)

@@ -62,11 +62,12 @@ class Results:
 
 def read_results(folder: Path) -> Results:
     """Read the tables that `collect` wrote."""
-    tables = (_read(folder / f"{name}.csv") for name in ("runs", "curves", "noise"))
+    runs, curves, noise = (_read(folder / f"{name}.csv") for name in ("runs", "curves", "noise"))
     setting = (folder / "setting.txt").read_text(encoding="utf-8")
     optional = ("sensitivity_margins", "sensitivity_comparisons", "confirmation/noise")
     paths = (folder / f"{name}.csv" for name in optional)
-    return Results(*tables, setting, *(_read(path) if path.exists() else [] for path in paths))
+    margins, comparisons, further = (_read(path) if path.exists() else [] for path in paths)
+    return Results(runs, curves, noise, setting, margins, comparisons, further)
 
 
 def interval(values: Iterable[float]) -> Interval:
