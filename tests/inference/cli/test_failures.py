@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -488,7 +489,8 @@ def test_a_fit_goes_on_without_its_outputs(redirection):
 @pytest.mark.parametrize(("sent", "status"), ENDS)
 def test_a_burst_of_signals_leaves_a_saved_fit_and_a_line(sent, status):
     command = [*SMALL_FIT, "--fit.steps", "80000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    heard = partial(signal.signal, sent, signal.SIG_DFL)  # under nohup SIGHUP would be ignored
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         try:
             while (line := process.stderr.readline()) and not line.startswith("step"):
                 pass
