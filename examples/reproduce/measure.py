@@ -113,7 +113,7 @@ def _measure(task: Task, run: Run, name: str) -> list[dict[str, Any]]:
             run,
             part,
             scorer,
-            scorer.losses(run.parameters),
+            scorer.sums(run.parameters),
             seed=SEED,
             ascent_tokens=noise.ascent_tokens,
             done=lambda: None,

@@ -19,7 +19,7 @@ from probattn.inference.evaluation.noise_sweeps import NoisePoint
 from probattn.inference.evaluation.sensitivity import Sensitivity
 from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins
 from probattn.inference.export.diagnostics import divergence_margin, summarise, values_of
-from probattn.inference.figures.data import character_heads
+from probattn.inference.figures.data import character_head, character_heads
 from probattn.inference.figures.report import compared_row
 from probattn.inference.fitting.result import FitResult
 from probattn.inference.paper.data import PaperComparison
@@ -97,7 +97,7 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
     title = Text(f"margins of {printable(margins.name)} (sigma_min)")
     table = Table(title=title, title_justify="left")
     header = ("stage", "smallest", "1 %", "median", "certified")  # of which 1 % is a quantile
-    heads, inner = character_heads(margins.tokens), margins.position >= 2
+    inner = margins.position >= 2
     rows, support = [], []
     for stage in margins.stages:
         known = inner & ~np.isnan(stage.margin)
@@ -105,7 +105,8 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
         quantiles = (f"{value:.3f}" for value in np.quantile(values, [0, 0.01, 0.5]))
         certified = f"{100 * np.mean(stage.certificate[inner] < 1):.1f} %"
         rows.append((stage.label, *quantiles, certified))
-        support.append(heads[np.argmin(np.where(known, stage.margin, np.inf))])
+        weakest = np.argmin(np.where(known, stage.margin, np.inf))
+        support.append(character_head(margins.tokens, int(weakest)))
     for name in header:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     table.add_column("support token", justify="right", no_wrap=True)
@@ -113,13 +114,16 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
     for row, head in zip(rows, support, strict=True):
         table.add_row(*row, _token_in_text(margins.tokens, head, screen.width - taken - 4))
     screen.print(table)
-    _print_unknown(screen, margins.stages, np.arange(len(margins.tokens)), margins.tokens)
+    _print_unknown(screen, margins.stages, range(len(margins.tokens)), margins.tokens)
     if not margins.post_hoc_converged:
         screen.print(_NOT_CONVERGED)
 
 
 def _print_unknown(
-    screen: Console, stages: Sequence[TokenMargins], index: np.ndarray, tokens: Sequence[str]
+    screen: Console,
+    stages: Sequence[TokenMargins],
+    index: np.ndarray | range,
+    tokens: Sequence[str],
 ) -> None:
     """Print, of every stage with margins that are NaN, how many they are and which is the first."""
     for stage in stages:
@@ -158,7 +162,7 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
     )
     for statistic, title in _SENSITIVITY.items():
         chosen = [each for each in found.comparisons if each.statistic == statistic]
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", padding=0)
         table.add_column("stage")
         columns = list(dict.fromkeys(each.within for each in chosen))
         for within in columns:
@@ -168,7 +172,7 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
             cells = [each.estimate for each in chosen if each.stage == stage]
             table.add_row(stage, *(_interval(cell) for cell in cells))
         screen.print(table)
-    screen.print("in brackets the 95 % interval, by a bootstrap over windows")
+    screen.print("below each value its 95 % interval, by a bootstrap over windows")
     _print_unknown(screen, found.stages, found.index, found.tokens)
     if not found.post_hoc_converged:
         screen.print(_NOT_CONVERGED)
@@ -177,7 +181,7 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
 def _interval(estimate: Estimate) -> str:
     if math.isnan(estimate.value):
         return "-"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:.3f}\n{estimate.low:.3f}, {estimate.high:.3f}"
 
 
 def print_posterior(screen: Console, tree: "xr.DataTree") -> None:
@@ -216,6 +220,12 @@ def print_compared(screen: Console, compared: Sequence[ComparedRun]) -> None:
             if any(value is not None for value in values):
                 table.add_row(shown, *(_cell(value) for value in values))
         screen.print(table)
+    for run in compared:
+        if run.unknown_margins:
+            screen.print(
+                f"{printable(run.label)}: {run.unknown_margins} margins are not known (NaN) and "
+                "left out"
+            )
     if any(run.pareto_k is not None and not run.pareto_k <= 0.7 for run in compared):
         screen.print("a Pareto k not below 0.7: the elpd_loo of that run cannot be trusted")
 

@@ -51,6 +51,8 @@ class ComparedRun:
         predictions: predictions of held-out text.
         smallest_margin: smallest margin over the compared sequences; the median over draws.
         margin_quantiles: quantiles of all positions >= 2, by level; of all draws together.
+        unknown_margins: how many margins are not known (NaN); smallest margins and quantiles are of
+            the others.
         margin_stage: attention stage that the margins are taken at: "trained", "first layer" (all
             its heads), or "post hoc" for a run whose objective acts on none; "post hoc, not
             converged" if the fit of that stage did not come to rest.
@@ -70,6 +72,7 @@ class ComparedRun:
     predictions: Predictions | None = None
     smallest_margin: float | None = None
     margin_quantiles: Mapping[float, float] | None = None
+    unknown_margins: int | None = None
     margin_stage: str | None = None
     smallest_margin_draws: np.ndarray | None = None
     elpd_loo: float | None = None
@@ -208,11 +211,14 @@ def _objective(objective: ObjectiveConfig) -> dict[str, Any]:
 def _margins(margin: Float[np.ndarray, "chain draw *stage T"]) -> dict[str, Any]:
     """Summarise margins: smallest of every draw, its median, quantiles of all at positions >= 2."""
     inner = margin[..., 2:]
-    smallest = inner.min(tuple(range(2, inner.ndim)))
+    unknown = np.isnan(inner)
+    smallest = np.where(unknown, np.inf, inner).min(tuple(range(2, inner.ndim)))
+    known = inner[~unknown]
     return {
         "smallest_margin": float(np.median(smallest)),
         "smallest_margin_draws": smallest,
-        "margin_quantiles": {level: float(np.quantile(inner, level)) for level in QUANTILES},
+        "margin_quantiles": {level: float(np.quantile(known, level)) for level in QUANTILES},
+        "unknown_margins": int(unknown.sum()),
     }
 
 

@@ -142,8 +142,8 @@ def evaluate(
     writable = run.is_writable()  # refused before the work rather than after it
     prior = post_hoc_prior(run, progress=progress)
     scorer = Scorer(run.config.model, run.vocabulary, tokens)
-    losses = scorer.losses(run.parameters)
-    clean = scorer.summed(losses)
+    sums = scorer.sums(run.parameters)
+    clean = scorer.summed(sums)
     substitutes = "substitution" in noise_kinds
     levels = (len(noise_kinds) - substitutes) * (len(noise_absolute) + len(noise_relative))
     levels += len(substituted) * substitutes
@@ -155,7 +155,7 @@ def evaluate(
             run,
             tokens,
             scorer,
-            losses,
+            sums,
             seed=seed,
             ascent_tokens=ascent_tokens,
             done=lambda: bar.update(1),

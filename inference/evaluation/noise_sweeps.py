@@ -62,7 +62,7 @@ class NoiseSweeps:
         run: run whose parameters are used.
         tokens: tokens of the text.
         scorer: scorer for the whole text.
-        clean: losses of the scorer without noise.
+        clean: sums of the scorer without noise.
         seed: seed of the noise.
         ascent_tokens: at most so many tokens for worst-case directions.
         done: called after each level.
@@ -73,7 +73,7 @@ class NoiseSweeps:
         run: Run,
         tokens: np.ndarray,
         scorer: Scorer,
-        clean: Float[np.ndarray, "windows T"],
+        clean: Float[np.ndarray, " windows"],
         *,
         seed: int,
         ascent_tokens: int,
@@ -114,24 +114,19 @@ class NoiseSweeps:
             frequencies = self._frequencies if kind == "substitution" else None
             disturbed = perturbation(kind, level, frequencies=frequencies)
             key = jax.random.key(self._seed)
-            noisy = scorer.losses(self._run.parameters, disturbed, rng_key=key)
-        over_windows = ratio(
-            *(
-                np.where(scorer.reported, losses, 0).sum(1, dtype=np.float64)
-                for losses in (noisy, clean)
-            )
-        )
+            noisy = scorer.sums(self._run.parameters, disturbed, rng_key=key)
+        over_windows = ratio(noisy, clean)
         bpc = scorer.summed(noisy).bpc
         self._done()
         return bpc, bpc / scorer.summed(clean).bpc, over_windows.low, over_windows.high, kind
 
     @cached_property
-    def _part(self) -> tuple[Scorer, Float[np.ndarray, "windows T"]]:
+    def _part(self) -> tuple[Scorer, Float[np.ndarray, " windows"]]:
         run = self._run
         part = Scorer(
             run.config.model, run.vocabulary, self._tokens, most_tokens=self._ascent_tokens
         )
-        return part, part.losses(run.parameters)
+        return part, part.sums(run.parameters)
 
     @cached_property
     def _frequencies(self) -> Float[np.ndarray, " V"]:

@@ -1,21 +1,23 @@
 """Losses of a language model on a text, clean or under a perturbation of what enters its stack."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from probattn.inference.evaluation.perturbations import Gaussian, Perturbation
 from probattn.models import LanguageModelConfig
 from probattn.models.transformer import Parameters, Precision, logits
-from probattn.text.batches import map_batches, windows
+from probattn.text.batches import Windows, each_batch, windows
 from probattn.text.vocabulary import Vocabulary
 
 BATCH = 32  # windows in one call
+_TOGETHER = 2**20  # positions of a text that are counted at once
 _CLEAN = Gaussian(0.0)  # noise at level 0: one program scores a text clean and under noise
 
 
@@ -40,13 +42,7 @@ class Scorer:
     """Loss of every token of a text, each predicted once from the tokens of its window.
 
     The text is cut into windows of a block without overlap; its first token is not predicted.
-
-    Attributes:
-        inputs: tokens of each window, (windows, T).
-        targets: the token that follows each of them, (windows, T).
-        starts: where each window begins in the text, (windows,).
-        reported: (windows, T), True where a loss counts; the last window is moved back to end with
-            the text and repeats some of the one before.
+    Scores hold the sums of each window and one batch of windows, and nothing as long as the text.
 
     Args:
         config: size of the network.
@@ -66,14 +62,28 @@ class Scorer:
         precision: Precision = "float32",
     ) -> None:
         plan = windows(len(tokens) - 1, block=config.block)
-        if most_tokens is not None:
-            plan = plan.spread(most_tokens)
-        self.inputs = plan.take(tokens)
-        self.targets = plan.take(tokens[1:])
-        self.starts = plan.starts
-        self.reported = plan.reported
-        self._characters = vocabulary.token_characters[self.targets]
+        self._plan = plan if most_tokens is None else plan.spread(most_tokens)
+        self._tokens = tokens
+        self._of_token = vocabulary.token_characters
         self._losses = partial(_losses, heads=config.heads, precision=precision)
+
+    @cached_property
+    def inputs(self) -> Int[np.ndarray, "windows T"]:
+        """Tokens of each window, (windows, T)."""
+        return self._plan.take(self._tokens)
+
+    @cached_property
+    def starts(self) -> Int[np.ndarray, " windows"]:
+        """Where each window begins in the text, (windows,)."""
+        return self._plan.starts
+
+    @cached_property
+    def reported(self) -> Bool[np.ndarray, "windows T"]:
+        """Which losses count, (windows, T).
+
+        The last window is moved back to end with the text and repeats some of the one before.
+        """
+        return self._plan.reported
 
     def score(
         self,
@@ -92,28 +102,40 @@ class Scorer:
         Raises:
             ValueError: if the predicted tokens begin no character.
         """
-        return self.summed(self.losses(parameters, perturbation, rng_key=rng_key))
+        return self.summed(self.sums(parameters, perturbation, rng_key=rng_key))
 
-    def summed(self, losses: Float[np.ndarray, "windows T"]) -> Score:
-        """Score given losses, those of `losses`.
+    def summed(self, sums: Float[np.ndarray, " windows"]) -> Score:
+        """Score given sums of losses, those of `sums`.
 
         Raises:
             ValueError: if the predicted tokens begin no character.
         """
-        losses = losses[self.reported]
-        characters = int(self._characters[self.reported].sum())
+        tokens, characters = self._counts
         if characters == 0:
             raise ValueError(
                 "the predicted tokens begin no character, so there are no bits per character: "
                 "expected a longer text"
             )
-        total = float(losses.sum(dtype=np.float64))
+        total = float(sums.sum(dtype=np.float64))
         return Score(
-            cross_entropy=total / losses.size,
+            cross_entropy=total / tokens,
             bpc=total / math.log(2) / characters,
-            tokens=losses.size,
+            tokens=tokens,
             characters=characters,
         )
+
+    def sums(
+        self,
+        parameters: Parameters,
+        perturbation: Perturbation = _CLEAN,
+        *,
+        rng_key: Array | None = None,
+    ) -> Float[np.ndarray, " windows"]:
+        """Compute the sum of the losses that count in each window, in nats, of 64 bits."""
+        found = []
+        for losses, reported in self._batches(parameters, perturbation, rng_key):
+            found.append(np.where(reported, losses, 0).sum(1, dtype=np.float64))
+        return np.concatenate(found)
 
     def losses(
         self,
@@ -123,24 +145,20 @@ class Scorer:
         rng_key: Array | None = None,
     ) -> Float[np.ndarray, "windows T"]:
         """Compute the loss of every position of every window, in nats."""
-        rng_key = jax.random.key(0) if rng_key is None else rng_key
-
-        def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> Array:
-            key = jax.random.fold_in(rng_key, number)
-            inputs, targets = self.inputs[rows], self.targets[rows]
-            return self._losses(perturbation, parameters, inputs, targets, key)
-
-        return map_batches(of_batch, len(self.inputs), BATCH)
+        batches = self._batches(parameters, perturbation, rng_key)
+        return np.concatenate([losses for losses, _ in batches])
 
     def embedding_rms(self, parameters: Parameters) -> float:
         """Return the root mean square, per coordinate, of what enters the stack over this text."""
-        counts = np.zeros((len(parameters["token_embedding"]), self.inputs.shape[1]))
-        np.add.at(counts, (self.inputs, np.arange(self.inputs.shape[1])), self.reported)
+        length = self._plan.length
+        counts = np.zeros((len(parameters["token_embedding"]), length))
+        for part in self._plan.parts(_TOGETHER):
+            np.add.at(counts, (part.take(self._tokens), np.arange(length)), part.reported)
         tokens, positions = (
             np.asarray(parameters[name], np.float64)
             for name in ("token_embedding", "position_embedding")
         )
-        positions = positions[: self.inputs.shape[1]]
+        positions = positions[:length]
         # Sum over (symbol, position) pairs of count * |token + position|^2, without the pairs.
         total = (
             (counts.sum(1) * (tokens**2).sum(1)).sum()
@@ -148,6 +166,33 @@ class Scorer:
             + 2 * np.einsum("vt,vd,td->", counts, tokens, positions, optimize=True)
         )
         return math.sqrt(total / (counts.sum() * tokens.shape[1]))
+
+    def _batches(
+        self, parameters: Parameters, perturbation: Perturbation, rng_key: Array | None
+    ) -> Iterator[tuple[Float[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]]:
+        """Yield the losses of one batch of windows after another, and which of them count."""
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
+
+        def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> tuple[Array, np.ndarray]:
+            key, part = jax.random.fold_in(rng_key, number), self._plan.part(rows)
+            inputs, targets = part.take(self._tokens), self._targets(part)
+            return self._losses(perturbation, parameters, inputs, targets, key), part.reported
+
+        return each_batch(of_batch, len(self._plan.numbers), BATCH)
+
+    def _targets(self, part: Windows) -> Int[np.ndarray, "windows T"]:
+        """Return the token that follows each of those in some windows."""
+        return part.take(self._tokens[1:])
+
+    @cached_property
+    def _counts(self) -> tuple[int, int]:
+        """How many tokens are predicted, and how many characters begin in them."""
+        tokens = characters = 0
+        for part in self._plan.parts(_TOGETHER):
+            predicted = self._targets(part)[part.reported]
+            tokens += predicted.size
+            characters += int(self._of_token[predicted].sum(dtype=np.int64))
+        return tokens, characters
 
 
 @partial(jax.jit, static_argnames=("heads", "precision"))

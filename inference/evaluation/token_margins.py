@@ -15,8 +15,11 @@ from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.texts import text_tokens
 from probattn.inference.runs.csv_tables import write_columns
 from probattn.inference.runs.run import Run
+from probattn.inference.runtime.memory import check_memory
 from probattn.inference.runtime.progress import progress_bar
+from probattn.inference.runtime.scratch import scratch_array
 from probattn.text.batches import windows
+from probattn.text.displayed import DisplayedTokens
 
 # Columns of a stage in tables, and the attributes that they show.
 _COLUMNS = {
@@ -26,6 +29,9 @@ _COLUMNS = {
     "certificate": "certificate",
     "support": "support",
 }
+
+_TOGETHER = 2**15  # positions of a text whose margins are computed before they are stored
+_BYTES = 16  # of each token that a table and a figure of one stage take beside its columns
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,12 @@ class TokenMargins:
 
 @dataclass(frozen=True)
 class TextMargins:
-    """What `text_margins` finds.
+    """What `text_margins` finds. Of a long text the arrays lie in files without a name.
 
     Attributes:
         name: name of the text.
-        tokens: what each token stands for, N strings, whose concatenation is the text; the empty
-            text where a token only goes on with the character of the one before.
+        tokens: what each token stands for, a sequence of N strings, whose concatenation is the
+            text; the empty text where a token only goes on with the character of the one before.
         position: position of each token within the window that reports it, (N,); tokens 0 and 1
             have no spread in their past and margin 1.
         window: number of that window, (N,).
@@ -90,6 +96,9 @@ def text_margins(
     A text longer than a block is read in windows; a token is reported from the first window that
     holds it, so that beyond the first window it has a context of at least block - stride tokens.
 
+    Of a long text, 17 bytes for each token and stage and 8 for each token lie in files without a
+    name, in the user's cache. They are mapped into memory, and the system may drop them from it.
+
     Args:
         run: a run from `load_run` or `fit`.
         text: UTF-8 file of any length, by default the run's validation text.
@@ -98,7 +107,9 @@ def text_margins(
 
     Raises:
         ValueError: if the stride is out of range or the text cannot be read, is shorter than
-            three tokens or has a character that the vocabulary lacks.
+            three tokens or has a character that the vocabulary lacks, or its margins are larger
+            than the memory.
+        OSError: if the user's cache has no room for the margins of a long text.
     """
     tokens, name = text_tokens(run, text)
     if len(tokens) < 3:
@@ -107,17 +118,29 @@ def text_margins(
     plan = windows(
         len(tokens), block=block, stride=max(block // 2, 1) if stride is None else stride
     )
+    check_memory("the margins of one stage", _BYTES * len(tokens))
     prior = post_hoc_prior(run, progress=progress)
-    inputs = plan.take(tokens)
-    window, position = np.nonzero(plan.reported)
-    found = []
+    length = len(tokens)
+    window, position = (scratch_array(name, length, np.int32) for _ in range(2))
     chosen = list(stages(run, prior))
-    with progress_bar("margins", total=len(chosen), unit="stage", visible=progress) as bar:
-        for stage in chosen:
-            found.append(reported_margins(run, stage, inputs, plan.reported))
-            bar.update(1)
-    strings = run.vocabulary.display(tokens)
-    return TextMargins(name, strings, position, window, plan.starts, tuple(found), prior.converged)
+    found: list[TokenMargins] = []
+    total, done = len(chosen) * len(plan.numbers), 0
+    with progress_bar("margins", total=total, unit="window", visible=progress) as bar:
+        for part in plan.parts(_TOGETHER):
+            inputs, reported = part.take(tokens), part.reported
+            rows = slice(done, done + int(reported.sum()))
+            number, position[rows] = np.nonzero(reported)
+            window[rows] = np.asarray(part.numbers)[number]
+            for order, stage in enumerate(chosen):
+                values = reported_margins(run, stage, inputs, reported)
+                if order == len(found):
+                    found.append(_empty(values, length, name))
+                for column in _COLUMNS.values():
+                    getattr(found[order], column)[rows] = getattr(values, column)
+                bar.update(len(inputs))
+            done = rows.stop
+    shown = DisplayedTokens(run.vocabulary, tokens)
+    return TextMargins(name, shown, position, window, plan.starts, tuple(found), prior.converged)
 
 
 def reported_margins(
@@ -133,6 +156,17 @@ def reported_margins(
     np.put_along_axis(support, first, True, axis=1)
     columns = (values.margin, values.log_det, values.embedding_margin, values.certificate, support)
     return TokenMargins(stage.label, *(array[reported] for array in columns))
+
+
+def _empty(values: TokenMargins, length: int, name: str) -> TokenMargins:
+    """Return arrays for so many tokens, of the types of the values of some."""
+    return TokenMargins(
+        values.label,
+        *(
+            scratch_array(name, length, getattr(values, column).dtype)
+            for column in _COLUMNS.values()
+        ),
+    )
 
 
 def write_csv(margins: TextMargins, path: Path) -> None:

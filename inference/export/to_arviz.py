@@ -75,7 +75,8 @@ def to_datatree(
         margins: margin (kind "sigma_min"), log_det, the first-order embedding_margin, certificate
             and infeasible, each (stage, sequence, position), over windows of the validation text.
         observed_data: the tokens of these windows, (sequence, position).
-        constant_data: W_Q, W_K and sigma of the post-hoc attention prior.
+        constant_data: W_Q, W_K and sigma of the post-hoc attention prior, and whether its fit
+            converged; if it did not, its margins may be others.
 
     Dimensions have the names of `dims`, else those that this package's models have, else those of
     plates and of `infer={"event_dims": [...]}`, as in `az.from_numpyro`; others are numbered.
@@ -204,6 +205,7 @@ def _map_groups(run: Run, sequences: int) -> dict[str, "xr.Dataset"]:
                 "post_hoc_w_query": (DIMS["w_query"], prior.w_query),
                 "post_hoc_w_key": (DIMS["w_key"], prior.w_key),
                 "post_hoc_scale": ((), prior.scale),
+                "post_hoc_converged": ((), prior.converged),
             }
         ),
     }

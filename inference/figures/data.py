@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 Values = NDArray[np.float64]
 Positions = NDArray[np.intp]
 
+_MOST_POINTS, _FIRST_POINTS = 4000, 1000  # of a distribution that is drawn
+
 
 def check_any(name: str, entries: Mapping[str, Any]) -> None:
     """Refuse an empty mapping.
@@ -98,7 +100,9 @@ def vector(name: str, values: ArrayLike) -> Values:
     Raises:
         ValueError: if it has another number of dimensions.
     """
-    array = np.asarray(values, np.float64)
+    array = np.asarray(values)
+    if not np.issubdtype(array.dtype, np.floating):  # long ones are not copied
+        array = array.astype(np.float64)
     if array.ndim != 1:
         raise ValueError(f"{name}: got an array of shape {array.shape}, expected one dimension")
     return array
@@ -132,6 +136,13 @@ def character_heads(tokens: Sequence[str]) -> Positions:
     return np.maximum.accumulate(np.array(own, np.intp))
 
 
+def character_head(tokens: Sequence[str], position: int) -> int:
+    """Return which token shows the characters of the one at a position, as `character_heads`."""
+    while position and not tokens[position]:
+        position -= 1
+    return position
+
+
 def positions(name: str, values: ArrayLike, length: int) -> Positions:
     """Return positions in a text of `length` tokens, as a vector.
 
@@ -153,11 +164,16 @@ def positions(name: str, values: ArrayLike, length: int) -> Positions:
 
 def smallest_of_each(values: Values, stride: int) -> Positions:
     """Find the smallest value in each stretch of `stride`; a NaN only where all are."""
-    filled = np.where(np.isnan(values), np.inf, values)
-    starts = range(0, len(values), stride)
-    return np.array(
-        [start + np.argmin(filled[start : start + stride]) for start in starts], np.intp
-    )
+    stretches = (values[start : start + stride] for start in range(0, len(values), stride))
+    smallest = [np.argmin(np.where(np.isnan(each), np.inf, each)) for each in stretches]
+    return np.arange(0, len(values), stride) + np.array(smallest, np.intp)
+
+
+def one_of_each(values: Values, at: Positions, stride: int) -> Positions:
+    """Keep of some positions that of the smallest value in each stretch of `stride`."""
+    order = np.lexsort((values[at], at // stride))
+    _, first = np.unique(at[order] // stride, return_index=True)
+    return at[order][first]
 
 
 def above_an_edge(values: Values) -> Values:
@@ -178,18 +194,25 @@ def colour_limits(values: Values) -> tuple[float, float]:
 
 
 def cumulative(name: str, values: ArrayLike) -> tuple[Values, Values]:
-    """Evaluate the empirical distribution function at the finite values.
+    """Evaluate the empirical distribution function at the finite values, or at most 4000 of them.
 
     Returns them in ascending order, and the fraction of all that is not above each. NaN
-    counts for nothing; -inf counts below all, +inf above.
+    counts for nothing; -inf counts below all, +inf above. Of more values there are the 1000
+    smallest, the largest, and others at ranks whose logarithms are spread evenly.
 
     Raises:
         ValueError: if this is no vector, or has no finite value.
     """
     array = vector(name, values)
-    ordered = np.sort(array[~np.isnan(array)])
-    fraction = np.arange(1, len(ordered) + 1) / max(1, len(ordered))
-    finite = np.isfinite(ordered)
-    if not finite.any():
+    ordered = np.sort(array)  # NaN comes last
+    total = int(np.searchsorted(ordered, np.nan))
+    first = int(np.searchsorted(ordered[:total], -np.inf, side="right"))
+    stop = int(np.searchsorted(ordered[:total], np.inf))
+    if first >= stop:
         raise ValueError(f"{name}: got {len(array)} margins, none finite, expected at least one")
-    return ordered[finite], fraction[finite]
+    ranks = np.arange(min(stop - first, _MOST_POINTS))
+    if stop - first > _MOST_POINTS:
+        spread = np.geomspace(_FIRST_POINTS, stop - first, _MOST_POINTS - _FIRST_POINTS)
+        rest = spread.round().astype(np.intp) - 1
+        ranks = np.unique(np.concatenate([ranks[:_FIRST_POINTS], rest]))
+    return ordered[first + ranks], (first + ranks + 1) / total

@@ -42,7 +42,8 @@ def margin_along_text(
 
     Of more than 1200 tokens a panel shows the smallest margin in each of at most 600 stretches, at
     its own position, and the axis says so. A margin of -inf is drawn at a lower edge, one of NaN or
-    +inf not at all. More than 200 window starts are left out.
+    +inf not at all. Of more than 1200 support tokens those of the smallest margin in a stretch are
+    marked. More than 200 window starts are left out.
 
     Args:
         margins: label, with the kind of margin -> margins, shape (N,).
@@ -63,13 +64,16 @@ def margin_along_text(
     panels = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
     entries: dict[str, Artist] = {}
     for number, (panel, (label, margin)) in enumerate(zip(panels, values.items(), strict=True)):
-        drawn = data.above_an_edge(margin)
-        at = data.smallest_of_each(drawn, stride)
-        panel.plot(at, drawn[at], color=COLOURS[0], linewidth=0.7, label=label)
-        if number == 0 and support.size:
+        at = data.smallest_of_each(margin, stride)
+        marked = support if number == 0 else support[:0]
+        if len(marked) > 2 * _POINTS:
+            marked = data.one_of_each(margin, marked, stride)
+        drawn = data.above_an_edge(np.concatenate([margin[at], margin[marked]]))
+        panel.plot(at, drawn[: len(at)], color=COLOURS[0], linewidth=0.7, label=label)
+        if marked.size:
             [entries["support token"]] = panel.plot(
-                support,
-                drawn[support],
+                marked,
+                drawn[len(at) :],
                 linestyle="",
                 marker="D",
                 markersize=4.5,
@@ -99,7 +103,9 @@ def margin_along_text(
 
 
 @styled
-def margin_distribution(margins: Mapping[str, ArrayLike]) -> Figure:
+def margin_distribution(
+    margins: Mapping[str, ArrayLike], *, among: ArrayLike | slice = slice(None)
+) -> Figure:
     """Draw the empirical distribution of margins, with a logarithmic axis for its lower tail.
 
     A marker is at the smallest margin of each label, which the legend states. NaN is left out; -inf
@@ -107,6 +113,7 @@ def margin_distribution(margins: Mapping[str, ArrayLike]) -> Figure:
 
     Args:
         margins: label, with the kind of margin -> margins, shape (N,), N of its own.
+        among: which of them count, an index of each array; by default all.
 
     Raises:
         ValueError: if there are no margins, or those of a label are no vector or none is finite.
@@ -116,10 +123,12 @@ def margin_distribution(margins: Mapping[str, ArrayLike]) -> Figure:
     axes = figure.add_subplot()
     entries: dict[str, Artist] = {}
     for number, (label, margin) in enumerate(margins.items()):
-        ordered, fraction = data.cumulative(f"margins[{label!r}]", margin)
+        name = f"margins[{label!r}]"
+        counted = data.vector(name, margin)[among]
+        ordered, fraction = data.cumulative(name, counted)
         style = line_style(number) | {"drawstyle": "steps-post", "markevery": [0]}
         [line] = axes.plot(ordered, fraction, label=label, **style)
-        others = np.size(margin) - len(ordered)
+        others = counted.size - int(np.isfinite(counted).sum())
         note = f", {others} not finite" if others else ""
         entries[f"{label} (min {ordered[0]:.3g}{note})"] = line
     axes.set_yscale("log")

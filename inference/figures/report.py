@@ -137,7 +137,6 @@ def margin_figures(margins: TextMargins, folder: Path) -> list[Path]:
     write_csv(margins, table)
     # Positions 0 and 1 of the first window have margin 1 whatever the model is.
     informative = margins.position >= 2
-    distributions = {name: margin[informative] for name, margin in by_stage.items()}
     return [
         table,
         *_save(
@@ -149,7 +148,7 @@ def margin_figures(margins: TextMargins, folder: Path) -> list[Path]:
                 "margin_sequence": margin_along_text(
                     by_stage, support=support, window_starts=margins.window_starts
                 ),
-                "margin_distribution": margin_distribution(distributions),
+                "margin_distribution": margin_distribution(by_stage, among=informative),
             },
         ),
     ]
@@ -249,6 +248,7 @@ def compared_row(run: ComparedRun) -> dict[str, Any]:
         f"margin_quantile_{level:g}": (run.margin_quantiles or {}).get(level) for level in QUANTILES
     }
     return row | {
+        "unknown_margins": run.unknown_margins,
         "elpd_loo": run.elpd_loo,
         "elpd_loo_se": run.elpd_loo_se,
         "pareto_k": run.pareto_k,

@@ -24,6 +24,7 @@ from probattn.inference.figures.style import (
 from probattn.inference.figures.text_layout import RETURN_MARK, Piece, TextLayout, lay_out
 
 _COLUMNS, _MAX_ROWS = 88, 100
+_TOKENS_OF_A_CHARACTER = 4  # at most: it has at most four bytes
 _TYPE = 9.0  # points
 _COLUMN = 0.602 * _TYPE / 72  # inches: DejaVu Sans Mono is 0.602 em wide
 _ROW = 1.75 * _TYPE / 72
@@ -67,6 +68,9 @@ def text_by_margin(
     if max_characters < 1:
         raise ValueError(f"max_characters: got {max_characters}, expected at least 1")
     boxed = data.positions("support", support, len(tokens))
+    characters, supports = sum(map(len, tokens)) + (not tokens[0]), len(boxed)
+    tokens = tokens[: _TOKENS_OF_A_CHARACTER * max_characters]  # what is drawn lies among them
+    boxed, values = boxed[boxed < len(tokens)], values[: len(tokens)]
     heads = data.character_heads(tokens)
     shown, begins = np.unique(heads, return_index=True)
     values, boxed = np.fmin.reduceat(values, begins), np.searchsorted(shown, heads[boxed])
@@ -104,7 +108,7 @@ def text_by_margin(
     figure.text(
         1 - left,
         (foot - 0.08) / total,
-        _caption(layout, boxed.tolist(), bool(np.isnan(drawn).any())),
+        _caption(layout, boxed.tolist(), supports, bool(np.isnan(drawn).any()), characters),
         ha="right",
         va="top",
     )
@@ -168,19 +172,21 @@ def _luminance(colour: NDArray[np.float64]) -> float:
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
-def _caption(layout: TextLayout, boxed: Sequence[int], undefined: bool) -> str:
+def _caption(
+    layout: TextLayout, boxed: Sequence[int], supports: int, undefined: bool, characters: int
+) -> str:
     last = layout.pieces[-1].token
     inside = sum(token <= last for token in boxed)
     parts = []
-    if boxed:
+    if supports:
         parts.append("boxed: support tokens" if inside else "support tokens lie further on")
-        if 0 < inside < len(boxed):
-            parts[-1] += f" ({inside} of {len(boxed)} within)"
+        if 0 < inside < supports:
+            parts[-1] += f" ({inside} of {supports} within)"
     if any(RETURN_MARK in piece.text for piece in layout.pieces):
         parts.append(f"{RETURN_MARK} new line")
     if undefined:
         parts.append("grey: no margin")
     lines = ["; ".join(parts)] if parts else []
-    if layout.shown < layout.total:
-        lines.append(f"first {layout.shown} of {layout.total} characters")
+    if layout.shown < characters:
+        lines.append(f"first {layout.shown} of {characters} characters")
     return "\n".join(lines)

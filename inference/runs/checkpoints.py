@@ -267,7 +267,7 @@ def _system_error(error: Exception) -> OSError:
     """Return what the system said, of an exception that may be another library's."""
     if isinstance(error, OSError):
         return error
-    if quoted := re.search(r"os_error_code='(\d+)'", str(error)):
+    if quoted := re.search(r"os_error_code='([0-9]+)'", str(error)):
         return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
     return OSError(one_line(error)[:200])
 

@@ -56,7 +56,7 @@ _LARGEST = {
 # What a run's own commands write into it, and a kill may leave under a temporary name.
 _WRITTEN = re.compile(
     r"(figures/((training|noise|noise_kinds|barrier|smallest_margin|support_probability)\.png|"
-    r"noise\.csv)|segments/\d+-\d+\.npz|"
+    r"noise\.csv)|segments/[0-9]+-[0-9]+\.npz|"
     + "|".join(re.escape(name) for name in ENTRIES if "." in name)
     + ")"
 )
@@ -195,7 +195,7 @@ def is_replacing(path: Path) -> bool:
     if not (path / _REPLACED).is_dir():
         return False
     saved = *path.glob("checkpoints/latest/*"), *path.glob("segments/*.npz")
-    begun = any(re.fullmatch(r"\d+|\d+-\d+\.npz", entry.name) for entry in saved)
+    begun = any(re.fullmatch(r"[0-9]+|[0-9]+-[0-9]+\.npz", entry.name) for entry in saved)
     return not (begun and _is_whole(path))
 
 
@@ -271,7 +271,7 @@ def _tidy(path: Path) -> None:
                 with write_errors(entry):
                     entry.unlink()
     for entry in path.glob("checkpoints/*/*.saving"):
-        if re.fullmatch(r"\d+\.saving", entry.name) and entry.is_dir():
+        if re.fullmatch(r"[0-9]+\.saving", entry.name) and entry.is_dir():
             with write_errors(entry):
                 shutil.rmtree(entry)
     if (path / _PUT_ASIDE).is_dir():

@@ -17,7 +17,7 @@ from probattn.inference.runs.files import replacing
 from probattn.inference.runs.npz import read_arrays
 from probattn.inference.runtime.cores import cores
 
-_NAME = re.compile(r"(\d{8})-(\d{8})\.npz")
+_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.npz")
 _KINDS = ("draws", "statistics", "state")
 
 

@@ -166,7 +166,7 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
         return
     if coordinator == AUTOMATIC:
         return
-    if not re.fullmatch(r"\S+:\d{1,5}", coordinator):
+    if not re.fullmatch(r"\S+:[0-9]{1,5}", coordinator):
         raise ValueError(
             f"--coordinator is {coordinator!r}: expected HOST:PORT of the first process, the same "
             f"for all, or {AUTOMATIC}"

@@ -46,15 +46,24 @@ class Windows:
         """Return the tokens of each window, as integers of 32 bits."""
         return tokens[self.starts[:, None] + np.arange(self.length)].astype(np.int32)
 
+    def part(self, rows: Int[np.ndarray, " rows"]) -> "Windows":
+        """Return some of the windows, given their indices among these."""
+        if isinstance(self.numbers, range):  # whose numbers are their own indices
+            return replace(self, numbers=rows)
+        return replace(self, numbers=self.numbers[rows])
+
+    def parts(self, most_tokens: int) -> Iterator["Windows"]:
+        """Yield all windows in order, in parts of at most that many positions, and one window."""
+        size = max(most_tokens // self.length, 1)
+        for start in range(0, len(self.numbers), size):
+            yield self.part(np.arange(start, min(start + size, len(self.numbers))))
+
     def spread(self, most_tokens: int) -> "Windows":
         """Return windows that hold at most that many positions, and one at least, spread evenly."""
         most = max(most_tokens // self.length, 1)
         if most >= len(self.numbers):
             return self
-        chosen = np.linspace(0, len(self.numbers) - 1, most).round().astype(int)
-        if not isinstance(self.numbers, range):  # a range's numbers are their indices
-            chosen = self.numbers[chosen]
-        return replace(self, numbers=chosen)
+        return self.part(np.linspace(0, len(self.numbers) - 1, most).round().astype(int))
 
 
 def random_blocks(
@@ -122,10 +131,12 @@ def batched_rows(count: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
         yield np.minimum(np.arange(start, start + size), count - 1)
 
 
-def map_batches(
+def each_batch(
     function: Callable[[int, Int[np.ndarray, " size"]], Any], count: int, size: int
-) -> Any:
-    """Call a function for batches of rows, and join what it returns.
+) -> Iterator[Any]:
+    """Call a function for batches of rows, and yield what it returns, batch after batch.
+
+    A batch is yielded when the next has begun, so that a device does not wait for its caller.
 
     Args:
         function: takes the number of a batch and the indices of its rows, as `batched_rows` gives
@@ -133,10 +144,35 @@ def map_batches(
         count: number of rows, >= 1.
         size: rows of a batch, >= 1.
 
+    Yields:
+        The tree, with NumPy arrays whose leading axis is that of the batch's own rows.
+    """
+
+    def finished(number: int, tree: Any) -> Any:
+        return jax.tree.map(lambda array: np.asarray(array)[: count - number * size], tree)
+
+    before: tuple[int, Any] | None = None
+    for number, rows in enumerate(batched_rows(count, size)):
+        begun = number, function(number, rows)
+        if before is not None:
+            yield finished(*before)
+        before = begun
+    if before is not None:
+        yield finished(*before)
+
+
+def map_batches(
+    function: Callable[[int, Int[np.ndarray, " size"]], Any], count: int, size: int
+) -> Any:
+    """Call a function for batches of rows, and join what it returns.
+
+    Args:
+        function: see `each_batch`.
+        count: number of rows, >= 1.
+        size: rows of a batch, >= 1.
+
     Returns:
         The tree, with NumPy arrays whose leading axis is that of all rows.
     """
-    parts = [function(number, rows) for number, rows in enumerate(batched_rows(count, size))]
-    return jax.tree.map(
-        lambda *pieces: np.concatenate([np.asarray(piece) for piece in pieces])[:count], *parts
-    )
+    parts = list(each_batch(function, count, size))
+    return jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)

@@ -1,12 +1,15 @@
-"""Tables of margins, some of which are not known."""
+"""Tables of margins, some of which are not known, and of what noise does."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from probattn.inference.cli.console import print_margins
+from probattn.inference.cli.console import print_compared, print_margins, print_sensitivity
+from probattn.inference.comparison.compare import ComparedRun, _margins
+from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins, write_csv
 
 MARGIN = np.array([1, 1, 0.5, -0.25, 0.75, 0.5])
@@ -58,3 +61,50 @@ def test_the_table_keeps_every_row_and_cell(margins, tmp_path):
     cells = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
     assert [row["two_sigma_min"] for row in cells] == ["1", "1", "0.5", "-0.25", "nan", "0.5"]
     assert [float(row["one_sigma_min"]) for row in cells] == list(MARGIN)
+
+
+def test_a_table_of_sensitivity_has_room_in_80_columns():
+    comparisons = [
+        SimpleNamespace(
+            statistic=statistic,
+            within=within,
+            stage=f"layer 1 head {head}",
+            estimate=Estimate(-0.123, -0.456, -0.012),
+        )
+        for statistic in ("margin", "embedding_margin", "support")
+        for within in ("text", "position", "token", "loss")
+        for head in (1, 2)
+    ]
+    found = SimpleNamespace(
+        name="a text",
+        kind="gaussian",
+        level=0.5,
+        loss=np.ones(6),
+        noisy_loss=np.ones(6),
+        comparisons=comparisons,
+        stages=[],
+        index=np.arange(6),
+        tokens="abcdef",
+        post_hoc_converged=True,
+    )
+    stream = io.StringIO()
+    print_sensitivity(Console(file=stream, width=80), found)
+    lines = stream.getvalue().splitlines()
+    assert max(len(line) for line in lines if line[0] in "┏┃┡│└") <= 80
+    assert sum(line.count("-0.456, -0.012") for line in lines) == len(comparisons)
+    assert sum(line.count("layer 1 head 2") for line in lines) == 3
+
+
+def test_margins_that_are_not_known_are_left_out_of_a_comparison_and_counted():
+    margin = np.ones((1, 2, 3, 5))
+    margin[0, 0, 1, 2:] = np.nan, 0.25, 0.5
+    margin[0, 1, 1, 4] = 0.75
+    summary = _margins(margin)
+    assert summary["smallest_margin"] == 0.5
+    assert summary["smallest_margin_draws"].tolist() == [[0.25, 0.75]]
+    assert summary["margin_quantiles"][0.5] == 1
+    assert summary["unknown_margins"] == 1
+    stream = io.StringIO()
+    compared = [ComparedRun("a run", "latent", **summary), ComparedRun("b", "latent")]
+    print_compared(Console(file=stream, width=80), compared)
+    assert "a run: 1 margins are not known (NaN) and left out" in stream.getvalue()

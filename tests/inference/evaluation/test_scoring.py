@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import tracemalloc
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from probattn.inference import RunConfig
+from probattn.inference.evaluation import scoring
 from probattn.inference.evaluation.perturbations import Gaussian
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.fitting.monitor import Monitor
@@ -115,6 +117,25 @@ def test_bfloat16_products_change_the_losses_little(long):
     exact = long.score(PARAMETERS).cross_entropy
     rounded = scorer_of(text(LONG), precision="bfloat16").score(PARAMETERS).cross_entropy
     assert 0 < abs(rounded - exact) < 0.02 * exact
+
+
+def test_a_score_holds_nothing_as_long_as_the_text(monkeypatch):
+    """So that texts may be longer than the memory; the tokens lie in a file."""
+    tokens = np.zeros(2**20, np.uint8)
+    monkeypatch.setattr(scoring, "_losses", lambda _a, _b, inputs, *_c, **_d: np.ones(inputs.shape))
+    monkeypatch.setattr(scoring, "_TOGETHER", 2**12)
+    scorer = Scorer(MODEL, SimpleNamespace(token_characters=np.ones(SIZE, int)), tokens)
+    tracemalloc.start()
+    try:
+        score = scorer.score(PARAMETERS)
+        scorer.embedding_rms(PARAMETERS)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert score.cross_entropy == 1
+    assert score.tokens == len(tokens) - 1
+    windows = len(tokens) / BLOCK
+    assert peak < 4 * 8 * windows + 2**20  # a few numbers for each window
 
 
 # Noise

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import errno
+import os
 from contextlib import nullcontext
 from functools import partial
 
@@ -15,11 +17,12 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from probattn import certificate, embedding_margin, log_det, stability_margin
 from probattn.inference import post_hoc_prior, text_margins
-from probattn.inference.evaluation import attention_stages
+from probattn.inference.evaluation import attention_stages, token_margins
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from probattn.inference.evaluation.token_margins import write_csv
 from probattn.inference.export.site_values import site_values
 from probattn.inference.fitting import monitor
+from probattn.inference.runtime import memory, scratch
 from probattn.inference.sampling.result import PosteriorResult
 from probattn.models import ObjectiveConfig
 from tests.support.tiny_run import (
@@ -93,6 +96,45 @@ def test_every_token_is_reported_once_from_the_first_window_that_holds_it(margin
     for index, (window, position) in enumerate(zip(margins.window, margins.position, strict=True)):
         first = next(n for n, start in enumerate(STARTS) if start <= index < start + BLOCK)
         assert (window, position) == (first, index - STARTS[first])
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "probattn" / "scratch"
+
+
+def test_parts_of_a_long_text_are_joined_in_files_without_a_name(
+    run, text, margins, cache, monkeypatch
+):
+    monkeypatch.setattr(token_margins, "_TOGETHER", 8 * BLOCK)
+    monkeypatch.setattr(scratch, "_SHORT", 0)
+    found = text_margins(run, text, stride=3)
+    for name in ("window", "position"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(margins, name))
+    for stage, expected in zip(found.stages, margins.stages, strict=True):
+        for field in dataclasses.fields(stage):
+            np.testing.assert_array_equal(getattr(stage, field.name), getattr(expected, field.name))
+    assert isinstance(found.stages[0].margin.base, np.memmap)
+    assert list(cache.iterdir()) == []
+
+
+def test_margins_that_fit_nowhere_are_refused_before_the_work(run, text, monkeypatch):
+    monkeypatch.setattr(memory, "host_memory", lambda: 10 * len(TEXT))
+    monkeypatch.setattr(token_margins, "post_hoc_prior", None)
+    with pytest.raises(ValueError, match=r"the margins of one stage would take .* GiB: expected"):
+        text_margins(run, text)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_disk_without_room_is_one_line(run, text, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(scratch, "_SHORT", 0)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"no room for .* bytes \(given.txt\): No space left"):
+        text_margins(run, text, stride=3)
 
 
 def test_a_token_beyond_the_first_window_has_the_promised_context(margins):

@@ -133,6 +133,7 @@ def test_post_hoc_prior_is_there_as_a_constant(run, tree):
         ("post_hoc_w_query", prior.w_query),
         ("post_hoc_w_key", prior.w_key),
         ("post_hoc_scale", prior.scale),
+        ("post_hoc_converged", prior.converged),
     ):
         np.testing.assert_array_equal(constants[name], value)
 
