@@ -3,8 +3,8 @@
     python benchmarks/run.py [--rounds 15] [--only nuts export_memory]
 
 With --only, the other figures of an existing file stay; "updated" then says where, and in how many
-rounds, those that were run were measured. Scaling and sequence_gain, which have figures, are in files of
-their own.
+rounds, those that were run were measured. Scaling and sequence_gain, which have figures, are in
+files of their own.
 """
 
 import argparse
