@@ -58,10 +58,10 @@ def sequence_gain(
     vectors, and anew from the four best of 32 vectors, until `error` is below sqrt(eps) / 2
     (7.5e-9 in float64) or 100 times.
 
-    The gain is from below, and `error` squared over the relative gap to the fifth singular
-    value is how much may be missing. Rounding adds eps |J| gain, relative: the data
-    themselves leave as much open. Where several singular values agree up to `error`, the shares
-    are those of one of the vectors that belong to them.
+    The gain is a lower bound. About `error` squared over the relative gap to the next singular
+    value may be missing of it. Rounding adds eps |J| gain, relative, which rounding of the data
+    leaves open too. Where several singular values agree, the shares are those of one of their
+    vectors, and others may be as large.
 
     The first derivative is exact where the smallest singular value of J is simple; second
     derivatives are not defined by this function.
