@@ -5,6 +5,7 @@ from probattn.distributions import AttentionResidual, CausalAttention
 from probattn.log_determinants import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
 from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
 from probattn.proper import certificate, is_proper
+from probattn.sequence_gain import sequence_gain
 from probattn.total_mass import conditional_mass
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "reduced_blocks",
     "relaxed_barrier",
     "residual",
+    "sequence_gain",
     "stability_margin",
     "support_tokens",
 ]

@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from probattn.arguments import check_arguments
 from probattn.attention import residual
-from probattn.blocks.covariance import attention_covariance, identity_less
-from probattn.blocks.geometry import bounded, geometry
+from probattn.blocks.covariance import identity_less
+from probattn.blocks.geometry import bounded
 from probattn.blocks.promotion import with_rank
+from probattn.blocks.substitution import factorise, solve_jacobian
 
 _HIGHEST = lax.Precision.HIGHEST
 _MOST_TRIALS = 1000  # antisymmetric couplings of norm 10 need up to 460, of norm 20 up to 800
@@ -259,40 +260,4 @@ def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
         return residual(x, w_query, w_key, bound=bound)
 
     _, moved = jax.jvp(at_fixed_x, tuple(parameters), tuple(parameter_tangents))
-    return x, _solve_jacobian(x, e_tangent - moved, *parameters)
-
-
-def _solve_jacobian(
-    x: Float[Array, "T d"],
-    right: Float[Array, "T d"],
-    w_query: Float[Array, "d r"],
-    w_key: Float[Array, "d r"],
-    bound: ArrayLike | None,
-) -> Float[Array, "T d"]:
-    """Solve (d residual / d x) y = right, block lower triangular, by forward substitution."""
-    length, rank = x.shape[0], w_query.shape[1]
-    centred, _, keys, weights = geometry(x, w_query, w_key, bound)
-    queries = jnp.matmul(x, w_query, precision=_HIGHEST) / math.sqrt(rank)
-    means = jnp.matmul(weights, centred, precision=_HIGHEST)
-    covariance = attention_covariance(weights, keys, centred) / math.sqrt(rank)
-    reduced = identity_less(jnp.matmul(covariance, w_query, precision=_HIGHEST))
-    # (T, r, d): what turns f W_Q into the correction of f by Woodbury's identity.
-    correction = jnp.linalg.solve(reduced, covariance)
-
-    def position(carry: tuple[Array, Array], t: Array) -> tuple[tuple, Array]:
-        value_changes, key_changes = carry
-        weight_changes = weights[t] * jnp.matmul(key_changes, queries[t], precision=_HIGHEST)
-        mean_change = jnp.matmul(weights[t], value_changes, precision=_HIGHEST) + jnp.matmul(
-            weight_changes, centred - means[t][None], precision=_HIGHEST
-        )
-        known = right[t] + mean_change
-        projected = jnp.matmul(known, w_query, precision=_HIGHEST)
-        change = known + jnp.matmul(projected, correction[t], precision=_HIGHEST)
-        _, value_change = jax.jvp(lambda token: bounded(token, bound), (x[t],), (change,))
-        key_change = jnp.matmul(value_change, w_key, precision=_HIGHEST)
-        carry = value_changes.at[t].set(value_change), key_changes.at[t].set(key_change)
-        return carry, change
-
-    start = jnp.zeros_like(x), jnp.zeros((length, rank), x.dtype)
-    _, changes = lax.scan(position, start, jnp.arange(length))
-    return changes
+    return x, solve_jacobian(factorise(x, *parameters), e_tangent - moved)

@@ -49,6 +49,7 @@ MATHEMATICS = (
     "probattn.margins",
     "probattn.proper",
     "probattn.ancestral",
+    "probattn.sequence_gain",
 )
 MATHEMATICS_MAY_IMPORT = {
     "collections",
