@@ -68,7 +68,7 @@ def is_proper(
 
 
 def _largest_attraction(
-    w_query: Float[Array, "*#batch d r"], w_key: Float[Array, "*#batch d r"]
+    w_query: Float[Array, "*batch d r"], w_key: Float[Array, "*batch d r"]
 ) -> Float[Array, "*batch"]:
     """Return the largest eigenvalue of (A + A^T) / 2, or of its part in the span of the weights.
 
@@ -77,9 +77,7 @@ def _largest_attraction(
     """
     width, rank = w_query.shape[-2:]
     if 2 * rank < width:
-        shape = jnp.broadcast_shapes(w_query.shape, w_key.shape)
-        both = [jnp.broadcast_to(weights, shape) for weights in (w_query, w_key)]
-        core = jnp.linalg.qr(jnp.concatenate(both, axis=-1), mode="r")
+        core = jnp.linalg.qr(jnp.concatenate([w_query, w_key], axis=-1), mode="r")
         w_query, w_key = core[..., :rank], core[..., rank:]
     matrix = coupling(w_query, w_key)
     return jnp.linalg.eigvalsh((matrix + jnp.swapaxes(matrix, -1, -2)) / 2)[..., -1]
