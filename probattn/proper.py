@@ -61,7 +61,8 @@ def is_proper(
     sizes = jnp.linalg.norm(w_query, axis=-2) * jnp.linalg.norm(w_key, axis=-2)
     rounding = (width + rank) * jnp.finfo(sizes.dtype).eps * sizes.sum(-1) / math.sqrt(rank)
     largest = _largest_attraction(w_query, w_key)
-    proper = largest <= rounding
+    # Norms overflow before their product does, and nothing is forgiven then.
+    proper = (largest <= rounding) & jnp.isfinite(rounding)
     if bound is not None:
         proper |= jnp.asarray(bound, largest.dtype) ** 2 * (largest + rounding) <= 1
     return proper

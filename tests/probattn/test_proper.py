@@ -315,6 +315,13 @@ def test_weights_that_are_not_finite_are_not_proper_and_spoil_no_others():
         )
 
 
+def test_weights_whose_norms_overflow_are_forgiven_nothing():
+    """A = 1e5, and the square of 1e25 is beyond float32."""
+    large, small = np.full((1, 1), 1e25, np.float32), np.full((1, 1), 1e-20, np.float32)
+    assert not is_proper(large, small)
+    assert not is_proper(large, small, bound=1.0)
+
+
 @pytest.mark.slow
 def test_leading_axes_broadcast_under_jit_and_vmap():
     w_query = np.random.default_rng(0).standard_normal((3, 1, 4, 2))

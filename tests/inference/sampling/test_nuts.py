@@ -186,29 +186,26 @@ def test_moments_agree_with_quadrature(coupling):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1, 3])
-def test_draws_of_a_bounded_coupling_are_proper_and_reach_beyond_its_norm(width):
-    """Also where the norm of A is above 1 / c^2, which is half of the prior and more."""
-    latent = LatentEmbeddingsConfig(width=width, coupling="bounded", sequences=4, length=8)
-    tokens = np.random.default_rng(0).integers(0, 4, (4, 8))
+def test_draws_of_a_bounded_coupling_are_proper_and_reach_beyond_its_norm():
+    """Couplings of a norm above 1 / c^2 are proper too, as long as they attract no more."""
+    config = LatentEmbeddingsConfig(width=2, coupling="bounded", sequences=3, length=6)
+    x = np.random.default_rng(0).normal(size=(3, 6, 2))
     result = sample(
-        partial(latent_embeddings, vocabulary_size=4, config=latent),
-        model_args=(tokens,),
-        config=SampleConfig(chains=4, warmup=500, draws=500, target_accept=0.9),
+        partial(observed_embeddings, config=config),
+        model_args=(x,),
+        config=SampleConfig(chains=4, warmup=400, draws=400, target_accept=0.9),
     )
     assert result.divergences == 0
-    names = ("repulsion", "rotation")[:width]  # one dimension has no rotation
-    sites = {name: result.draws[name] for name in names}
 
     def coupling_of(draw):
-        return substitute(sample_coupling, draw)("bounded", width, latent.bound)
+        return substitute(sample_coupling, draw)("bounded", 2, config.bound)
 
-    with jax.enable_x64(True):
-        matrices = jax.vmap(jax.vmap(coupling_of))(sites)
-        weights = jax.vmap(jax.vmap(attention_weights_of))(matrices)
-        assert np.all(is_proper(*weights, bound=latent.bound))
+    sites = {name: result.draws[name] for name in ("repulsion", "rotation")}
+    matrices = jax.vmap(jax.vmap(coupling_of))(sites)
+    weights = jax.vmap(jax.vmap(attention_weights_of))(matrices)
+    assert np.all(is_proper(*weights, bound=config.bound))
     norms = np.linalg.norm(matrices, ord=2, axis=(-2, -1))
-    assert np.mean(norms > 1 / latent.bound**2) > 0.2
+    assert np.mean(norms > 1 / config.bound**2) > 0.2
     for values in (norms, np.trace(matrices, axis1=-2, axis2=-1)):
         assert float(az.rhat(values)) < 1.02
 
