@@ -6,7 +6,7 @@ identified only up to one, the prior must not choose among them.
 
 import math
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,18 @@ def sample_coupling(
 ) -> Float[Array, "d d"]:
     """Sample the coupling A.
 
-    "bounded": A = B (I + B^T B)^(-1/2) / c^2. The singular values of B, s, become s / sqrt(1 +
-    s^2) / c^2: every A with c^2 ||A||_2 < 1 is reached, and no other. "repulsive": A = K - L L^T
-    with K antisymmetric and L L^T a Wishart matrix, so that A + A^T is negative semidefinite.
-    "free": the entries of A are Normal, as the paper leaves them. The first two are proper for
-    every context (see `probattn.is_proper`), the third for none of unlimited spread.
+    "repulsive": A = K - L L^T with K antisymmetric and L L^T a Wishart matrix, so that A + A^T is
+    negative semidefinite. "bounded": A = (I - d / (d + 1) L L^T + K / sqrt(d + 1)) / c^2 with the
+    same L and K. With S the symmetric part of A, every A with c^2 lambda_max(S) < 1 is reached, and
+    no other: this is all that is proper for every bounded context, but for the boundary (see
+    `probattn.is_proper`). The entries of c^2 A have mean zero and variance 2 / (d + 1), and are
+    uncorrelated, so attraction and repulsion are of one size and the norm of c^2 A does not grow
+    with d. The density of S is proportional to exp((d + 1) c^2 tr(S) / 2) up to the boundary, where
+    it does not vanish. "free": the entries of A are Normal, as the paper leaves them, and no
+    context of unlimited spread is safe.
 
-    Sample sites: "direction" (d, d), B; "repulsion" (d, d), L, and "rotation" (d (d - 1) / 2,),
-    the lower triangle of K; "free_coupling" (d, d). Deterministic sites: those of
+    Sample sites: "repulsion" (d, d), L, and "rotation" (d (d - 1) / 2,), the lower triangle of K,
+    which d = 1 has not; "free_coupling" (d, d). Deterministic sites: those of
     `attention_sites.record_coupling`.
 
     Args:
@@ -47,27 +51,25 @@ def sample_coupling(
         ValueError: if the coupling is "bounded" and the bound is None.
     """
     normal = dist.Normal(0.0, 1.0)
-    if kind == "repulsive":
-        # The mean of L L^T is (d + 1) / d times the identity.
-        repulsion = dist.WishartCholesky(width + 1.0, scale_tril=jnp.eye(width) / math.sqrt(width))
-        factor = numpyro.sample("repulsion", repulsion)
-        matrix = -_matmul(factor, factor.T)
-        if width > 1:
-            lower = jnp.tril_indices(width, -1)
-            turn = numpyro.sample("rotation", normal.expand((len(lower[0]),)).to_event(1))
-            matrix = matrix.at[lower].add(turn).at[lower[::-1]].add(-turn)
-    elif kind == "bounded":
-        if bound is None:
-            raise ValueError("bound is None: expected a number > 0 for the coupling 'bounded'")
-        direction = numpyro.sample("direction", normal.expand((width, width)).to_event(2))
-        gram = jnp.eye(width) + _matmul(direction.T, direction)
-        matrix = jnp.linalg.solve(matrix_sqrt(gram), direction.T).T / bound**2
-    else:
+    if kind == "free":
         scale = 1 / math.sqrt(width)
         free = dist.Normal(0.0, scale).expand((width, width)).to_event(2)
-        matrix = numpyro.sample("free_coupling", free)
-    matrix = matrix / unit**2
-    return record_coupling(matrix)
+        return record_coupling(numpyro.sample("free_coupling", free) / unit**2)
+    # The mean of L L^T is (d + 1) / d times the identity.
+    repulsion = dist.WishartCholesky(width + 1.0, scale_tril=jnp.eye(width) / math.sqrt(width))
+    factor = numpyro.sample("repulsion", repulsion)
+    symmetric = -_matmul(factor, factor.T)
+    turn = jnp.zeros_like(symmetric)
+    if width > 1:
+        lower = jnp.tril_indices(width, -1)
+        entries = numpyro.sample("rotation", normal.expand((len(lower[0]),)).to_event(1))
+        turn = turn.at[lower].set(entries).at[lower[::-1]].set(-entries)
+    if kind == "repulsive":
+        return record_coupling((symmetric + turn) / unit**2)
+    if bound is None:
+        raise ValueError("bound is None: expected a number > 0 for the coupling 'bounded'")
+    symmetric = jnp.eye(width) + symmetric * (width / (width + 1))
+    return record_coupling((symmetric + turn / math.sqrt(width + 1)) / (bound * unit) ** 2)
 
 
 def attention_weights_of(
@@ -83,41 +85,89 @@ def proper_weights(
 ) -> tuple[Float[Array, "d r"], Float[Array, "d r"]]:
     """Make W_Q and W_K (d, r), proper for every context, out of any two matrices.
 
-    The two regimes of `sample_coupling`, at a rank r that may be far below d. With a bound c, each
-    matrix W becomes W L^-T with the Cholesky factor L L^T = I + W^T W, and its singular values s
-    become s / sqrt(1 + s^2); A is the product of the two over c^2. Every A of rank r with c^2
-    ||A||_2 < 1 is reached, and no other. Without a bound W_K becomes W_Q (S - I) with the
-    antisymmetric S = W_Q^T W_K - W_K^T W_Q, so that A + A^T = -2 W_Q W_Q^T / sqrt(r) is negative
-    semidefinite.
+    Without a bound W_K becomes W_Q (N - I) with the antisymmetric N = W_Q^T W_K - W_K^T W_Q, so
+    that A + A^T = -2 W_Q W_Q^T / sqrt(r) is negative semidefinite. With a bound c both become T W,
+    and A = T W_K W_Q^T T / c^2. T is a positive definite function of S, the symmetric part of W_K
+    W_Q^T, see `_attenuation`: an eigenvalue s of S becomes s / (1 + s_+) of the symmetric part of
+    c^2 A, where s_+ = (s + sqrt(s^2 + 4)) / 2 is a smooth positive part of s. It grows from minus
+    infinity to one, so every A of rank r with c^2 lambda_max((A + A^T) / 2) < 1 is reached, and no
+    other.
     """
-    identity = jnp.eye(w_query.shape[-1], dtype=w_query.dtype)
     if bound is None:
+        identity = jnp.eye(w_query.shape[-1], dtype=w_query.dtype)
         turn = _matmul(w_query.T, w_key)
         return w_query, _matmul(w_query, turn - turn.T - identity)
     share = w_query.shape[-1] ** 0.25 / bound  # A carries 1 / sqrt(r)
-
-    def squashed(matrix: Float[Array, "d r"]) -> Float[Array, "d r"]:
-        factor = jnp.linalg.cholesky(identity + _matmul(matrix.T, matrix))
-        return share * jax.scipy.linalg.solve_triangular(factor, matrix.T, lower=True).T
-
-    return squashed(w_query), squashed(w_key)
+    attenuation = _attenuation(w_query, w_key)
+    return share * _matmul(attenuation, w_query), share * _matmul(attenuation, w_key)
 
 
 @jax.custom_jvp
-def matrix_sqrt(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """Return the square root of a positive definite matrix, differentiable at equal eigenvalues.
+def _attenuation(w_query: Float[Array, "d r"], w_key: Float[Array, "d r"]) -> Float[Array, "d d"]:
+    """Return T = (I + S_+)^(-1/2), with S the symmetric part of W_K W_Q^T and S_+ as above.
 
-    The derivative solves S dS + dS S = dM, d^2 equations, which limits d to about 32; that of an
-    eigendecomposition is singular there.
+    S_+ - S_+^-1 = S, so T^-2 - (I - T^2)^-1 = S. The derivative is that of this equation, since
+    that of an eigendecomposition is singular at equal eigenvalues, and that of a QR decomposition
+    where [W_Q, W_K] is not of full rank.
     """
-    values, vectors = jnp.linalg.eigh(matrix)
-    return _matmul(vectors * jnp.sqrt(values), vectors.T)
+    vectors, roots, _ = _attenuated_directions(w_query, w_key)
+    return _REST * jnp.eye(len(vectors), dtype=roots.dtype) + _matmul(
+        vectors * (roots - _REST), vectors.T
+    )
 
 
-@matrix_sqrt.defjvp
-def _matrix_sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    root = matrix_sqrt(*primals)
-    (tangent,) = tangents
-    identity = jnp.eye(len(root), dtype=root.dtype)
-    operator = jnp.kron(root, identity) + jnp.kron(identity, root)
-    return root, jnp.linalg.solve(operator, tangent.ravel()).reshape(root.shape)
+_REST = math.sqrt(0.5)  # the eigenvalue of T where that of S is zero
+
+
+def _attenuated_directions(
+    w_query: Float[Array, "d r"], w_key: Float[Array, "d r"]
+) -> tuple[Float[Array, "d m"], Float[Array, "1 m"], Float[Array, "1 m"]]:
+    """Return eigenvectors in the span of [W_Q, W_K], with their eigenvalues of T and of S_+."""
+    rank = w_query.shape[-1]
+    basis, core = jnp.linalg.qr(jnp.concatenate([w_query, w_key], axis=-1))
+    product = _matmul(core[:, rank:], core[:, :rank].T)
+    values, vectors = jnp.linalg.eigh((product + product.T) / 2)
+    positive = jnp.exp(jnp.arcsinh(values / 2))[None]
+    return _matmul(basis, vectors), 1 / jnp.sqrt(1 + positive), positive
+
+
+@_attenuation.defjvp
+def _attenuation_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    root = _attenuation(*primals)
+    square = _matmul(root, root)
+    change, slope = jax.jvp(_symmetric_product, primals, tangents)
+    # S_+^-1 = I - T^2 S. With dM = T dT + dT T the derivative of the equation that defines T is
+    # dM + S_+^-1 dM S_+^-1 = -T^2 dS T^2. JAX differentiates this again where it is asked to.
+    inverse = jnp.eye(len(root), dtype=root.dtype) - _matmul(square, change)
+    inverse = (inverse + inverse.T) / 2
+
+    def operator(tangent: Array) -> Array:
+        of_square = _matmul(root, tangent) + _matmul(tangent, root)
+        return of_square + _matmul(_matmul(inverse, of_square), inverse)
+
+    vectors, roots, positive = _attenuated_directions(*jax.lax.stop_gradient(primals))
+
+    def factor(row: Array | float, column: Array | float, product: Array | float) -> Any:
+        """Divide by the eigenvalue of a pair, given t of both and the product of their s_+."""
+        return product / ((row + column) * (1 + product))
+
+    outside, across = factor(_REST, _REST, 1.0), factor(roots, _REST, positive)
+    inside = factor(roots.T, roots, positive.T * positive)
+
+    def solve(_: Any, right: Array) -> Array:
+        """Divide in the basis of the eigenvectors; outside of their span T is _REST."""
+        rows = _matmul(vectors.T, right)
+        columns = _matmul(right, vectors) * (across - outside)
+        both = (inside - across - across.T + outside) * _matmul(rows, vectors)
+        rows = (across - outside).T * rows + _matmul(both, vectors.T)
+        return outside * right + _matmul(vectors, rows) + _matmul(columns, vectors.T)
+
+    right = -_matmul(_matmul(square, slope), square)
+    return root, jax.lax.custom_linear_solve(operator, right, solve, symmetric=True)
+
+
+def _symmetric_product(
+    w_query: Float[Array, "d r"], w_key: Float[Array, "d r"]
+) -> Float[Array, "d d"]:
+    product = _matmul(w_key, w_query.T)
+    return (product + product.T) / 2

@@ -26,20 +26,18 @@ _HIGHEST = lax.Precision.HIGHEST
 def is_proper(
     w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Bool[Array, "*batch"]:
-    """Tell whether every context leaves it proper: a repulsive coupling or a bounded context.
+    """Tell whether every conditional is a density of mass one, whatever the context.
 
-    With A the coupling, Sigma_t the attention-weighted covariance of the context and D_t = I -
-    Sigma_t A:
+    With A the coupling and lambda the largest eigenvalue of its symmetric part (A + A^T) / 2, the
+    answer is exact: it is yes if and only if lambda <= 0, or c^2 lambda <= 1 where there is a bound
+    c. The antisymmetric part of A may be as large as it likes.
 
-    1. Repulsive: A + A^T negative semidefinite. The eigenvalues of Sigma A are those of S A S with
-       S = Sigma^(1/2). For one of them, lambda with unit eigenvector v, Re lambda = v* S (A + A^T)
-       S v / 2 <= 0. So the eigenvalues of D_t have real part >= 1, and det D_t >= 1, whatever the
-       context. In the scalar case this is the paper's a < 0.
-    2. Bounded: c^2 ||A||_2 < 1. The context lies within distance c of the origin, so its variance
-       in any direction is at most c^2 and ||Sigma A||_2 <= c^2 ||A||_2 < 1.
-
-    Neither is necessary: False means that this test proves nothing. The certificate speaks of one
-    context and may hold where neither does.
+    It is sufficient. Let Sigma be the covariance of the past under any attention weights. Every
+    eigenvalue of Sigma A has a real part of at most ||Sigma||_2 max(lambda, 0), and ||Sigma||_2 <
+    c^2 since |phi(x_s)| < c. So every eigenvalue of D_t = I - Sigma A has a positive real part,
+    and det D_t > 0. It is necessary. Two tokens at +- R v, with v the eigenvector of lambda and R
+    large enough, fold the map around x_t = 0. The proofs are in docs/mathematics.md, section 4. In
+    the scalar case without a bound this is the paper's a <= 0. (Not in the paper.)
 
     Args:
         w_query: W_Q, (..., d, r).
@@ -47,9 +45,11 @@ def is_proper(
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
-        (...), truth values. Rounding is forgiven: (A + A^T) / 2 may have eigenvalues up to
-        (d + r) eps ||A||_2, as W_Q = -W_K has in floating point. Where they are not mere rounding,
-        a context with |x|^2 beyond about 1 / ((d + r) eps ||A||_2) can still fold.
+        (...), truth values. The rounding of lambda is taken to be at most delta = (d + r) eps
+        sum_i |q_i| |k_i| / sqrt(r), with q_i and k_i the columns of W_Q and W_K. It is forgiven at
+        zero, so that W_Q = -W_K is proper in floating point: the test is lambda <= delta, and a
+        context with |x|^2 beyond 1 / delta can still fold. It is not forgiven at the bound: the
+        test is c^2 (lambda + delta) <= 1.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
@@ -57,14 +57,31 @@ def is_proper(
     """
     check_bound(bound)
     w_query, w_key = check_weights(w_query, w_key)
-    matrix = coupling(w_query, w_key)
-    rounding = sum(w_query.shape[-2:]) * jnp.finfo(matrix.dtype).eps
-    size = jnp.linalg.norm(matrix, ord=2, axis=(-2, -1))
-    symmetric = (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
-    proper = jnp.linalg.eigvalsh(symmetric)[..., -1] <= rounding * size
+    width, rank = w_query.shape[-2:]
+    sizes = jnp.linalg.norm(w_query, axis=-2) * jnp.linalg.norm(w_key, axis=-2)
+    rounding = (width + rank) * jnp.finfo(sizes.dtype).eps * sizes.sum(-1) / math.sqrt(rank)
+    largest = _largest_attraction(w_query, w_key)
+    # Norms overflow before their product does, and nothing is forgiven then.
+    proper = (largest <= rounding) & jnp.isfinite(rounding)
     if bound is not None:
-        proper |= jnp.asarray(bound, matrix.dtype) ** 2 * size < 1
+        proper |= jnp.asarray(bound, largest.dtype) ** 2 * (largest + rounding) <= 1
     return proper
+
+
+def _largest_attraction(
+    w_query: Float[Array, "*batch d r"], w_key: Float[Array, "*batch d r"]
+) -> Float[Array, "*batch"]:
+    """Return the largest eigenvalue of (A + A^T) / 2, or of its part in the span of the weights.
+
+    Where r is small, A is zero outside the span of the 2 r columns of W_Q and W_K. Where that is
+    not the whole space, zero is an eigenvalue too, which may be larger.
+    """
+    width, rank = w_query.shape[-2:]
+    if 2 * rank < width:
+        core = jnp.linalg.qr(jnp.concatenate([w_query, w_key], axis=-1), mode="r")
+        w_query, w_key = core[..., :rank], core[..., rank:]
+    matrix = coupling(w_query, w_key)
+    return jnp.linalg.eigvalsh((matrix + jnp.swapaxes(matrix, -1, -2)) / 2)[..., -1]
 
 
 def certificate(

@@ -32,7 +32,6 @@ DIMS: Mapping[str, tuple[str, ...]] = {
     "embeddings": ("sequence", "position", "embed"),
     "embeddings_base": ("sequence", "position", "embed"),
     "coupling": ("key_embed", "query_embed"),
-    "direction": ("key_embed", "query_embed"),
     "free_coupling": ("key_embed", "query_embed"),
     "repulsion": ("embed", "factor"),
     "rotation": ("embed_pair",),

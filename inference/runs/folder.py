@@ -37,8 +37,11 @@ ENTRIES = (
 )
 """What a run directory consists of, beside its lock."""
 
-FORMAT = 1
-"""Of the runs that this version makes. Those of earlier versions name no format."""
+FORMAT = 2
+"""Of the runs that this version makes. Those of the earliest versions name no format."""
+
+BOUNDED_FORMAT = 2
+"""The first format in which parameters of a bounded coupling mean what they mean now."""
 
 LOCK_SECONDS = 60.0
 """To wait for the lock with work that is done: but for fits and samplers nobody holds it long."""

@@ -36,7 +36,7 @@ from probattn.inference.runs.files import (
     write_errors,
     write_text,
 )
-from probattn.inference.runs.folder import enter, locked, put_aside
+from probattn.inference.runs.folder import BOUNDED_FORMAT, enter, locked, put_aside
 from probattn.inference.runs.segments import SegmentFolder
 from probattn.messages import describe, legible
 from probattn.models.language import parameter_shapes
@@ -241,8 +241,8 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
     """Open a run directory for reading; parameters and draws are loaded when they are asked for.
 
     Raises:
-        RunError: if the directory is no run or one of a newer version, or its description is
-            damaged.
+        RunError: if the directory is no run, one of a newer version, or one of an earlier version
+            whose bounded coupling would be misread; or if its description is damaged.
         WriteError: if a killed --overwrite had put the run aside, and it cannot be brought back.
     """
     path = Path(path)
@@ -260,6 +260,11 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
     except ValueError as error:
         raise RunError(f"damaged run: {error}") from None
     data = read_json(path / "data.json")
+    if data.get("format", 0) < BOUNDED_FORMAT and _has_bounded_coupling(config):
+        raise RunError(
+            f"{path}: was made by an earlier version of probattn, to which the parameters of a "
+            "bounded coupling meant another coupling; fit or sample it again with --overwrite"
+        )
     try:
         vocabulary = vocabulary_from_dict(data["vocabulary"])
         described = {name: data[name] for name in _DATA_FIELDS}
@@ -293,6 +298,13 @@ def require_fit(run: RunDirectory) -> Run:
     if not isinstance(run, Run):
         raise RunError(f"{run.path}: is a sampled posterior: expected a run of `probattn fit`")
     return run
+
+
+def _has_bounded_coupling(config: RunConfig | SampleRunConfig) -> bool:
+    """Tell whether the coupling is made by `sample_coupling` or `proper_weights` with a bound."""
+    if isinstance(config, SampleRunConfig):
+        return config.latent is not None and config.latent.context_bound is not None
+    return config.objective.name == "latent" and config.model.bound is not None
 
 
 _DATA_FIELDS = {

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpyro.handlers import seed, substitute, trace
+from scipy import stats
 
 from probattn import coupling, is_proper
 from probattn.models.coupling import (
     attention_weights_of,
-    matrix_sqrt,
     proper_weights,
     sample_coupling,
 )
@@ -41,14 +41,48 @@ def draws(kind, width, unit=1.0):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_bounded_has_the_singular_values_that_it_says(width):
+def test_bounded_is_the_identity_less_a_wishart_and_an_antisymmetric_matrix(width):
     sites = draws("bounded", width)
-    before = np.linalg.svd(sites["direction"], compute_uv=False)
-    after = np.linalg.svd(sites["coupling"], compute_uv=False)
-    np.testing.assert_allclose(after, before / np.sqrt(1 + before**2) / BOUND**2, rtol=1e-10)
-    # The same directions: A = B f(B^T B).
-    product = np.swapaxes(sites["direction"], -1, -2) @ sites["coupling"]
-    np.testing.assert_allclose(product, np.swapaxes(product, -1, -2), atol=1e-12)
+    wishart = sites["repulsion"] @ np.swapaxes(sites["repulsion"], -1, -2) * width / (width + 1)
+    matrix = BOUND**2 * sites["coupling"]
+    transposed = np.swapaxes(matrix, -1, -2)
+    np.testing.assert_allclose((matrix + transposed) / 2, np.eye(width) - wishart, atol=1e-12)
+    lower = ((matrix - transposed) / 2)[:, *np.tril_indices(width, -1)]
+    drawn = sites.get("rotation", np.zeros((COUNT, 0)))  # one dimension has none
+    np.testing.assert_allclose(lower, drawn / np.sqrt(width + 1), atol=1e-12)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bounded_entries_have_mean_zero_and_one_variance_and_are_uncorrelated(width):
+    """Within five standard errors of 4000 draws; fourth moments are below 50 variances squared."""
+    entries = BOUND**2 * draws("bounded", width)["coupling"].reshape(COUNT, -1)
+    variance = 2 / (width + 1)
+    assert np.all(np.abs(entries.mean(0)) < 5 * np.sqrt(variance / COUNT))
+    expected = variance * np.eye(width**2)
+    products = entries[:, :, None] * entries[:, None, :]
+    error = products.std(0) / np.sqrt(COUNT)
+    assert np.all(np.abs(products.mean(0) - expected) < 5 * error)
+
+
+def test_bounded_prior_has_the_density_that_it_says():
+    """Of S, exp((d + 1) c^2 tr(S) / 2): then 1 - c^2 a is exponential where d = 1."""
+    a = BOUND**2 * draws("bounded", 1)["coupling"].ravel()
+    assert stats.kstest(1 - a, stats.expon.cdf).pvalue > 0.001
+    # In two dimensions log density less that of "repulsion" is the log Jacobian of L -> S, which
+    # is 2 log l_11 + log l_22 up to a constant.
+    lower = np.array([[0.8, 0.0], [-0.3, 0.5]])
+    other = np.array([[1.4, 0.0], [0.9, 0.2]])
+
+    def of(factor):
+        model = substitute(seed(sample_coupling, 0), {"repulsion": jnp.asarray(factor)})
+        sites = trace(model).get_trace("bounded", 2, BOUND)
+        site = sites["repulsion"]
+        jacobian = 2 * np.log(factor[0, 0]) + np.log(factor[1, 1])
+        matrix = sites["coupling"]["value"]
+        return site["fn"].log_prob(site["value"]) - jacobian, 3 * BOUND**2 * np.trace(matrix) / 2
+
+    (one, trace_of_one), (two, trace_of_two) = of(lower), of(other)
+    np.testing.assert_allclose(one - two, trace_of_one - trace_of_two, rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -106,35 +140,17 @@ def test_weights_have_the_coupling():
     np.testing.assert_allclose(coupling(*attention_weights_of(matrix)), matrix, rtol=1e-12)
 
 
-def test_square_root_and_its_derivative_at_equal_eigenvalues():
-    factor = jax.random.normal(jax.random.key(0), (3, 3))
-    matrices = jnp.stack([factor @ factor.T + jnp.eye(3), jnp.eye(3), 4 * jnp.eye(3)])
-    step = jax.random.normal(jax.random.key(1), (3, 3))
-    step = 1e-6 * (step + step.T)
-
-    @jax.jit
-    @jax.vmap
-    def both(matrix):
-        root, slope = jax.jvp(matrix_sqrt, (matrix,), (step,))
-        return root, slope, (matrix_sqrt(matrix + step) - matrix_sqrt(matrix - step)) / 2
-
-    root, slope, difference = both(matrices)
-    np.testing.assert_allclose(root @ root, matrices, atol=1e-12)
-    np.testing.assert_allclose(root, jnp.swapaxes(root, 1, 2), atol=1e-14)
-    np.testing.assert_allclose(slope, difference, atol=1e-15)
-
-
 @all_kinds
 def test_gradient_where_the_factor_vanishes(kind):
-    """B = 0, K = 0 and A = 0, where all directions are alike and a map must still be smooth."""
-    name = {"bounded": "direction", "repulsive": "rotation", "free": "free_coupling"}[kind]
+    """K = 0 and A = 0, where all directions are alike and a map must still be smooth."""
+    name = "free_coupling" if kind == "free" else "rotation"
 
     def entry(value):
         model = seed(lambda: sample_coupling(kind, 2, 1.0), 0)
         sites = trace(substitute(model, {name: value})).get_trace()
         return jnp.sum(sites["coupling"]["value"] * jnp.arange(4.0).reshape(2, 2))
 
-    zero = jnp.zeros((1,) if kind == "repulsive" else (2, 2))
+    zero = jnp.zeros((2, 2) if kind == "free" else (1,))
     gradient = jax.jit(jax.grad(entry))(zero)
     assert np.all(np.isfinite(gradient))
     assert np.any(gradient != 0)
@@ -173,20 +189,94 @@ def test_any_two_matrices_make_a_proper_process(rank):
     assert not np.any(as_given), as_given
 
 
-def test_bounded_weights_reach_every_coupling_below_the_bound():
-    """Solved backwards: V = V' L with L^T L = (I - V'^T V')^-1 for the balanced factors V'."""
-    rank, bound = 3, 0.7
-    left, right = (np.linalg.qr(matrix)[0] for matrix in np.asarray(rectangular(rank, 1.0)))
-    sizes = np.array([0.999, 0.3, 1e-3])
-    raw = []
-    for basis in (right, left):
-        squashed = basis * np.sqrt(sizes)
-        inverse = np.linalg.inv(np.eye(rank) - squashed.T @ squashed)
-        # L^T L: a Cholesky factor with the order of rows and columns reversed, twice.
-        lower = np.linalg.cholesky(inverse[::-1, ::-1])[::-1, ::-1].T
-        raw.append(jnp.asarray(squashed @ lower.T))
-    got = coupling(*proper_weights(*raw, bound=bound))
-    np.testing.assert_allclose(got, (left * sizes) @ right.T / bound**2, rtol=1e-9, atol=1e-12)
+def attenuated(w_query, w_key):
+    """c^2 A of `proper_weights` by an eigendecomposition of the whole matrix S."""
+    raw = np.asarray(w_key) @ np.asarray(w_query).T
+    values, vectors = np.linalg.eigh((raw + raw.T) / 2)
+    root = (vectors / np.sqrt(1 + (values + np.sqrt(values**2 + 4)) / 2)) @ vectors.T
+    return root @ raw @ root
+
+
+def bounded_coupling(w_query, w_key):
+    return coupling(*proper_weights(w_query, w_key, bound=BOUND))
+
+
+NAMED_PAIRS = {
+    "generic": lambda a, b: (a, b),
+    "large": lambda a, b: (30 * a, 30 * b),
+    "repulsive": lambda a, b: (a, -a),
+    "equal eigenvalues": lambda a, b: (jnp.eye(*a.shape), jnp.eye(*a.shape)),
+    "zero": lambda a, b: (0 * a, 0 * b),
+    "no keys": lambda a, b: (a, 0 * b),
+    "repeated column": lambda a, b: (a.at[:, -1].set(a[:, 0]), b),
+}
+
+
+@functools.cache
+def of_bounded_weights(shape):
+    """A; the slope of a scalar of A along a step; the change of its gradient, in two ways."""
+    scalar_of = np.random.default_rng(0).standard_normal((shape[0], shape[0]))
+
+    def scalar(pair):
+        return jnp.sum(scalar_of * bounded_coupling(*pair))
+
+    def along(pair, step):
+        return jax.jvp(scalar, (pair,), (step,))[1]
+
+    @jax.jit
+    def evaluate(pair, step):
+        gradient = jax.grad(scalar)(pair)
+        forward = jax.jvp(jax.grad(scalar), (pair,), (step,))[1]
+        return bounded_coupling(*pair), gradient, forward, jax.grad(along)(pair, step)
+
+    return scalar_of, evaluate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (6, 2), (3, 5)], ids=str)
+def test_derivatives_of_bounded_weights_wherever_a_decomposition_has_none(shape):
+    """First by central differences of the whole matrix, second by those of the gradient."""
+    scalar_of, evaluate = of_bounded_weights(shape)
+    a, b, *step = np.random.default_rng(1).standard_normal((4, *shape))
+    step = tuple(map(jnp.asarray, step))
+    for name, make_pair in NAMED_PAIRS.items():
+        pair = make_pair(jnp.asarray(a), jnp.asarray(b))
+        got, gradient, forward, reverse = evaluate(pair, step)
+        size = 1 + float(np.abs(got).max())
+        expected = attenuated(*pair) / BOUND**2
+        np.testing.assert_allclose(got, expected, atol=1e-13 * size, err_msg=name)
+        h = 1e-5 * (1 + max(float(jnp.abs(part).max()) for part in pair))
+        ahead, behind = (
+            tuple(x + sign * h * dx for x, dx in zip(pair, step, strict=True)) for sign in (1, -1)
+        )
+        slope = np.sum(scalar_of * (attenuated(*ahead) - attenuated(*behind))) / (2 * h * BOUND**2)
+        found = sum(np.vdot(g, dx) for g, dx in zip(gradient, step, strict=True))
+        np.testing.assert_allclose(found, slope, rtol=1e-6, atol=1e-7, err_msg=name)
+        differences = [
+            (one - other) / (2 * h)
+            for one, other in zip(evaluate(ahead, step)[1], evaluate(behind, step)[1], strict=True)
+        ]
+        for change in (forward, reverse):
+            size = max(float(np.abs(part).max()) for part in (*differences, np.ones(1)))
+            np.testing.assert_allclose(change, differences, atol=1e-5 * size, err_msg=name)
+
+
+@pytest.mark.parametrize("top", [0.999, 0.5, 0.1])
+def test_bounded_weights_reach_every_coupling_below_the_threshold(top):
+    """Solved backwards: t^2 = (1 - x) / (2 - x) for an eigenvalue x of c^2 (A + A^T) / 2."""
+    rank, rng = 3, np.random.default_rng(0)
+    left, right = rng.standard_normal((2, 5, rank))
+    right += left @ (10 * np.array([[0, 1, 2], [-1, 0, 3], [-2, -3, 0]]))
+    wanted = left @ right.T
+    values = np.linalg.eigvalsh((wanted + wanted.T) / 2)
+    wanted *= top / values[-1]
+    values, vectors = np.linalg.eigh((wanted + wanted.T) / 2)
+    assert np.linalg.norm(wanted, 2) > 2 * top  # which the norm alone would refuse
+    back = (vectors / np.sqrt((1 - values) / (2 - values))) @ vectors.T
+    outer, sizes, inner = np.linalg.svd(back @ wanted @ back)
+    w_key, w_query = outer[:, :rank] * sizes[:rank], inner[:rank].T
+    got = bounded_coupling(jnp.asarray(w_query), jnp.asarray(w_key))
+    np.testing.assert_allclose(got, wanted / BOUND**2, rtol=1e-7, atol=1e-9)
 
 
 def test_repulsive_weights_have_the_symmetric_part_that_they_say():

@@ -28,9 +28,10 @@ EMISSION = {
 }
 EMISSION = {name: value - value.mean(-1, keepdims=True) for name, value in EMISSION.items()}
 # Strong enough to matter, and so weak that every determinant at X is positive.
+TURNED = {"repulsion": np.array([[0.8, 0.0], [0.3, 0.5]]), "rotation": np.array([0.7])}
 COUPLINGS = {
-    "bounded": {"direction": RNG.normal(size=(WIDTH, WIDTH))},
-    "repulsive": {"repulsion": np.array([[0.8, 0.0], [0.3, 0.5]]), "rotation": np.array([0.7])},
+    "bounded": TURNED,
+    "repulsive": TURNED,
     "free": {"free_coupling": 0.3 * RNG.normal(size=(WIDTH, WIDTH))},
 }
 RECORDED = ("coupling", "coupling_trace", "coupling_norm", "coupling_eigenvalues")
@@ -92,11 +93,29 @@ def attention_log_density(x, matrix, scale, bound):
     return stats.norm(0, scale).logpdf(e).sum() + np.log(determinants).sum()
 
 
-def coupling_log_prior(kind):
-    """Without the constant of the Wishart matrix's Cholesky factor, which SciPy lacks."""
-    if kind == "bounded":
-        return stats.norm.logpdf(COUPLINGS[kind]["direction"]).sum()
-    return stats.norm(0, 1 / np.sqrt(2)).logpdf(COUPLINGS[kind]["free_coupling"]).sum()
+def coupling_log_prior(kind, values=None):
+    """With the Jacobian of L -> L L^T in two dimensions, 4 l_11^2 l_22."""
+    values = COUPLINGS[kind] if values is None else values
+    if kind == "free":
+        return stats.norm(0, 1 / np.sqrt(2)).logpdf(values["free_coupling"]).sum()
+    factor = values["repulsion"]
+    wishart = stats.wishart(df=WIDTH + 1, scale=np.eye(WIDTH) / WIDTH)
+    jacobian = np.log(4) + 2 * np.log(factor[0, 0]) + np.log(factor[1, 1])
+    return (
+        wishart.logpdf(factor @ factor.T) + jacobian + stats.norm.logpdf(values["rotation"]).sum()
+    )
+
+
+def turned_coupling(kind, turn):
+    """The sites of turn^T A turn, with turn a rotation or a reflection of two dimensions."""
+    values = COUPLINGS[kind]
+    if kind == "free":
+        return {"free_coupling": turn.T @ values["free_coupling"] @ turn}
+    factor = turn.T @ values["repulsion"]
+    return {
+        "repulsion": np.linalg.cholesky(factor @ factor.T),
+        "rotation": np.linalg.det(turn) * values["rotation"],
+    }
 
 
 @pytest.mark.parametrize("kind", ["bounded", pytest.param("free", marks=pytest.mark.slow)])
@@ -146,15 +165,18 @@ def test_both_forms_are_the_same_up_to_the_change_of_variables(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bounded", "free"])
 def test_a_rotation_of_the_embeddings_changes_nothing(kind):
+    """The density of A is invariant; that of L less so, by the Jacobian of L -> L L^T."""
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 2)))[0]
-    ((name, matrix),) = COUPLINGS[kind].items()
-    values = EMISSION | {name: matrix, "embeddings": X}
-    turned = values | {
-        name: turn.T @ matrix @ turn,
+    values = EMISSION | COUPLINGS[kind] | {"embeddings": X}
+    turned = turned_coupling(kind, turn) | {
         "emission": turn.T @ values["emission"],
+        "emission_bias": values["emission_bias"],
         "embeddings": X @ turn,
     }
     (one, before), (other, after) = (latent_density(kind)(v) for v in (values, turned))
+    one, other = (
+        found - coupling_log_prior(kind, each) for found, each in ((one, values), (other, turned))
+    )
     np.testing.assert_allclose(one, other, rtol=1e-11)
     for site in ("coupling_trace", "coupling_norm", "coupling_eigenvalues", "margin"):
         np.testing.assert_allclose(before[site], after[site], atol=1e-12)

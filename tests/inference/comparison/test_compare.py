@@ -400,7 +400,8 @@ def test_predictions_of_latent_models_without_an_emission_by_hand(tiny_run):
     rng = np.random.default_rng(0)
     bias = rng.normal(size=(2, size))
     members = {
-        "direction": rng.normal(size=(2, 2, 2)),
+        "repulsion": np.tril(1 + rng.random(size=(2, 2, 2))),
+        "rotation": rng.normal(size=(2, 1)),
         "emission": np.zeros((2, 2, size)),
         "emission_bias": bias,
         "embeddings": np.full((2, 1), np.nan),  # of other sequences: looked at by no prediction

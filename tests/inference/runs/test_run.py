@@ -10,13 +10,16 @@ import threading
 
 import pytest
 
-from probattn.inference import FitConfig, RunConfig, load_run
+from probattn.inference import FitConfig, RunConfig, SampleRunConfig, load_run
 from probattn.inference.cli import main
 from probattn.inference.runs.checkpoints import (
     CheckpointError,
 )
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError, write_text
+from probattn.inference.runs.opening import new_run, open_run
+from probattn.inference.runs.run import PosteriorRun, Run
+from probattn.models import LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.text.corpora import Corpus
 from probattn.text.vocabulary import BytePairVocabulary
 from tests.support.made_runs import (
@@ -31,7 +34,7 @@ from tests.support.made_runs import (
     make_run,
 )
 from tests.support.refusals import refusal
-from tests.support.tiny_run import files_of, held_by_another_process
+from tests.support.tiny_run import MODEL, files_of, held_by_another_process
 
 # What is there
 
@@ -60,22 +63,62 @@ def with_description(run, changes):
 
 
 def test_a_run_of_an_earlier_version_names_no_format(run):
-    assert json.loads((run.path / "data.json").read_text("utf-8"))["format"] == 1
+    assert json.loads((run.path / "data.json").read_text("utf-8"))["format"] == 2
     with_description(run, {"format": None})
     assert load_run(run.path) == run
 
 
 def test_a_run_of_a_newer_version_is_refused_whatever_it_holds(run, capsys):
-    with_description(run, {"format": 2, "vocabulary": None})
+    with_description(run, {"format": 3, "vocabulary": None})
     (run.path / "config.toml").write_text("[tomorrow]\n")
     expected = (
-        f"{run.path}: is a run of format 2, and this version of probattn reads formats up to 1; "
+        f"{run.path}: is a run of format 3, and this version of probattn reads formats up to 2; "
         "update probattn to use it"
     )
     assert refusal(RunError, load_run, run.path) == expected
     for command in (["fit", "--out", str(run.path), "--resume"], ["evaluate", str(run.path)]):
         assert main(command) == 2
         assert capsys.readouterr() == ("", f"probattn: error: {expected}\n")
+
+
+LATENT = LatentEmbeddingsConfig(width=2, sequences=2, length=4)
+OF_FIT = RunConfig(model=dataclasses.replace(MODEL, bound=0.5), objective=ObjectiveConfig("latent"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "other"),
+    [
+        (Run, OF_FIT, dataclasses.replace(OF_FIT, model=MODEL)),
+        (Run, OF_FIT, dataclasses.replace(OF_FIT, objective=ObjectiveConfig("margin"))),
+        (
+            PosteriorRun,
+            SampleRunConfig(latent=LATENT),
+            SampleRunConfig(latent=dataclasses.replace(LATENT, coupling="repulsive")),
+        ),
+    ],
+    ids=["unbounded fit", "bounded barrier", "repulsive posterior"],
+)
+@pytest.mark.parametrize("format", [None, 1])
+def test_an_earlier_run_is_refused_where_its_bounded_coupling_would_be_misread(
+    tmp_path, capsys, kind, config, other, format
+):
+    for path, each in ((tmp_path / "bounded", config), (tmp_path / "other", other)):
+        with open_run(new_run(kind, path, each, CORPUS, VOCABULARY)) as run:
+            assert load_run(path) == run
+        with_description(run, {"format": format})
+    assert load_run(tmp_path / "other").config == other
+    expected = (
+        f"{tmp_path / 'bounded'}: was made by an earlier version of probattn, to which the "
+        "parameters of a bounded coupling meant another coupling; fit or sample it again with "
+        "--overwrite"
+    )
+    assert refusal(RunError, load_run, tmp_path / "bounded") == expected
+    assert main(["evaluate", str(tmp_path / "bounded")]) == 2
+    assert capsys.readouterr() == ("", f"probattn: error: {expected}\n")
+    with open_run(
+        new_run(kind, tmp_path / "bounded", config, CORPUS, VOCABULARY), overwrite=True
+    ) as run:
+        assert load_run(run.path).config == config
 
 
 @pytest.mark.parametrize("given", ["2", 1.5, True, -1])

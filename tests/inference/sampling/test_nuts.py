@@ -12,9 +12,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.handlers import substitute
 from scipy import stats
 from scipy.special import ndtri
 
+from probattn import is_proper
 from probattn.inference import SampleConfig, sample
 from probattn.inference.runs.segments import SegmentError, SegmentFolder
 from probattn.inference.runtime.signals import Interrupted
@@ -23,6 +25,7 @@ from probattn.inference.sampling import nuts as nuts_module
 from probattn.inference.sampling.chains import SampleError
 from probattn.inference.sampling.nuts import fingerprint, load_draws
 from probattn.models import LatentEmbeddingsConfig, latent_embeddings, observed_embeddings
+from probattn.models.coupling import attention_weights_of, sample_coupling
 
 FEW = SampleConfig(chains=2, warmup=60, draws=40, seed=3)
 
@@ -150,8 +153,7 @@ def test_moments_agree_with_quadrature(coupling):
     # A grid of equal prior mass in what the prior is simple in.
     level = (np.arange(4000) + 0.5) / 4000
     if coupling == "bounded":
-        direction = ndtri(level)
-        a = direction / np.sqrt(1 + direction**2)
+        a = 1 + np.log(level)  # 1 - a is exponential
     elif coupling == "repulsive":
         a = 2 * np.log(level)  # minus a chi-square variable of two degrees of freedom
     else:
@@ -166,10 +168,9 @@ def test_moments_agree_with_quadrature(coupling):
         model_args=(x[..., None],),
         config=SampleConfig(chains=4, warmup=500, draws=2000, target_accept=0.95),
     )
-    site = {"bounded": "direction", "repulsive": "repulsion", "free": "free_coupling"}[coupling]
-    drawn = result.draws[site][..., 0, 0]
+    drawn = result.draws["free_coupling" if coupling == "free" else "repulsion"][..., 0, 0]
     drawn = {
-        "bounded": lambda b: b / np.sqrt(1 + b**2),
+        "bounded": lambda factor: 1 - factor**2 / 2,
         "repulsive": lambda factor: -(factor**2),
         "free": lambda b: b,
     }[coupling](drawn)
@@ -182,6 +183,31 @@ def test_moments_agree_with_quadrature(coupling):
         for moment, expected, method in ((draws.mean(), mean, "mean"), (draws.std(), sd, "sd")):
             error = float(az.mcse(draws, method=method))
             assert abs(moment - expected) < 3 * error, (moment, expected, error)
+
+
+@pytest.mark.slow
+def test_draws_of_a_bounded_coupling_are_proper_and_reach_beyond_its_norm():
+    """Couplings of a norm above 1 / c^2 are proper too, as long as they attract no more."""
+    config = LatentEmbeddingsConfig(width=2, coupling="bounded", sequences=3, length=6)
+    x = np.random.default_rng(0).normal(size=(3, 6, 2))
+    result = sample(
+        partial(observed_embeddings, config=config),
+        model_args=(x,),
+        config=SampleConfig(chains=4, warmup=400, draws=400, target_accept=0.9),
+    )
+    assert result.divergences == 0
+
+    def coupling_of(draw):
+        return substitute(sample_coupling, draw)("bounded", 2, config.bound)
+
+    sites = {name: result.draws[name] for name in ("repulsion", "rotation")}
+    matrices = jax.vmap(jax.vmap(coupling_of))(sites)
+    weights = jax.vmap(jax.vmap(attention_weights_of))(matrices)
+    assert np.all(is_proper(*weights, bound=config.bound))
+    norms = np.linalg.norm(matrices, ord=2, axis=(-2, -1))
+    assert np.mean(norms > 1 / config.bound**2) > 0.2
+    for values in (norms, np.trace(matrices, axis1=-2, axis2=-1)):
+        assert float(az.rhat(values)) < 1.02
 
 
 # The same draws however a run is cut
