@@ -6,6 +6,7 @@ from probattn.distributions import AttentionResidual, CausalAttention
 from probattn.log_determinants import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
 from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
 from probattn.proper import is_proper
+from probattn.tables import table_certificate
 from probattn.total_mass import conditional_mass
 
 __version__ = "0.1.0"
@@ -29,4 +30,5 @@ __all__ = [
     "residual",
     "stability_margin",
     "support_tokens",
+    "table_certificate",
 ]

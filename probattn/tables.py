@@ -33,9 +33,9 @@ class TableCertificate(NamedTuple):
         rho: (...); below 1 no context of the table's tokens folds, whatever x_t is.
         pair: (..., 2), the two rows of the table for which d^T A d / 4 is largest, with d their
             difference.
-        pair_rho: (...), that number, at most rho; above 1 the context of these two tokens folds at
-            every x_t that attends to both alike. NaN where the table was too large to look at all
-            pairs.
+        pair_rho: (...), that number, at most rho but for rounding, and 0 where no two rows may meet.
+            Above 1 the context of these two tokens folds at every x_t that attends to both alike.
+            NaN where the table was too large to look at all pairs.
     """
 
     rho: Float[Array, "*weights"]
@@ -124,7 +124,7 @@ def _of_pairs(
 ) -> TableCertificate:
     largest, pair, fold = _farthest(points, place)
     rho = largest_eigenvalue(largest[None], reach[None], factors)[0]
-    return TableCertificate(rho, pair, jnp.minimum(fold / 4, rho))
+    return TableCertificate(rho, pair, jnp.where(jnp.isfinite(fold), fold / 4, 0.0))
 
 
 def _of_groups(
@@ -137,9 +137,7 @@ def _of_groups(
     centres = groups[:, size // 2]  # points of the table, so that rounding is as for all others
     radius = jnp.max(
         lax.map(
-            lambda each: largest_squares(
-                each[0], each[1][None], jnp.ones((1, size), bool)
-            )[0],
+            lambda each: largest_squares(each[0], each[1][None], jnp.ones((size, 1), bool))[0],
             (groups, centres),
         ),
         axis=0,
@@ -163,9 +161,9 @@ def _farthest(
     def of_chunk(first: Array) -> tuple[Array, Array, Array]:
         index = jnp.minimum(first + jnp.arange(chunk), rows - 1)
         apart = place[index][:, None] != place[None, :]
-        largest = jnp.max(largest_squares(points, points[index], apart), axis=0)
+        largest = jnp.max(largest_squares(points, points[index], apart.T), axis=0)
         product = _matmul(query[index], key.T) + _matmul(key[index], query.T)
-        fold = jnp.where(apart, own[index][:, None] + own[None, :] - product, 0.0)
+        fold = jnp.where(apart, own[index][:, None] + own[None, :] - product, -jnp.inf)
         best = jnp.argmax(fold)
         return largest, jnp.stack([index[best // rows], best % rows]), fold.ravel()[best]
 

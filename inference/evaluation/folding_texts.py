@@ -6,7 +6,11 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float, Int
 
-from probattn.inference.evaluation.attention_stages import AttentionStage, stage_margins, stage_table
+from probattn.inference.evaluation.attention_stages import (
+    AttentionStage,
+    stage_margins,
+    stage_table,
+)
 from probattn.inference.runs.run import Run
 from probattn.blocks.geometry import bounded
 from probattn.proper import balanced
