@@ -33,9 +33,9 @@ class TableCertificate(NamedTuple):
         rho: (...); below 1 no context of the table's tokens folds, whatever x_t is.
         pair: (..., 2), the two rows of the table for which d^T A d / 4 is largest, with d their
             difference.
-        pair_rho: (...), that number, at most rho but for rounding, and 0 where no two rows may meet.
-            Above 1 the context of these two tokens folds at every x_t that attends to both alike.
-            NaN where the table was too large to look at all pairs.
+        pair_rho: (...), that number, at most rho but for rounding; 0 where no two rows may
+            meet. Above 1 the context of these two tokens folds at every x_t that attends to both
+            alike. NaN where the table was too large to look at all pairs.
     """
 
     rho: Float[Array, "*weights"]

@@ -1,19 +1,18 @@
 """Texts that fold an attention stage, found by search: what no certificate can rule out."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from probattn.blocks.geometry import bounded
+from probattn.blocks.majorants import majorants
 from probattn.inference.evaluation.attention_stages import (
     AttentionStage,
     stage_margins,
     stage_table,
 )
 from probattn.inference.runs.run import Run
-from probattn.blocks.geometry import bounded
-from probattn.proper import balanced
 
 _PAIRS = 32  # pairs of symbols of which texts are made at first
 _STARTS = 4  # texts that are improved, position by position
@@ -67,7 +66,8 @@ class _Search:
     def __init__(self, run: Run, stage: AttentionStage) -> None:
         table = stage_table(run, stage)
         seen = np.asarray(bounded(table, stage.bound), float)
-        query, key = (np.asarray(factor, float) for factor in balanced(stage.w_query, stage.w_key))
+        factors = majorants(stage.w_query, stage.w_key)
+        query, key = (np.asarray(factor, float) for factor in (factors.queries, factors.keys))
         self._queries, self._keys = seen @ query, seen @ key  # (V, T, m), of the past
         self._own = table[:, -1] @ query  # (V, m), of the last token
         self._symbols, self._length = table.shape[:2]
