@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+import certificate
 import checkpoints
 import export_memory
 import log_det
@@ -29,6 +30,7 @@ BENCHMARKS = {
     for module in (
         log_det,
         margins,
+        certificate,
         scaling,
         svi_step,
         start,

@@ -248,23 +248,65 @@ def balanced(w_query, w_key):
     return right[:kept].T * root, left[:, :kept] * root
 
 
+def majorants(w_query, w_key):
+    """Return the matrices F >= (A + Aᵀ)/2 of which the certificate takes the best.
+
+    Returns:
+        A list of (d, d) arrays, NumPy: the positive part of (A + Aᵀ)/2, and of the balanced
+        factors A = K Qᵀ the matrices (a Q + K/a)(a Q + K/a)ᵀ/4 with a² = 1/2, 1 and 2.
+    """
+    query, key = balanced(w_query, w_key)
+    root = query.shape[1] ** 0.25
+    query, key = query / root, key / root
+    values, vectors = np.linalg.eigh((key @ query.T + query @ key.T) / 2)
+    sums = [math.sqrt(square) * query + key / math.sqrt(square) for square in (0.5, 1.0, 2.0)]
+    return [(vectors * np.maximum(values, 0)) @ vectors.T, *(each @ each.T / 4 for each in sums)]
+
+
 def certificate(x, w_query, w_key, bound=None):
-    """Return the Grüss bound rho_t on the balanced reduced covariance, over all pairs of tokens.
+    """Return rho_t by loops over all pairs of tokens.
+
+    It is a quarter of the smallest squared diameter of the past, in the norm of one of the
+    `majorants`, or of the product of the diameters of balanced queries and keys (Grüss).
 
     Returns:
         Shape (T,), NumPy; zero at positions 0 and 1.
     """
+    norms = majorants(w_query, w_key)
     w_query, w_key = balanced(w_query, w_key)
     context = np.stack([bounded(token, bound) for token in x])
     queries, keys = context @ w_query, context @ w_key
     rho = np.zeros(len(queries))
     for t in range(len(queries)):
         query_diameter = key_diameter = 0.0
+        squared = np.zeros(len(norms))
         for s in range(t):
             for u in range(s):
                 query_distance = np.linalg.norm(queries[s] - queries[u])
                 key_distance = np.linalg.norm(keys[s] - keys[u])
                 query_diameter = max(query_diameter, query_distance)
                 key_diameter = max(key_diameter, key_distance)
-        rho[t] = query_diameter * key_diameter / (4 * math.sqrt(w_query.shape[1]))
+                apart = context[s] - context[u]
+                squared = np.maximum(squared, [apart @ norm @ apart for norm in norms])
+        product = query_diameter * key_diameter / math.sqrt(w_query.shape[1])
+        rho[t] = min(product, *squared) / 4
     return rho
+
+
+def margin_lower_bound(x, w_query, w_key, bound=None):
+    """Return the lower bound of the smallest singular value of D_t that rho_t implies.
+
+    Returns:
+        1/(1 + diam{x_s} diam{Aᵀ x_s}/(4 (1 - rho_t))), shape (T,), NumPy; zero where rho_t >= 1.
+    """
+    rho = certificate(x, w_query, w_key, bound)
+    context = np.stack([bounded(token, bound) for token in x])
+    images = context @ np.asarray(w_key) @ np.asarray(w_query).T / math.sqrt(w_query.shape[1])
+    lower = np.zeros(len(rho))
+    for t in np.flatnonzero(rho < 1):
+        diameters = [
+            max((np.linalg.norm(a - b) for a in points[:t] for b in points[:t]), default=0.0)
+            for points in (context, images)
+        ]
+        lower[t] = 1 / (1 + diameters[0] * diameters[1] / (4 * (1 - rho[t])))
+    return lower

@@ -8,19 +8,12 @@ of the past, so the second always holds, and det D_t > 0 for every x_t is all th
 (Not in the paper.)
 """
 
-import math
-
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
-from probattn.arguments import check_arguments, check_bound, check_weights
+from probattn.arguments import check_bound, check_weights
 from probattn.attention import coupling
-from probattn.blocks.geometry import bounded
-from probattn.blocks.singular_values import singular_value_decomposition
-
-_HIGHEST = lax.Precision.HIGHEST
 
 
 def is_proper(
@@ -82,84 +75,3 @@ def _largest_attraction(
         w_query, w_key = core[..., :rank], core[..., rank:]
     matrix = coupling(w_query, w_key)
     return jnp.linalg.eigvalsh((matrix + jnp.swapaxes(matrix, -1, -2)) / 2)[..., -1]
-
-
-def certificate(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
-) -> Float[Array, "*batch T"]:
-    """Compute rho_t of the context x_0 .. x_{t-1}: below 1 it proves position t invertible.
-
-    rho_t = diam{q_s : s < t} diam{k_s : s < t} / (4 sqrt(r)), after W_Q and W_K are balanced by
-    the singular value decomposition of A, and with phi(x_s) W_Q for q_s where there is a bound.
-    For unit vectors u, v Gruess' inequality bounds the covariance of u.q_s and v.k_s by a quarter
-    of the product of their ranges, so the balanced reduced covariance has norm <= rho_t whatever
-    the attention weights are, hence for every x_t.
-    If rho_t < 1, then x_t -> e_t is a global diffeomorphism (Hadamard) and the smallest singular
-    value of the balanced R_t, though not that of D_t, is at least 1 - rho_t. (Not in the paper.)
-
-    Args:
-        x: token embeddings (..., T, d).
-        w_query: W_Q, (..., d, r).
-        w_key: W_K, (..., d, r).
-        bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
-
-    Returns:
-        (..., T), without unit; 0 at positions 0 and 1.
-
-    Raises:
-        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
-            not positive.
-    """
-    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
-    query_side, key_side = balanced(w_query, w_key)
-    context = bounded(x, bound)
-    values = context - context[..., :1, :]
-    spread_q = _past_diameter(jnp.matmul(values, query_side, precision=_HIGHEST))
-    spread_k = _past_diameter(jnp.matmul(values, key_side, precision=_HIGHEST))
-    return spread_q * spread_k / 4
-
-
-def balanced(
-    w_query: ArrayLike, w_key: ArrayLike
-) -> tuple[Float[Array, "*batch d m"], Float[Array, "*batch d m"]]:
-    """Factor the coupling in a balanced way: A = K Q^T, Q^T Q = K^T K diagonal, m = min(d, r).
-
-    Args:
-        w_query: W_Q, (..., d, r).
-        w_key: W_K, (..., d, r).
-
-    Returns:
-        Q and K, each (..., d, m), from the singular value decomposition of A; the factor
-        1 / sqrt(r) of the logits is inside them.
-
-    Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
-    """
-    w_query, w_key = check_weights(w_query, w_key)
-    basis_q, core_q = jnp.linalg.qr(w_query)
-    basis_k, core_k = jnp.linalg.qr(w_key)
-    core = jnp.matmul(core_k, jnp.swapaxes(core_q, -1, -2), precision=_HIGHEST)
-    left, sizes, right = singular_value_decomposition(core / math.sqrt(w_query.shape[-1]))
-    root = jnp.sqrt(sizes)[..., None, :]
-    return (
-        jnp.matmul(basis_q, jnp.swapaxes(right, -1, -2) * root, precision=_HIGHEST),
-        jnp.matmul(basis_k, left * root, precision=_HIGHEST),
-    )
-
-
-def _past_diameter(points: Float[Array, "*batch T m"]) -> Float[Array, "*batch T"]:
-    """Return the largest distance of two points before each position; 0 at positions 0 and 1."""
-    rows = jnp.moveaxis(points, -2, 0)
-
-    def farthest_before(position: Array) -> Array:
-        squared = jnp.sum((points - rows[position][..., None, :]) ** 2, axis=-1)
-        earlier = jnp.arange(points.shape[-2]) <= position
-        return jnp.max(jnp.where(earlier, squared, jnp.zeros_like(squared)), axis=-1)
-
-    # One row of distances at a time: all of them at once would take T^2 m numbers.
-    farthest = lax.map(farthest_before, jnp.arange(points.shape[-2]))
-    diameter = lax.cummax(farthest, axis=0)
-    shifted = jnp.concatenate([jnp.zeros_like(diameter[:1]), diameter[:-1]], axis=0)
-    spread = shifted != 0  # the root has no derivative at zero; NaN stays NaN
-    root = jnp.where(spread, jnp.sqrt(jnp.where(spread, shifted, 1.0)), 0.0)
-    return jnp.moveaxis(root.astype(points.dtype), 0, -1)

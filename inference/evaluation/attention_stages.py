@@ -105,6 +105,21 @@ def stage_margins(
     return StageMargins(stage.label, *fields)
 
 
+def stage_table(run: Run, stage: AttentionStage) -> Float[np.ndarray, "V T d"]:
+    """Return all that a stage ever sees: each symbol of the vocabulary at each position."""
+    symbols = np.arange(run.vocabulary.size, dtype=np.int32)
+    tokens = np.repeat(symbols[:, None], run.config.model.block, axis=1)
+    table = jax.jit(partial(_stage_input, input=stage.input, heads=run.config.model.heads))
+    return np.asarray(table(run.parameters, tokens))
+
+
+def _stage_input(parameters: Parameters, tokens: Array, *, input: StageInput, heads: int) -> Array:
+    x = embed(parameters, tokens)
+    if input == "first_layer":
+        return first_layer(parameters, x, heads=heads)[0]
+    return rms_normalised(x) if input == "normalised" else x
+
+
 @partial(jax.jit, static_argnames=("input", "heads", "bound"))
 def _measure(
     parameters: Parameters,
@@ -116,11 +131,7 @@ def _measure(
     heads: int,
     bound: float | None,
 ) -> tuple[Array, ...]:
-    x = embed(parameters, inputs)
-    if input == "first_layer":
-        x, _, _ = first_layer(parameters, x, heads=heads)
-    elif input == "normalised":
-        x = rms_normalised(x)
+    x = _stage_input(parameters, inputs, input=input, heads=heads)
     sign, log_abs = log_det(x, w_query, w_key, bound=bound)
     margin, distance = both_margins(x, w_query, w_key, bound=bound)
     return (

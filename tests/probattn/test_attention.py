@@ -31,6 +31,7 @@ PER_POSITION = {
     "margin_log_det": functools.partial(pa.stability_margin, kind="log_det"),
     "embedding_margin": pa.embedding_margin,
     "certificate": pa.certificate,
+    "margin_lower_bound": pa.margin_lower_bound,
 }
 SLOW = pytest.mark.slow
 

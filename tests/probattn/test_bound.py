@@ -62,8 +62,13 @@ PUBLIC = {
     "embedding_margin": pa.embedding_margin,
     "infeasible": pa.infeasible,
     "certificate": pa.certificate,
+    "margin_lower_bound": pa.margin_lower_bound,
 }
-EXACT = ("embedding_margin", "infeasible")  # which have no derivative, or none that is exact
+EXACT = (
+    "embedding_margin",
+    "infeasible",
+    "margin_lower_bound",
+)  # which have no derivative, or none that is exact
 
 
 def everything(x, w_query, w_key, bound):
@@ -97,6 +102,7 @@ def oracle(case, bound):
             "embedding_margin": np.abs(margin) / np.linalg.norm(by_x, axis=1),
             "infeasible": real_eigenvalue_at_most_zero(found.blocks),
             "certificate": reference.certificate(*inputs, bound),
+            "margin_lower_bound": reference.margin_lower_bound(*inputs, bound),
         }
 
 

@@ -19,6 +19,7 @@ FUNCTIONS = {
     "infeasible": pa.infeasible,
     "jacobian_blocks": pa.jacobian_blocks,
     "log_det": pa.log_det,
+    "margin_lower_bound": pa.margin_lower_bound,
     "reduced": lambda *inputs, bound: pa.stability_margin(*inputs, "reduced", bound=bound),
     "reduced_blocks": pa.reduced_blocks,
     "relaxed_barrier": pa.relaxed_barrier,

@@ -4,23 +4,17 @@ The adversary looks for contexts that break a proof, by gradient descent from ma
 Each proof is followed by a test in which the same search breaks what the proof does not cover.
 """
 
-import functools
 import math
 from fractions import Fraction
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import probattn as pa
-from probattn import _reference as reference
-from tests.support import cases as registry
 from tests.support import dense
-from tests.support.cases import BY_NAME, THIN, WIDE, Case, evaluated, make
+from tests.support.adversary import STARTS, lowest_found, starts, units
 from tests.support.dense import quick_jit
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -31,54 +25,18 @@ slow_shapes = [pytest.param((1, 1), marks=SLOW), pytest.param((2, 2), marks=SLOW
 every_shape = pytest.mark.parametrize("shape", [*slow_shapes, (4, 2)], ids=str)
 
 certificate = quick_jit(pa.certificate)
-certificates = quick_jit(jax.vmap(pa.certificate))
-bounded_certificates = quick_jit(jax.vmap(lambda *inputs: pa.certificate(*inputs, bound=0.7)))
 is_proper = quick_jit(pa.is_proper)
 log_det = quick_jit(pa.log_det)
 residual = quick_jit(pa.residual)
 
-STARTS, LENGTH, STEPS = 128, 5, 250
-
 
 # ---- the adversary ----------------------------------------------------------------------------
-
-
-@functools.partial(quick_jit, static_argnums=0)
-def lowest_found(measure, start, fixed):
-    """Smallest value that Adam meets on its way from each start.
-
-    measure(point, *fixed) says, for every start, what to descend and what to record.
-    """
-    adam = optax.adam(optax.cosine_decay_schedule(0.1, STEPS))
-
-    def total(point):
-        descended, recorded = measure(point, *fixed)
-        return jnp.sum(descended), recorded
-
-    def step(_, carry):
-        point, state, lowest = carry
-        gradient, value = jax.grad(total, has_aux=True)(point)
-        with jax.numpy_dtype_promotion("standard"):  # which Adam relies on
-            updates, state = adam.update(gradient, state)
-        return optax.apply_updates(point, updates), state, jnp.minimum(value, lowest)
-
-    carry = start, adam.init(start), jnp.full(STARTS, jnp.inf)
-    return jax.lax.fori_loop(0, STEPS, step, carry)[2]
 
 
 def determinant(point, unit, w_query, w_key, bound):
     """Of the last block, descended by its logarithm."""
     sign, log_abs = pa.log_det(unit * point, w_query, w_key, bound=bound)
     return log_abs[:, -1], (sign * jnp.exp(log_abs))[:, -1]
-
-
-def units(low, high):
-    """Scales of the contexts, as powers of ten, one for each start."""
-    return jnp.logspace(low, high, STARTS)[:, None, None]
-
-
-def starts(width):
-    return jnp.asarray(np.random.default_rng(1).standard_normal((STARTS, LENGTH, width)))
 
 
 def factored(coupling):
@@ -96,15 +54,6 @@ def repulsive(shape):
     below = np.tril(rng.standard_normal((STARTS, width, width)), -1)
     below[::2] = 0
     return below - np.swapaxes(below, -1, -2) - root @ np.swapaxes(root, -1, -2)
-
-
-def of_norm(norm, shape):
-    """W_Q and W_K of this ||A||, one for each start: every other symmetric and attractive."""
-    w_query, w_key = np.random.default_rng(0).standard_normal((2, STARTS, *shape))
-    w_key[::2] = w_query[::2]
-    coupling = w_key @ np.swapaxes(w_query, -1, -2) / np.sqrt(shape[1])
-    before = np.linalg.norm(coupling, ord=2, axis=(-2, -1), keepdims=True)
-    return jnp.asarray(w_query * norm / before), jnp.asarray(w_key)
 
 
 def of_attraction(largest, shape):
@@ -353,107 +302,6 @@ def test_answer_depends_on_the_coupling_only(bound):
 def test_weights_of_wrong_shape_say_given_and_expected(w_key):
     with pytest.raises(ValueError, match=r"^[^\n]*expected[^\n]*$"):
         pa.is_proper(np.ones((3, 4, 2)), np.ones(w_key))
-
-
-# ---- certificate ------------------------------------------------------------------------------
-
-
-@registry.every_shape
-def test_certificate_matches_explicit_loops(shape):
-    for bound, function in ((None, certificates), (0.7, bounded_certificates)):
-        for case, got in evaluated(function, shape).items():
-            inputs = make(case)
-            true = reference.certificate(*inputs, bound)
-            # Squared distances of tokens that share a large offset lose its square.
-            x, w_query, w_key = (np.abs(part).max() for part in inputs)
-            atol = 1e-10 * x**2 * w_query * w_key
-            np.testing.assert_allclose(got, true, rtol=1e-10, atol=atol, err_msg=f"{case}, {bound}")
-            np.testing.assert_array_equal(got[:2], 0)
-
-
-@pytest.mark.parametrize("bound", [None, 0.7])
-def test_certificate_proves_nothing_of_a_past_that_is_not_finite(bound):
-    x, w_query, w_key = make(BY_NAME["thin"])
-    x[2, 0] = np.nan
-    proven = certificate(x, w_query, w_key, bound=bound) < np.inf
-    np.testing.assert_array_equal(proven, np.arange(len(x)) <= 2)
-    assert not np.any(certificate(x, w_query * np.nan, w_key, bound=bound)[2:] < 1)
-
-
-def test_gruess_bound_is_attained_by_two_tokens():
-    x, w_query, w_key = make(BY_NAME["scalar_tied_logits"])
-    np.testing.assert_allclose(certificate(x, w_query, w_key)[:3], [0, 0, 4.8])
-    np.testing.assert_allclose(dense.reduced_blocks(x, w_query, w_key)[2], 1 - 4.8)
-
-
-def margin_at_certificate(point, unit, rho, w_query, w_key, bound):
-    """Signed smallest singular value of R_t, with the coupling scaled to the certificate rho."""
-    x = unit * point
-    now = pa.certificate(jax.lax.stop_gradient(x), w_query, w_key, bound=bound)[:, -1]
-    root = jnp.sqrt(rho / now)[:, None, None]
-    margin = pa.stability_margin(x, root * w_query, root * w_key, "reduced", bound=bound)[:, -1]
-    return margin, margin
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "bound"),
-    [
-        ((4, 2), None),
-        *(
-            pytest.param(shape, bound, marks=SLOW)
-            for shape, bound in (
-                ((4, 2), 0.7),
-                ((1, 1), None),
-                ((1, 1), 0.7),
-                ((2, 4), None),
-                ((2, 4), 0.7),
-            )
-        ),
-    ],
-    ids=str,
-)
-def test_no_context_with_a_certificate_below_one_folds(shape, bound):
-    """The balanced block keeps its positive sign and a singular value of 1 - rho; no more."""
-    weights = of_norm(1.0, shape)
-    pairs = [reference.balanced(*pair) for pair in zip(*weights, strict=True)]
-    balanced = tuple(map(jnp.asarray, zip(*pairs, strict=True)))
-    for rho in (0.99, 1.05):
-        fixed = units(-1, 1), rho, *balanced, bound
-        lowest = lowest_found(margin_at_certificate, starts(shape[0]), fixed)
-        assert 1 - rho - 1e-12 <= lowest.min() < 1 - rho + 0.02
-
-
-@hypothesis.given(
-    st.integers(0, 2**32 - 1),
-    st.floats(0.1, 3),
-    st.sampled_from([THIN, WIDE]),
-    st.sampled_from([None, 0.5, 3.0]),
-)
-def test_certificate_bounds_the_balanced_block(seed, scale, shape, bound):
-    x, w_query, w_key = make(Case("", *shape, scale=scale, seed=seed))
-    rho = np.asarray(certificate(x, w_query, w_key, bound=bound))
-    blocks = dense.reduced_blocks(x, *reference.balanced(w_query, w_key), bound)
-    sigma_min = np.linalg.svd(blocks, compute_uv=False)[..., -1]
-    assert np.all(sigma_min >= 1 - rho - 1e-12)
-    proven = rho < 1
-    signs = np.linalg.slogdet(dense.reduced_blocks(x, w_query, w_key, bound))[0]
-    assert np.all(signs[proven] == 1)
-    if bound is not None:  # what is proper for every context has a certificate in each
-        coupling = w_key @ w_query.T / np.sqrt(shape[2])
-        assert np.all(rho <= bound**2 * np.linalg.norm(coupling, 2) + 1e-12)
-
-
-@hypothesis.given(st.integers(0, 2**32 - 1))
-def test_certificate_depends_on_the_coupling_only(seed):
-    x, w_query, w_key = make(Case("", *THIN, seed=seed))
-    gauge = np.random.default_rng(seed).standard_normal((2, 2)) + 3 * np.eye(2)
-    for bound in (None, 0.7):
-        expected = certificate(x, w_query, w_key, bound=bound)
-        regauged = certificate(x, w_query @ gauge, w_key @ np.linalg.inv(gauge).T, bound=bound)
-        np.testing.assert_allclose(regauged, expected, rtol=1e-9)
-    shifted = certificate(x + 3.0, w_query, w_key)
-    np.testing.assert_allclose(shifted, certificate(x, w_query, w_key), rtol=1e-9)
 
 
 # ---- mass one ---------------------------------------------------------------------------------

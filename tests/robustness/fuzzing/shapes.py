@@ -43,6 +43,7 @@ _OF_X = {
     "infeasible": ("T",),
     "embedding_margin": ("T",),
     "certificate": ("T",),
+    "margin_lower_bound": ("T",),
 }
 _OF_WEIGHTS = {"coupling": ("d", "d"), "is_proper": (), "AttentionResidual": None}
 _OF_PAIRS = {"attention_weights": ("T", "T")}

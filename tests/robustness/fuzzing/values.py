@@ -36,6 +36,7 @@ def _everything(x: Any, w_query: Any, w_key: Any, bound: Any) -> dict[str, Any]:
         "reduced": pa.stability_margin(x, w_query, w_key, "reduced", bound=bound),
         "embedding_margin": pa.embedding_margin(x, w_query, w_key, bound=bound),
         "certificate": pa.certificate(x, w_query, w_key, bound=bound),
+        "margin_lower_bound": pa.margin_lower_bound(x, w_query, w_key, bound=bound),
     }
 
 

@@ -1,0 +1,52 @@
+"""What no text at all can do to the attention stages of a run."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from probattn import table_certificate
+from probattn.inference.evaluation.attention_stages import AttentionStage, stage_table
+from probattn.inference.runs.run import Run
+
+
+@dataclass(frozen=True)
+class StageCertificate:
+    """What is proved of one attention stage over all texts.
+
+    Attributes:
+        label: label of the stage.
+        rho: of the table of all symbols at all positions, see `probattn.table_certificate`; below
+            1 no text whatever folds the stage, whatever its last token attends to.
+        pair: the two symbols that fold it soonest.
+        positions: where they stand.
+        pair_rho: d^T A d / 4 of their difference d; above 1 the two fold every token that attends
+            to both alike. NaN where the table was too large to look at all pairs.
+    """
+
+    label: str
+    rho: float
+    pair: tuple[str, str]
+    positions: tuple[int, int]
+    pair_rho: float
+
+
+def stage_certificate(run: Run, stage: AttentionStage) -> StageCertificate:
+    """Bound the certificate of every context that a text can make for a stage."""
+    table = stage_table(run, stage)[:, :-1]  # a window's last token is in no past
+    symbols, length, width = table.shape
+    found = table_certificate(
+        table.reshape(-1, width),
+        stage.w_query,
+        stage.w_key,
+        bound=stage.bound,
+        position=np.tile(np.arange(length), symbols),
+    )
+    rows = [int(row) for row in found.pair]
+    first, second = run.vocabulary.display(np.array([row // length for row in rows], np.int32))
+    return StageCertificate(
+        label=stage.label,
+        rho=float(found.rho),
+        pair=(first, second),
+        positions=(rows[0] % length, rows[1] % length),
+        pair_rho=float(found.pair_rho),
+    )

@@ -1,0 +1,176 @@
+"""What no context at all can do to an attention stage: the certificate of a table of tokens.
+
+A stage of a language model sees one vector for every symbol at every position, and nothing else. So
+its contexts are made of a finite table, although nobody could list them all.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from probattn.arguments import check_bound, check_weights, floating
+from probattn.blocks.geometry import bounded
+from probattn.blocks.majorants import (
+    Majorants,
+    largest_eigenvalue,
+    largest_squares,
+    majorants,
+    projected,
+)
+
+MOST_ROWS = 16_384  # rows whose pairs are all looked at; those of a larger table are grouped
+_PAIRS = 2**20  # pairs in one step
+
+
+class TableCertificate(NamedTuple):
+    """What `table_certificate` finds, for every pair of matrices.
+
+    Attributes:
+        rho: (...); below 1 no context of the table's tokens folds, whatever x_t is.
+        pair: (..., 2), the two rows of the table for which d^T A d / 4 is largest, with d their
+            difference.
+        pair_rho: (...), that number, at most rho but for rounding; 0 where no two rows may
+            meet. Above 1 the context of these two tokens folds at every x_t that attends to both
+            alike. NaN where the table was too large to look at all pairs.
+    """
+
+    rho: Float[Array, "*weights"]
+    pair: Int[Array, "*weights 2"]
+    pair_rho: Float[Array, "*weights"]
+
+
+def table_certificate(
+    table: ArrayLike,
+    w_query: ArrayLike,
+    w_key: ArrayLike,
+    *,
+    bound: ArrayLike | None = None,
+    position: ArrayLike | None = None,
+) -> TableCertificate:
+    """Compute rho of a table: no context of its tokens has a larger `certificate`.
+
+    The certificate of a context is a quarter of the largest squared distance of two of its tokens,
+    in the best of several norms. Here the two may be any two rows of the table. Rounding is towards
+    unproved, as there. (Not in the paper.)
+
+    Where the table has more than `MOST_ROWS` rows, groups of consecutive rows take their place: the
+    distance of two groups is that of their centres, and twice the largest radius is added to it.
+    That rho is an upper bound too, and less sharp. So rows that are alike should stand together,
+    such as one symbol at all positions.
+
+    Args:
+        table: tokens (N, d), such as every symbol's embedding at every position.
+        w_query: W_Q, (..., d, r).
+        w_key: W_K, (..., d, r).
+        bound: c of a bounded context, > 0, in the unit of the table; None leaves it unbounded.
+        position: (N,) integers; two rows of equal position never stand in one past. None lets any
+            two of them do so.
+
+    Raises:
+        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is not
+            positive.
+    """
+    check_bound(bound)
+    table = floating("table", table)
+    w_query, w_key = check_weights(w_query, w_key)
+    width = w_query.shape[-2]
+    if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] != width:
+        raise ValueError(
+            f"table has shape {table.shape}: expected (N, d) with N >= 1 and d = {width}, "
+            f"to fit w_query of shape {w_query.shape}"
+        )
+    rows = len(table)
+    place = jnp.arange(rows) if position is None else jnp.asarray(position)
+    if place.shape != (rows,) or not jnp.issubdtype(place.dtype, jnp.integer):
+        raise ValueError(
+            f"position has shape {place.shape} and dtype {place.dtype}: expected integers of shape "
+            f"({rows},), one for each row of the table"
+        )
+    return _certify(table, place, w_query, w_key, bound)
+
+
+@jax.jit
+def _certify(
+    table: Array, place: Array, w_query: Array, w_key: Array, bound: ArrayLike | None
+) -> TableCertificate:
+    tokens = bounded(table, bound)
+    values = tokens - tokens[:1]
+    reach = jnp.max(jnp.linalg.norm(values, axis=-1))
+    if bound is not None:
+        reach += 2 * jnp.max(jnp.linalg.norm(tokens, axis=-1))
+    leading = w_query.shape[:-2]
+    matrices = [matrix.reshape(-1, *matrix.shape[-2:]) for matrix in (w_query, w_key)]
+
+    def of_one(pair: tuple[Array, Array]) -> TableCertificate:
+        factors = majorants(*pair)
+        points = projected(values, factors)
+        if len(points) <= MOST_ROWS:
+            return _of_pairs(points, place, reach, factors)
+        return _of_groups(points, reach, factors)
+
+    found = lax.map(of_one, tuple(matrices))
+    return TableCertificate(*(field.reshape(*leading, *field.shape[1:]) for field in found))
+
+
+def _of_pairs(
+    points: Float[Array, "N 3*m"],
+    place: Int[Array, " N"],
+    reach: Float[Array, ""],
+    factors: Majorants,
+) -> TableCertificate:
+    largest, pair, fold = _farthest(points, place)
+    rho = largest_eigenvalue(largest[None], reach[None], factors)[0]
+    return TableCertificate(rho, pair, jnp.where(jnp.isfinite(fold), fold / 4, 0.0))
+
+
+def _of_groups(
+    points: Float[Array, "N 3*m"], reach: Float[Array, ""], factors: Majorants
+) -> TableCertificate:
+    size = -(-len(points) // MOST_ROWS)
+    missing = -len(points) % size
+    whole = jnp.concatenate([points, jnp.broadcast_to(points[-1:], (missing, points.shape[-1]))])
+    groups = whole.reshape(-1, size, points.shape[-1])
+    centres = groups[:, size // 2]  # points of the table, so that rounding is as for all others
+    radius = jnp.max(
+        lax.map(
+            lambda each: largest_squares(each[0], each[1][None], jnp.ones((size, 1), bool))[0],
+            (groups, centres),
+        ),
+        axis=0,
+    )
+    largest, pair, _ = _farthest(centres, jnp.arange(len(centres)))
+    largest, radius = (jnp.sqrt(jnp.maximum(squared, 0.0)) for squared in (largest, radius))
+    widened = (largest + 2 * radius) ** 2
+    rho = largest_eigenvalue(widened[None], reach[None], factors)[0]
+    return TableCertificate(rho, pair * size + size // 2, jnp.full_like(rho, jnp.nan))
+
+
+def _farthest(
+    points: Float[Array, "N 3*m"], place: Int[Array, " N"]
+) -> tuple[Float[Array, " n"], Int[Array, " 2"], Float[Array, ""]]:
+    """Return the largest squared distances in every norm, and the pair of largest d^T A d."""
+    rows = len(points)
+    chunk = max(1, min(_PAIRS // rows, rows))
+    query, key, _ = jnp.split(points, 3, axis=-1)
+    own = jnp.sum(query * key, axis=-1)
+
+    def of_chunk(first: Array) -> tuple[Array, Array, Array]:
+        index = jnp.minimum(first + jnp.arange(chunk), rows - 1)
+        apart = place[index][:, None] != place[None, :]
+        largest = jnp.max(largest_squares(points, points[index], apart.T), axis=0)
+        product = _matmul(query[index], key.T) + _matmul(key[index], query.T)
+        fold = jnp.where(apart, own[index][:, None] + own[None, :] - product, -jnp.inf)
+        best = jnp.argmax(fold)
+        return largest, jnp.stack([index[best // rows], best % rows]), fold.ravel()[best]
+
+    largest, pairs, folds = lax.map(of_chunk, jnp.arange(0, rows, chunk))
+    best = jnp.argmax(folds)
+    return jnp.max(largest, axis=0), pairs[best], folds[best]
+
+
+def _matmul(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

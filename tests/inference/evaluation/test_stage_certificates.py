@@ -1,0 +1,46 @@
+"""What no text can do to a stage, and the texts that do what it does not rule out."""
+
+import numpy as np
+import pytest
+
+from probattn import certificate, infeasible
+from probattn.inference.evaluation.attention_stages import stage_table, stages
+from probattn.inference.evaluation.folding_texts import folding_text
+from probattn.inference.evaluation.stage_certificates import stage_certificate
+from tests.support.tiny_run import BLOCK, stage_arguments
+
+
+@pytest.fixture(name="trained", scope="module")
+def trained_fixture(tiny_run):
+    return next(stages(tiny_run, None))
+
+
+def test_no_text_has_a_larger_certificate(tiny_run, trained):
+    found = stage_certificate(tiny_run, trained)
+    rng = np.random.default_rng(0)
+    table = stage_table(tiny_run, trained)
+    texts = rng.integers(0, tiny_run.vocabulary.size, (64, BLOCK))
+    contexts = table[texts, np.arange(BLOCK)]
+    rho = certificate(contexts, trained.w_query, trained.w_key, bound=trained.bound)
+    assert np.all(rho <= found.rho)
+    assert found.rho <= 4 * rho.max()  # random texts come near
+
+
+def test_the_table_is_what_the_stage_sees(tiny_run, trained):
+    x, _, _ = stage_arguments(tiny_run, np.array([[3, 1, 2]]))["trained"]
+    table = stage_table(tiny_run, trained)
+    np.testing.assert_allclose(table[[3, 1, 2], [0, 1, 2]], x[0], rtol=1e-5)
+
+
+def test_a_text_folds_a_head_and_none_a_stage_that_is_proved(tiny_run, trained):
+    *_, head = stages(tiny_run, None)
+    assert stage_certificate(tiny_run, head).pair_rho > 1
+    found = folding_text(tiny_run, head)
+    assert found is not None
+    assert found.label == head.label
+    assert found.margin <= 0
+    np.testing.assert_array_equal(tiny_run.vocabulary.encode(found.text), found.tokens)
+    x = stage_table(tiny_run, head)[found.tokens, np.arange(BLOCK)]
+    assert infeasible(x, head.w_query, head.w_key)[-1]
+    assert stage_certificate(tiny_run, trained).rho < 1
+    assert folding_text(tiny_run, trained) is None
