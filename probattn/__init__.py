@@ -1,13 +1,13 @@
 """Causal self-attention as a probabilistic program: exact log-determinants, margins, inference."""
 
 from probattn.attention import attention_weights, conditional_mean, coupling, residual
-from probattn.certificates import certificate, margin_lower_bound
 from probattn.distributions import AttentionResidual, CausalAttention
 from probattn.log_determinants import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
 from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
-from probattn.proper import is_proper
-from probattn.sequence_gain import sequence_gain
-from probattn.tables import table_certificate
+from probattn.stability.certificates import certificate, margin_lower_bound
+from probattn.stability.proper import is_proper
+from probattn.stability.sequence_gain import sequence_gain
+from probattn.stability.tables import table_certificate
 from probattn.total_mass import conditional_mass
 
 __version__ = "0.1.0"

@@ -38,7 +38,12 @@ COLUMN = (
     "paper",
     "cli",
 )
-ROOMS = ("blocks", "text", *(f"inference.{room}" for room in COLUMN if "config" not in room))
+ROOMS = (
+    "blocks",
+    "text",
+    "stability",
+    *(f"inference.{room}" for room in COLUMN if "config" not in room),
+)
 HAND_ON = ("probattn.inference.cli", "probattn.inference.figures")  # rooms with public names
 MATHEMATICS = (
     "probattn.arguments",
@@ -47,9 +52,8 @@ MATHEMATICS = (
     "probattn.log_determinants",
     "probattn.positivity",
     "probattn.margins",
-    "probattn.proper",
+    "probattn.stability",
     "probattn.ancestral",
-    "probattn.sequence_gain",
 )
 MATHEMATICS_MAY_IMPORT = {
     "collections",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from probattn import certificate, coupling, infeasible, table_certificate
-from probattn import tables as tables_module
+from probattn.stability import tables as tables_module
 
 ROWS, WIDTH, RANK = 7, 3, 2
 

@@ -8,9 +8,11 @@ of the past, so the second always holds, and det D_t > 0 for every x_t is all th
 (Not in the paper.)
 """
 
+import math
+
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from probattn.arguments import check_bound, check_weights
 from probattn.attention import coupling

@@ -1,0 +1,1 @@
+"""What is proved of a context, a table or a sequence, and how far that reaches."""
