@@ -221,7 +221,7 @@ def test_no_context_with_a_certificate_below_one_folds(shape, bound):
 
 @pytest.mark.parametrize(
     ("kind", "least", "gain"),
-    [("repulsive", 1.0, 0.2), ("attractive", 0.4, 0.0), ("mixed", 0.7, 0.1)],
+    [("repulsive", 1.0, 0.3), ("attractive", 0.5, 0.0), ("mixed", 0.8, 0.2)],
 )
 def test_share_that_is_certified_of_random_contexts(kind, least, gain):
     """All where the coupling is mostly repulsive; more than by the diameters where it is mixed."""
