@@ -122,9 +122,10 @@ def margin_distribution(
     figure = new_figure(SINGLE, 2.3 + 0.17 * len(margins), layout="constrained")
     axes = figure.add_subplot()
     entries: dict[str, Artist] = {}
+    kept = among if isinstance(among, slice) else np.asarray(among)
     for number, (label, margin) in enumerate(margins.items()):
         name = f"margins[{label!r}]"
-        counted = data.vector(name, margin)[among]
+        counted = data.vector(name, margin)[kept]
         ordered, fraction = data.cumulative(name, counted)
         style = line_style(number) | {"drawstyle": "steps-post", "markevery": [0]}
         [line] = axes.plot(ordered, fraction, label=label, **style)

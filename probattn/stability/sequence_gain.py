@@ -136,9 +136,12 @@ def _of_sequence(
     linear = jnp.sum(v * jax.jvp(moved, (x,), (u,))[1])
     gain = 1 / (1 / found.gain + (linear - lax.stop_gradient(linear)))
     singular = jnp.where(known, jnp.inf, jnp.nan).astype(x.dtype)
+    shares = (jnp.where(regular, jnp.sum(vector**2, axis=-1), jnp.nan) for vector in (u, v))
+    embedding_share, residual_share = shares
     return SequenceGain(
         jnp.where(regular, gain, singular),
-        *(jnp.where(regular, jnp.sum(vector**2, axis=-1), jnp.nan) for vector in (u, v)),
+        embedding_share,
+        residual_share,
         jnp.where(regular, found.error, jnp.where(known, 0.0, jnp.nan)),
     )
 
