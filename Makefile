@@ -17,7 +17,8 @@ PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 # Scripts carry few types: what is checked are names, and the calls of the package.
 UNTYPED = arg-type assignment call-overload index misc operator return-value type-var union-attr \
 	var-annotated
-SCRIPTS = --no-error-summary --allow-untyped-defs --allow-incomplete-defs \
+SCRIPTS = --no-error-summary --no-warn-unused-ignores --allow-untyped-defs \
+	--allow-incomplete-defs \
 	$(addprefix --disable-error-code=,$(UNTYPED))
 
 .SILENT:

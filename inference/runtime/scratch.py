@@ -33,7 +33,8 @@ def scratch_array(what: str, length: int, dtype: np.typing.DTypeLike) -> np.ndar
         return np.zeros(length, dtype)
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, not later
+            if hasattr(os, "posix_fallocate"):  # a full disk is then an error here, not later
+                os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise OSError(
                 error.errno,
