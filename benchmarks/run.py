@@ -15,6 +15,7 @@ import export_memory
 import log_det
 import margins
 import nuts
+import radius
 import sampling
 import scaling
 import start
@@ -29,6 +30,7 @@ BENCHMARKS = {
     for module in (
         log_det,
         margins,
+        radius,
         scaling,
         svi_step,
         start,

@@ -2,9 +2,11 @@
 
 from probattn.attention import attention_weights, conditional_mean, coupling, residual
 from probattn.distributions import AttentionResidual, CausalAttention
+from probattn.folds import nearest_fold
 from probattn.log_determinants import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
 from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
 from probattn.proper import certificate, is_proper
+from probattn.radius import certified_radius
 from probattn.total_mass import conditional_mass
 
 __version__ = "0.1.0"
@@ -14,6 +16,7 @@ __all__ = [
     "CausalAttention",
     "attention_weights",
     "certificate",
+    "certified_radius",
     "conditional_mass",
     "conditional_mean",
     "coupling",
@@ -22,6 +25,7 @@ __all__ = [
     "is_proper",
     "jacobian_blocks",
     "log_det",
+    "nearest_fold",
     "reduced_blocks",
     "relaxed_barrier",
     "residual",
