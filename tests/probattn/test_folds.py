@@ -16,11 +16,12 @@ KEY = jax.random.key(0)
 
 @functools.cache
 def search(joint=True, bound=None):
-    return quick_jit(
-        functools.partial(pa.nearest_fold, key=KEY, joint=joint, bound=bound, starts=4)
-    )
+    found = functools.partial(pa.nearest_fold, key=KEY, joint=joint, bound=bound, starts=4)
+    compiled = quick_jit(found)
+    return lambda *inputs: tuple(np.asarray(part) for part in compiled(*inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [True, False], ids=["joint", "each"])
 def test_search_finds_the_fold_of_a_pair(joint):
     x = np.array([[-0.6], [0.6], [0.0]])  # which folds at +- 1
@@ -31,6 +32,7 @@ def test_search_finds_the_fold_of_a_pair(joint):
     assert distance == pytest.approx(np.linalg.norm(change) if joint else change.max(), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_search_says_where_there_is_nothing_to_find():
     x = np.array([[-0.6], [0.6], [0.0]])
     inputs = np.stack([x, x, 2 * x, np.full_like(x, np.nan)])
@@ -72,7 +74,7 @@ def test_what_is_found_is_on_the_boundary(bound, dtype):
     w_query = rng.standard_normal((60, 3, 2))
     w_key = w_query + 0.3 * rng.standard_normal((60, 3, 2))
     inputs = [part.astype(dtype) for part in (0.5 * x, w_query, w_key)]
-    distance, found = (np.asarray(part) for part in search(bound=bound)(*inputs))
+    distance, found = search(bound=bound)(*inputs)
     assert found.dtype == distance.dtype == dtype
     reached = np.isfinite(distance) & (distance > 0)
     assert reached.sum() > 20
@@ -82,5 +84,5 @@ def test_what_is_found_is_on_the_boundary(bound, dtype):
     change = np.linalg.norm((exact[0] - inputs[0]).reshape(60, -1), axis=-1)
     np.testing.assert_allclose(distance[reached], change[reached], rtol=1e-4)
     # A search from x alone finds nothing nearer.
-    one = jax.jit(functools.partial(pa.nearest_fold, key=KEY, bound=bound, starts=1))
+    one = quick_jit(functools.partial(pa.nearest_fold, key=KEY, bound=bound, starts=1))
     assert np.all(distance <= np.asarray(one(*inputs)[0]) * (1 + 1e-5))
