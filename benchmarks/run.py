@@ -16,6 +16,7 @@ import export_memory
 import log_det
 import margins
 import nuts
+import radius
 import sampling
 import scaling
 import start
@@ -30,7 +31,11 @@ BENCHMARKS = {
     for module in (
         log_det,
         margins,
+<<<<<<< HEAD
         certificate,
+=======
+        radius,
+>>>>>>> radius
         scaling,
         svi_step,
         start,

@@ -5,7 +5,9 @@ from probattn.distributions import AttentionResidual, CausalAttention
 from probattn.log_determinants import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
 from probattn.margins import embedding_margin, infeasible, stability_margin, support_tokens
 from probattn.stability.certificates import certificate, margin_lower_bound
+from probattn.stability.folds import nearest_fold
 from probattn.stability.proper import is_proper
+from probattn.stability.radius import certified_radius
 from probattn.stability.sequence_gain import sequence_gain
 from probattn.stability.tables import table_certificate
 from probattn.total_mass import conditional_mass
@@ -17,6 +19,7 @@ __all__ = [
     "CausalAttention",
     "attention_weights",
     "certificate",
+    "certified_radius",
     "conditional_mass",
     "conditional_mean",
     "coupling",
@@ -26,6 +29,7 @@ __all__ = [
     "jacobian_blocks",
     "log_det",
     "margin_lower_bound",
+    "nearest_fold",
     "reduced_blocks",
     "relaxed_barrier",
     "residual",
