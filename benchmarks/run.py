@@ -31,11 +31,8 @@ BENCHMARKS = {
     for module in (
         log_det,
         margins,
-<<<<<<< HEAD
         certificate,
-=======
         radius,
->>>>>>> radius
         scaling,
         svi_step,
         start,

@@ -124,6 +124,26 @@ def largest_eigenvalue(
         (...). It is below 1 in exact arithmetic if it is below 1, as long as no number over- or
         underflows.
     """
+    query, key, *others = jnp.moveaxis(largest, -1, 0)
+    least = jnp.min(jnp.stack([_root(query) * _root(key), *others]), axis=0)
+    rounded = jnp.min(rounded_squares(largest, reach, factors), axis=-1)
+    return least / 4 + lax.stop_gradient((rounded - least) / 4)
+
+
+def rounded_squares(
+    largest: Float[Array, "*batch n"], reach: Float[Array, "*reach"], factors: Majorants
+) -> Float[Array, "*batch k"]:
+    """Bound the squared diameters of a set in norms whose majorants have no shortfall.
+
+    Args:
+        largest: as `largest_eigenvalue` takes it.
+        reach: likewise.
+        factors: likewise.
+
+    Returns:
+        (..., k): the product of the diameters of queries and keys first, then the squared diameter
+        for every one of `majorant_roots`. What rounding may have taken from them is added.
+    """
     width, rank = factors.queries.shape[-2:]
     eps = float(jnp.finfo(largest.dtype).eps)
     reach = with_rank(reach, largest.ndim - 1)
@@ -139,17 +159,20 @@ def largest_eigenvalue(
         return (_root(squared + square * rounded) + error) ** 2
 
     query, key, positive, *scaled = jnp.moveaxis(largest, -1, 0)
-    computed = [_root(query) * _root(key), positive, *scaled]
     wide_query, wide_key = widened(query, query, of_query), widened(key, key, of_key)
     wide = [_root(wide_query) * _root(wide_key), widened(positive, positive, of_positive)]
     for scale, squared in zip(_SCALES, scaled, strict=True):
         # Its terms may cancel each other.
         terms = (scale**2 * query + key / scale**2) / 4
         wide.append(widened(squared, terms, (scale * of_query + of_key / scale) / 2))
-    least = jnp.min(jnp.stack(computed), axis=0)
     shortfall = with_rank(factors.shortfall[..., None], largest.ndim - 1)
-    bound = (jnp.min(jnp.stack(wide), axis=0) + shortfall * (2 * reach) ** 2) / 4
-    return least / 4 + lax.stop_gradient(bound - least / 4)
+    return jnp.stack(wide, axis=-1) + (shortfall * (2 * reach) ** 2)[..., None]
+
+
+def majorant_roots(factors: Majorants) -> list[Float[Array, "*batch d m"]]:
+    """Return G of every majorant G G^T of the family."""
+    scaled = [(scale * factors.queries + factors.keys / scale) / 2 for scale in _SCALES]
+    return [factors.positive, *scaled]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -51,6 +51,21 @@ def last_singular_triple(
     return u, jnp.where(finite, size, jnp.nan), v
 
 
+def singular_value_decomposition(
+    matrices: Float[Array, "*batch m m"],
+) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch m"], Float[Array, "*batch m m"]]:
+    """Return U, s and V^T of square matrices M = U diag(s) V^T, with their derivatives.
+
+    A decomposition that fails has a derivative of NaN even where its value is not used. So divide
+    and conquer is given another matrix in place of those on which it fails.
+    """
+    tried = _whole(lax.stop_gradient(matrices), SvdAlgorithm.DEFAULT)
+    done = _is_finite(tried, matrices.ndim - 2)
+    another = jnp.diag(jnp.arange(1.0, 1.0 + matrices.shape[-1], dtype=matrices.dtype))
+    first = _whole(jnp.where(done[..., None, None], matrices, another), SvdAlgorithm.DEFAULT)
+    return _completed(_whole, matrices, first, done)
+
+
 def finite_blocks(blocks: Float[Array, "*batch m m"]) -> tuple[Bool[Array, "*batch"], Array]:
     """Tell which matrices are finite, and put the identity in place of the others.
 
@@ -62,8 +77,13 @@ def finite_blocks(blocks: Float[Array, "*batch m m"]) -> tuple[Bool[Array, "*bat
     )
 
 
-def _last_triple(matrices: Array, how: SvdAlgorithm) -> tuple[Array, Array, Array]:
+def _whole(matrices: Array, how: SvdAlgorithm) -> tuple[Array, Array, Array]:
     left, sizes, right = lax.linalg.svd(matrices, algorithm=how)
+    return left, sizes, right
+
+
+def _last_triple(matrices: Array, how: SvdAlgorithm) -> tuple[Array, Array, Array]:
+    left, sizes, right = _whole(matrices, how)
     return left[..., :, -1], sizes[..., -1], right[..., -1, :]
 
 
@@ -72,7 +92,16 @@ def _converged[Found](
 ) -> Found:
     """Decompose by the fastest method, and by QR iteration where that one has failed."""
     first = decompose(matrices, SvdAlgorithm.DEFAULT)
-    done = _is_finite(first, matrices.ndim - 2)
+    return _completed(decompose, matrices, first, _is_finite(first, matrices.ndim - 2))
+
+
+def _completed[Found](
+    decompose: Callable[[Array, SvdAlgorithm], Found],
+    matrices: Float[Array, "*batch m m"],
+    first: Found,
+    done: Bool[Array, "*batch"],
+) -> Found:
+    """Put what QR iteration finds where the first method has failed, if it has anywhere."""
 
     def second() -> Found:
         def chosen(one: Array, two: Array) -> Array:

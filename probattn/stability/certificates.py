@@ -65,9 +65,15 @@ def certificate(
     """
     x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
     factors = majorants(w_query, w_key)
+    return largest_eigenvalue(*context_squares(x, factors, bound), factors)
+
+
+def context_squares(
+    x: Float[Array, "*x T d"], factors: Majorants, bound: ArrayLike | None
+) -> tuple[Float[Array, "*batch T n"], Float[Array, "*x T"]]:
+    """Return largest squares and reach of every past, as `largest_eigenvalue` takes them."""
     values, reach = _past(x, bound)
-    largest = _largest_before(projected(values, factors), largest_squares)
-    return largest_eigenvalue(largest, reach, factors)
+    return _largest_before(projected(values, factors), largest_squares), reach
 
 
 def margin_lower_bound(

@@ -18,14 +18,14 @@ from jaxtyping import Array, Float
 from probattn.arguments import check_arguments
 from probattn.blocks.geometry import bounded, geometry
 from probattn.blocks.local_radius import Sides, local_radius
-from probattn.blocks.majorants import Majorants, majorants
+from probattn.blocks.majorants import Majorants, majorants, rounded_squares
 from probattn.blocks.nonfinite import zero_nonfinite
 from probattn.blocks.promotion import with_rank
 from probattn.margins import infeasible
+from probattn.stability.certificates import context_squares
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
-_STRETCHES = (2**-0.5, 1.0, 2**0.5)  # a of the majorants (a^2 Q Q^T + K K^T / a^2) / 2
 _ROUNDING = 8.0  # rounding errors that each term of a sum may add
 
 
@@ -78,11 +78,13 @@ def certified_radius(
     never = never * (1 + unit) < (jnp.finfo(x.dtype).tiny if bound is None else 1)
 
     leading = jnp.broadcast_shapes(x.shape[:-2], w_query.shape[:-2])
-    arrays = (zero_nonfinite(x), values, weights, products, *factors)
-    ranks = (2, 2, 2, 1, 2, 2, 2, 0)
+    arrays = (zero_nonfinite(x), values, weights, products, factors.queries, factors.keys)
+    ranks = (2, 2, 2, 1, 2, 2)
     found = jax.vmap(partial(_of_sequence, joint, unit))(
         *(_flat(array, rank, leading) for array, rank in zip(arrays, ranks, strict=True))
     ).reshape(*leading, x.shape[-2])
+    squared = rounded_squares(*context_squares(x, factors, bound), factors)
+    found = jnp.maximum(found, _for_any_weights(joint, squared, factors))
     found = found * (1 - unit)
     if bound is not None:  # values err by a rounding error of phi
         lost = 4 * precision * math.sqrt(x.shape[-2]) * _longest_before(bounded(x, bound))
@@ -113,9 +115,9 @@ def _of_sequence(
     values: Float[Array, "T d"],
     weights: Float[Array, "T T"],
     products: Float[Array, " T"],
-    *factors: Float[Array, "..."],
+    query_side: Float[Array, "d m"],
+    key_side: Float[Array, "d m"],
 ) -> Float[Array, " T"]:
-    query_side, key_side, *_ = factors
     roots = jnp.linalg.norm(query_side, axis=0)
     divisors = jnp.where(roots > 0, roots, jnp.ones_like(roots))[None, :]
     right, left = query_side / divisors, key_side / divisors
@@ -127,38 +129,18 @@ def _of_sequence(
         _matmul(x, right),
     )
     weights = jnp.where(jnp.isnan(weights), jnp.zeros_like(weights), weights)
-    return jnp.maximum(
-        _for_any_weights(joint, unit, values, Majorants(*factors)),
-        local_radius(joint, unit, sides, weights, unit * products),
-    )
+    return local_radius(joint, unit, sides, weights, unit * products)
 
 
 def _for_any_weights(
-    joint: bool, unit: float, values: Float[Array, "T d"], factors: Majorants
-) -> Float[Array, " T"]:
+    joint: bool, squared: Float[Array, "*batch T k"], factors: Majorants
+) -> Float[Array, "*batch T"]:
     """Return the radius from variances that are at most a quarter of a squared diameter."""
-    query_side, key_side, attractive, slack = factors
-    points = [_matmul(values, side) for side in (attractive, query_side, key_side)]
-    stretches = [a**2 / 2 for a in _STRETCHES]
-
-    def farthest_before(position: Array) -> Array:
-        squares = [
-            jnp.sum((array - array[position][None, :]) ** 2, axis=-1) for array in (*points, values)
-        ]
-        first, query, key, plain = squares
-        squared = jnp.stack([first, *(s * query + key / (4 * s) for s in stretches)])
-        earlier = jnp.arange(len(values)) <= position
-        kept = jnp.where(earlier, plain, jnp.zeros_like(plain)) * slack
-        return jnp.max(jnp.where(earlier[None, :], squared, 0.0) + kept[None, :], axis=-1)
-
-    # One row of distances at a time: all of them at once would take T^2 d numbers.
-    squared = lax.cummax(lax.map(farthest_before, jnp.arange(len(values))), axis=0)
-    squared = jnp.concatenate([jnp.zeros_like(squared[:1]), squared[:-1]])
-    factors = [attractive] + [
-        jnp.concatenate([math.sqrt(s) * query_side, key_side / math.sqrt(4 * s)], axis=-1)
-        for s in stretches
+    sizes = [
+        jnp.linalg.norm(root, ord=2, axis=(-2, -1)) ** 2 + factors.shortfall
+        for root in majorant_roots(factors)
     ]
-    sizes = jnp.stack([jnp.linalg.norm(factor, ord=2) ** 2 for factor in factors]) + slack
-    left = 1 - jnp.sqrt(squared) / 2 * (1 + unit)
-    found = left * (math.sqrt(2) if joint else 1.0) / jnp.sqrt(sizes)[None, :]
+    longest = jnp.sqrt(jnp.stack(sizes, axis=-1))[..., None, :]
+    left = 1 - jnp.sqrt(squared[..., 1:]) / 2
+    found = left * (math.sqrt(2) if joint else 1.0) / with_rank(longest, left.ndim)
     return jnp.max(jnp.maximum(found, jnp.zeros_like(found)), axis=-1)

@@ -67,6 +67,18 @@ def test_the_derivative_is_that_of_the_method_that_converges(fails, matrices):
     np.testing.assert_allclose(jax.grad(smallest)(jnp.asarray(matrices)), expected, atol=1e-9)
 
 
+@pytest.mark.slow
+def test_a_whole_decomposition_and_its_derivative_survive_a_failure(fails, matrices):
+    matrices = jnp.asarray(matrices)
+    u, s, vt = singular_values.singular_value_decomposition(matrices)
+    np.testing.assert_allclose(jnp.einsum("...ik,...k,...kj", u, s, vt), matrices, atol=1e-9)
+
+    def nuclear(matrices):
+        return jnp.sum(singular_values.singular_value_decomposition(matrices)[1])
+
+    np.testing.assert_allclose(jax.grad(nuclear)(matrices), u @ vt, atol=1e-9)
+
+
 def test_a_matrix_that_is_not_finite_spoils_no_other():
     matrices = MATRICES[0].copy()
     matrices[2, 0, 0] = np.inf
@@ -80,7 +92,7 @@ def test_a_matrix_that_is_not_finite_spoils_no_other():
 def test_margins_of_a_finite_context_are_numbers_when_a_method_fails(monkeypatch):
     x = np.random.default_rng(1).normal(size=(7, 3))
     w_query, w_key = np.random.default_rng(2).normal(size=(2, 3, 2))
-    expected = pa.stability_margin(x, w_query, w_key)
+    expected = pa.stability_margin(x, w_query, w_key), pa.certificate(x, w_query, w_key)
     svd = lax.linalg.svd
 
     def failing(matrices, *, algorithm=SvdAlgorithm.DEFAULT, **options):
@@ -90,5 +102,6 @@ def test_margins_of_a_finite_context_are_numbers_when_a_method_fails(monkeypatch
         return jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), found)
 
     monkeypatch.setattr(lax.linalg, "svd", failing)
-    np.testing.assert_allclose(pa.stability_margin(x, w_query, w_key), expected, rtol=1e-9)
+    np.testing.assert_allclose(pa.stability_margin(x, w_query, w_key), expected[0], rtol=1e-9)
+    np.testing.assert_allclose(pa.certificate(x, w_query, w_key), expected[1], rtol=1e-9)
     assert np.all(np.isfinite(pa.embedding_margin(x, w_query, w_key)[2:]))
