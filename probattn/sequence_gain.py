@@ -121,12 +121,8 @@ def _of_sequence(
     factors = factorise(*lax.stop_gradient((x, w_query, w_key, bound)))
     known = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(factors.reduced))
     regular = known & jnp.all(jnp.isfinite(factors.correction))
-    found = _largest(
-        factors._replace(
-            weights=jnp.where(regular, factors.weights, 0.0),
-            correction=jnp.where(regular, factors.correction, 0.0),
-        )
-    )
+    usable = jax.tree.map(lambda part: jnp.where(regular, part, jnp.zeros_like(part)), factors)
+    found = _largest(usable._replace(bound=factors.bound))
     u, v = (vector.reshape(x.shape) for vector in (found.left[0], found.right))
 
     # sigma_min = v . J u, whose derivative is v . dJ u.
