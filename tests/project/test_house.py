@@ -49,7 +49,6 @@ MATHEMATICS = (
     "probattn.margins",
     "probattn.proper",
     "probattn.ancestral",
-    "probattn.sequence_gain",
 )
 MATHEMATICS_MAY_IMPORT = {
     "collections",
