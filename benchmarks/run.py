@@ -3,7 +3,8 @@
     python benchmarks/run.py [--rounds 15] [--only nuts export_memory]
 
 With --only, the other figures of an existing file stay; "updated" then says where, and in how many
-rounds, those that were run were measured. Scaling, which has a figure, is in files of its own.
+rounds, those that were run were measured. Scaling and sequence_gain, which have figures, are in
+files of their own.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import nuts
 import radius
 import sampling
 import scaling
+import sequence_gain
 import start
 import svi_step
 from harness import environment
@@ -34,6 +36,7 @@ BENCHMARKS = {
         certificate,
         radius,
         scaling,
+        sequence_gain,
         svi_step,
         start,
         checkpoints,

@@ -16,7 +16,13 @@ from jaxtyping import Array, Bool, Float
 
 from probattn.arguments import check_arguments
 from probattn.blocks.geometry import bounded
-from probattn.blocks.majorants import largest_eigenvalue, largest_squares, majorants, projected
+from probattn.blocks.majorants import (
+    Majorants,
+    largest_eigenvalue,
+    largest_squares,
+    majorants,
+    projected,
+)
 from probattn.blocks.promotion import with_rank
 
 _HIGHEST = lax.Precision.HIGHEST

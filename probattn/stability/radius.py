@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from probattn.arguments import check_arguments
 from probattn.blocks.geometry import bounded, geometry
 from probattn.blocks.local_radius import Sides, local_radius
-from probattn.blocks.majorants import Majorants, majorants, rounded_squares
+from probattn.blocks.majorants import Majorants, majorant_roots, majorants, rounded_squares
 from probattn.blocks.nonfinite import zero_nonfinite
 from probattn.blocks.promotion import with_rank
 from probattn.margins import infeasible

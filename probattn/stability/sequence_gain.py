@@ -1,11 +1,9 @@
-"""The gain of a whole sequence: how far the inverse residual map amplifies a small change.
+"""How far the inverse of the residual map amplifies a small change of a whole sequence.
 
-A margin looks at one token with its past held fixed, at the diagonal blocks D_t of the Jacobian J
-of the map x -> e. A change of the residuals also travels from token to token, through the blocks
-below the diagonal, and the margins do not see that. (Not in the paper.)
+The margins look at one token at a time, at the diagonal blocks of the map's Jacobian. The blocks
+below them count too. (Not in the paper.)
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,14 +14,9 @@ from jaxtyping import Array, Float
 
 from probattn.arguments import check_arguments
 from probattn.attention import residual
+from probattn.blocks.largest_gain import largest_of_inverse
 from probattn.blocks.promotion import with_rank
-from probattn.blocks.substitution import Factors, factorise, solve_jacobian
-
-_HIGHEST = lax.Precision.HIGHEST
-_BASIS = 32  # most directions that are held at a time
-_TOGETHER = 4  # directions that are solved for at once, which tells singular values apart
-_MOST_CYCLES = 100
-_SEED = 0
+from probattn.blocks.substitution import factorise
 
 
 class SequenceGain(NamedTuple):
@@ -84,127 +77,23 @@ def sequence_gain(
     dtype = jnp.result_type(x, w_query, w_key)
     rank = max(x.ndim, w_query.ndim)
     x, w_query, w_key = (with_rank(array.astype(dtype), rank) for array in (x, w_query, w_key))
-    return _of_batch(x, w_query, w_key, bound)
-
-
-class _State(NamedTuple):
-    """What a cycle of the iteration hands to the next.
-
-    Attributes:
-        left: best vectors u, orthonormal (p, T d).
-        right: v of the first of them (T d,).
-        gain: its singular value.
-        error: |J^-1 v - gain u| / gain.
-        cycle: how many cycles there were.
-    """
-
-    left: Array
-    right: Array
-    gain: Array
-    error: Array
-    cycle: Array
+    return _gain_of_batch(x, w_query, w_key, bound)
 
 
 @jax.jit  # else every call outside a jitted function would compile the loop anew
-def _of_batch(x: Array, w_query: Array, w_key: Array, bound: ArrayLike | None) -> SequenceGain:
+def _gain_of_batch(x: Array, w_query: Array, w_key: Array, bound: ArrayLike | None) -> SequenceGain:
+    def of_sequence(x: Array, w_query: Array, w_key: Array) -> tuple[Array, ...]:
+        known = lax.stop_gradient((x, w_query, w_key, bound))
+        gain, u, v, error = largest_of_inverse(factorise(*known))
+
+        def moved(x: Array) -> Array:
+            return residual(x, w_query, w_key, bound=bound)
+
+        # sigma_min = v . J u, whose derivative is v . dJ u.
+        linear = jnp.sum(v * jax.jvp(moved, (x,), (u,))[1])
+        change = jnp.where(jnp.isfinite(gain), linear - lax.stop_gradient(linear), 0.0)
+        shares = [jnp.sum(vector**2, axis=-1) for vector in (u, v)]
+        return 1 / (1 / gain + change), *shares, error
+
     signature = "(t,d),(d,r),(d,r)->(),(t),(t),()"
-    of_sequence = jnp.vectorize(partial(_of_sequence, bound), signature=signature)
-    return SequenceGain(*of_sequence(x, w_query, w_key))
-
-
-def _of_sequence(
-    bound: ArrayLike | None,
-    x: Float[Array, "T d"],
-    w_query: Float[Array, "d r"],
-    w_key: Float[Array, "d r"],
-) -> SequenceGain:
-    factors = factorise(*lax.stop_gradient((x, w_query, w_key, bound)))
-    known = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(factors.reduced))
-    regular = known & jnp.all(jnp.isfinite(factors.correction))
-    found = _largest(
-        factors._replace(
-            weights=jnp.where(regular, factors.weights, 0.0),
-            correction=jnp.where(regular, factors.correction, 0.0),
-        )
-    )
-    u, v = (vector.reshape(x.shape) for vector in (found.left[0], found.right))
-
-    # sigma_min = v . J u, whose derivative is v . dJ u.
-    def moved(x: Array) -> Array:
-        return residual(x, w_query, w_key, bound=bound)
-
-    linear = jnp.sum(v * jax.jvp(moved, (x,), (u,))[1])
-    gain = 1 / (1 / found.gain + (linear - lax.stop_gradient(linear)))
-    singular = jnp.where(known, jnp.inf, jnp.nan).astype(x.dtype)
-    shares = (jnp.where(regular, jnp.sum(vector**2, axis=-1), jnp.nan) for vector in (u, v))
-    embedding_share, residual_share = shares
-    return SequenceGain(
-        jnp.where(regular, gain, singular),
-        embedding_share,
-        residual_share,
-        jnp.where(regular, found.error, jnp.where(known, 0.0, jnp.nan)),
-    )
-
-
-def _largest(factors: Factors) -> _State:
-    """Find the largest singular value of J^-1, and its vectors."""
-    shape, dtype = factors.x.shape, factors.x.dtype
-    size = shape[0] * shape[1]
-    # Below that, a basis of the whole space: the first cycle is exact.
-    together, blocks = (_TOGETHER, _BASIS // _TOGETHER) if size > _BASIS else (1, size)
-    random = jax.random.normal(jax.random.key(_SEED), (1 + blocks, together, size), dtype)
-    noise = jnp.finfo(dtype).eps * random[1:]
-
-    def solve(right: Array) -> Array:
-        return solve_jacobian(factors, right.reshape(shape)).reshape(size)
-
-    def solve_transposed(right: Array) -> Array:
-        (found,) = jax.linear_transpose(solve, right)(right)
-        return found
-
-    def put(basis: Array, rows: Array, block: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(basis, rows, block * together, axis=0)
-
-    def cycle(state: _State) -> _State:
-        def expand(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            basis, images, rows = carry
-            basis, image = put(basis, rows, block), jax.vmap(solve_transposed)(rows)
-            new = jax.vmap(solve)(_orthonormal(image))
-            # Where the basis has all that J^-1 makes of it, it goes on at random.
-            return basis, put(images, image, block), _new_directions(new, basis, noise[block])
-
-        empty = jnp.zeros((blocks * together, size), dtype)
-        basis, images, _ = lax.fori_loop(0, blocks, expand, (empty, empty, state.left))
-        mixtures, sizes, rights = jnp.linalg.svd(images, full_matrices=False)
-        left = jnp.matmul(mixtures[:, :together].T, basis, precision=_HIGHEST)
-        gain, right = sizes[0], rights[0]
-        error = jnp.linalg.norm(solve(right) / gain - left[0])
-        return _State(left, right, gain, error, state.cycle + 1)
-
-    def unfinished(state: _State) -> Array:
-        tolerance = jnp.sqrt(jnp.finfo(dtype).eps) / 2
-        return (state.error > tolerance) & (state.cycle < _MOST_CYCLES)
-
-    start = _State(
-        _orthonormal(random[0]),
-        jnp.zeros(size, dtype),
-        jnp.zeros((), dtype),
-        jnp.full((), jnp.inf, dtype),
-        jnp.int32(0),
-    )
-    return lax.while_loop(unfinished, cycle, start)
-
-
-def _orthonormal(rows: Float[Array, "p n"]) -> Float[Array, "p n"]:
-    return jnp.linalg.qr(rows.T)[0].T
-
-
-def _new_directions(
-    rows: Float[Array, "p n"], basis: Float[Array, "k n"], noise: Float[Array, "p n"]
-) -> Float[Array, "p n"]:
-    """Return an orthonormal basis of the rows that is orthogonal to a basis."""
-    rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
-    for added in (noise, jnp.zeros_like(noise)):
-        within = jnp.matmul(rows, basis.T, precision=_HIGHEST)
-        rows = _orthonormal(rows - jnp.matmul(within, basis, precision=_HIGHEST) + added)
-    return rows
+    return SequenceGain(*jnp.vectorize(of_sequence, signature=signature)(x, w_query, w_key))
