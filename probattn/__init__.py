@@ -1,6 +1,5 @@
 """Causal self-attention as a probabilistic program: exact log-determinants, margins, inference."""
 
-from probattn.ancestral import sequence_gain
 from probattn.attention import attention_weights, conditional_mean, coupling, residual
 from probattn.distributions import AttentionResidual, CausalAttention
 from probattn.log_determinants import jacobian_blocks, log_det, reduced_blocks, relaxed_barrier
