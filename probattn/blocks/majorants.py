@@ -86,13 +86,13 @@ def largest_squares(
     Returns:
         (..., M, n), for n norms. Rounding errors are relative to the longest of the points.
     """
-    points, rows = (jnp.split(part, 3, axis=-1) for part in (points, rows))
+    sides, row_sides = (jnp.split(part, 3, axis=-1) for part in (points, rows))
 
     def products(first: int, second: int) -> Array:
-        own = jnp.sum(points[first] * points[second], axis=-1)[..., :, None]
-        other = jnp.sum(rows[first] * rows[second], axis=-1)[..., None, :]
-        mixed = _matmul(points[first], _transposed(rows[second]))
-        return own + other - mixed - _matmul(points[second], _transposed(rows[first]))
+        own = jnp.sum(sides[first] * sides[second], axis=-1)[..., :, None]
+        other = jnp.sum(row_sides[first] * row_sides[second], axis=-1)[..., None, :]
+        mixed = _matmul(sides[first], _transposed(row_sides[second]))
+        return own + other - mixed - _matmul(sides[second], _transposed(row_sides[first]))
 
     query, key, positive, mixed = products(0, 0), products(1, 1), products(2, 2), products(0, 1)
     scaled = [(a**2 * query + key / a**2 + 2 * mixed) / 4 for a in _SCALES]
