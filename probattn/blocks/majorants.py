@@ -24,7 +24,7 @@ _HIGHEST = lax.Precision.HIGHEST
 # Of the majorants (a Q + K / a) (a Q + K / a)^T / 4, the values of a that are tried.
 _SCALES = (math.sqrt(0.5), 1.0, math.sqrt(2.0))
 # Rounding errors of the factors, in units of eps ||W_Q|| ||W_K|| / sqrt(r).
-_DECOMPOSITION = 8
+_DECOMPOSITION = 32
 
 
 class Majorants(NamedTuple):
@@ -116,8 +116,8 @@ def largest_eigenvalue(
     Args:
         largest: the largest `largest_squares` of points of the set, (..., n).
         reach: the largest distance of a point of the set from that one of them which is the
-            origin, (...). With a bound, twice the largest norm of a point is added to it, because
-            the points themselves are rounded.
+            origin, (...). With a bound, the norms of both points are added to each distance,
+            because the points themselves are rounded.
         factors: of A; leading axes broadcast.
 
     Returns:

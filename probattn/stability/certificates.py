@@ -48,11 +48,12 @@ def certificate(
 
     Rounding is towards unproved. To the computed number is added what the errors of its points,
     its distances and the decompositions of A can have taken from it: (d + 16) eps |G| reach from
-    each distance, (4 m + 16) eps of its square, and 8 eps |W_Q| |W_K| reach^2 / sqrt(r) from rho_t.
+    each distance, (4 m + 16) eps of its square, and 32 eps |W_Q| |W_K| reach^2 / sqrt(r) from the
+    result.
     Norms are Frobenius norms, eps is that of the dtype, and reach is the largest distance of the
-    past from x_0, plus 2 max |phi(x_s)| with a bound. That the errors of LAPACK's decompositions
-    are within the last term is its documented behaviour, and tested. Overflow and underflow are
-    not accounted for.
+    past from x_0; with a bound, |phi(x_s)| + |phi(x_0)| is added to each distance. That the errors
+    of LAPACK's decompositions are within the last term is its documented behaviour, and tested.
+    Overflow and underflow are not accounted for.
 
     Args:
         x: token embeddings (..., T, d).
@@ -70,8 +71,7 @@ def certificate(
             not positive.
     """
     x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
-    factors = majorants(w_query, w_key)
-    return largest_eigenvalue(*context_squares(x, factors, bound), factors)
+    return _certificate(*_past(x, bound), w_query, w_key)
 
 
 def context_squares(
@@ -125,10 +125,21 @@ def margin_lower_bound(
     spread_of_images = diameter(images, ((width + rank + 32) * eps * size)[..., None])
     spread = with_rank(spread, spread_of_images.ndim)
     product = spread * spread_of_images / (4 * math.sqrt(rank))
-    rho = certificate(x, w_query, w_key, bound=bound)
+    rho = _certificate(values, reach, w_query, w_key)
     proved = rho < 1
     lower = (1 - 8 * eps) / (1 + product / jnp.where(proved, 1 - rho, 1.0))
     return jnp.where(proved & jnp.isfinite(product), lower, 0.0)
+
+
+def _certificate(
+    values: Float[Array, "*x T d"],
+    reach: Float[Array, "*x T"],
+    w_query: Float[Array, "*weights d r"],
+    w_key: Float[Array, "*weights d r"],
+) -> Float[Array, "*batch T"]:
+    factors = majorants(w_query, w_key)
+    largest = _largest_before(projected(values, factors), largest_squares)
+    return largest_eigenvalue(largest, reach, factors)
 
 
 def _past(
@@ -139,7 +150,9 @@ def _past(
     values = context - context[..., :1, :]
     reach = jnp.linalg.norm(lax.stop_gradient(values), axis=-1)
     if bound is not None:
-        reach += 2 * jnp.linalg.norm(lax.stop_gradient(context), axis=-1)
+        sizes = jnp.linalg.norm(lax.stop_gradient(context), axis=-1)
+        moved = jnp.any(x != x[..., :1, :], axis=-1)
+        reach = jnp.where(moved, reach + sizes + sizes[..., :1], reach)
     return values, _before(lax.cummax(reach, axis=reach.ndim - 1), -1)
 
 
