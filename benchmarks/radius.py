@@ -111,6 +111,6 @@ def report(results: dict[str, Any]) -> None:
     for name in SHAPES:
         for how, found in results[name].items():
             print(
-                f"radius, {name:9s} {how:15s} {found['folds found']:5d} folds, "
+                f"radius, {name:9s} {how:15s} {found['folds']:5d} folds, "
                 f"attack / radius {found['attack / radius']}"
             )
