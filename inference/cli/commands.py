@@ -19,6 +19,7 @@ from probattn.inference.config import (
     SampleRunConfig,
 )
 from probattn.inference.evaluation.evaluate import evaluate
+from probattn.inference.evaluation.folding_texts import folding_texts
 from probattn.inference.evaluation.generation import generate, write_csv
 from probattn.inference.evaluation.noise_sweeps import (
     ASCENT_TOKENS,
@@ -81,15 +82,9 @@ class Fit:
     def __call__(self, screen: Console) -> None:
         """Run the command."""
         config = RunConfig(self.data, self.model, self.objective, self.fit)
+        modes = {"resume": self.resume, "overwrite": self.overwrite}
         with distributed(self.coordinator, self.num_processes, self.process_id):
-            result = fit(
-                config,
-                self.out,
-                resume=self.resume,
-                overwrite=self.overwrite,
-                mesh=self.mesh,
-                progress=True,
-            )
+            result = fit(config, self.out, **modes, mesh=self.mesh, progress=True)
             if is_main_process():
                 console.print_fit(screen, self.out, result)
 
@@ -208,12 +203,17 @@ class Margins:
     """UTF-8 file of any length, by default the run's validation text"""
     stride: int | None = None
     """distance between windows, 1 to block, by default half a block"""
+    find_folds: bool = False
+    """look for a text that folds each stage for which none is ruled out"""
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
         check_report("margins", self.out)
-        margins = text_margins(load_fit(self.run), self.text, stride=self.stride, progress=True)
+        run = load_fit(self.run)
+        margins = text_margins(run, self.text, stride=self.stride, progress=True)
         console.print_margins(screen, margins)
+        if self.find_folds:
+            console.print_folds(screen, folding_texts(run, margins.certificates))
         console.print_paths(screen, margin_figures(margins, self.out))
 
 

@@ -13,10 +13,12 @@ from rich.text import Text
 
 from probattn.inference.comparison.compare import ComparedRun
 from probattn.inference.evaluation.evaluate import EvaluateResult
+from probattn.inference.evaluation.folding_texts import FoldingText
 from probattn.inference.evaluation.generation import Generated
 from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.evaluation.noise_sweeps import NoisePoint
 from probattn.inference.evaluation.sensitivity import Sensitivity
+from probattn.inference.evaluation.stage_certificates import StageCertificate
 from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins
 from probattn.inference.export.diagnostics import divergence_margin, summarise, values_of
 from probattn.inference.figures.data import character_head, character_heads
@@ -114,9 +116,30 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
     for row, head in zip(rows, support, strict=True):
         table.add_row(*row, _token_in_text(margins.tokens, head, screen.width - taken - 4))
     screen.print(table)
+    for proved in margins.certificates:
+        screen.print(Text(_of_all_texts(proved)), soft_wrap=True)
     _print_unknown(screen, margins.stages, range(len(margins.tokens)), margins.tokens)
     if not margins.post_hoc_converged:
         screen.print(_NOT_CONVERGED)
+
+
+def print_folds(screen: Console, folds: Mapping[str, FoldingText | None]) -> None:
+    """Print for each stage a text that folds it, or that none was found."""
+    for label, fold in folds.items():
+        line = f"{label}: no text that folds it was found"
+        if fold is not None:
+            line = f"{label}: the last token of {fold.text!r} folds it (margin {fold.margin:.3f})"
+        screen.print(Text(line), soft_wrap=True)
+
+
+def _of_all_texts(proved: StageCertificate) -> str:
+    if proved.rho < 1:
+        return f"{proved.label}: no text can fold it (rho = {proved.rho:.2f})"
+    line = f"{proved.label}: a text may fold it (rho = {proved.rho:.2f})"
+    if proved.pair_rho > 1:
+        first, second = proved.pair
+        line += f", as {first!r} and {second!r} do with equal weights ({proved.pair_rho:.2f})"
+    return line
 
 
 def _print_unknown(

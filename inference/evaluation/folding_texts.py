@@ -1,5 +1,6 @@
 """Texts that fold an attention stage, found by search: what no certificate can rule out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,12 @@ from probattn.inference.evaluation.attention_stages import (
     AttentionStage,
     stage_margins,
     stage_table,
+    stages,
 )
+from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.stage_certificates import StageCertificate
 from probattn.inference.runs.run import Run
+from probattn.inference.runtime.blas_threads import one_blas_thread
 
 _PAIRS = 32  # pairs of symbols of which texts are made at first
 _STARTS = 4  # texts that are improved, position by position
@@ -49,12 +54,25 @@ def folding_text(run: Run, stage: AttentionStage) -> FoldingText | None:
     nothing; `table_certificate` does.
     """
     search = _Search(run, stage)
-    for tokens in search.two_symbol_texts():
-        tokens = search.improved(tokens)
+    with one_blas_thread():
+        starts = search.two_symbol_texts()
+    for start in starts:
+        with one_blas_thread():
+            tokens = search.improved(start)
         margin = float(stage_margins(run, stage, tokens[None]).margin[0, -1])
         if margin <= 0:
             return FoldingText(stage.label, tokens, run.vocabulary.decode(tokens), margin)
     return None
+
+
+def folding_texts(run: Run, proved: Sequence[StageCertificate]) -> dict[str, FoldingText | None]:
+    """Look for a text that folds each stage of a run for which none is ruled out; by label."""
+    chosen = stages(run, post_hoc_prior(run))
+    return {
+        stage.label: folding_text(run, stage)
+        for stage, certificate in zip(chosen, proved, strict=True)
+        if certificate.rho >= 1
+    }
 
 
 class _Search:

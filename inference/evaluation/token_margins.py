@@ -12,6 +12,7 @@ from probattn import support_tokens
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import AttentionStage, stage_margins, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.stage_certificates import StageCertificate, stage_certificate
 from probattn.inference.evaluation.texts import text_tokens
 from probattn.inference.runs.csv_tables import write_columns
 from probattn.inference.runs.run import Run
@@ -71,6 +72,7 @@ class TextMargins:
         window: number of that window, (N,).
         window_starts: where each window begins, (windows,).
         stages: margins by stage, the post-hoc attention prior first.
+        certificates: what is proved of each stage for all texts, in the same order.
         post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
     """
 
@@ -80,6 +82,7 @@ class TextMargins:
     window: Int[np.ndarray, " N"]
     window_starts: Int[np.ndarray, " windows"]
     stages: tuple[TokenMargins, ...]
+    certificates: tuple[StageCertificate, ...]
     post_hoc_converged: bool
 
 
@@ -139,8 +142,16 @@ def text_margins(
                     getattr(found[order], column)[rows] = getattr(values, column)
                 bar.update(len(inputs))
             done = rows.stop
-    shown = DisplayedTokens(run.vocabulary, tokens)
-    return TextMargins(name, shown, position, window, plan.starts, tuple(found), prior.converged)
+    return TextMargins(
+        name=name,
+        tokens=DisplayedTokens(run.vocabulary, tokens),
+        position=position,
+        window=window,
+        window_starts=plan.starts,
+        stages=tuple(found),
+        certificates=tuple(stage_certificate(run, stage) for stage in chosen),
+        post_hoc_converged=prior.converged,
+    )
 
 
 def reported_margins(

@@ -523,7 +523,7 @@ def test_a_row_of_margins_is_one_line_of_a_narrow_terminal(tokens, shown):
     )
     position = np.arange(count)
     screen = Console(file=io.StringIO(), width=80)
-    found = TextMargins("text", tokens, position, 0 * position, np.zeros(1, int), stages, True)
+    found = TextMargins("text", tokens, position, 0 * position, np.zeros(1, int), stages, (), True)
     console.print_margins(screen, found)
     title, *lines = screen.file.getvalue().splitlines()
     assert title.startswith("margins of text")

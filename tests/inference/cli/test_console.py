@@ -1,15 +1,24 @@
 """Tables of margins, some of which are not known, and of what noise does."""
 
+import dataclasses
 import io
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from probattn.inference.cli.console import print_compared, print_margins, print_sensitivity
+from probattn.inference.cli.console import (
+    print_compared,
+    print_folds,
+    print_margins,
+    print_sensitivity,
+)
 from probattn.inference.comparison.compare import ComparedRun, _margins
+from probattn.inference.evaluation.folding_texts import FoldingText
 from probattn.inference.evaluation.intervals import Estimate
+from probattn.inference.evaluation.stage_certificates import StageCertificate
 from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins, write_csv
 
 MARGIN = np.array([1, 1, 0.5, -0.25, 0.75, 0.5])
@@ -22,7 +31,9 @@ def stage(label, margin):
 
 def margins_of(*stages):
     positions = np.arange(len(MARGIN))
-    return TextMargins("a text", "abcdef", positions, 0 * positions, positions[:1], stages, True)
+    return TextMargins(
+        "a text", "abcdef", positions, 0 * positions, positions[:1], stages, (), True
+    )
 
 
 def printed(margins):
@@ -46,6 +57,28 @@ def test_a_margin_that_is_not_known_is_counted_and_named(margins):
         "two: 1 of 6 margins are not known (NaN) and left out, the first at token 4, 'e'"
     ]
     assert "not known" not in printed(margins_of(stage("one", MARGIN)))
+
+
+def test_what_no_text_can_do_is_printed_of_every_stage(margins):
+    proved = StageCertificate("one", 0.7, ("a", "b"), (0, 1), 0.6)
+    likely = StageCertificate("two", 12.5, ("\x1b", "b"), (0, 3), 11.25)
+    unknown = StageCertificate("three", 3.0, ("a", "b"), (0, 1), math.nan)
+    found = dataclasses.replace(margins, certificates=(proved, likely, unknown))
+    lines = printed(found).splitlines()
+    assert "one: no text can fold it (rho = 0.70)" in lines
+    folding = r"as '\x1b' and 'b' do with equal weights (11.25)"
+    assert f"two: a text may fold it (rho = 12.50), {folding}" in lines
+    assert "three: a text may fold it (rho = 3.00)" in lines
+
+
+def test_a_text_that_folds_is_printed_and_one_that_was_not_found_is_said():
+    stream = io.StringIO()
+    fold = FoldingText("two", np.array([1, 0]), "ba", -0.5)
+    print_folds(Console(file=stream, width=120), {"two": fold, "three": None})
+    assert stream.getvalue().splitlines() == [
+        "two: the last token of 'ba' folds it (margin -0.500)",
+        "three: no text that folds it was found",
+    ]
 
 
 def test_a_stage_without_any_margin_leaves_the_others_their_rows(margins):
