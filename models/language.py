@@ -32,7 +32,7 @@ class LanguageModelConfig:
         block: positions T that the model sees at once, at least 3: the first two have no margin.
         prior_rank: rank r of the separate attention stage that carries the barrier.
         bound: c of that stage's bounded context, see `attention`; None, the paper's, is unbounded.
-            It says too in which of the two proper regimes the process of objective "latent" is.
+            It says too how the process of objective "latent" is kept proper.
     """
 
     layers: int = 4

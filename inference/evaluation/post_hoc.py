@@ -125,7 +125,7 @@ def fit_attention_prior(
 
     Maximises the mean over tokens of log Normal(e_t; 0, sigma^2 I) + log det D_t, plus the log
     prior of W_Q and W_K over `prior_tokens`, all of it in units of the embeddings' root mean
-    square. docs/mathematics.md, section 8, proves that there is a maximum, and says why it needs
+    square. docs/mathematics.md, section 10, proves that there is a maximum, and says why it needs
     a prior of this weight. Fits start from prior draws until the best two agree in their
     margins, or there are four; the best is returned. sigma is the root mean square of its residual.
 

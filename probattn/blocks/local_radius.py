@@ -1,10 +1,11 @@
 """How far embeddings may move from where they are before a block D_t can be singular.
 
-D' = I - Sigma' A is singular only if (Sigma' - Sigma) G has the eigenvalue 1, where G = A D^-1 is
-the coupling amplified by the present attention. With G = K Q^T balanced, the change of the
+D' = I - Sigma' A is singular only if (Sigma' - Sigma) H has the eigenvalue 1, where H = A D^-1 is
+the coupling amplified by the present attention. With H = K Q^T balanced, the change of the
 covariance of f = a.Q^T y and g = a.K^T y is then at least 1 for some unit vector a. Its first order
 in the change of the embeddings is computed, and the rest is bounded. The names are those of the
-proof in docs/mathematics.md; every constant bounds something for all unit vectors a at once.
+proof in docs/mathematics.md, section 7; every constant bounds something for all unit vectors a at
+once.
 """
 
 from functools import partial
@@ -203,7 +204,7 @@ def _amplified(
     queries: Float[Array, "T m"],
     keys: Float[Array, "T m"],
 ) -> tuple[Array, Array, Array, Array]:
-    """Return K and Q of G = K Q^T in the bases U and V, its singular values, and |R| |R^-1|."""
+    """Return K and Q of H = K Q^T in the bases U and V, its singular values, and |R| |R^-1|."""
     roots = jnp.sqrt(sizes)
     covariance = _matmul((weights[:, None] * queries).T, keys) * roots[:, None] * roots[None, :]
     block = jnp.eye(len(sizes), dtype=covariance.dtype) - covariance

@@ -5,7 +5,7 @@ so that the norm of F is the length of the points y_s = G^T x_s. For every eigen
 
     Re lambda <= lambda_max(Cov(y)) <= diam(y)^2 / 4,
 
-whatever the weights are under which Sigma and Cov are taken (docs/mathematics.md, section 4).
+whatever the weights are under which Sigma and Cov are taken (docs/mathematics.md, section 5).
 """
 
 import math

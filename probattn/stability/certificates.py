@@ -2,7 +2,7 @@
 
 The eigenvalues of Sigma_t A, which D_t = I - Sigma_t A subtracts from one, have real parts of at
 most rho_t under all attention weights over the past. So below rho_t = 1 the determinant is
-positive for every x_t, and x_t -> e_t is a diffeomorphism (docs/mathematics.md, section 4; not in
+positive for every x_t, and x_t -> e_t is a diffeomorphism (docs/mathematics.md, section 5; not in
 the paper).
 """
 
@@ -89,7 +89,7 @@ def margin_lower_bound(
 
     Where rho_t < 1 it is at least 1 / (1 + g / (1 - rho_t)). Here g is a quarter of the product of
     two diameters, that of the past x_0 .. x_{t-1} and that of the points A^T x_s. With a bound c,
-    phi(x_s) takes the place of x_s. (docs/mathematics.md, section 4; not in the paper.)
+    phi(x_s) takes the place of x_s. (docs/mathematics.md, section 5; not in the paper.)
 
     Rounding lowers the bound, as it raises the certificate: to the diameters is added what it can
     have taken from them, and 8 eps of the result is taken from it.

@@ -31,7 +31,7 @@ def is_proper(
     eigenvalue of Sigma A has a real part of at most ||Sigma||_2 max(lambda, 0), and ||Sigma||_2 <
     c^2 since |phi(x_s)| < c. So every eigenvalue of D_t = I - Sigma A has a positive real part,
     and det D_t > 0. It is necessary. Two tokens at +- R v, with v the eigenvector of lambda and R
-    large enough, fold the map around x_t = 0. The proofs are in docs/mathematics.md, section 4. In
+    large enough, fold the map around x_t = 0. The proofs are in docs/mathematics.md, section 5. In
     the scalar case without a bound this is the paper's a <= 0. (Not in the paper.)
 
     Args:

@@ -1,8 +1,8 @@
 """How far embeddings may move before a position can fold: a radius that is proved.
 
-The largest of several bounds is returned (proofs: docs/mathematics.md). Those of this file hold
-whatever the attention weights are: with A the coupling and F = S S^T >= (A + A^T) / 2, D_t is not
-singular while S^T y_s has a variance below 1 in every direction, and the variance is at most a
+The largest of several bounds is returned (docs/mathematics.md, section 7). Those of this file hold
+whatever the attention weights are: with A the coupling and F = G G^T >= (A + A^T) / 2, D_t is not
+singular while G^T y_s has a variance below 1 in every direction, and the variance is at most a
 quarter of a squared diameter. The bound of `blocks.local_radius` begins at the present weights.
 """
 
