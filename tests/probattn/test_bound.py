@@ -187,8 +187,10 @@ def test_function_matches_oracle(shape):
                 got = np.where(np.isnan(true), true, got)
             if name == "embedding_margin" and case.kind == "all_equal":
                 continue  # the smallest singular value is not simple
+            # Rounding adds to the certificate, most where the tokens are large.
+            atol = 1e-9 if name == "certificate" else 1e-10
             np.testing.assert_allclose(
-                got, true, rtol=1e-9, atol=1e-10, err_msg=f"{name}, {case}, bound {bound}"
+                got, true, rtol=1e-9, atol=atol, err_msg=f"{name}, {case}, bound {bound}"
             )
 
 
@@ -234,7 +236,9 @@ def test_large_bound_approaches_none_like_its_inverse_square():
             - comparable(name, unbounded[name]).astype(float)
             for found in (nearest, near, far)
         )
-        np.testing.assert_allclose(limit, 0, atol=1e-13, err_msg=name)
+        # The certificate has rounding added to it, that of phi too.
+        atol = 1e-12 if name == "certificate" else 1e-13
+        np.testing.assert_allclose(limit, 0, atol=atol, err_msg=name)
         np.testing.assert_allclose(differences[0], 4 * differences[1], atol=1e-9, err_msg=name)
         if name != "infeasible":
             assert np.abs(differences[0]).max() > 1e-8, name
@@ -270,7 +274,9 @@ def test_bound_does_not_change_the_dtype():
             assert outline.dtype == expected, (name, bound)
     got = quick_jit(lambda *inputs: everything(*inputs, 2))(*inputs)
     [exact] = of_thin((*(array.astype(np.float64) for array in inputs), 2.0))
-    for name in PUBLIC:
+    raised = got["certificate"] - exact["certificate"]
+    assert np.all((raised >= 0) & (raised < 5e-4))  # rounding adds to it, and never takes from it
+    for name in set(PUBLIC) - {"certificate"}:
         np.testing.assert_allclose(
             comparable(name, got[name]),
             comparable(name, exact[name]),

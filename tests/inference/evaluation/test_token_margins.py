@@ -305,7 +305,9 @@ def test_margins_of_a_bounded_context(own_run):
         got = stage_margins(run, stage, inputs)
         expected = quantities(*arguments[stage.label], bound=bound)
         for name in ("margin", "embedding_margin", "certificate"):
-            np.testing.assert_allclose(getattr(got, name), expected[name], rtol=1e-9, err_msg=name)
+            np.testing.assert_allclose(
+                getattr(got, name), expected[name], rtol=1e-9, atol=1e-30, err_msg=name
+            )
 
 
 @pytest.mark.slow

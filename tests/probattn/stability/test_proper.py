@@ -321,8 +321,8 @@ def conditional_mass(past, coupling, bound):
 @pytest.mark.parametrize(
     ("past", "coupling", "bound", "proper", "certified"),
     [
-        pytest.param([-4.0, 4.0], -0.3, None, True, False, marks=pytest.mark.slow),
-        pytest.param([-5.0, 6.0], -1.0, None, True, False, marks=pytest.mark.slow),
+        pytest.param([-4.0, 4.0], -0.3, None, True, True, marks=pytest.mark.slow),
+        pytest.param([-5.0, 6.0], -1.0, None, True, True, marks=pytest.mark.slow),
         ([-40.0, 40.0], 0.99, 1.0, True, True),
         ([-40.0, 40.0], 0.99 / 4, 2.0, True, True),
         ([-1.8, 1.8], 0.3, None, False, True),
