@@ -433,7 +433,7 @@ def test_sensitivity_prints_and_writes(probattn, tiny_run, tmp_path, monkeypatch
     raised = f"from {expected.loss.mean():.3f} to {expected.noisy_loss.mean():.3f} nats per token"
     assert raised in printed
     for each in expected.comparisons:
-        assert f"{each.estimate.value:.3f} " in printed
+        assert f"{each.estimate.value:.3f}" in printed
         assert f"{each.estimate.low:.3f}, {each.estimate.high:.3f}" in printed
     for label in LABELS:
         assert printed.count(label) == 3
