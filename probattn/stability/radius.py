@@ -23,6 +23,7 @@ from probattn.blocks.nonfinite import zero_nonfinite
 from probattn.blocks.promotion import with_rank
 from probattn.margins import infeasible
 from probattn.stability.certificates import context_squares
+from probattn.stability.proper import is_proper
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -51,12 +52,12 @@ def certified_radius(
             norm of each token's change.
 
     Returns:
-        (..., T), in the unit of x. It is +inf at positions 0 and 1, and where no embeddings
-        whatever can fold: (A + A^T) / 2 has no positive eigenvalue, or none of 1 / c^2 or more. It
-        is 0 where the position is `infeasible` or nothing is proved, and NaN where the token or one
-        of its past is not finite. A sum of n numbers is taken to err by 8 n rounding errors, so in
-        float32 the radius is smaller by about 1e-3 of itself, and by more near the boundary. It has
-        no derivative.
+        (..., T), in the unit of x. It is +inf at positions 0 and 1. It is +inf too where `is_proper`
+        says that no context folds, with the rounding that is forgiven there. It is 0 where the
+        position is `infeasible` or nothing is proved, and NaN where the token or one of its past is
+        not finite. A sum of n numbers is taken to err by 8 n rounding errors, so in float32 the
+        radius is smaller by about 1e-3 of itself, and by more near the boundary. It has no
+        derivative.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
@@ -68,14 +69,9 @@ def certified_radius(
     unit = _ROUNDING * precision * (sum(x.shape[-2:]) + w_query.shape[-1])
     values, _, keys, weights = geometry(x, w_query, w_key, bound)
     factors = majorants(w_query, w_key)
-    # The columns of the positive part are eigenvectors times the roots of their eigenvalues.
-    largest = jnp.max(jnp.sum(factors.positive**2, axis=-2), axis=-1)
-    largest = jnp.where(largest <= factors.shortfall, jnp.zeros_like(largest), largest)
     own = jnp.linalg.norm(_matmul(zero_nonfinite(x), w_query), axis=-1)
     # A product of query and key errs by rounding errors of their lengths.
     products = own * _longest_before(keys) / math.sqrt(w_query.shape[-1])
-    never = largest * (1 if bound is None else jnp.asarray(bound, x.dtype) ** 2)
-    never = never * (1 + unit) < (jnp.finfo(x.dtype).tiny if bound is None else 1)
 
     leading = jnp.broadcast_shapes(x.shape[:-2], w_query.shape[:-2])
     arrays = (zero_nonfinite(x), values, weights, products, factors.queries, factors.keys)
@@ -92,6 +88,7 @@ def certified_radius(
     crossed = infeasible(x, w_query, w_key, bound=bound)
     found = jnp.where(crossed, jnp.zeros_like(found), found)
     first = with_rank(jnp.arange(x.shape[-2]) < 2, found.ndim)
+    never = is_proper(w_query, w_key, bound=bound)
     certain = with_rank(never[..., None], found.ndim) | first
     found = jnp.where(certain, jnp.full_like(found, jnp.inf), found)
     return jnp.where(jnp.any(jnp.isnan(weights), axis=-1), jnp.full_like(found, jnp.nan), found)
