@@ -46,14 +46,12 @@ def certificate(
     real parts of at least 1 - rho_t, and log det D_t >= m log(1 - rho_t) with m = min(d, r), for
     every x_t. A small margin is possible all the same; see `margin_lower_bound`.
 
-    Rounding is towards unproved. To the computed number is added what the errors of its points,
-    its distances and the decompositions of A can have taken from it: (d + 16) eps |G| reach from
-    each distance, (4 m + 16) eps of its square, and 32 eps |W_Q| |W_K| reach^2 / sqrt(r) from the
-    result.
-    Norms are Frobenius norms, eps is that of the dtype, and reach is the largest distance of the
-    past from x_0; with a bound, |phi(x_s)| + |phi(x_0)| is added to each distance. That the errors
-    of LAPACK's decompositions are within the last term is its documented behaviour, and tested.
-    Overflow and underflow are not accounted for.
+    Rounding is towards unproved. To the computed number is added what rounding can have taken from
+    it: (d + 16) eps |G| reach of each distance, (4 m + 16) eps of its square, and 32 eps |W_Q|
+    |W_K| reach^2 / sqrt(r) of the result. Norms are Frobenius norms, and eps is that of the dtype.
+    Reach is the largest distance of the past from x_0; with a bound, |phi(x_s)| + |phi(x_0)| is
+    added to each distance. The last term covers LAPACK's decompositions: that is measured and no
+    theorem. Overflow and underflow are not accounted for.
 
     Args:
         x: token embeddings (..., T, d).
@@ -62,16 +60,17 @@ def certificate(
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
 
     Returns:
-        (..., T), without unit; 0 at positions 0 and 1. NaN where a token of the past is not finite.
-        The gradient is exact where the largest distance and the smallest bound are simple, and no
-        eigenvalue of A + A^T crosses zero.
+        (..., T), without unit; 0 at positions 0 and 1, but for what is added for rounding. NaN
+        where a token of the past is not finite. The gradient is exact where the largest distance
+        and the smallest bound are simple, and no eigenvalue of A + A^T crosses zero.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
             not positive.
     """
     x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
-    return _certificate(*_past(x, bound), w_query, w_key)
+    factors = majorants(w_query, w_key)
+    return largest_eigenvalue(*context_squares(x, factors, bound), factors)
 
 
 def context_squares(
@@ -125,21 +124,10 @@ def margin_lower_bound(
     spread_of_images = diameter(images, ((width + rank + 32) * eps * size)[..., None])
     spread = with_rank(spread, spread_of_images.ndim)
     product = spread * spread_of_images / (4 * math.sqrt(rank))
-    rho = _certificate(values, reach, w_query, w_key)
+    rho = certificate(x, w_query, w_key, bound=bound)
     proved = rho < 1
     lower = (1 - 8 * eps) / (1 + product / jnp.where(proved, 1 - rho, 1.0))
     return jnp.where(proved & jnp.isfinite(product), lower, 0.0)
-
-
-def _certificate(
-    values: Float[Array, "*x T d"],
-    reach: Float[Array, "*x T"],
-    w_query: Float[Array, "*weights d r"],
-    w_key: Float[Array, "*weights d r"],
-) -> Float[Array, "*batch T"]:
-    factors = majorants(w_query, w_key)
-    largest = _largest_before(projected(values, factors), largest_squares)
-    return largest_eigenvalue(largest, reach, factors)
 
 
 def _past(

@@ -52,12 +52,12 @@ def certified_radius(
             norm of each token's change.
 
     Returns:
-        (..., T), in the unit of x. It is +inf at positions 0 and 1. It is +inf too where `is_proper`
-        says that no context folds, with the rounding that is forgiven there. It is 0 where the
-        position is `infeasible` or nothing is proved, and NaN where the token or one of its past is
-        not finite. A sum of n numbers is taken to err by 8 n rounding errors, so in float32 the
-        radius is smaller by about 1e-3 of itself, and by more near the boundary. It has no
-        derivative.
+        (..., T), in the unit of x. It is +inf at positions 0 and 1. It is +inf too where
+        `is_proper` says that no context folds, with the rounding that is forgiven there. It is 0
+        where the position is `infeasible` or nothing is proved, and NaN where the token or one of
+        its past is not finite. A sum of n numbers is taken to err by 8 n rounding errors, so in
+        float32 the radius is smaller by about 1e-3 of itself, and by more near the boundary. It has
+        no derivative.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
