@@ -104,6 +104,14 @@ def largest_squares(
     return jnp.stack(largest, axis=-1)
 
 
+def largest_lengths(differences: Float[Array, "N 3*m"]) -> Float[Array, " n"]:
+    """Bound the length of differences of points in every norm of `largest_squares`."""
+    parts = jnp.split(differences, 3, axis=-1)
+    query, key, positive = (jnp.max(jnp.linalg.norm(part, axis=-1)) for part in parts)
+    scaled = [(a * query + key / a) / 2 for a in _SCALES]
+    return jnp.stack([query, key, positive, *scaled])
+
+
 def largest_eigenvalue(
     largest: Float[Array, "*batch n"], reach: Float[Array, "*reach"], factors: Majorants
 ) -> Float[Array, "*batch"]:
@@ -147,9 +155,10 @@ def rounded_squares(
     width, rank = factors.queries.shape[-2:]
     eps = float(jnp.finfo(largest.dtype).eps)
     reach = with_rank(reach, largest.ndim - 1)
-    # Of a square, four sums of m products, none larger than the largest square since the origin is
-    # a point; of a projected point, a sum of d products of rounded numbers. A pair has two of it.
-    square, point = (4 * rank + 16) * eps, (width + 16) * eps * reach
+    # Of a square, four sums of m products. No point is longer than twice the diameter, since the
+    # origin is a point, or has one in common with it that makes a pair with both. Of a projected
+    # point, a sum of d products of rounded numbers. A pair has two of it.
+    square, point = 4 * (4 * rank + 16) * eps, (width + 16) * eps * reach
     of_query, of_key, of_positive = (
         point * with_rank(_frobenius(factor)[..., None], largest.ndim - 1)
         for factor in (factors.queries, factors.keys, factors.positive)

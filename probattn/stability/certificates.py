@@ -47,7 +47,7 @@ def certificate(
     every x_t. A small margin is possible all the same; see `margin_lower_bound`.
 
     Rounding is towards unproved. To the computed number is added what rounding can have taken from
-    it: (d + 16) eps |G| reach of each distance, (4 m + 16) eps of its square, and 32 eps |W_Q|
+    it: (d + 16) eps |G| reach of each distance, (16 m + 64) eps of its square, and 32 eps |W_Q|
     |W_K| reach^2 / sqrt(r) of the result. Norms are Frobenius norms, and eps is that of the dtype.
     Reach is the largest distance of the past from x_0; with a bound, |phi(x_s)| + |phi(x_0)| is
     added to each distance. The last term covers LAPACK's decompositions: that is measured and no

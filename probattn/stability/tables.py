@@ -17,6 +17,7 @@ from probattn.blocks.geometry import bounded
 from probattn.blocks.majorants import (
     Majorants,
     largest_eigenvalue,
+    largest_lengths,
     largest_squares,
     majorants,
     projected,
@@ -58,7 +59,7 @@ def table_certificate(
     unproved, as there. (Not in the paper.)
 
     Where the table has more than `MOST_ROWS` rows, groups of consecutive rows take their place: the
-    distance of two groups is that of their centres, and twice the largest radius is added to it.
+    distance of two groups is that of their middle rows, and twice the largest radius is added.
     That rho is an upper bound too, and less sharp. So rows that are alike should stand together,
     such as one symbol at all positions.
 
@@ -98,7 +99,8 @@ def _certify(
     table: Array, place: Array, w_query: Array, w_key: Array, bound: ArrayLike | None
 ) -> TableCertificate:
     tokens = bounded(table, bound)
-    values = tokens - tokens[:1]
+    size = -(-len(tokens) // MOST_ROWS)  # rows of a group
+    values = tokens - tokens[size // 2][None]
     reach = jnp.max(jnp.linalg.norm(values, axis=-1))
     if bound is not None:
         reach += 2 * jnp.max(jnp.linalg.norm(tokens, axis=-1))
@@ -108,9 +110,9 @@ def _certify(
     def of_one(pair: tuple[Array, Array]) -> TableCertificate:
         factors = majorants(*pair)
         points = projected(values, factors)
-        if len(points) <= MOST_ROWS:
+        if size == 1:
             return _of_pairs(points, place, reach, factors)
-        return _of_groups(points, reach, factors)
+        return _of_groups(points, size, reach, factors)
 
     found = lax.map(of_one, tuple(matrices))
     return TableCertificate(*(field.reshape(*leading, *field.shape[1:]) for field in found))
@@ -128,25 +130,18 @@ def _of_pairs(
 
 
 def _of_groups(
-    points: Float[Array, "N 3*m"], reach: Float[Array, ""], factors: Majorants
+    points: Float[Array, "N 3*m"], size: int, reach: Float[Array, ""], factors: Majorants
 ) -> TableCertificate:
-    size = -(-len(points) // MOST_ROWS)
     missing = -len(points) % size
     whole = jnp.concatenate([points, jnp.broadcast_to(points[-1:], (missing, points.shape[-1]))])
     groups = whole.reshape(-1, size, points.shape[-1])
-    centres = groups[:, size // 2]  # points of the table, so that rounding is as for all others
-    radius = jnp.max(
-        lax.map(
-            lambda each: largest_squares(each[0], each[1][None], jnp.ones((size, 1), bool))[0],
-            (groups, centres),
-        ),
-        axis=0,
-    )
+    centres = groups[:, size // 2]  # the first of them is the origin
+    radius = largest_lengths((groups - centres[:, None]).reshape(whole.shape))
     largest, pair, _ = _farthest(centres, jnp.arange(len(centres)))
-    largest, radius = (jnp.sqrt(jnp.maximum(squared, 0.0)) for squared in (largest, radius))
-    widened = (largest + 2 * radius) ** 2
+    widened = (jnp.sqrt(largest) + 2 * radius) ** 2
     rho = largest_eigenvalue(widened[None], reach[None], factors)[0]
-    return TableCertificate(rho, pair * size + size // 2, jnp.full_like(rho, jnp.nan))
+    rows = jnp.minimum(pair * size + size // 2, len(points) - 1)
+    return TableCertificate(rho, rows, jnp.full_like(rho, jnp.nan))
 
 
 def _farthest(

@@ -84,6 +84,7 @@ def test_groups_bound_the_table_from_above(given, monkeypatch):
     tables_module._certify.clear_cache()
     assert np.all(grouped.rho >= exact.rho)
     assert np.all(np.isnan(grouped.pair_rho))
+    assert np.all(grouped.pair < ROWS)  # the last group is not whole
     np.testing.assert_allclose(
         alike.rho, table_certificate(table[:3], w_query, w_key).rho, rtol=1e-5
     )
