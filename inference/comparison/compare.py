@@ -4,6 +4,7 @@ A run is an ensemble of parameters: one set of a MAP run, draws of a guide or of
 probability of a token is its mean over the ensemble, so that all runs are scored alike.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -211,15 +212,21 @@ def _objective(objective: ObjectiveConfig) -> dict[str, Any]:
 def _margins(margin: Float[np.ndarray, "chain draw *stage T"]) -> dict[str, Any]:
     """Summarise margins: smallest of every draw, its median, quantiles of all at positions >= 2."""
     inner = margin[..., 2:]
-    unknown = np.isnan(inner)
-    smallest = np.where(unknown, np.inf, inner).min(tuple(range(2, inner.ndim)))
-    known = inner[~unknown]
+    unknown, within = np.isnan(inner), tuple(range(2, inner.ndim))
+    smallest = np.where(unknown, np.inf, inner).min(within)
+    smallest = np.where(unknown.all(within), np.nan, smallest)
     return {
-        "smallest_margin": float(np.median(smallest)),
+        "smallest_margin": _quantile(smallest, 0.5),
         "smallest_margin_draws": smallest,
-        "margin_quantiles": {level: float(np.quantile(known, level)) for level in QUANTILES},
+        "margin_quantiles": {level: _quantile(inner, level) for level in QUANTILES},
         "unknown_margins": int(unknown.sum()),
     }
+
+
+def _quantile(values: Float[np.ndarray, "..."], level: float) -> float:
+    """Return a quantile of the values that are known; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(np.quantile(known, level)) if known.size else math.nan
 
 
 def _check_same_data(runs: Mapping[str, Run | PosteriorRun]) -> None:

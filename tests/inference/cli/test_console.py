@@ -138,6 +138,9 @@ def test_margins_that_are_not_known_are_left_out_of_a_comparison_and_counted():
     assert summary["margin_quantiles"][0.5] == 1
     assert summary["unknown_margins"] == 1
     stream = io.StringIO()
+    nothing = _margins(np.full((1, 1, 3, 5), np.nan))
+    assert np.isnan([nothing["smallest_margin"], *nothing["margin_quantiles"].values()]).all()
+    assert np.isnan(nothing["smallest_margin_draws"]).all()
     compared = [ComparedRun("a run", "latent", **summary), ComparedRun("b", "latent")]
     print_compared(Console(file=stream, width=80), compared)
     assert "a run: 1 margins are not known (NaN) and left out" in stream.getvalue()
