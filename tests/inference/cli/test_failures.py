@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -484,13 +483,20 @@ def test_a_fit_goes_on_without_its_outputs(redirection):
     assert "fit" in load_run("run").summary()
 
 
+# Runs a command that hears a signal, which nohup, for one, makes its children ignore.
+HEARING = """
+import os, signal, sys
+signal.signal(int(sys.argv[1]), signal.SIG_DFL)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("text")
 @pytest.mark.parametrize(("sent", "status"), ENDS)
 def test_a_burst_of_signals_leaves_a_saved_fit_and_a_line(sent, status):
-    command = [*SMALL_FIT, "--fit.steps", "80000"]
-    heard = partial(signal.signal, sent, signal.SIG_DFL)  # under nohup SIGHUP would be ignored
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+    command = [sys.executable, "-c", HEARING, str(int(sent)), *SMALL_FIT, "--fit.steps", "80000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             while (line := process.stderr.readline()) and not line.startswith("step"):
                 pass
