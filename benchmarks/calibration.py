@@ -126,9 +126,10 @@ def calibrate(
     replications: int,
     seed: int = 0,
     warmup: int = WARMUP,
+    thin: int = THIN,
     description: str = "",
 ) -> dict[str, Any]:
-    """Rank the true values, and test by chi-square that the ranks are uniform."""
+    """Rank the true values among draws, and test by chi-square that the ranks are uniform."""
 
     def replicate(rng_key: jax.Array) -> tuple[dict, jax.Array, jax.Array]:
         truth_key, chain_key = jax.random.split(rng_key)
@@ -145,7 +146,7 @@ def calibrate(
             return state, diverging + state.diverging
 
         def keep(state: Any, _: None) -> tuple:
-            state, diverging = lax.fori_loop(0, THIN, one, (state, jnp.int32(0)))
+            state, diverging = lax.fori_loop(0, thin, one, (state, jnp.int32(0)))
             sites = constrain(state.z)
             return state, ({name: of(sites) for name, of in setting.quantities.items()}, diverging)
 
@@ -167,7 +168,7 @@ def calibrate(
         "replications": len(kept),
         "without_root": len(found) - len(kept),
         "diverging_draws": int(sum(diverging for _, diverging in kept)),
-        "draws": len(kept) * RANKS * THIN,
+        "draws": len(kept) * RANKS * thin,
         "quantities": {
             name: _uniformity([int(ranks[name]) for ranks, _ in kept])
             for name in setting.quantities

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 
+import jax
 import pytest
 
 from probattn.inference.cli import main
@@ -46,14 +47,18 @@ def folder_fixture(tmp_path, monkeypatch, quick_compilation):
 
 
 def run_commands(section):
-    """Run the commands of a section at a tiny size, then its code; the names that the code sets."""
+    """Run the commands of a section at a tiny size, then its code; the names that the code sets.
+
+    The commands run where JAX is told to promote nothing, as some of their users tell it.
+    """
     lines = "".join(blocks("bash", section)).splitlines()
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("probattn ")]
     for command in commands:
         small = SMALL.get(command[0], [])
         if "latent" in command:
             small = [*small, *LATENT_FLAGS]
-        assert main(command + small) == 0, command
+        with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+            assert main(command + small) == 0, command
     namespace = {}
     for block in blocks("python", section):
         exec(compile(block, "README.md", "exec"), namespace)
