@@ -1,14 +1,12 @@
-"""Print the lowest versions that pyproject.toml allows, as requirements.
-
-    python .ci/lowest.py [EXTRA ...]
-"""
+"""Print the lowest versions that pyproject.toml allows, as requirements; arguments are extras."""
 
 import re
 import sys
 import tomllib
 from pathlib import Path
 
-project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+project = tomllib.loads(text)["project"]
 wanted = list(project["dependencies"])
 for extra in sys.argv[1:]:
     wanted += project["optional-dependencies"][extra]
