@@ -102,6 +102,47 @@ def proper_weights(
     return share * _matmul(attenuation, w_query), share * _matmul(attenuation, w_key)
 
 
+def capped_weights(
+    w_query: Float[Array, "d r"],
+    w_key: Float[Array, "d r"],
+    *,
+    reach: Float[Array, ""],
+    cap: float,
+) -> tuple[Float[Array, "d r"], Float[Array, "d r"]]:
+    """Attenuate W_Q and W_K (d, r) until nothing within a reach c folds their attention.
+
+    Both become T W, with T as in `proper_weights`, here of S = c^2 (A + A^T) / (2 cap) with the
+    coupling A of the matrices given. Then c^2 lambda_max((A + A^T) / 2) < cap of the coupling A
+    returned, and every A of rank r for which that holds is the image of some matrices. So a
+    coupling that attracts little is halved, one that attracts much comes near the cap, and one that
+    repels much stays as it is.
+
+    Rounding is paid for, so that `probattn.table_certificate` is at most the cap in floating point
+    too, for every table of which no two rows are more than 2 c apart, and `probattn.is_proper`
+    holds for the bound c if cap <= 1. With n = c^2 (|W_Q|^2 + |W_K|^2) / (2 sqrt(r) cap) in
+    Frobenius norms, kappa = (640 + 2 d + 2 r) eps and m = min(d, r), the coupling is divided by
+    1 + kappa n beforehand and by 1 + kappa n + (16 m + 64 + 4 (d + 16) sqrt(m)) eps afterwards.
+
+    Args:
+        w_query: W_Q.
+        w_key: W_K.
+        reach: c, at least half of the distance of any two tokens of a past, >= 0.
+        cap: what the certificate stays below, > 0.
+    """
+    width, rank = w_query.shape
+    least, eps = min(width, rank), float(jnp.finfo(w_query.dtype).eps)
+    squares = jnp.sum(w_query**2) + jnp.sum(w_key**2)
+    rounding = (640 + 2 * (width + rank)) * eps
+    size = rounding * reach**2 * squares / (2 * math.sqrt(rank) * cap)
+    before = jax.lax.rsqrt(1 + size)
+    w_query, w_key = before * w_query, before * w_key
+    unit = reach / (math.sqrt(cap) * rank**0.25)
+    attenuation = _attenuation(unit * w_query, unit * w_key)
+    points = (16 * least + 64 + 4 * (width + 16) * math.sqrt(least)) * eps
+    attenuation = attenuation * jax.lax.rsqrt(1 + size / (1 + size) + points)
+    return _matmul(attenuation, w_query), _matmul(attenuation, w_key)
+
+
 @jax.custom_jvp
 def _attenuation(w_query: Float[Array, "d r"], w_key: Float[Array, "d r"]) -> Float[Array, "d d"]:
     """Return T = (I + S_+)^(-1/2), with S the symmetric part of W_K W_Q^T and S_+ as above.
