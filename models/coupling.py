@@ -109,38 +109,71 @@ def capped_weights(
     reach: Float[Array, ""],
     cap: float,
 ) -> tuple[Float[Array, "d r"], Float[Array, "d r"]]:
-    """Attenuate W_Q and W_K (d, r) until nothing within a reach c folds their attention.
+    """Shrink W_Q and W_K (d, r) until nothing within a reach c folds their attention.
 
-    Both become T W, with T as in `proper_weights`, here of S = c^2 (A + A^T) / (2 cap) with the
-    coupling A of the matrices given. Then c^2 lambda_max((A + A^T) / 2) < cap of the coupling A
-    returned, and every A of rank r for which that holds is the image of some matrices. So a
-    coupling that attracts little is halved, one that attracts much comes near the cap, and one that
-    repels much stays as it is.
+    Both are divided by sqrt(1 + rho / cap), with rho the bound of c^2 lambda_max((A + A^T) / 2) by
+    `_largest_attraction` for the coupling A of the matrices given. So rho becomes
+    rho / (1 + rho / cap) < cap. A coupling that attracts little stays nearly as it is, and so does
+    one that repels, however strong it is. Every direction of A is kept.
 
-    Rounding is paid for, so that `probattn.table_certificate` is at most the cap in floating point
-    too, for every table of which no two rows are more than 2 c apart, and `probattn.is_proper`
-    holds for the bound c if cap <= 1. With n = c^2 (|W_Q|^2 + |W_K|^2) / (2 sqrt(r) cap) in
-    Frobenius norms, kappa = (640 + 2 d + 2 r) eps and m = min(d, r), the coupling is divided by
-    1 + kappa n beforehand and by 1 + kappa n + (16 m + 64 + 4 (d + 16) sqrt(m)) eps afterwards.
+    Rounding is paid for. With n = c^2 |W_Q| |W_K| / sqrt(r) in Frobenius norms and m = min(d, r),
+    (640 + 4 d + 64 r) eps n is added to rho, and then (16 m + 64 + 4 (d + 16) sqrt(m)) eps rho.
+    So `probattn.table_certificate` is at most the cap in floating point too, for every table of
+    which no two rows are more than 2 c apart, and `probattn.is_proper` holds for the bound c.
 
     Args:
         w_query: W_Q.
         w_key: W_K.
         reach: c, at least half of the distance of any two tokens of a past, >= 0.
-        cap: what the certificate stays below, > 0.
+        cap: what the certificate stays below, in (0, 1).
     """
     width, rank = w_query.shape
     least, eps = min(width, rank), float(jnp.finfo(w_query.dtype).eps)
-    squares = jnp.sum(w_query**2) + jnp.sum(w_key**2)
-    rounding = (640 + 2 * (width + rank)) * eps
-    size = rounding * reach**2 * squares / (2 * math.sqrt(rank) * cap)
-    before = jax.lax.rsqrt(1 + size)
-    w_query, w_key = before * w_query, before * w_key
-    unit = reach / (math.sqrt(cap) * rank**0.25)
-    attenuation = _attenuation(unit * w_query, unit * w_key)
-    points = (16 * least + 64 + 4 * (width + 16) * math.sqrt(least)) * eps
-    attenuation = attenuation * jax.lax.rsqrt(1 + size / (1 + size) + points)
-    return _matmul(attenuation, w_query), _matmul(attenuation, w_key)
+    # A matrix of zeros has a derivative, and a length that is not zero.
+    lengths = [jnp.sqrt(jnp.sum(w**2) + float(jnp.finfo(w.dtype).tiny)) for w in (w_query, w_key)]
+    size = reach**2 * lengths[0] * lengths[1] / math.sqrt(rank)
+    attraction = _largest_attraction(w_query / lengths[0], w_key / lengths[1])
+    rho = size * (attraction + (640 + 4 * width + 64 * rank) * eps)
+    rho = rho * (1 + (16 * least + 64 + 4 * (width + 16) * math.sqrt(least)) * eps)
+    shrink = jax.lax.rsqrt(1 + rho / cap)
+    return shrink * w_query, shrink * w_key
+
+
+_SQUARINGS = 10
+
+
+def _largest_attraction(
+    w_query: Float[Array, "d r"], w_key: Float[Array, "d r"]
+) -> Float[Array, ""]:
+    """Bound the largest eigenvalue of S, the symmetric part of W_K W_Q^T, for |W| = 1 each.
+
+    By products of (2 r, 2 r) matrices and a Cholesky decomposition alone, which accelerators do
+    fast, and with derivatives of every order. With B = [W_K, W_Q] and J the matrix that exchanges
+    the halves of a vector, S = B J B^T / 2. Let L L^T = B^T B + epsilon I. Then N = L^T J L / 2 has
+    the nonzero eigenvalues of a matrix of which S is a corner, so its largest one is not smaller.
+    It lies below tr((N + s I)^p)^(1/p) - s, where s = tr(N^8)^(1/8) >= |N|_2 and p = 2^10: by at
+    most 2 s ((2 r)^(1/p) - 1), 0.68 % of s at r = 16.
+    """
+    width, rank = w_query.shape
+    eps = float(jnp.finfo(w_query.dtype).eps)
+    both = jnp.concatenate([w_key, w_query], axis=-1)
+    identity = jnp.eye(2 * rank, dtype=both.dtype)
+    # Larger than the rounding of the product and of its decomposition.
+    lower = jnp.linalg.cholesky(_matmul(both.T, both) + (16 * rank + width) * eps * identity)
+    half = _matmul(lower[:rank].T, lower[rank:]) / 2
+    matrix = half + half.T
+    length = jnp.linalg.norm(matrix)
+    matrix = matrix / length
+    square = _matmul(matrix, matrix)
+    shift = jnp.sum(_matmul(square, square) ** 2) ** 0.125
+    power, logarithm = matrix + shift * identity, jnp.zeros_like(length)
+    for number in range(_SQUARINGS + 1):
+        trace = jnp.trace(power)
+        logarithm += jnp.log(trace) / 2**number
+        if number < _SQUARINGS:
+            power = power / trace
+            power = _matmul(power, power)
+    return length * (jnp.exp(logarithm) - shift)
 
 
 @jax.custom_jvp

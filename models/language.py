@@ -36,7 +36,7 @@ class LanguageModelConfig:
             It says too how the process of objective "latent" is kept proper.
         spectral_cap: what the certificates of all heads, and of the separate attention stage of
             margin and full, stay below, whatever the parameters; in (0, 1), so that no text can
-            fold them. Their matrices are attenuated, see `coupling.capped_weights`. None, the
+            fold them. Their matrices are shrunk, see `coupling.capped_weights`. None, the
             paper's, leaves them as they are.
     """
 

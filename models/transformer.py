@@ -83,11 +83,11 @@ def rms_normalised(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
 
 
 def capped(parameters: Parameters, *, heads: int, cap: float | None) -> Parameters:
-    """Attenuate the query and key matrices of all heads, so that no input folds their attention.
+    """Shrink the query and key matrices of all heads, so that no input folds their attention.
 
-    What a head sees are vectors g * z, with the gain g of the layer's norm and |z|^2 < d. So none is
-    longer than sqrt(d) max |g|, whatever enters the stack, and `coupling.capped_weights` with this
-    reach keeps the certificate of every table of such vectors at or below the cap.
+    What a head sees are vectors g * z, with the gain g of the layer's norm and |z|^2 < d. None is
+    longer than sqrt(d) max |g|, whatever enters the stack. With this reach
+    `coupling.capped_weights` keeps the certificate of every table of such vectors below the cap.
 
     Args:
         parameters: see the module.
