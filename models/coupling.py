@@ -102,6 +102,80 @@ def proper_weights(
     return share * _matmul(attenuation, w_query), share * _matmul(attenuation, w_key)
 
 
+def capped_weights(
+    w_query: Float[Array, "d r"],
+    w_key: Float[Array, "d r"],
+    *,
+    reach: Float[Array, ""],
+    cap: float,
+) -> tuple[Float[Array, "d r"], Float[Array, "d r"]]:
+    """Shrink W_Q and W_K (d, r) until nothing within a reach c folds their attention.
+
+    Both are divided by sqrt(1 + rho / cap), with rho the bound of c^2 lambda_max((A + A^T) / 2) by
+    `_largest_attraction` for the coupling A of the matrices given. So rho becomes
+    rho / (1 + rho / cap) < cap. A coupling that attracts little stays nearly as it is, and so does
+    one that repels, however strong it is. Every direction of A is kept.
+
+    Rounding is paid for. With n = c^2 |W_Q| |W_K| / sqrt(r) in Frobenius norms and m = min(d, r),
+    (640 + 4 d + 64 r) eps n is added to rho, and then (16 m + 64 + 4 (d + 16) sqrt(m)) eps rho.
+    So `probattn.table_certificate` is at most the cap in floating point too, for every table of
+    which no two rows are more than 2 c apart, and `probattn.is_proper` holds for the bound c.
+
+    Args:
+        w_query: W_Q.
+        w_key: W_K.
+        reach: c, at least half of the distance of any two tokens of a past, >= 0.
+        cap: what the certificate stays below, in (0, 1).
+    """
+    width, rank = w_query.shape
+    least, eps = min(width, rank), float(jnp.finfo(w_query.dtype).eps)
+    # A matrix of zeros has a derivative, and a length that is not zero.
+    lengths = [jnp.sqrt(jnp.sum(w**2) + float(jnp.finfo(w.dtype).tiny)) for w in (w_query, w_key)]
+    size = reach**2 * lengths[0] * lengths[1] / math.sqrt(rank)
+    attraction = _largest_attraction(w_query / lengths[0], w_key / lengths[1])
+    rho = size * (attraction + (640 + 4 * width + 64 * rank) * eps)
+    rho = rho * (1 + (16 * least + 64 + 4 * (width + 16) * math.sqrt(least)) * eps)
+    shrink = jax.lax.rsqrt(1 + rho / cap)
+    return shrink * w_query, shrink * w_key
+
+
+_SQUARINGS = 10
+
+
+def _largest_attraction(
+    w_query: Float[Array, "d r"], w_key: Float[Array, "d r"]
+) -> Float[Array, ""]:
+    """Bound the largest eigenvalue of S, the symmetric part of W_K W_Q^T, for |W| = 1 each.
+
+    By products of (2 r, 2 r) matrices and a Cholesky decomposition alone, which accelerators do
+    fast, and with derivatives of every order. With B = [W_K, W_Q] and J the matrix that exchanges
+    the halves of a vector, S = B J B^T / 2. Let L L^T = B^T B + epsilon I. Then N = L^T J L / 2 has
+    the nonzero eigenvalues of a matrix of which S is a corner, so its largest one is not smaller.
+    It lies below tr((N + s I)^p)^(1/p) - s, where s = tr(N^8)^(1/8) >= |N|_2 and p = 2^10: by at
+    most 2 s ((2 r)^(1/p) - 1), 0.68 % of s at r = 16.
+    """
+    width, rank = w_query.shape
+    eps = float(jnp.finfo(w_query.dtype).eps)
+    both = jnp.concatenate([w_key, w_query], axis=-1)
+    identity = jnp.eye(2 * rank, dtype=both.dtype)
+    # Larger than the rounding of the product and of its decomposition.
+    lower = jnp.linalg.cholesky(_matmul(both.T, both) + (16 * rank + width) * eps * identity)
+    half = _matmul(lower[:rank].T, lower[rank:]) / 2
+    matrix = half + half.T
+    length = jnp.linalg.norm(matrix)
+    matrix = matrix / length
+    square = _matmul(matrix, matrix)
+    shift = jnp.sum(_matmul(square, square) ** 2) ** 0.125
+    power, logarithm = matrix + shift * identity, jnp.zeros_like(length)
+    for number in range(_SQUARINGS + 1):
+        trace = jnp.trace(power)
+        logarithm += jnp.log(trace) / 2**number
+        if number < _SQUARINGS:
+            power = power / trace
+            power = _matmul(power, power)
+    return length * (jnp.exp(logarithm) - shift)
+
+
 @jax.custom_jvp
 def _attenuation(w_query: Float[Array, "d r"], w_key: Float[Array, "d r"]) -> Float[Array, "d d"]:
     """Return T = (I + S_+)^(-1/2), with S the symmetric part of W_K W_Q^T and S_+ as above.

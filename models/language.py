@@ -1,5 +1,6 @@
 """A GPT language model whose embeddings pass through an attention barrier, or are latent."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
@@ -17,7 +18,7 @@ from probattn.blocks.promotion import default_promotion
 from probattn.models import priors, transformer
 from probattn.models.attention_sites import record_coupling, record_margins
 from probattn.models.checks import check_integers, check_symbols
-from probattn.models.coupling import proper_weights
+from probattn.models.coupling import capped_weights, proper_weights
 from probattn.models.objective import ObjectiveConfig
 
 
@@ -33,6 +34,10 @@ class LanguageModelConfig:
         prior_rank: rank r of the separate attention stage that carries the barrier.
         bound: c of that stage's bounded context, see `attention`; None, the paper's, is unbounded.
             It says too how the process of objective "latent" is kept proper.
+        spectral_cap: what the certificates of all heads, and of the separate attention stage of
+            margin and full, stay below, whatever the parameters; in (0, 1), so that no text can
+            fold them. Their matrices are shrunk, see `coupling.capped_weights`. None, the
+            paper's, leaves them as they are.
     """
 
     layers: int = 4
@@ -41,6 +46,7 @@ class LanguageModelConfig:
     block: int = 64
     prior_rank: int = 16
     bound: float | None = None
+    spectral_cap: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no network."""
@@ -48,6 +54,13 @@ class LanguageModelConfig:
         if self.bound is not None and not is_positive(self.bound):
             raise ValueError(
                 f"model.bound is {self.bound!r}: expected a finite number > 0, or none at all"
+            )
+        if self.spectral_cap is not None and not (
+            is_positive(self.spectral_cap) and self.spectral_cap < 1
+        ):
+            raise ValueError(
+                f"model.spectral_cap is {self.spectral_cap!r}: expected a number between 0 and 1, "
+                "or none at all"
             )
         if self.width % self.heads:
             raise ValueError(
@@ -139,7 +152,9 @@ def language_model(
                 record_margins(**stage)
         if perturb is not None:
             x = perturb(x)
-        logits = transformer.logits(parameters, x, heads=config.heads, precision=precision)
+        logits = transformer.logits(
+            parameters, x, heads=config.heads, cap=config.spectral_cap, precision=precision
+        )
         numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=targets)
 
 
@@ -186,14 +201,35 @@ def attention_stage(
     (B, 1, T, d) and the matrices are (heads, d, d / heads).
     """
     if objective.attention == "first_layer":
-        normalised, w_query, w_key = transformer.first_layer(parameters, x, heads=config.heads)
+        normalised, w_query, w_key = transformer.first_layer(
+            parameters, x, heads=config.heads, cap=config.spectral_cap
+        )
         return {"x": normalised[:, None], "w_query": w_query, "w_key": w_key, "bound": None}
     w_query, w_key = parameters["w_query"], parameters["w_key"]
     if objective.name == "latent":
         w_query, w_key = proper_weights(w_query, w_key, bound=config.bound)
-    elif objective.attention == "normalised":
+    elif config.spectral_cap is not None:
+        reach = _reach(parameters, config=config, objective=objective)
+        w_query, w_key = capped_weights(w_query, w_key, reach=reach, cap=config.spectral_cap)
+    if objective.attention == "normalised":
         x = transformer.rms_normalised(x)
     return {"x": x, "w_query": w_query, "w_key": w_key, "bound": config.bound}
+
+
+def _reach(
+    parameters: transformer.Parameters, *, config: LanguageModelConfig, objective: ObjectiveConfig
+) -> Float[Array, ""]:
+    """Bound half of the distance of any two tokens that a text shows to the separate stage."""
+    tables = [jnp.asarray(parameters[f"{name}_embedding"]) for name in ("token", "position")]
+    if objective.attention == "normalised":
+        return jnp.asarray(math.sqrt(config.width), tables[0].dtype)
+
+    def radius(table: Float[Array, "N d"]) -> Float[Array, ""]:
+        largest = jnp.max(jnp.sum((table - jnp.mean(table, axis=0, keepdims=True)) ** 2, axis=-1))
+        return jnp.sqrt(largest + jnp.finfo(table.dtype).tiny)  # equal rows have a derivative
+
+    reach = radius(tables[0]) + radius(tables[1])
+    return reach if config.bound is None else jnp.minimum(reach, config.bound)
 
 
 def latent_process(

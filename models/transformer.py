@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from probattn.models.coupling import capped_weights
+
 Parameters = Mapping[str, Array]
 Precision = Literal["float32", "bfloat16"]
 
@@ -40,6 +42,7 @@ def logits(
     x: Float[Array, "B T d"],
     *,
     heads: int,
+    cap: float | None = None,
     precision: Precision = "float32",
 ) -> Float[Array, "B T V"]:
     """Compute next-symbol logits from what enters the stack; the output is tied to the embedding.
@@ -48,6 +51,8 @@ def logits(
         parameters: see the module.
         x: the output of `embed`, perhaps with noise, (B, T, d).
         heads: number of attention heads, a divisor of d.
+        cap: what the certificates of all heads stay below, see `capped`; None leaves them as they
+            are.
         precision: precision of the matrix products; norms, softmax and logits are float32 (or
             wider) in any case.
 
@@ -61,6 +66,7 @@ def logits(
         raise ValueError(
             f"precision is {precision!r}: expected one of {', '.join(get_args(Precision))}"
         )
+    parameters = capped(parameters, heads=heads, cap=cap)
     stacked = [_unstack(parameters[name]) for name in LAYER_PARAMETERS]
     for layer in zip(*stacked, strict=True):
         x = apply_layer(dict(zip(LAYER_PARAMETERS, layer, strict=True)), x, heads, precision)
@@ -76,16 +82,61 @@ def rms_normalised(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
     return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-8)
 
 
+def capped(parameters: Parameters, *, heads: int, cap: float | None) -> Parameters:
+    """Shrink the query and key matrices of all heads, so that no input folds their attention.
+
+    What a head sees are vectors g * z, with the gain g of the layer's norm and |z|^2 < d. None is
+    longer than sqrt(d) max |g|, whatever enters the stack. With this reach
+    `coupling.capped_weights` keeps the certificate of every table of such vectors below the cap.
+
+    Args:
+        parameters: see the module.
+        heads: number of attention heads.
+        cap: what the certificates stay below; None returns the parameters as they are.
+    """
+    if cap is None:
+        return parameters
+    matrices = jnp.asarray(parameters["attention_in"])
+    layers, width = matrices.shape[:2]
+    # (layers, d, 2 d) -> (2, layers, H, d, d / H)
+    w_query, w_key = (
+        matrices[..., : 2 * width]
+        .reshape(layers, width, 2, heads, width // heads)
+        .transpose(2, 0, 3, 1, 4)
+    )
+    reach = math.sqrt(width) * jnp.max(jnp.abs(jnp.asarray(parameters["attention_norm"])), axis=-1)
+
+    def of_head(w_query: Array, w_key: Array, reach: Array) -> tuple[Array, Array]:
+        return capped_weights(w_query, w_key, reach=reach, cap=cap)
+
+    of_layer = jax.vmap(of_head, in_axes=(0, 0, None))
+    found = jax.vmap(of_layer)(w_query, w_key, reach)
+    query, key = (part.transpose(0, 2, 1, 3).reshape(layers, width, width) for part in found)
+    values = matrices[..., 2 * width :]
+    return {**parameters, "attention_in": jnp.concatenate([query, key, values], axis=-1)}
+
+
 def first_layer(
-    parameters: Parameters, x: Float[Array, "B T d"], *, heads: int
+    parameters: Parameters,
+    x: Float[Array, "B T d"],
+    *,
+    heads: int,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B T d"], Float[Array, "H d r"], Float[Array, "H d r"]]:
     """Return the input of the first attention layer, and its heads' query and key matrices.
+
+    Args:
+        parameters: see the module.
+        x: the output of `embed`, perhaps with noise, (B, T, d).
+        heads: number of attention heads.
+        cap: see `capped`.
 
     Returns:
         The normalised input (B, T, d), w_query and w_key (H, d, d / H).
     """
     width = x.shape[-1]
-    matrices = parameters["attention_in"][0, :, : 2 * width]
+    first = {name: parameters[name][:1] for name in ("attention_in", "attention_norm")}
+    matrices = capped(first, heads=heads, cap=cap)["attention_in"][0, :, : 2 * width]
     # (d, 2 d) -> (d, 2, H, d / H) -> (2, H, d, d / H)
     w_query, w_key = matrices.reshape(width, 2, heads, width // heads).transpose(1, 2, 0, 3)
     return _norm(x, parameters["attention_norm"][0]), w_query, w_key

@@ -113,7 +113,7 @@ def predictions(
     def predicted(sigmas: Sequence[float]) -> np.ndarray:
         of_all = np.zeros((*inputs.shape, vocabulary.size))
         for one, sigma in zip(chosen, sigmas, strict=True):
-            of_all += np.exp(_log_probabilities(one, inputs, sigma, key, heads=model.heads))
+            of_all += np.exp(_log_probabilities(one, inputs, sigma, key, model))
         return of_all[plan.reported] / len(chosen)
 
     shown = targets[plan.reported]
@@ -226,23 +226,26 @@ def _log_probabilities(
     inputs: Int[np.ndarray, "windows T"],
     sigma: float,
     rng_key: Array,
-    *,
-    heads: int,
+    model: LanguageModelConfig,
 ) -> Float[np.ndarray, "windows T V"]:
     def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> Array:
         key = jax.random.fold_in(rng_key, number)
-        return _log_softmax(parameters, inputs[rows], sigma, key, heads=heads)
+        return _log_softmax(parameters, inputs[rows], sigma, key, model)
 
     # In float64, in which the probability of no token underflows.
     return map_batches(of_batch, len(inputs), _BATCH).astype(np.float64)
 
 
-@partial(jax.jit, static_argnames="heads")
+@partial(jax.jit, static_argnames="model")
 def _log_softmax(
-    parameters: Parameters, inputs: Array, sigma: float, rng_key: Array, *, heads: int
+    parameters: Parameters,
+    inputs: Array,
+    sigma: float,
+    rng_key: Array,
+    model: LanguageModelConfig,
 ) -> Array:
     x = Gaussian(sigma)(rng_key, parameters, inputs)
-    return jax.nn.log_softmax(logits(parameters, x, heads=heads))
+    return jax.nn.log_softmax(logits(parameters, x, heads=model.heads, cap=model.spectral_cap))
 
 
 def members_of(members: Mapping[str, np.ndarray]) -> Iterator[dict[str, Array]]:

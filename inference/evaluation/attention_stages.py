@@ -81,7 +81,9 @@ def stages(run: Run, prior: PostHocPrior | None) -> Iterator[AttentionStage]:
         input: StageInput = "normalised" if objective.attention == "normalised" else "embeddings"
         matrices = trained["w_query"], trained["w_key"]
         yield AttentionStage("trained", *matrices, input=input, bound=model.bound)
-    _, queries, keys = first_layer(run.parameters, embedded, heads=model.heads)
+    _, queries, keys = first_layer(
+        run.parameters, embedded, heads=model.heads, cap=model.spectral_cap
+    )
     for head, (w_query, w_key) in enumerate(zip(queries, keys, strict=True), start=1):
         yield AttentionStage(f"layer 1 head {head}", w_query, w_key, input="first_layer")
 

@@ -86,6 +86,7 @@ def generate(
     step = partial(
         _next_token,
         heads=run.config.model.heads,
+        cap=run.config.model.spectral_cap,
         greedy=temperature == 0,
         top_k=None if top_k is None else min(top_k, run.vocabulary.size),
     )
@@ -143,7 +144,7 @@ def _window(tokens: list[int], block: int) -> Int[np.ndarray, "1 T"]:
     return window
 
 
-@partial(jax.jit, static_argnames=("heads", "greedy", "top_k"))
+@partial(jax.jit, static_argnames=("heads", "cap", "greedy", "top_k"))
 def _next_token(
     parameters: Parameters,
     window: Int[Array, "1 T"],
@@ -152,11 +153,12 @@ def _next_token(
     rng_key: Array,
     *,
     heads: int,
+    cap: float | None,
     greedy: bool,
     top_k: int | None,
 ) -> Int[Array, ""]:
     """Draw the token that follows position `last`, whatever the window holds after it."""
-    scores = logits(parameters, embed(parameters, window), heads=heads)[0, last]
+    scores = logits(parameters, embed(parameters, window), heads=heads, cap=cap)[0, last]
     if greedy:
         return jnp.argmax(scores)
     if top_k is not None:

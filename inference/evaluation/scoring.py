@@ -65,7 +65,9 @@ class Scorer:
         self._plan = plan if most_tokens is None else plan.spread(most_tokens)
         self._tokens = tokens
         self._of_token = vocabulary.token_characters
-        self._losses = partial(_losses, heads=config.heads, precision=precision)
+        self._losses = partial(
+            _losses, heads=config.heads, cap=config.spectral_cap, precision=precision
+        )
 
     @cached_property
     def inputs(self) -> Int[np.ndarray, "windows T"]:
@@ -195,7 +197,7 @@ class Scorer:
         return tokens, characters
 
 
-@partial(jax.jit, static_argnames=("heads", "precision"))
+@partial(jax.jit, static_argnames=("heads", "cap", "precision"))
 def _losses(
     perturbation: Perturbation,
     parameters: Parameters,
@@ -204,10 +206,11 @@ def _losses(
     rng_key: Array,
     *,
     heads: int,
+    cap: float | None,
     precision: Precision,
 ) -> Float[Array, "B T"]:
     def losses(x: Float[Array, "B T d"]) -> Float[Array, "B T"]:
-        predicted = logits(parameters, x, heads=heads, precision=precision)
+        predicted = logits(parameters, x, heads=heads, cap=cap, precision=precision)
         return optax.softmax_cross_entropy_with_integer_labels(predicted, targets)
 
     return losses(perturbation(rng_key, parameters, inputs, losses))
