@@ -37,8 +37,8 @@ def pytest_configure(config):
     # A shell may start the tests with SIGINT ignored, and commands then ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     install_import_hook(SHAPE_CHECKED, "beartype.beartype")
-    # Most of the suite's time goes into compiling, of the same programs again and again: thousands of
-    # them are single operations, which JAX would not keep by default. Child processes read the
+    # Most of the suite's time goes into compiling, of the same programs again and again. Thousands
+    # of them are single operations, which JAX by default would not keep. Child processes read the
     # environment.
     compiled = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -1,13 +1,19 @@
 """What no text can do to a stage, and the texts that do what it does not rule out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from probattn import certificate, infeasible
+from probattn.inference import fit, load_run
 from probattn.inference.evaluation.attention_stages import stage_table, stages
 from probattn.inference.evaluation.folding_texts import folding_text
+from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.evaluation.stage_certificates import stage_certificate
-from tests.support.tiny_run import BLOCK, stage_arguments
+from probattn.inference.evaluation.texts import text_tokens
+from probattn.models import transformer
+from tests.support.tiny_run import BLOCK, stage_arguments, tiny_config
 
 
 @pytest.fixture(name="trained", scope="module")
@@ -44,3 +50,37 @@ def test_a_text_folds_a_head_and_none_a_stage_that_is_proved(tiny_run, trained):
     assert infeasible(x, head.w_query, head.w_key)[-1]
     assert stage_certificate(tiny_run, trained).rho < 1
     assert folding_text(tiny_run, trained) is None
+
+
+@pytest.mark.slow
+def test_a_capped_run_goes_on_and_every_stage_of_it_is_proved(tmp_path):
+    config = tiny_config(tmp_path)
+    config = replace(
+        config,
+        model=replace(config.model, spectral_cap=0.9),
+        fit=replace(config.fit, steps=100, eval_every=50, checkpoint_every=50),
+    )
+    path = fit(config, tmp_path / "run").run.path
+    file = path / "config.toml"
+    file.write_text(file.read_text("utf-8").replace("\nsteps = 100\n", "\nsteps = 150\n"), "utf-8")
+    longer = load_run(path).config
+    assert longer.model.spectral_cap == 0.9
+    run = fit(longer, path, resume=True).run
+    assert run.metrics()[-1]["step"] == 150
+    others = replace(longer, model=replace(longer.model, spectral_cap=0.8))
+    with pytest.raises(ValueError, match=r"model.spectral_cap: 0.9 -> 0.8"):
+        fit(others, path, resume=True)
+    labels = []
+    for stage in stages(run, None):
+        proved = stage_certificate(run, stage)
+        assert proved.rho <= 0.9
+        labels.append(proved.label)
+    assert labels == ["trained", "layer 1 head 1", "layer 1 head 2"]
+    # What is scored is the capped network.
+    tokens, _ = text_tokens(run, None)
+    scorer = Scorer(run.config.model, run.vocabulary, tokens)
+    capped = transformer.capped(run.parameters, heads=run.config.model.heads, cap=0.9)
+    free = Scorer(replace(run.config.model, spectral_cap=None), run.vocabulary, tokens)
+    scored = scorer.score(run.parameters).bpc
+    assert scored == pytest.approx(free.score(capped).bpc, rel=1e-6)
+    assert scored != pytest.approx(free.score(run.parameters).bpc, rel=1e-3)
