@@ -109,10 +109,11 @@ class _Described:
         offset = header.number("<u8")
         if kind not in FORMATS:
             supported = ", ".join(each.name for each in FORMATS.values())
+            found = OTHER_FORMATS.get(kind, f"type {kind}")
             raise PretrainedError(
                 header.path,
-                f"its tensor {short(name)} is of {OTHER_FORMATS.get(kind, f'type {kind}')}: expected "
-                f"one of {supported}; choose a file that is quantised to one of them",
+                f"its tensor {short(name)} is of {found}: expected one of {supported}; choose a "
+                "file that is quantised to one of them",
             )
         if shape[-1] % FORMATS[kind].numbers or 0 in shape:
             wanted = f"rows of a multiple of {FORMATS[kind].numbers} numbers"

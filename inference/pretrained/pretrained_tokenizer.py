@@ -7,7 +7,7 @@ shown and counted as for any other vocabulary.
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class PretrainedTokenizer:
         PretrainedError: if the definition is damaged, or of a kind that is not supported.
     """
 
-    definition: dict[str, Any]
+    definition: dict[str, Any] = field(repr=False)
     source: str = "the tokenizer"
 
     def __post_init__(self) -> None:

@@ -55,13 +55,16 @@ def open_file(path: Path) -> Tensors:
         PretrainedError: if it cannot be read, is truncated or otherwise damaged, or has a tensor of
             a dtype that NumPy and ml_dtypes do not share with it.
     """
-    reader = _reader(path)
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > _LONGEST_HEADER:
-            reason = f"has a header of {length} bytes: expected at most {_LONGEST_HEADER}"
-            raise PretrainedError(path, reason)
-        header = parse_object(path, stream.read(length))
+    try:
+        with path.open("rb") as stream:
+            reader = _reader(path)
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > _LONGEST_HEADER:
+                reason = f"has a header of {length} bytes: expected at most {_LONGEST_HEADER}"
+                raise PretrainedError(path, reason)
+            header = parse_object(path, stream.read(length))
+    except OSError as error:
+        raise PretrainedError(path, system_says(error)) from None
     header.pop("__metadata__", None)
     entries = {}
     for name, described in header.items():
@@ -134,7 +137,7 @@ def _indexed(folder: Path) -> Tensors:
         if not isinstance(file, str) or re.fullmatch(r"[\w.-]+\.safetensors", file) is None:
             raise PretrainedError(
                 path,
-                f"names the file {short(file)}: expected a file *.safetensors beside the index",
+                f"names {short(file)}: expected a file *.safetensors in the folder of the index",
             )
     shards = {}
     for file in sorted(set(index.values())):
@@ -172,8 +175,6 @@ def _reader(path: Path) -> Any:
         ) from None
     try:
         return safetensors.safe_open(path, framework="numpy")
-    except OSError as error:
-        raise PretrainedError(path, system_says(error)) from None
     except safetensors.SafetensorError as error:
         raise PretrainedError(
             path, f"is truncated or damaged: {one_line(error)}; download it again"

@@ -112,8 +112,8 @@ def _ids(vocabulary: dict[str, Any], added: Any, refused: _Refused) -> dict[int,
         index = each.get("id") if isinstance(each, dict) else None
         if not isinstance(token, str) or type(index) is not int or not 0 <= index < MOST_IDS:
             raise refused(
-                f"has the added token {short(token)} of id {short(index)}: expected a text, and an id of 0 "
-                f"to {MOST_IDS - 1}"
+                f"adds the token {short(token)} of id {short(index)}: expected a text, and an id "
+                f"of 0 to {MOST_IDS - 1}"
             )
         if found.get(index, (token,))[0] != token or vocabulary.get(token, index) != index:
             raise refused(f"adds {short(token)} as id {index}, which is another one's: damaged")
