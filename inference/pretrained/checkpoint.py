@@ -115,7 +115,7 @@ def _download(name: str) -> Path:
         found = huggingface_hub.snapshot_download(
             known[1], revision=known[2], allow_patterns=_NEEDED, ignore_patterns=["*/*"]
         )
-    except OSError as error:  # of the disk, the network or the hub, which all are
+    except Exception as error:  # of the disk, of the hub, or of its library for the network
         raise PretrainedError(
             name,
             f"cannot be had: {one_line(error)}; check its name and the network, log in if it is "
