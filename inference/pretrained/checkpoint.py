@@ -16,7 +16,8 @@ from probattn.inference.pretrained.tensors import Tensors
 from probattn.messages import one_line
 
 _HUB = "hf:"
-_NEEDED = ["config.json", "tokenizer.json", "model*.safetensors", "model*.safetensors.index.json"]
+_NEEDED = ["config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
+_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
 # Prefix of the names of a model's tensors, which a checkpoint without its last layer leaves out.
 _PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}
 _HEADS = ("lm_head.", "embed_out.")
@@ -33,7 +34,7 @@ class Checkpoint:
         config: the content of config.json; of a GGUF file, its metadata under the same keys.
         tensors: name -> tensor, read when it is asked for. The names are those of Hugging Face
             with the prefix of the model, and buffers that are no weights are left out.
-        tokenizer: the tokenizer.
+        tokenizer: the tokenizer, without added tokens that the model has no row for.
     """
 
     source: str
@@ -71,13 +72,16 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             "is no model: expected a folder with config.json, a .gguf file, or hf:owner/name",
         )
     size = found.config.get("vocab_size")
-    if not isinstance(size, int) or found.tokenizer.size > size:
+    if type(size) is not int or size < 1:
+        raise PretrainedError(name, f"has {short(size)} as vocab_size: expected a number of tokens")
+    tokenizer = found.tokenizer.without(size)
+    if tokenizer.size > size:
         raise PretrainedError(
             name,
-            f"has a tokenizer of {found.tokenizer.size} tokens and a model of {short(size)}: "
-            "expected at least as many; take both from one checkpoint",
+            f"has a tokenizer of {tokenizer.size} tokens and a model of {size}: expected at least "
+            "as many; take both from one checkpoint",
         )
-    return dataclasses.replace(found, source=name)
+    return dataclasses.replace(found, source=name, tokenizer=tokenizer)
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -113,7 +117,7 @@ def _download(name: str) -> Path:
         ) from None
     try:
         found = huggingface_hub.snapshot_download(
-            known[1], revision=known[2], allow_patterns=_NEEDED, ignore_patterns=["*/*"]
+            known[1], revision=known[2], allow_patterns=_NEEDED, ignore_patterns=_IGNORED
         )
     except Exception as error:  # of the disk, of the hub, or of its library for the network
         raise PretrainedError(

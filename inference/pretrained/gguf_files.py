@@ -20,6 +20,7 @@ from probattn.inference.pretrained.tensors import LazyTensor, Tensors
 
 _MOST_KEYS = 2**14
 _MOST_TENSORS = 2**17
+_MOST_TEXTS = 2**21  # of an array: four times the merges of the largest tokenizers
 _LONGEST_STRING = 2**24  # bytes: of a chat template, at most
 _ALIGNMENT = 32  # where a file names none
 
@@ -232,7 +233,7 @@ class _Header:
             raise self.damaged(f"its header holds a value of type {kind}: expected 0 to 12")
         inner = self.number("<u4")
         if inner == _STRING:
-            count = self.count("<u8", "texts", 2**24, least=8)
+            count = self.count("<u8", "texts", _MOST_TEXTS, least=8)
             return [self.text() for _ in range(count)]
         if inner not in _NUMBERS:
             raise self.damaged(

@@ -7,14 +7,14 @@ shown and counted as for any other vocabulary.
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from probattn.inference.pretrained.errors import PretrainedError, read_object
+from probattn.inference.pretrained.errors import PretrainedError, read_object, short
 from probattn.inference.pretrained.tokenizer_checks import Decoder, check_definition
 from probattn.messages import one_line
 from probattn.text.byte_pairs import (
@@ -121,6 +121,17 @@ class PretrainedTokenizer:
         """
         return int(self.token_characters[check_ids(ids, self.size)].sum(dtype=np.int64))
 
+    def without(self, size: int) -> "PretrainedTokenizer":
+        """Return the tokenizer without its added tokens from id `size` on.
+
+        Some models share a tokenizer with larger ones, and have no row for the tokens of those.
+        """
+        added = self.definition.get("added_tokens") or []
+        kept = [each for each in added if each["id"] < size]
+        if len(kept) == len(added):
+            return self
+        return replace(self, definition=self.definition | {"added_tokens": kept})
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-safe values, for `tokenizer_from_dict`."""
         return {"kind": KIND, "definition": self.definition}
@@ -139,12 +150,21 @@ class PretrainedTokenizer:
         definition = self.definition | {"truncation": None, "padding": None}
         library = _import()
         try:
-            return library.Tokenizer.from_str(json.dumps(definition))
+            tokenizer = library.Tokenizer.from_str(json.dumps(definition))
         except Exception as error:  # the library raises no class of its own
             raise PretrainedError(
                 self.source,
                 f"is refused by the library tokenizers: {one_line(error)}; download it again",
             ) from None
+        # The library numbers added tokens itself, where the vocabulary has none of their ids.
+        for each in definition.get("added_tokens") or []:
+            if (index := tokenizer.token_to_id(each["content"])) != each["id"]:
+                raise PretrainedError(
+                    self.source,
+                    f"adds {short(each['content'])} as id {each['id']}: expected {index}, the next "
+                    "after the vocabulary",
+                )
+        return tokenizer
 
     @functools.cached_property
     def _represented(self) -> set[str]:

@@ -100,7 +100,7 @@ def test_a_gguf_file(tmp_path):
         ),
         (
             lambda folder: (folder / "config.json").write_text('{"vocab_size": "many"}'),
-            "has a tokenizer of 330 tokens and a model of 'many': expected",
+            "has 'many' as vocab_size: expected a number of tokens",
         ),
         (shutil.rmtree, "is no model: expected a folder with config.json, a .gguf file, or hf:"),
     ],
@@ -110,6 +110,18 @@ def test_a_folder_that_lacks_something(folder, change, reason):
     message = refusal(PretrainedError, open_checkpoint, folder)
     assert message.startswith(str(folder))
     assert reason in message
+
+
+def test_an_added_token_that_the_model_has_no_row_for_is_left_out(folder):
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text())
+    image = described["added_tokens"][0] | {"id": 330, "content": "<|image|>"}
+    path.write_text(json.dumps(described | {"added_tokens": [*described["added_tokens"], image]}))
+    found = open_checkpoint(folder).tokenizer
+    assert found.size == 330
+    ids = found.encode("<|image|>")
+    assert ids.max() < 330
+    assert found.decode(ids) == "<|image|>"
 
 
 @pytest.mark.parametrize("name", ["x.bin", "x.pt", "absent.pkl"])

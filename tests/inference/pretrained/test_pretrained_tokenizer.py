@@ -234,7 +234,10 @@ def test_ids_that_are_none(of, ids):
     refusal(ValueError, of["smollm"].decode, ids)
 
 
-ADDED = {"special": True, "single_word": False, "lstrip": False, "rstrip": False}
+ADDED = {
+    "special": True,
+    **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+}
 WRONG = {
     "nothing": ({}, "has a model of kind None: expected BPE"),
     "no table": ({"model": [[1]]}, "has a model of kind None: expected BPE"),
@@ -252,6 +255,10 @@ WRONG = {
     "an added token of another": (
         characters("ab") | {"added_tokens": [{"id": 1, "content": "c", **ADDED}]},
         "adds 'c' as id 1, which is another one's",
+    ),
+    "an added token elsewhere": (
+        characters("ab") | {"added_tokens": [{"id": 9, "content": "c", **ADDED}]},
+        "adds 'c' as id 9: expected 2, the next after the vocabulary",
     ),
     "added tokens": (characters("ab") | {"added_tokens": 7}, "has added_tokens that are no list"),
     "no added token": (characters("ab") | {"added_tokens": [7]}, "adds the token None of id None"),
