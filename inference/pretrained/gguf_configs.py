@@ -78,7 +78,7 @@ class Metadata:
         found = {}
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
             value = self.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-            if isinstance(value, int):
+            if type(value) is int:
                 found[f"{name}_token_id"] = value
         return found
 
@@ -103,19 +103,20 @@ def _grouped(metadata: Metadata, *, base: float) -> dict[str, Any]:
     heads = common["num_attention_heads"]
     for key in ("expert_count", "attention.scale", "attention.clamp_kqv", "logit_scale"):
         metadata.absent(key)
+    width = metadata.whole("attention.key_length", max(1, common["hidden_size"] // heads))
     return common | {
         "num_key_value_heads": metadata.whole("attention.head_count_kv", heads),
-        "head_dim": metadata.whole("attention.key_length", max(1, common["hidden_size"] // heads)),
+        "head_dim": width,
         "rms_norm_eps": metadata.real("attention.layer_norm_rms_epsilon"),
         "rope_theta": metadata.real("rope.freq_base", base),
-        "rope_scaling": _rope_scaling(metadata),
+        "rope_scaling": _rope_scaling(metadata, width),
     }
 
 
-def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
+def _rope_scaling(metadata: Metadata, width: int) -> dict[str, Any] | None:
     kind = metadata.file.metadata.get(f"{metadata.architecture}.rope.scaling.type", "none")
     if metadata.has("rope_freqs.weight"):
-        return _llama3_scaling(metadata)
+        return _llama3_scaling(metadata, width)
     if kind == "none":
         return None
     if kind != "linear":
@@ -126,7 +127,7 @@ def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
     return {"rope_type": "linear", "factor": metadata.real("rope.scaling.factor")}
 
 
-def _llama3_scaling(metadata: Metadata) -> dict[str, Any]:
+def _llama3_scaling(metadata: Metadata, width: int) -> dict[str, Any]:
     """Return the scaling of Llama 3 whose divisors of the frequencies are those of the file.
 
     The file has the divisors and not the four numbers that they come from. All models of Llama 3
@@ -136,15 +137,10 @@ def _llama3_scaling(metadata: Metadata) -> dict[str, Any]:
     stored = metadata.file.tensors["rope_freqs.weight"].astype(np.float64).ravel()
     factor, low, high, original = float(stored.max(initial=1.0)), 1.0, 4.0, 8192
     base = metadata.real("rope.freq_base", 10_000.0)
-    wavelengths = 2 * np.pi * base ** (np.arange(len(stored)) / len(stored))
-    share = (original / wavelengths - low) / (high - low)
-    between = 1 / ((1 - share) / factor + share)
-    expected = np.where(
-        wavelengths < original / high,
-        1.0,
-        np.where(wavelengths > original / low, factor, between),
-    )
-    if not np.allclose(stored, expected, rtol=1e-4, atol=0):
+    wavelengths = 2 * np.pi * base ** (np.arange(0, width, 2) / width)
+    kept = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - kept) / factor + kept)
+    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4, atol=0):
         raise PretrainedError(
             metadata.file.path,
             "scales its positions by rope_freqs.weight in another way than Llama 3 does: expected "

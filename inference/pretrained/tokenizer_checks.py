@@ -108,16 +108,16 @@ def _ids(vocabulary: dict[str, Any], added: Any, refused: _Refused) -> dict[int,
     if not isinstance(added, list):
         raise refused("has added_tokens that are no list: damaged")
     for each in added:
-        token = each.get("content") if isinstance(each, dict) else None
-        index = each.get("id") if isinstance(each, dict) else None
-        if not isinstance(token, str) or type(index) is not int or not 0 <= index < MOST_IDS:
+        described = each if isinstance(each, dict) else {}
+        content, number = described.get("content"), described.get("id")
+        if not isinstance(content, str) or type(number) is not int or not 0 <= number < MOST_IDS:
             raise refused(
-                f"adds the token {short(token)} of id {short(index)}: expected a text, and an id "
-                f"of 0 to {MOST_IDS - 1}"
+                f"adds the token {short(content)} of id {short(number)}: expected a text, and an "
+                f"id of 0 to {MOST_IDS - 1}"
             )
-        if found.get(index, (token,))[0] != token or vocabulary.get(token, index) != index:
-            raise refused(f"adds {short(token)} as id {index}, which is another one's: damaged")
-        found[index] = token, True
+        if found.get(number, (content,))[0] != content or vocabulary.get(content, number) != number:
+            raise refused(f"adds {short(content)} as id {number}, which is another one's: damaged")
+        found[number] = content, True
     return found
 
 
@@ -139,7 +139,7 @@ def _check_merges(merges: Any, vocabulary: dict[str, Any], refused: _Refused) ->
 
 
 def _decoder(described: Any, refused: _Refused) -> Decoder:
-    steps = [described]
+    steps: Any = [described]
     if isinstance(described, dict) and described.get("type") == "Sequence":
         steps = described.get("decoders")
     if not isinstance(steps, list):

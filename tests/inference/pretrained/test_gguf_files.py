@@ -170,8 +170,8 @@ def test_a_file_that_is_not_there_or_no_file(tmp_path):
     assert "cannot be read: Is a directory" in refusal(PretrainedError, open_gguf, path)
 
 
-def test_every_prefix_of_a_file_is_refused(tmp_path):
+def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):
     whole = gguf([key("k", ARRAY, (STRING, ["a", "b"]))], [ONE], bytes(256))
     opened(tmp_path / "x.gguf", whole)
-    for length in range(1, len(whole)):
+    for length in [*range(1, len(whole), 7), len(whole) - 1]:
         refusal(PretrainedError, opened, tmp_path / "x.gguf", whole[:length])

@@ -263,18 +263,51 @@ def llama3_divisors(count, base, factor, change=0.0):
     return np.array(found, np.float32)
 
 
+def llama3(path, divisors, head=64):
+    """A model of wide heads with divisors of its frequencies, as bytes."""
+    numbers = {
+        **{"embedding_length": head, "feed_forward_length": 20, "context_length": 16},
+        **{"block_count": 1, "attention.head_count": 1},
+    }
+    keys = [
+        key("general.architecture", STRING, "llama"),
+        *(key(f"llama.{name}", 4, value) for name, value in numbers.items()),
+        key("llama.attention.layer_norm_rms_epsilon", 6, 1e-5),
+        key("llama.rope.freq_base", 6, 50_000.0),
+    ]
+    tensors = [
+        tensor("token_embd.weight", [1, head], 0, 0),
+        tensor("rope_freqs.weight", [len(divisors)], 0, 4 * head),
+    ]
+    path.write_bytes(gguf(keys, tensors, bytes(4 * head) + divisors.tobytes()))
+    return gguf_model(open_gguf(path))
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_the_scaling_of_llama_3_is_found_from_its_divisors(tmp_path, factor):
-    def extra(writer):
-        writer.add_tensor("rope_freqs.weight", llama3_divisors(32, 50_000.0, factor))
-
-    converted(tmp_path / "x.gguf", "llama", extra=extra)
-    config, found = gguf_model(open_gguf(tmp_path / "x.gguf"))
+    divisors = llama3_divisors(32, 50_000.0, factor)
+    assert np.any((divisors > 1) & (divisors < factor))
+    config, found = llama3(tmp_path / "x.gguf", divisors)
     assert config["rope_scaling"] == {
         **{"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0},
         **{"high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
     }
     assert "rope_freqs.weight" not in found
+
+
+@pytest.mark.parametrize(
+    "divisors",
+    [
+        llama3_divisors(32, 50_000.0, 8.0, change=0.01),
+        llama3_divisors(32, 10_000.0, 8.0),
+        llama3_divisors(16, 50_000.0, 8.0),
+        np.full(32, np.nan, np.float32),
+        np.zeros(32, np.float32),
+    ],
+)
+def test_other_divisors_are_refused(tmp_path, divisors):
+    message = refusal(PretrainedError, llama3, tmp_path / "x.gguf", divisors)
+    assert "scales its positions by rope_freqs.weight in another way than Llama 3" in message
 
 
 def rope(kind):
@@ -291,15 +324,10 @@ def test_positions_scaled_by_a_factor(tmp_path):
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
-def other_divisors(writer):
-    writer.add_tensor("rope_freqs.weight", llama3_divisors(32, 50_000.0, 8.0, change=0.01))
-
-
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
         (rope("yarn"), "scales its positions by 'yarn': expected none, linear, or that of Llama 3"),
-        (other_divisors, "scales its positions by rope_freqs.weight in another way"),
         (lambda w: w.add_uint32("llama.expert_count", 8), "sets llama.expert_count, which is not"),
         (lambda w: w.add_uint32("llama.rope.dimension_count", 2), "turns 2 numbers of a head of 4"),
         (

@@ -200,6 +200,19 @@ def test_a_tokenizer_that_cuts_or_fills_up_does_not_do_so_here():
     assert found.decode(found.encode(TEXT)) == TEXT
 
 
+@pytest.mark.parametrize("scheme", ["always", "never"])
+@given(text=st.text("theingacf  ", max_size=20))
+def test_words_that_are_marked_before_they_are_merged(of, scheme, text):
+    """As newer tokenizers of Llama and Mistral do it, by a step of the library's own."""
+    mark = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    marked = {"normalizer": None, "pre_tokenizer": mark, "decoder": mark}
+    found = PretrainedTokenizer(of["llama"].definition | marked)
+    ids = found.encode(text)
+    assert found.decode(ids) == found._library.decode(ids.tolist())
+    # A space that stands there already is taken for the mark.
+    assert found.decode(ids) == (text.removeprefix(" ") if scheme == "always" else text)
+
+
 def characters(symbols, **changes):
     """A tokenizer of characters, which drops what it does not know without a word."""
     model = {"type": "BPE", "vocab": {each: at for at, each in enumerate(symbols)}, "merges": []}

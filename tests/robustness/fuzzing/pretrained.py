@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _SHARDS = {
         "mask": np.array([True]),
     },
 }
+_AS_IT_IS = "as it is"  # where a value stays
 _INDEX = "model.safetensors.index.json"
 _NUMBERS = ("context_length", "embedding_length", "feed_forward_length", "block_count")
 
@@ -70,10 +72,12 @@ def pretrained(folder: Path) -> Target:
         _check_tokenizer(found.tokenizer, text)
         return f"accepted {kind}"
 
+    changes = st.one_of(edits, edits, st.just([]))
+    values = st.one_of(json_values, json_values, st.just(_AS_IT_IS))
     inputs = st.one_of(
-        st.tuples(st.just("gguf"), st.tuples(st.integers(0, 1), edits), any_text),
-        st.tuples(st.just("bytes"), st.tuples(st.sampled_from(sorted(files)), edits), any_text),
-        st.tuples(st.just("json"), st.tuples(replaced, json_values), any_text),
+        st.tuples(st.just("gguf"), st.tuples(st.integers(0, 1), changes), any_text),
+        st.tuples(st.just("bytes"), st.tuples(st.sampled_from(sorted(files)), changes), any_text),
+        st.tuples(st.just("json"), st.tuples(replaced, values), any_text),
     )
     return Target("pretrained", inputs, check)
 
@@ -120,22 +124,22 @@ def _gguf(kind: str) -> bytes:
     return gguf_bytes.gguf(keys, tensors, bytes(1416))
 
 
-def _places(value: Any, above: tuple[Any, ...] = ()) -> Any:
+def _places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Keys of a JSON value and of those in it; of long lists and tables, the first few."""
     yield above
-    inner = (
-        value.items() if isinstance(value, dict) else enumerate(value) if _is_list(value) else ()
-    )
-    for key, each in list(inner)[:12]:
+    inner: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        inner = list(value.items())
+    elif isinstance(value, list):
+        inner = list(enumerate(value))
+    for key, each in inner[:12]:
         yield from _places(each, (*above, key))
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
 
 
 def _with(data: bytes, place: tuple[Any, ...], value: Any) -> bytes:
     """A JSON file with another value in one place."""
+    if value == _AS_IT_IS:
+        return data
     if not place:
         return json.dumps(value).encode()
     content = copy.deepcopy(json.loads(data))
