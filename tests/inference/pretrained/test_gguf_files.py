@@ -109,11 +109,16 @@ WRONG = {
     "a name": (gguf([struct.pack("<Q", HUGE)], data=bytes(32)), f"claims a text of {HUGE} bytes"),
     "a text": (gguf([text("k") + struct.pack("<IQ", 8, 2**20)]), "claims 1048576 bytes where"),
     "texts": (gguf([text("k") + struct.pack("<IIQ", 9, 8, HUGE)]), f"claims {HUGE} texts"),
-    "numbers": (gguf([text("k") + struct.pack("<IIQ", 9, 4, HUGE)]), f"claims {HUGE} numbers"),
+    "numbers": (
+        gguf([text("k") + struct.pack("<IIQ", 9, 4, HUGE)]),
+        f"claims {4 * HUGE} bytes where",
+    ),
     "nesting": (
         gguf([text("k") + struct.pack("<II", 9, 9) + struct.pack("<QI", 1, 9) * 10_000]),
         "an array of type 9: expected one of numbers or texts",
     ),
+    "tensors beyond the end": (gguf(counts=(9, 0)), "bytes where"),
+    "texts beyond the end": (gguf([text("k") + struct.pack("<IIQ", 9, 8, 999)]), "bytes where"),
     "a type": (gguf([text("k") + struct.pack("<I", 77)], data=bytes(9)), "a value of type 77"),
     "no UTF-8": (gguf([key("k", STRING, b"\xff")]), "a text that is not UTF-8"),
     "a key twice": (
