@@ -66,7 +66,27 @@ PIECES = (
     *("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))),
     *("▁t", "he", "▁the", "in", "▁a", "▁▁", "▁▁▁▁", "er", "▁in", "ing", "ca", "▁ca", "fé", "ab"),
     *("▁thin", "hi", "th", "▁thing", "bab", "aba", "<", "s>", "0", "<0", "xA", "A", "a", "b", "c"),
-    *("d", "e", "f", "g", "h", "i", "k", "n", "r", "s", "t", "u", "x", ">", "▁", "é"),
+    *(
+        "d",
+        "e",
+        "f",
+        "g",
+        "h",
+        "i",
+        "k",
+        "n",
+        "r",
+        "s",
+        "t",
+        "u",
+        "x",
+        ">",
+        "▁",
+        "é",
+        "<0x",
+        "<0x0",
+        "<0x0A",
+    ),
 )
 """Of a SentencePiece vocabulary: special ones, the bytes, and others by falling score."""
 SCORES = tuple([0.0] * 259 + [-float(number) for number in range(len(PIECES) - 259)])

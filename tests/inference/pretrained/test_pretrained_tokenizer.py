@@ -122,6 +122,23 @@ def test_sentencepiece_merges_by_score(of, text):
     assert of["llama"].decode(ids).replace("▁", " ") == text.replace("▁", " ") or "<s>" in text
 
 
+def test_the_name_of_a_byte_in_a_text_is_not_that_byte(of):
+    ids = of["llama"].encode("<0x0A>").tolist()
+    assert [PIECES[index] for index in ids] == ["▁", "<0x0A", ">"]
+
+
+@pytest.mark.parametrize(("name", "ids"), [("llama-bpe", [3]), ("gpt-2", [0, 1, 2])])
+def test_a_word_that_is_a_token_is_taken_whole_where_the_tokenizer_does_so(tmp_path, name, ids):
+    keys = {
+        "model": (STRING, "gpt2"),
+        "pre": (STRING, name),
+        "tokens": (ARRAY, (STRING, ["a", "b", "c", "abc"])),
+        "merges": (ARRAY, (STRING, [])),
+        "bos_token_id": (4, 0),
+    }
+    assert opened(tmp_path, **keys).encode("abc").tolist() == ids
+
+
 def test_special_tokens_in_a_text_are_tokens(of):
     assert of["llama"].encode("<s>").tolist() == [1]
     assert of["smollm"].encode("a<|end|>").tolist()[-1] == 0
