@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ _LINES_PER_CALL = 4096  # the library keeps ~100 bytes a token while it works: b
 # printable Latin-1 bytes stand for themselves, the others for the characters from U+0100 on.
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_SYMBOLS = {byte: chr(byte) for byte in _PRINTABLE} | {
+SYMBOLS = {byte: chr(byte) for byte in _PRINTABLE} | {
     byte: chr(0x100 + index) for index, byte in enumerate(_OTHERS)
 }
 _HEXADECIMAL = {0xDC00 + byte: f"<0x{byte:02X}>" for byte in range(128, 256)}
@@ -84,14 +85,14 @@ class BytePairVocabulary:
         trainer = library.trainers.BpeTrainer(
             vocab_size=size,
             min_frequency=2,
-            initial_alphabet=list(_SYMBOLS.values()),
+            initial_alphabet=list(SYMBOLS.values()),
             max_token_length=MAX_TOKEN_BYTES,
             show_progress=False,
         )
         sample = Text.of(text).sample(LEARNT_CHARACTERS)
         lines = itertools.chain.from_iterable(map(_lines, sample.paragraphs()))
         learner.train_from_iterator(lines, trainer)
-        ids = {symbol: byte for byte, symbol in _SYMBOLS.items()}
+        ids = {symbol: byte for byte, symbol in SYMBOLS.items()}
         merges = []
         for left, right in json.loads(learner.to_str())["model"]["merges"]:
             merges.append((ids[left], ids[right]))
@@ -146,8 +147,7 @@ class BytePairVocabulary:
         and a token of continuation bytes alone counts none, so the counts of a text's tokens sum to
         its number of characters, whichever way they are cut into blocks.
         """
-        counts = [sum(byte >> 6 != 0b10 for byte in token) for token in self.tokens]
-        return np.array(counts, np.int32)
+        return characters_begun(self.tokens)
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Return the token ids of any text, the empty one included, shape (tokens,).
@@ -185,17 +185,7 @@ class BytePairVocabulary:
         Raises:
             ValueError: if `ids` is not a vector of integers from 0 to size - 1.
         """
-        tokens = [self.tokens[index] for index in check_ids(ids, self.size, ndim=1).tolist()]
-        # A byte of no character becomes one of 128 surrogates, which no UTF-8 text holds.
-        text = b"".join(tokens).decode("utf-8", "surrogateescape")
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-        lone = (codes >= 0xDC80) & (codes <= 0xDCFF)
-        width = 1 + sum((codes >= least) & ~lone for least in (0x80, 0x800, 0x10000))
-        begins = np.cumsum(width) - width
-        ends = np.cumsum([len(token) for token in tokens])
-        cuts = np.searchsorted(begins, ends)  # characters that begin before each token's end
-        shown = (text[start:stop] for start, stop in itertools.pairwise([0, *cuts]))
-        return [each.translate(_HEXADECIMAL) for each in shown]
+        return displayed([self.tokens[each] for each in check_ids(ids, self.size, ndim=1).tolist()])
 
     def characters(self, ids: ArrayLike) -> int:
         """Count the characters that begin in token ids of any shape; see `token_characters`.
@@ -211,12 +201,32 @@ class BytePairVocabulary:
 
     @functools.cached_property
     def _encoder(self) -> Any:
-        symbols = ["".join(_SYMBOLS[byte] for byte in token) for token in self.tokens]
+        symbols = ["".join(SYMBOLS[byte] for byte in token) for token in self.tokens]
         model = _library().models.BPE(
             vocab={symbol: index for index, symbol in enumerate(symbols)},
             merges=[(symbols[left], symbols[right]) for left, right in self.merges],
         )
         return _tokenizer(model)
+
+
+def displayed(tokens: Sequence[bytes]) -> list[str]:
+    """Return what to show for each of a text's tokens: see `BytePairVocabulary.display`."""
+    # A byte of no character becomes one of 128 surrogates, which no UTF-8 text holds.
+    text = b"".join(tokens).decode("utf-8", "surrogateescape")
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    lone = (codes >= 0xDC80) & (codes <= 0xDCFF)
+    width = 1 + sum((codes >= least) & ~lone for least in (0x80, 0x800, 0x10000))
+    begins = np.cumsum(width) - width
+    ends = np.cumsum([len(token) for token in tokens])
+    cuts = np.searchsorted(begins, ends)  # characters that begin before each token's end
+    shown = (text[start:stop] for start, stop in itertools.pairwise([0, *cuts]))
+    return [each.translate(_HEXADECIMAL) for each in shown]
+
+
+def characters_begun(tokens: Iterable[bytes]) -> NDArray[np.int32]:
+    """Count the characters that begin in each token: see `BytePairVocabulary.token_characters`."""
+    counts = [sum(byte >> 6 != 0b10 for byte in token) for token in tokens]
+    return np.array(counts, np.int32)
 
 
 def _lines(text: str) -> io.StringIO:

@@ -29,6 +29,7 @@ COLUMN = (
     "config_files",
     "config_memory",
     "runs",
+    "pretrained",
     "evaluation",
     "fitting",
     "sampling",
@@ -73,7 +74,7 @@ AT_HOME_IN = {  # package (its sub-distributions included): where alone it may b
     "tqdm": ("probattn.inference.runtime.progress",),
     "orbax": ("probattn.inference.runs.checkpoints",),
 }
-OPTIONAL = {"tokenizers"}
+OPTIONAL = {"huggingface_hub", "safetensors", "tokenizers"}
 HEAVY = {"arviz", "arviz_base", "matplotlib", "orbax", "tokenizers", "tyro"}
 MOST_FILES = 15  # of a room, its __init__.py apart
 LONGEST = 350  # lines

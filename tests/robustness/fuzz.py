@@ -32,6 +32,7 @@ NAMES = (
     "corpus",
     "run",
     "metrics",
+    "pretrained",
     "shapes",
     "values",
 )

@@ -37,6 +37,7 @@ OUTCOMES = {
     "corpus": {"accepted", "DataError", "ValueError"},
     "run": {"accepted", "RunError", "SegmentError"},
     "metrics": {"accepted", "RunError"},
+    "pretrained": {"accepted gguf", "accepted bytes", "accepted json", "PretrainedError"},
     "shapes": {"accepted", "ValueError"},
     "values": {"causal", "causal and right"},
 }

@@ -2,6 +2,7 @@
 
 from tests.robustness.fuzzing.command_line import command_line
 from tests.robustness.fuzzing.configurations import configuration
+from tests.robustness.fuzzing.pretrained import pretrained
 from tests.robustness.fuzzing.runs import metrics, run
 from tests.robustness.fuzzing.shapes import shapes
 from tests.robustness.fuzzing.texts import corpus, vocabulary
@@ -14,6 +15,7 @@ TARGETS = {
     "corpus": corpus,
     "run": run,
     "metrics": metrics,
+    "pretrained": pretrained,
     "shapes": shapes,
     "values": values,
 }
