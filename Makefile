@@ -39,7 +39,7 @@ test: install  ## run the tests on two processes, without the slow ones (about 9
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: install  ## run the slow tests, which `make test` leaves out (about an hour)
-	$(PYTEST) -m slow $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m slow $(ARGS)
 
 test-all: install  ## run all tests in one go, with all optimisations of XLA
 	$(PYTEST) $(ARGS)
