@@ -23,7 +23,11 @@ from numpyro.infer.hmc import HMCState
 from probattn.inference.config import SampleConfig
 from probattn.inference.runs.checkpoints import named_leaves, with_leaves
 from probattn.inference.runtime.memory import gibibytes
-from probattn.inference.sampling.initialisation import check_initial_values, init_to_given
+from probattn.inference.sampling.initialisation import (
+    check_initial_values,
+    init_to_given,
+    with_prototypes,
+)
 from probattn.inference.sampling.lookahead import run_ahead
 
 CALL_SECONDS = 2.0  # seconds of all chains between two updates of a progress bar
@@ -86,7 +90,7 @@ class Chains:
             model,
             target_accept_prob=config.target_accept,
             max_tree_depth=config.max_tree_depth,
-            init_strategy=partial(init_to_given, init_values),
+            init_strategy=with_prototypes(partial(init_to_given, init_values)),
         )
         check_initial_values(model, args, kwargs, init_values)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array
+from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import init_to_sample
 from numpyro.infer.util import log_density
@@ -50,6 +51,33 @@ def init_to_given(values: Mapping[str, Any], site: dict | None = None) -> Any:
     if site["type"] == "sample" and site["name"] in values:
         return jnp.asarray(values[site["name"]])
     return init_to_sample(site)
+
+
+def with_prototypes(strategy: Callable[[dict], Any]) -> partial[Any]:
+    """Return a strategy that gives NumPyro each site's prototype first, and then the values.
+
+    NumPyro initialises the model twice. Of the first values it uses the shapes alone, but they are
+    part of the compiled program. A prior whose sampler is long takes twice the time to compile
+    unless they are cheap.
+
+    Args:
+        strategy: of NumPyro; its values of the first pass are replaced, those of later passes not.
+    """
+    return partial(_with_prototypes, strategy, set())
+
+
+def _with_prototypes(strategy: Callable[[dict], Any], seen: set[str], site: dict) -> Any:
+    latent = site["type"] == "sample" and not site["is_observed"]
+    if not latent or site["name"] in seen or site["fn"].support.is_discrete:
+        return strategy(site)
+    seen.add(site["name"])
+    to_support = biject_to(site["fn"].support)
+
+    def unconstrained() -> Array:
+        return to_support.inv(strategy(site))
+
+    shape = jax.eval_shape(unconstrained)
+    return to_support(jnp.zeros(shape.shape, shape.dtype))
 
 
 def check_initial_values(model: Callable, args: tuple, kwargs: dict, values: Mapping) -> None:

@@ -116,8 +116,8 @@ def windows(length: int, *, block: int, stride: int | None = None) -> Windows:
     if block < 1:
         raise ValueError(f"block = {block}: expected an integer >= 1")
     stride = block if stride is None else stride
-    if not 1 <= stride <= block:
-        raise ValueError(f"stride is {stride}: expected 1 <= stride <= block = {block}")
+    if not hasattr(stride, "__index__") or not 1 <= stride <= block:
+        raise ValueError(f"stride is {stride!r}: expected 1 <= stride <= block = {block}, integer")
     size = min(block, length)
     return Windows(range(-(-(length - size) // stride) + 1), size, stride, length - size)
 

@@ -38,10 +38,13 @@ def find_documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[Path
         DataError: if there is no such file, a file is a device or a pipe, or they have more than
             2 GiB.
     """
-    named = [source] if isinstance(source, str | os.PathLike) else source
+    named = [source] if isinstance(source, str | bytes | os.PathLike) else source
     found: set[Path] = set()
     size = 0
     for name in named:
+        # An empty name would be the working directory, with all that lies in it.
+        if not isinstance(name, str | os.PathLike) or name == "":
+            raise DataError(f"{name!r}: expected the path of a UTF-8 text file, as a str or a Path")
         with _one_line_errors(name):
             for path in _files(name):
                 if path in found:

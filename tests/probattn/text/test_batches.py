@@ -172,6 +172,8 @@ def test_windows_of_four_by_hand(length, stride, starts, context):
         (9, 4, 0, "stride is 0: expected 1 <= stride <= block = 4"),
         (9, 4, 5, "stride is 5: expected 1 <= stride <= block = 4"),
         (9, 4, -1, "stride is -1: expected"),
+        (9, 4, 2.0, "stride is 2.0: expected 1 <= stride <= block = 4, integer"),
+        (9, 4, "2", "stride is '2': expected 1 <= stride <= block = 4, integer"),
         (9, 0, None, "block = 0"),
         (9, -3, None, "block = -3"),
     ],

@@ -121,6 +121,13 @@ def test_what_is_no_text_is_refused_in_one_line(folder, monkeypatch, source, rea
     assert "\n" not in str(raises.value)
 
 
+@pytest.mark.parametrize("source", ["", b"texts/a.txt", [b"a.txt"], [3]])
+def test_a_text_is_named_by_a_path_and_never_by_nothing(folder, monkeypatch, source):
+    monkeypatch.chdir(folder)  # an empty name would stand for all files that lie here
+    with pytest.raises(DataError, match=r"expected the path of a UTF-8 text file, as a str or"):
+        documents.find_documents(source)
+
+
 def test_a_small_file_that_holds_a_large_text_is_not_read_to_its_end(tmp_path, monkeypatch):
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"0" * 10_000_000))
     monkeypatch.setattr(documents, "LARGEST", 3_000_000)
