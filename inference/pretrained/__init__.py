@@ -1,0 +1,1 @@
+"""Other people's models: their checkpoints and tokenizers, read as they are published."""
