@@ -81,11 +81,7 @@ def _gpt_neox(keys: ConfigKeys) -> DecoderConfig:
         norm="layer",
         norm_bias=True,
         norm_eps=keys.number("layer_norm_eps", 1e-5),
-        rotary=_rotary(
-            keys,
-            base=keys.number("rotary_emb_base", 1e4),
-            fraction=keys.number("rotary_pct", 0.25),
-        ),
+        rotary=_neox_rotary(keys),
         attention_bias=biased,
         out_bias=biased,
         mlp_bias=True,
@@ -98,14 +94,19 @@ def _gpt_neox(keys: ConfigKeys) -> DecoderConfig:
 
 def _llama(keys: ConfigKeys) -> DecoderConfig:
     biased = keys.flag("attention_bias", False)
+    heads = keys.integer("num_attention_heads")
     return _gated(
-        keys, attention_bias=biased, out_bias=biased, mlp_bias=keys.flag("mlp_bias", False)
+        keys,
+        key_heads=keys.optional_integer("num_key_value_heads") or heads,
+        attention_bias=biased,
+        out_bias=biased,
+        mlp_bias=keys.flag("mlp_bias", False),
     )
 
 
 def _mistral(keys: ConfigKeys) -> DecoderConfig:
     window = keys.optional_integer("sliding_window", 4096)
-    return _gated(keys, windows=_windows(keys, lambda layer: window is not None, window))
+    return _gated(keys, windows=() if window is None else (window,) * _layers(keys))
 
 
 def _qwen2(keys: ConfigKeys) -> DecoderConfig:
@@ -145,7 +146,7 @@ def _gemma3(keys: ConfigKeys) -> DecoderConfig:
     else:
         inner = ConfigKeys(tables, "rope_parameters.")
         rotary, local = (
-            _rotation(keys, inner.table(kind) or {}, f"rope_parameters.{kind}.", base, 1.0)
+            _rotation(keys, inner.table(kind) or {}, f"rope_parameters.{kind}.", base)
             for kind, base in bases.items()
         )
         inner.finish()
@@ -163,7 +164,7 @@ def _gemma(keys: ConfigKeys, *, every: int, **parts: Any) -> DecoderConfig:
     """Read Gemma 2 and 3, in which all layers slide but each last one of `every`."""
     activation = _activation(keys, "hidden_activation", "gelu_pytorch_tanh")
     # Older files have this key too; transformers takes the other one.
-    if _activation(keys, "hidden_act", "gelu_pytorch_tanh") != activation:
+    if keys.take("hidden_act", None) is not None and _activation(keys, "hidden_act") != activation:
         raise keys.refusal("hidden_act", "the same as hidden_activation")
     biased = keys.flag("attention_bias", False)
     window = keys.optional_integer("sliding_window", 4096)
@@ -186,6 +187,7 @@ def _gemma(keys: ConfigKeys, *, every: int, **parts: Any) -> DecoderConfig:
 def _gated(
     keys: ConfigKeys,
     *,
+    key_heads: int | None = None,
     head_width: int | None = None,
     rotary: RotaryConfig | None = None,
     activation: Activation | None = None,
@@ -193,13 +195,12 @@ def _gated(
     **parts: Any,
 ) -> DecoderConfig:
     """Read what Llama and its descendants share; `parts` are what a family has of its own."""
-    heads = keys.integer("num_attention_heads")
     return DecoderConfig(
         vocabulary=keys.integer("vocab_size"),
         width=keys.integer("hidden_size"),
         layers=_layers(keys),
-        heads=heads,
-        key_heads=keys.optional_integer("num_key_value_heads") or heads,
+        heads=keys.integer("num_attention_heads"),
+        key_heads=key_heads or keys.integer("num_key_value_heads"),
         head_width=head_width or _head_width(keys),
         context=keys.integer("max_position_embeddings"),
         hidden=keys.integer("intermediate_size"),
@@ -211,7 +212,7 @@ def _gated(
     )
 
 
-def _activation(keys: ConfigKeys, key: str, default: str) -> Activation:
+def _activation(keys: ConfigKeys, key: str, default: str | None = None) -> Activation:
     return _ACTIVATIONS[keys.choice(key, _ACTIVATIONS, default)]
 
 
@@ -257,7 +258,19 @@ def _windows(
     return tuple(window if kind else None for kind in kinds)
 
 
-def _rotary(keys: ConfigKeys, *, base: float, fraction: float = 1.0) -> RotaryConfig:
+def _neox_rotary(keys: ConfigKeys) -> RotaryConfig:
+    base, fraction = keys.number("rotary_emb_base", 1e4), keys.number("rotary_pct", 0.25)
+    # Some versions of transformers wrote both under a second name, too.
+    for key, first, value in (
+        ("rope_theta", "rotary_emb_base", base),
+        ("partial_rotary_factor", "rotary_pct", fraction),
+    ):
+        if keys.number(key, value) != value:
+            raise keys.refusal(key, f"the same as {first}")
+    return _rotary(keys, base=base, fraction=fraction)
+
+
+def _rotary(keys: ConfigKeys, *, base: float, fraction: float | None = None) -> RotaryConfig:
     """Read rotary positions that all layers share.
 
     transformers wrote `rope_theta` and `rope_scaling` up to its version 4, and `rope_parameters`
@@ -271,15 +284,19 @@ def _rotary(keys: ConfigKeys, *, base: float, fraction: float = 1.0) -> RotaryCo
 
 
 def _rotation(
-    keys: ConfigKeys, table: Mapping[str, Any], prefix: str, base: float, fraction: float
+    keys: ConfigKeys,
+    table: Mapping[str, Any],
+    prefix: str,
+    base: float,
+    fraction: float | None = None,
 ) -> RotaryConfig:
+    """Read one object of rotary positions; only families that have a fraction may set it."""
     inner = ConfigKeys(table, prefix)
     kinds = ("default", "linear", "llama3")
     kind = inner.choice("rope_type", kinds, inner.choice("type", kinds, "default"))
-    parts: dict[str, Any] = {
-        "base": inner.number("rope_theta", base),
-        "fraction": inner.number("partial_rotary_factor", fraction),
-    }
+    parts: dict[str, Any] = {"base": inner.number("rope_theta", base)}
+    if fraction is not None:
+        parts["fraction"] = inner.number("partial_rotary_factor", fraction)
     if kind != "default":
         parts |= {"scaling": kind, "factor": inner.number("factor")}
     if kind == "llama3":

@@ -147,8 +147,11 @@ class ParameterNames:
             if all(place in leaves for place in places):
                 self._places[name] = (_Axes(axes, sizes), places)
         held = {place for _, places in self._places.values() for place in places}
-        for leaf in leaves.keys() - held:
-            raise ValueError(f"{leaf} is a part of this decoder: {model_type} has no tensor for it")
+        for leaf in leaves:
+            if leaf not in held:
+                raise ValueError(
+                    f"{leaf} is a part of this decoder: {model_type} has no tensor for it"
+                )
         self.shapes = {name: axes.source_shape for name, (axes, _) in self._places.items()}
         self._embedding = next(
             name for name, (_, places) in self._places.items() if places == ("embedding.tokens",)
@@ -179,14 +182,15 @@ class ParameterNames:
             if name not in shapes:
                 raise ValueError(f"{name} is missing: a {model_type} of this size must have it")
             names._check_shape(name, shapes[name], expected)
-        for name in shapes.keys() - names.shapes.keys():
-            if names._tied and name == _HEAD[0]:
-                names._check_shape(name, shapes[name], names.shapes[names._embedding])
-            elif not _BUFFERS.fullmatch(name):
+        for name in shapes:
+            if name in names.shapes or _BUFFERS.fullmatch(name):
+                continue
+            if not (names._tied and name == _HEAD[0]):
                 raise ValueError(
                     f"{legible(name)} is a tensor that a {model_type} of this size does not have: "
                     "expected no others than config.json says"
                 )
+            names._check_shape(name, shapes[name], names.shapes[names._embedding])
         return names
 
     def read(

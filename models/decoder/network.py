@@ -1,8 +1,9 @@
 """The decoder: token ids to logits, what its first attention sees, and generation with a cache.
 
 Shapes: T positions, d width, H heads of queries, G of keys and values, r their width, V token ids.
-The parameters are a tree in the layout of `shapes.py`, of any floating dtype. The stream has theirs
-or float32, whichever is wider. Layers are unrolled, as in `transformer.py`.
+The parameters are a tree in the layout of `shapes.py`, of any floating dtype. The stream has that
+of the embedding, or float32 if that is wider, and parameters are converted to it as they are used.
+Layers are unrolled, as in `transformer.py`.
 """
 
 from typing import Any, NamedTuple
@@ -81,8 +82,8 @@ def embed(
     Raises:
         ValueError: if there are more tokens than the context holds, or ids outside the vocabulary.
     """
-    tokens = jnp.asarray(tokens)
-    _check_length(tokens.shape[-1], config.context, "context")
+    _check_length(jnp.shape(tokens)[-1], config.context, "context")
+    tokens = _checked(tokens, config)
     return _embed(parameters, tokens, jnp.arange(tokens.shape[-1]), config)
 
 
@@ -149,7 +150,7 @@ def init_cache(
         config: the decoder.
         batch: the leading axes of the tokens, () for a single sequence.
         length: tokens that there is room for, at most the context.
-        dtype: that of the stream: the parameters' own or float32, whichever is wider.
+        dtype: that of the stream, see the module.
 
     Raises:
         ValueError: if the length is not from 1 to the context.
@@ -182,9 +183,9 @@ def extend(
         ValueError: if there is no room for N tokens in an empty cache, or ids are outside the
             vocabulary.
     """
-    tokens = jnp.asarray(tokens)
-    count, room = tokens.shape[-1], cache.keys[0].shape[-3]
+    count, room = jnp.shape(tokens)[-1], cache.keys[0].shape[-3]
     _check_length(count, room, "cache")
+    tokens = _checked(tokens, config)
     positions = cache.length + jnp.arange(count, dtype=cache.length.dtype)
     x = _embed(parameters, tokens, positions, config)
     keys, values = [], []
@@ -201,12 +202,17 @@ def extend(
     return z, Cache(tuple(keys), tuple(values), cache.length + count)
 
 
+def _checked(tokens: Int[Array, "*batch T"], config: DecoderConfig) -> Int[Array, "*batch T"]:
+    check_symbols("tokens", tokens, config.vocabulary)  # before JAX traces them
+    return jnp.asarray(tokens)
+
+
 def _embed(
     parameters: Parameters, tokens: Array, positions: Int[Array, " T"], config: DecoderConfig
 ) -> Array:
-    check_symbols("tokens", tokens, config.vocabulary)
     table = jnp.asarray(parameters["embedding"]["tokens"])
-    wide = jnp.promote_types(table.dtype, jnp.float32)
+    narrow = jnp.finfo(table.dtype).bits < 32
+    wide = jnp.dtype(jnp.float32) if narrow else table.dtype
     x = config.embedding_scale * table[tokens].astype(wide)
     if config.rotary is not None:
         return x
