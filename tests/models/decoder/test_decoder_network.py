@@ -198,7 +198,7 @@ def test_no_dtype_or_rank_is_mixed_in_any_direction(name):
     gradient = jax.eval_shape(
         jax.grad(lambda p: jnp.sum(decoder_logits(p, batch, config) ** 2)), half
     )
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.bfloat16}
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}
     mapped = jax.eval_shape(jax.vmap(lambda t: first_stage(parameters, t, config)), batch[0])
     assert mapped.keys.shape == (3, config.key_heads, 5, config.head_width)
     cache = jax.eval_shape(lambda: init_cache(config, (2, 3), 5))
