@@ -157,8 +157,9 @@ def init_cache(
     """
     _check_length(length, config.context, "context")
     shape = (*batch, length, config.key_heads, config.head_width)
-    empty = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
-    return Cache(empty, empty, jnp.zeros((), jnp.int32))
+    # Each array is one of its own, so that a compiled step may be given their memory.
+    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in range(2))
+    return Cache(keys, values, jnp.zeros((), jnp.int32))
 
 
 def extend(
@@ -167,7 +168,8 @@ def extend(
     """Read N more tokens: compute their logits as `decoder_logits` of the whole sequence does.
 
     A step of generation reads one token. All shapes are those of the arguments, so a compiled step
-    serves every position.
+    serves every position. Donate the cache to it, `jax.jit(..., donate_argnums=...)`: the step then
+    writes into it and copies nothing.
 
     Args:
         parameters: a tree in the layout of `parameter_shapes`.

@@ -112,7 +112,7 @@ def test_cached_generation_equals_the_whole_forward(name):
     """Beyond the shortest windows, token by token, with one compiled step."""
     config, parameters, tokens = tiny(name)
     room = 56
-    step = jax.jit(functools.partial(extend, config=config))
+    step = jax.jit(functools.partial(extend, config=config), donate_argnums=1)
     cache = init_cache(config, (), room)
     for position in range(room):
         logits, cache = step(parameters, cache, tokens[position : position + 1])
