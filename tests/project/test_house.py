@@ -43,6 +43,7 @@ ROOMS = (
     "blocks",
     "text",
     "stability",
+    "models.decoder",
     *(f"inference.{room}" for room in COLUMN if "config" not in room),
 )
 HAND_ON = ("probattn.inference.cli", "probattn.inference.figures")  # rooms with public names
