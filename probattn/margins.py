@@ -86,7 +86,9 @@ def stability_margin(
     if kind == "sigma_min":
         if isinstance(x, AttentionStage):
             stage = checked(x, w_query, w_key, bound)
-            return by_head(lambda head: smallest_singular_value_of(*prepared(head))[0], stage)
+            return by_head(
+                lambda head: smallest_singular_value_of(*prepared(head), of_head=True)[0], stage
+            )
         return smallest_singular_value_of(*prepared(x, w_query, w_key, bound))[0]
     if kind == "reduced":
         return _reduced_margin(reduced_blocks(x, w_query, w_key, bound=bound))
@@ -156,7 +158,11 @@ def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
 
 
 def embedding_margin(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
+    *,
+    bound: ArrayLike | None = None,
 ) -> Float[Array, "*batch T"]:
     """Compute every position's first-order embedding margin, an estimate and no safe radius.
 
@@ -180,14 +186,18 @@ def embedding_margin(
         (..., T), +inf where the derivative vanishes (positions 0 and 1 among them); not signed.
 
     Raises:
-        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
-            not positive.
+        ValueError: if the shapes do not fit, the arrays are not floating point, the bound is not
+            positive, or an `AttentionStage` is given: it does not hold all derivatives.
     """
     return both_margins(x, w_query, w_key, bound=bound)[1]
 
 
 def both_margins(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
+    *,
+    bound: ArrayLike | None = None,
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
     """Compute margin "sigma_min" and first-order embedding margin, from one triple of each block.
 

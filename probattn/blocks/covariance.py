@@ -83,6 +83,37 @@ def _centred(
     return each - means[..., :, None, :]
 
 
+def wide_covariance(
+    weights: Float[Array, "T T"],
+    narrow: Float[Array, "T n"],
+    wide: Float[Array, "T m"],
+    slopes: Float[Array, "T T"] | None = None,
+) -> Float[Array, "T n m"]:
+    """Return the covariance of `narrow` and `wide` under each row of one sequence's weights.
+
+    Only `narrow` is centred, which slopes multiply first. So all rows of a block are one product of
+    matrices with `wide`, in a third of the time of `attention_covariance` and without its memory.
+    Digits are lost where the rows of `wide` are much longer than their differences.
+    """
+    length, size = narrow.shape
+
+    @jax.checkpoint
+    def rows_of(past: Array, sloped: Array | None, narrow: Array, wide: Array) -> Array:
+        centred = past[..., None] * _centred(past, narrow, sloped)
+        flat = jnp.swapaxes(centred, -1, -2).reshape(-1, len(wide))
+        return _matmul(flat, wide).reshape(-1, size, wide.shape[-1])
+
+    blocks, most = [], _ROWS[1]
+    for start in range(0, length, most):
+        stop = min(start + most, length)
+        sloped = None if slopes is None else slopes[start:stop, :stop]
+        block = rows_of(weights[start:stop, :stop], sloped, narrow[:stop], wide[:stop])
+        # One after the other, in the same memory.
+        block, weights, narrow, wide = lax.optimization_barrier((block, weights, narrow, wide))
+        blocks.append(block)
+    return jnp.concatenate(blocks)
+
+
 def identity_less(matrices: Float[Array, "*batch m m"]) -> Float[Array, "*batch m m"]:
     """Return I - M for every matrix M."""
     identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)

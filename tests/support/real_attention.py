@@ -1,20 +1,19 @@
 """Small layers of real attention, and what a network would compute with them, from definitions.
 
-The definitions are loops over heads and positions, and know nothing of `probattn`. JAX
-differentiates them.
+The definitions are loops over heads and positions, and know nothing of `probattn`. Complex steps
+differentiate them, so nothing is compiled.
 """
 
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import probattn as pa
-from tests.support.dense import quick_jit
+from tests.support.dense import STEP
 
 T, D, R, V = 6, 6, 4, 3
+BASE = 7.0
 EPS = 1e-3  # of norms: large enough to be seen
 
 
@@ -90,7 +89,7 @@ def layer(options, n):
     rotary = None
     if options.rotary:
         rotary = pa.Rotary.of(
-            R, base=7.0, fraction=options.fraction, interleaved=options.rotary == "pairs"
+            R, base=BASE, fraction=options.fraction, interleaved=options.rotary == "pairs"
         )
     norm = None
     if options.norm:
@@ -110,8 +109,12 @@ def layer(options, n):
     )
 
 
+def _dot(one, other):
+    return np.sum(one * other, axis=-1, keepdims=True)
+
+
 def _rms(x, gain):
-    return gain * x / jnp.sqrt(jnp.mean(x * x) + EPS)
+    return gain * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + EPS)
 
 
 def _normed(options, n, x):
@@ -119,8 +122,7 @@ def _normed(options, n, x):
         return x
     if options.norm == "rms":
         return _rms(x, n["gain"])
-    centred = x - jnp.mean(x)
-    return n["gain"] * centred / jnp.sqrt(jnp.mean(centred**2) + EPS) + n["norm_bias"]
+    return _rms(x - np.mean(x, axis=-1, keepdims=True), n["gain"]) + n["norm_bias"]
 
 
 def _turned(options, vector, position):
@@ -129,11 +131,11 @@ def _turned(options, vector, position):
     pairs = round(R * options.fraction) // 2
     matrix = np.eye(R)
     for i in range(pairs):
-        angle = position * 7.0 ** (-i / pairs)
+        angle = position * BASE ** (-i / pairs)
         one, two = (2 * i, 2 * i + 1) if options.rotary == "pairs" else (i, i + pairs)
         matrix[one, one] = matrix[two, two] = math.cos(angle)
         matrix[one, two], matrix[two, one] = -math.sin(angle), math.sin(angle)
-    return matrix @ vector
+    return vector @ matrix.T
 
 
 def _vector(options, n, token, position, side, head):
@@ -148,14 +150,14 @@ def _vector(options, n, token, position, side, head):
 def _weights(options, n, tokens, t, past, head):
     """The attention weights of position t over a list of positions."""
     group = head * options.groups // options.heads
-    query = _vector(options, n, tokens[t], t, "query", head)
+    query = _vector(options, n, tokens[..., t, :], t, "query", head)
     logits = []
     for s in past:
-        logit = jnp.dot(query, _vector(options, n, tokens[s], s, "key", group))
+        logit = _dot(query, _vector(options, n, tokens[..., s, :], s, "key", group))
         logit = logit * (options.scale or 1 / math.sqrt(R))
-        logits.append(options.cap * jnp.tanh(logit / options.cap) if options.cap else logit)
-    raised = jnp.exp(jnp.stack(logits))
-    return raised / jnp.sum(raised)
+        logits.append(options.cap * np.tanh(logit / options.cap) if options.cap else logit)
+    raised = [np.exp(logit) for logit in logits]
+    return [each / sum(raised) for each in raised]
 
 
 def _past(options, t, last):
@@ -164,45 +166,47 @@ def _past(options, t, last):
 
 
 def residuals(options, n, tokens, head):
-    """The theory's residuals e_t of one head, (T, d), from its tokens n_t."""
+    """The theory's residuals e_t of one head, (..., T, d), from its tokens n_t."""
     found = []
-    for t in range(len(tokens)):
-        past = _past(options, t, t)
-        mean = jnp.zeros(D)
+    for t in range(tokens.shape[-2]):
+        past, mean = _past(options, t, t), 0
         if past:
             weights = _weights(options, n, tokens, t, past, head)
-            mean = sum(weight * tokens[s] for weight, s in zip(weights, past, strict=True))
-        found.append(tokens[t] - mean)
-    return jnp.stack(found)
+            mean = sum(weight * tokens[..., s, :] for weight, s in zip(weights, past, strict=True))
+        found.append(tokens[..., t, :] - mean)
+    return np.stack(found, axis=-2)
 
 
 def tokens(options, n):
     """What enters queries and keys, (T, d)."""
-    return jnp.stack([_normed(options, n, row) for row in n["x"]])
+    return _normed(options, n, n["x"])
 
 
 def block(options, n, x):
-    """The block that a network runs, (T, d) to (T, d)."""
-    normed = [_normed(options, n, row) for row in x]
-    found = []
-    for t in range(len(x)):
-        past, added = _past(options, t, t + 1), jnp.zeros(D)
+    """The block that a network runs, (..., T, d) to (..., T, d)."""
+    normed, found = _normed(options, n, x), []
+    for t in range(x.shape[-2]):
+        past, added = _past(options, t, t + 1), 0
         for head in range(options.heads):
             group = head * options.groups // options.heads
             weights = _weights(options, n, normed, t, past, head)
-            values = [normed[s] @ n["w_value"][group] for s in past]
+            values = [normed[..., s, :] @ n["w_value"][group] for s in past]
             mean = sum(weight * value for weight, value in zip(weights, values, strict=True))
             mean = mean + n["value_bias"][group] if options.biases else mean
             added = added + mean @ n["w_out"][head]
         added = added + n["out_bias"] if options.biases else added
-        found.append(x[t] + (_rms(added, n["out_gain"]) if options.out_norm else added))
-    return jnp.stack(found)
+        found.append(x[..., t, :] + (_rms(added, n["out_gain"]) if options.out_norm else added))
+    return np.stack(found, axis=-2)
+
+
+def jacobian(function, at):
+    """The Jacobian (T, d, T, d) of a map of sequences, by complex steps."""
+    steps = np.eye(at.size).reshape(at.size, *at.shape)
+    changed = np.imag(function(at + 1j * STEP * steps)) / STEP
+    return np.moveaxis(changed, 0, -1).reshape(*at.shape, *at.shape)
 
 
 def diagonal_blocks(function, at):
-    """The diagonal blocks (T, d, d) of the Jacobian of a map of sequences, and it is causal."""
-    jacobian = np.asarray(quick_jit(jax.jacfwd(function))(jnp.asarray(at)))
-    length = len(at)
-    for t in range(length):
-        assert not jacobian[t, :, t + 1 :].any()
-    return np.stack([jacobian[t, :, t] for t in range(length)])
+    """The diagonal blocks (T, d, d) of the Jacobian of a causal map of sequences."""
+    whole = jacobian(function, at)
+    return np.stack([whole[t, :, t] for t in range(len(at))])
