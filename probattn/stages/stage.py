@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -239,7 +238,7 @@ def by_head(function: Callable[[AttentionStage], Any], stage: AttentionStage) ->
         return function(stage)
     # Each array once, however many heads share it.
     places = [
-        np.broadcast_to(np.arange(math.prod(axes)).reshape(axes), leading).ravel()
+        jnp.broadcast_to(jnp.arange(math.prod(axes)).reshape(axes), leading).ravel()
         for _, axes in given
     ]
     flat = [array.reshape(-1, *array.shape[len(axes) :]) for array, axes in given]
@@ -256,7 +255,7 @@ def by_head(function: Callable[[AttentionStage], Any], stage: AttentionStage) ->
             )
         )
 
-    found = lax.map(one, [jnp.asarray(each) for each in places])
+    found = lax.map(one, places)
     return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[1:]), found)
 
 

@@ -42,6 +42,7 @@ ROOMS = (
     "blocks",
     "text",
     "stability",
+    "stages",
     *(f"inference.{room}" for room in COLUMN if "config" not in room),
 )
 HAND_ON = ("probattn.inference.cli", "probattn.inference.figures")  # rooms with public names
@@ -53,11 +54,13 @@ MATHEMATICS = (
     "probattn.positivity",
     "probattn.margins",
     "probattn.stability",
+    "probattn.stages",
     "probattn.ancestral",
 )
 MATHEMATICS_MAY_IMPORT = {
     "collections",
     "contextlib",
+    "dataclasses",
     "functools",
     "jax",
     "jaxtyping",
