@@ -203,7 +203,7 @@ def both_margins(
 
     Arguments and errors are those of `embedding_margin`.
     """
-    refuse_stage(
+    x = refuse_stage(
         "embedding_margin",
         x,
         why="it needs the derivatives of keys and of B_t, which a stage does not hold; use "

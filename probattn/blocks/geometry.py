@@ -44,8 +44,23 @@ class Geometry(NamedTuple):
         queries: likewise, (..., T, r).
         keys: likewise, (..., T, r).
         weights: (..., T, T), the attention weights of the sequence itself.
-        slopes: (..., T, T), derivatives of capped logits; None where no cap makes them differ from
-            1. The keys are then those of the network, and not relative to the first.
+    """
+
+    values: Float[Array, "*batch T d"]
+    queries: Float[Array, "*batch T r"]
+    keys: Float[Array, "*batch T r"]
+    weights: Float[Array, "*weights T T"]
+
+
+class Start(NamedTuple):
+    """What blocks are made from, of plain attention or of a stage.
+
+    Attributes:
+        values: as in `Geometry`.
+        queries: likewise.
+        keys: likewise; with a cap those of the network, and not relative to the first.
+        weights: likewise.
+        slopes: (..., T, T), derivatives of capped logits; None without a cap.
         transforms: B (..., T, r, r), where the query q_t has the derivative B_t W_Q^T; None where
             it is W_Q^T.
     """

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from probattn.blocks.covariance import attention_covariance, identity_less, wide_covariance
-from probattn.blocks.geometry import Geometry
+from probattn.blocks.geometry import Start
 from probattn.blocks.inverse_iteration import smallest_triple
 from probattn.blocks.selection import compute_where
 from probattn.blocks.singular_values import finite_blocks
@@ -17,7 +17,7 @@ _PARTS = 16  # parts of the positions whose eigenvalues may have to be found
 
 
 def smallest_singular_value_of(
-    start: Geometry, w_query: Float[Array, "*weights d r"], *, of_head: bool = False
+    start: Start, w_query: Float[Array, "*weights d r"], *, of_head: bool = False
 ) -> tuple[Float[Array, "*all T"], Float[Array, "*all T d"], Float[Array, "*all T d"]]:
     """Return the signed smallest singular value of every D_t, and its vectors u and v.
 

@@ -66,29 +66,32 @@ def block_spectrum(x: Float[Array, "*batch T d"], layer: AttentionLayer) -> Bloc
         ValueError: if the shapes do not fit, the arrays are not floating point, or w_value or w_out
             is missing.
     """
-    if layer.w_value is None or layer.w_out is None:
+    w_value, w_out = layer.w_value, layer.w_out
+    if w_value is None or w_out is None:
         raise ValueError("the layer has no w_value or no w_out: expected both for block_spectrum")
     x = checked_input(layer, x)
     *batch, length, width = x.shape
     flat = x.reshape(-1, length, width)
-    found = lax.map(partial(_of_sequence, layer=layer), flat)
+    found = lax.map(lambda row: _of_sequence(row, layer, w_value, w_out), flat)
     return BlockSpectrum(*(part.reshape(*batch, length) for part in found))
 
 
-def _of_sequence(x: Float[Array, "T d"], layer: AttentionLayer) -> BlockSpectrum:
+def _of_sequence(
+    x: Float[Array, "T d"], layer: AttentionLayer, w_value: Array, w_out: Array
+) -> BlockSpectrum:
     length = len(x)
     lost = after_nonfinite(x) | ~jnp.all(jnp.isfinite(x), axis=-1)
     # What is lost anyway must not spoil what comes before it.
     whole = jnp.where(lost[:, None], 0.0, x)
     tokens = layer.normalised(whole)
     queries, keys = layer.queries(tokens), layer.keys(tokens)
-    values = _matmul(tokens, layer.w_value)
+    values = _matmul(tokens, w_value)
     if layer.value_bias is not None:
         values = values + layer.value_bias[:, None, :]
     values = layer.for_heads(values, -3)
 
     def at(position: Array) -> BlockSpectrum:
-        left, right = _factors(layer, whole, position, queries, keys, values)
+        left, right = _factors(layer, w_value, w_out, whole, position, queries, keys, values)
         return _spectrum(left, right)
 
     found = lax.map(at, jnp.arange(length), batch_size=min(_AT_ONCE, length))
@@ -97,6 +100,8 @@ def _of_sequence(x: Float[Array, "T d"], layer: AttentionLayer) -> BlockSpectrum
 
 def _factors(
     layer: AttentionLayer,
+    w_value: Float[Array, "G d r_v"],
+    w_out: Float[Array, "H r_v d"],
     x: Float[Array, "T d"],
     position: Array,
     queries: Projected,
@@ -124,11 +129,11 @@ def _factors(
     row = _after(own[:, None], keys.transforms, position)[:, 0]
     by_key = column[:, :, None] * row[:, None, :]
     w_key, w_value = (
-        jnp.swapaxes(layer.for_heads(part, -3), -1, -2) for part in (layer.w_key, layer.w_value)
+        jnp.swapaxes(layer.for_heads(part, -3), -1, -2) for part in (layer.w_key, w_value)
     )
     change = _matmul(by_query, jnp.swapaxes(layer.w_query, -1, -2)) + _matmul(by_key, w_key)
     rows = (change + own_weight[..., None] * w_value).reshape(-1, width)
-    columns = layer.w_out.reshape(-1, width).T
+    columns = w_out.reshape(-1, width).T
     if layer.norm is not None:
         rows = layer.norm.pulled(x[position], rows)
     if layer.out_norm is not None:

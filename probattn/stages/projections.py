@@ -144,7 +144,8 @@ class Rotary:
     def _angles(self, vectors: Array) -> tuple[Array, Array]:
         positions = jnp.arange(vectors.shape[-2], dtype=vectors.dtype)
         angles = positions[:, None] * self.frequencies.astype(vectors.dtype)[None, :]
-        return tuple(with_rank(part, vectors.ndim) for part in (jnp.cos(angles), jnp.sin(angles)))
+        angles = with_rank(angles, vectors.ndim)
+        return jnp.cos(angles), jnp.sin(angles)
 
 
 class Projected(NamedTuple):

@@ -25,8 +25,8 @@ from probattn.arguments import (
     is_positive,
 )
 from probattn.blocks.geometry import (
-    Geometry,
     Projections,
+    Start,
     bounded,
     geometry,
     projections,
@@ -118,7 +118,7 @@ def prepared(
     w_query: ArrayLike | None = None,
     w_key: ArrayLike | None = None,
     bound: ArrayLike | None = None,
-) -> tuple[Geometry, Float[Array, "*weights d r"]]:
+) -> tuple[Start, Float[Array, "*weights d r"]]:
     """Check arguments and return the geometry that blocks are made from, and W_Q.
 
     Of a stage, W_Q and the queries are in the unit in which c is 1/sqrt(r).
@@ -129,7 +129,7 @@ def prepared(
     if isinstance(x, AttentionStage):
         return _geometry_of(checked(x, w_query, w_key, bound))
     x, w_query, w_key = checked_arrays(x, w_query, w_key, bound)
-    return geometry(x, w_query, w_key, bound), w_query
+    return Start(*geometry(x, w_query, w_key, bound)), w_query
 
 
 def plain_projections(
@@ -183,7 +183,9 @@ def checked(
             "which holds them"
         )
     given = {name: getattr(stage, name) for name in _ARRAYS}
-    arrays = {name: floating(name, array) for name, array in given.items() if array is not None}
+    arrays: dict[str, Any] = {
+        name: floating(name, array) for name, array in given.items() if array is not None
+    }
     _check_shapes(**{name: array.shape for name, array in arrays.items()})
     for name in ("scale", "cap"):
         value = getattr(stage, name)
@@ -195,15 +197,13 @@ def checked(
     return replace(stage, **arrays)
 
 
-def weights_alone(
-    name: str, w_query: ArrayLike | AttentionStage, w_key: ArrayLike | None
-) -> tuple[Array, Array]:
+def weights_alone(name: str, w_query: Tokens, w_key: ArrayLike | None) -> tuple[Array, Array]:
     """Return matrices as `check_weights` does, for a function of the coupling A.
 
     Raises:
         ValueError: if a stage is given, or the matrices are missing or do not fit.
     """
-    refuse_stage(
+    arrays = refuse_stage(
         name,
         w_query,
         why="with rotated, normalised or capped logits there is no single matrix A = W_K W_Q^T c "
@@ -211,17 +211,18 @@ def weights_alone(
     )
     if w_key is None:
         raise ValueError("w_key is missing: expected w_query and w_key")
-    return check_weights(w_query, w_key)
+    return check_weights(arrays, w_key)
 
 
-def refuse_stage(name: str, argument: object, *, why: str) -> None:
-    """Refuse a stage where embeddings and matrices alone will do.
+def refuse_stage(name: str, argument: Tokens, *, why: str) -> ArrayLike:
+    """Return an argument that is no stage, where embeddings and matrices alone will do.
 
     Raises:
         ValueError: if the argument is a stage.
     """
     if isinstance(argument, AttentionStage):
         raise ValueError(f"{name} of an AttentionStage is not defined: {why}")
+    return argument
 
 
 def by_head(function: Callable[[AttentionStage], Any], stage: AttentionStage) -> Any:
@@ -245,15 +246,11 @@ def by_head(function: Callable[[AttentionStage], Any], stage: AttentionStage) ->
 
     def one(indices: list[Array]) -> Any:
         picked = iter([array[index] for array, index in zip(flat, indices, strict=True)])
-        return function(
-            replace(
-                stage,
-                **{
-                    name: None if array is None else next(picked)
-                    for name, array in zip(_ARRAYS, arrays, strict=True)
-                },
-            )
-        )
+        fields: dict[str, Any] = {
+            name: None if array is None else next(picked)
+            for name, array in zip(_ARRAYS, arrays, strict=True)
+        }
+        return function(replace(stage, **fields))
 
     found = lax.map(one, places)
     return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[1:]), found)
@@ -296,10 +293,10 @@ def _in_unit(stage: AttentionStage) -> tuple[Array, Array, Array, Array]:
     return stage.queries * unit, values, stage.w_query * unit, keys
 
 
-def _geometry_of(stage: AttentionStage) -> tuple[Geometry, Array]:
+def _geometry_of(stage: AttentionStage) -> tuple[Start, Array]:
     own, values, w_query, keys = _in_unit(stage)
     queries = _matmul(values, w_query)
     weights, slopes = weights_and_slopes(own, keys, stage.cap, stage.window)
     weights = jnp.where(after_nonfinite(values, queries, keys)[..., None], jnp.nan, weights)
-    parts = (zero_nonfinite(part) for part in (values, queries, keys))
-    return Geometry(*parts, weights, slopes, stage.transforms), w_query
+    values, queries, keys = (zero_nonfinite(part) for part in (values, queries, keys))
+    return Start(values, queries, keys, weights, slopes, stage.transforms), w_query
