@@ -10,14 +10,24 @@ from probattn.stability.proper import is_proper
 from probattn.stability.radius import certified_radius
 from probattn.stability.sequence_gain import sequence_gain
 from probattn.stability.tables import table_certificate
+from probattn.stages.block_spectrum import BlockSpectrum, block_spectrum
+from probattn.stages.layer import AttentionLayer
+from probattn.stages.projections import Norm, Rotary
+from probattn.stages.stage import AttentionStage
 from probattn.total_mass import conditional_mass
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionLayer",
     "AttentionResidual",
+    "AttentionStage",
+    "BlockSpectrum",
     "CausalAttention",
+    "Norm",
+    "Rotary",
     "attention_weights",
+    "block_spectrum",
     "certificate",
     "certified_radius",
     "conditional_mass",

@@ -23,12 +23,12 @@ from jaxtyping import Array, Float
 from probattn.arguments import (
     check_arguments,
     check_leading_axes,
-    check_weights,
     floating,
 )
 from probattn.blocks.geometry import bounded, causal_softmax, geometry
 from probattn.blocks.nonfinite import zero_nonfinite
 from probattn.blocks.promotion import with_rank
+from probattn.stages.stage import AttentionStage, weights_alone
 
 _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
 
@@ -105,7 +105,9 @@ def residual(
     return with_rank(x, mean.ndim) - mean
 
 
-def coupling(w_query: ArrayLike, w_key: ArrayLike) -> Float[Array, "*batch d d"]:
+def coupling(
+    w_query: ArrayLike | AttentionStage, w_key: ArrayLike | None = None
+) -> Float[Array, "*batch d d"]:
     """Compute A = W_K W_Q^T / sqrt(r), all that the process depends on of W_Q and W_K.
 
     Args:
@@ -116,8 +118,9 @@ def coupling(w_query: ArrayLike, w_key: ArrayLike) -> Float[Array, "*batch d d"]
         (..., d, d). In the scalar case its one entry is the paper's coupling a.
 
     Raises:
-        ValueError: if the shapes do not fit or the arrays are not floating point.
+        ValueError: if the shapes do not fit, the arrays are not floating point, or an
+            `AttentionStage` is given, which has no single coupling.
     """
-    w_query, w_key = check_weights(w_query, w_key)
+    w_query, w_key = weights_alone("coupling", w_query, w_key)
     scaled = w_key / math.sqrt(w_key.shape[-1])
     return jnp.matmul(scaled, jnp.swapaxes(w_query, -1, -2), precision=_HIGHEST)

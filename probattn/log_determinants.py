@@ -14,22 +14,34 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from probattn.arguments import check_arguments, is_positive
+from probattn.arguments import is_positive
 from probattn.blocks.covariance import attention_covariance, identity_less
-from probattn.blocks.determinants import determinant_values
-from probattn.blocks.geometry import geometry, projections
+from probattn.blocks.determinants import block_values, determinant_values
+from probattn.blocks.moments import Pointwise
+from probattn.stages.stage import (
+    AttentionStage,
+    Tokens,
+    by_head,
+    checked,
+    plain_projections,
+    prepared,
+)
 
 # The quadratic branch of the relaxed barrier ends this many delta below zero (see _relaxed).
 _QUADRATIC_DEPTH = 10.0
 
 
 def reduced_blocks(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
+    *,
+    bound: ArrayLike | None = None,
 ) -> Float[Array, "*batch T r r"]:
     """Compute R_t = I_r - Cov_{alpha_t}(q_s, k_s) / sqrt(r), with det R_t = det D_t.
 
     Args:
-        x: token embeddings (..., T, d).
+        x: token embeddings (..., T, d), or an `AttentionStage` in place of all other arrays.
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
@@ -41,21 +53,26 @@ def reduced_blocks(
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
             not positive.
     """
-    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
-    _, queries, keys, weights = geometry(x, w_query, w_key, bound)
-    covariance = attention_covariance(weights, queries, keys)
+    start, w_query = prepared(x, w_query, w_key, bound)
+    covariance = attention_covariance(start.weights, start.queries, start.keys, start.slopes)
+    if start.transforms is not None:
+        covariance = jnp.matmul(start.transforms, covariance, precision=lax.Precision.HIGHEST)
     return identity_less(covariance / math.sqrt(w_query.shape[-1]))
 
 
 def jacobian_blocks(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
+    *,
+    bound: ArrayLike | None = None,
 ) -> Float[Array, "*batch T d d"]:
     """Compute the Jacobian blocks D_t = I_d - Cov_{alpha_t}(x_s, k_s) W_Q^T / sqrt(r), dense.
 
     For small d: every result that can is computed from smaller matrices elsewhere.
 
     Args:
-        x: token embeddings (..., T, d).
+        x: token embeddings (..., T, d), or an `AttentionStage` in place of all other arrays.
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
@@ -67,17 +84,18 @@ def jacobian_blocks(
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
             not positive.
     """
-    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
-    values, _, keys, weights = geometry(x, w_query, w_key, bound)
-    covariance = attention_covariance(weights, values, keys)
+    start, w_query = prepared(x, w_query, w_key, bound)
+    covariance = attention_covariance(start.weights, start.values, start.keys, start.slopes)
     transposed = jnp.swapaxes(w_query, -1, -2)[..., None, :, :] / math.sqrt(w_query.shape[-1])
+    if start.transforms is not None:
+        transposed = jnp.matmul(start.transforms, transposed, precision=lax.Precision.HIGHEST)
     return identity_less(jnp.matmul(covariance, transposed, precision=lax.Precision.HIGHEST))
 
 
 def log_det(
-    x: ArrayLike,
-    w_query: ArrayLike,
-    w_key: ArrayLike,
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
     *,
     bound: ArrayLike | None = None,
     summed: bool = False,
@@ -89,7 +107,7 @@ def log_det(
     rounding error away, large and finite, so that the other positions' derivatives stay right.
 
     Args:
-        x: token embeddings (..., T, d).
+        x: token embeddings (..., T, d), or an `AttentionStage` in place of all other arrays.
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
@@ -105,16 +123,13 @@ def log_det(
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
             not positive.
     """
-    arguments = check_arguments(x, w_query, w_key, bound)
-    return determinant_values(
-        lambda _, log_abs: log_abs, projections(*arguments, bound), summed=summed
-    )
+    return _values(lambda _, log_abs: log_abs, x, w_query, w_key, bound, summed)
 
 
 def relaxed_barrier(
-    x: ArrayLike,
-    w_query: ArrayLike,
-    w_key: ArrayLike,
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
     delta: float = 1e-3,
     *,
     bound: ArrayLike | None = None,
@@ -129,7 +144,7 @@ def relaxed_barrier(
     IEEE Trans. Automat. Contr. 62(8), 2017.)
 
     Args:
-        x: token embeddings (..., T, d).
+        x: token embeddings (..., T, d), or an `AttentionStage` in place of all other arrays.
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
         delta: determinant below which the barrier is relaxed, > 0.
@@ -145,9 +160,26 @@ def relaxed_barrier(
     """
     if not is_positive(delta):
         raise ValueError(f"delta is {delta!r}: expected a finite number > 0")
-    arguments = check_arguments(x, w_query, w_key, bound)
     barrier = partial(_relaxed, delta=float(delta))
-    return determinant_values(barrier, projections(*arguments, bound), summed=summed)[1]
+    return _values(barrier, x, w_query, w_key, bound, summed)[1]
+
+
+def _values(
+    pointwise: Pointwise,
+    x: Tokens,
+    w_query: ArrayLike | None,
+    w_key: ArrayLike | None,
+    bound: ArrayLike | None,
+    summed: bool,
+) -> tuple[Array, Array]:
+    if isinstance(x, AttentionStage):
+        stage = checked(x, w_query, w_key, bound)
+        if not stage.is_plain:
+            return by_head(
+                lambda head: block_values(pointwise, reduced_blocks(head), summed=summed), stage
+            )
+    projected = plain_projections(x, w_query, w_key, bound)
+    return determinant_values(pointwise, projected, summed=summed)
 
 
 def _relaxed(

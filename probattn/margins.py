@@ -18,26 +18,31 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from probattn.arguments import check_arguments
-from probattn.blocks.covariance import attention_covariance, identity_less
-from probattn.blocks.geometry import bounded, geometry
-from probattn.blocks.inverse_iteration import smallest_triple
+from probattn.blocks.geometry import bounded
 from probattn.blocks.nonfinite import zero_nonfinite
 from probattn.blocks.promotion import with_rank
-from probattn.blocks.selection import compute_where
-from probattn.blocks.singular_values import finite_blocks, smallest_singular_value
+from probattn.blocks.singular_values import smallest_singular_value
 from probattn.log_determinants import log_det, reduced_blocks
+from probattn.stages.block_margins import infeasible_blocks, smallest_singular_value_of
+from probattn.stages.stage import (
+    AttentionStage,
+    Tokens,
+    by_head,
+    checked,
+    checked_arrays,
+    prepared,
+    refuse_stage,
+)
 
 MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]
 
 _HIGHEST = lax.Precision.HIGHEST
-_PARTS = 16  # parts of the positions whose eigenvalues may have to be found
 
 
 def stability_margin(
-    x: ArrayLike,
-    w_query: ArrayLike,
-    w_key: ArrayLike,
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
     kind: MarginKind = "sigma_min",
     *,
     bound: ArrayLike | None = None,
@@ -60,7 +65,7 @@ def stability_margin(
     derivatives of the two singular-value kinds are not defined by this function.
 
     Args:
-        x: token embeddings (..., T, d).
+        x: token embeddings (..., T, d), or an `AttentionStage` in place of all other arrays.
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
         kind: which margin; name it beside any figure.
@@ -79,7 +84,12 @@ def stability_margin(
             f"kind is {kind!r}: expected one of {', '.join(map(repr, get_args(MarginKind)))}"
         )
     if kind == "sigma_min":
-        return _smallest_singular_value(*check_arguments(x, w_query, w_key, bound), bound)[0]
+        if isinstance(x, AttentionStage):
+            stage = checked(x, w_query, w_key, bound)
+            return by_head(
+                lambda head: smallest_singular_value_of(*prepared(head), of_head=True)[0], stage
+            )
+        return smallest_singular_value_of(*prepared(x, w_query, w_key, bound))[0]
     if kind == "reduced":
         return _reduced_margin(reduced_blocks(x, w_query, w_key, bound=bound))
     sign, log_abs = log_det(x, w_query, w_key, bound=bound)
@@ -89,7 +99,11 @@ def stability_margin(
 
 
 def infeasible(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
+    *,
+    bound: ArrayLike | None = None,
 ) -> Bool[Array, "*batch T"]:
     """Tell which positions lie beyond the boundary: D_t has a real eigenvalue <= 0.
 
@@ -97,7 +111,7 @@ def infeasible(
     a determinant <= 0, which an even number of negative eigenvalues hides.
 
     Args:
-        x: token embeddings (..., T, d).
+        x: token embeddings (..., T, d), or an `AttentionStage` in place of all other arrays.
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
@@ -110,40 +124,7 @@ def infeasible(
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
             not positive.
     """
-    return _infeasible(reduced_blocks(x, w_query, w_key, bound=bound))
-
-
-def _infeasible(blocks: Float[Array, "*batch T r r"]) -> Bool[Array, "*batch T"]:
-    blocks = lax.stop_gradient(blocks)
-    *leading, rank, _ = blocks.shape
-    blocks = blocks.reshape(-1, rank, rank)
-    if len(blocks) == 0:
-        return jnp.zeros(leading, bool)
-    # Eigenvalues take 40 times as long as the proof that there is nothing to find.
-    proved = _surely_positive_real_parts(blocks)
-    crossed = compute_where(
-        lambda picked: _has_crossed(blocks[picked]), proved, -(-len(blocks) // _PARTS)
-    )
-    return crossed.reshape(leading)
-
-
-def _surely_positive_real_parts(blocks: Float[Array, "n r r"]) -> Bool[Array, " n"]:
-    """Tell where the symmetric part is positive definite, whatever rounding may do."""
-    rank = blocks.shape[-1]
-    symmetric = (blocks + jnp.swapaxes(blocks, -1, -2)) / 2
-    # More than what Cholesky's method errs by (Higham 2002, Theorem 10.3).
-    largest = jnp.max(jnp.diagonal(symmetric, axis1=-2, axis2=-1), axis=-1)
-    slack = 4 * rank * (rank + 1) * jnp.finfo(blocks.dtype).eps * jnp.abs(largest)
-    shifted = symmetric - slack[:, None, None] * jnp.eye(rank, dtype=blocks.dtype)[None]
-    factor = jnp.linalg.cholesky(shifted, symmetrize_input=False)
-    return jnp.all(jnp.isfinite(factor), axis=(-2, -1))
-
-
-def _has_crossed(blocks: Float[Array, "n r r"]) -> Bool[Array, " n"]:
-    finite, whole = finite_blocks(blocks)
-    eigenvalues = jnp.linalg.eigvals(whole)
-    known = finite & jnp.all(jnp.isfinite(eigenvalues), axis=-1)
-    return ~known | jnp.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
+    return infeasible_blocks(reduced_blocks(x, w_query, w_key, bound=bound))
 
 
 def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
@@ -177,7 +158,11 @@ def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
 
 
 def embedding_margin(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
+    *,
+    bound: ArrayLike | None = None,
 ) -> Float[Array, "*batch T"]:
     """Compute every position's first-order embedding margin, an estimate and no safe radius.
 
@@ -201,23 +186,34 @@ def embedding_margin(
         (..., T), +inf where the derivative vanishes (positions 0 and 1 among them); not signed.
 
     Raises:
-        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
-            not positive.
+        ValueError: if the shapes do not fit, the arrays are not floating point, the bound is not
+            positive, or an `AttentionStage` is given: it does not hold all derivatives.
     """
     return both_margins(x, w_query, w_key, bound=bound)[1]
 
 
 def both_margins(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
+    *,
+    bound: ArrayLike | None = None,
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
     """Compute margin "sigma_min" and first-order embedding margin, from one triple of each block.
 
     Arguments and errors are those of `embedding_margin`.
     """
-    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
-    margin, left, right = _smallest_singular_value(x, w_query, w_key, bound)
+    x = refuse_stage(
+        "embedding_margin",
+        x,
+        why="it needs the derivatives of keys and of B_t, which a stage does not hold; use "
+        "stability_margin, or give x, w_query and w_key",
+    )
+    x, w_query, w_key = checked_arrays(x, w_query, w_key, bound)
+    start, _ = prepared(x, w_query, w_key, bound)
+    margin, left, right = smallest_singular_value_of(start, w_query)
     root = math.sqrt(w_query.shape[-1])
-    values, _, keys, weights = geometry(x, w_query, w_key, bound)
+    values, keys, weights = start.values, start.keys, start.weights
     queries = jnp.matmul(x, w_query, precision=_HIGHEST)
 
     slope = jnp.matmul(right, w_query, precision=_HIGHEST) / root
@@ -252,54 +248,10 @@ def both_margins(
     return margin, jnp.abs(margin) / norm
 
 
-def _smallest_singular_value(
-    x: Float[Array, "*batch T d"],
-    w_query: Float[Array, "*weights d r"],
-    w_key: Float[Array, "*weights d r"],
-    bound: ArrayLike | None,
-) -> tuple[Float[Array, "*all T"], Float[Array, "*all T d"], Float[Array, "*all T d"]]:
-    """Return the signed smallest singular value of every D_t, and its vectors u and v.
-
-    In an orthonormal basis that begins with one of W_Q's columns, C_t W_Q^T has no more than r
-    columns that are not zero, and D_t is the identity in all others.
-    """
-    d, rank = w_query.shape[-2:]
-    values, _, keys, weights = geometry(x, w_query, w_key, bound)
-    # The basis is a constant of the derivative: u^T dD v needs no more.
-    basis, factor = jnp.linalg.qr(lax.stop_gradient(w_query), mode="complete")
-    within = min(d, rank)
-    factor = jnp.swapaxes(factor[..., None, :within, :], -1, -2) / math.sqrt(rank)
-    covariance = attention_covariance(weights, jnp.matmul(values, basis, precision=_HIGHEST), keys)
-    change = jnp.matmul(lax.stop_gradient(covariance), factor, precision=_HIGHEST)
-    top = identity_less(change[..., :within, :])
-    u, size, v = smallest_triple(top, change[..., within:, :])
-
-    original = jnp.matmul(v, jnp.swapaxes(basis, -1, -2), precision=_HIGHEST)
-    v_scaled = jnp.matmul(original, w_query, precision=_HIGHEST) / math.sqrt(rank)
-    linear = -_bilinear(u, covariance, v_scaled)
-    u = jnp.matmul(u, jnp.swapaxes(basis, -1, -2), precision=_HIGHEST)
-    # Other eigenvalues of D_t than those of its upper block are 1.
-    return _signed(_infeasible(top), size, linear), u, original
-
-
 def _reduced_margin(blocks: Float[Array, "*batch T r r"]) -> Float[Array, "*batch T"]:
     # Without the vectors it takes half the time; JAX finds them for the derivative alone.
     size = smallest_singular_value(blocks)
-    return jnp.where(_infeasible(blocks), -size, size)
-
-
-def _bilinear(
-    u: Float[Array, "*batch m"], matrix: Float[Array, "*batch m n"], v: Float[Array, "*batch n"]
-) -> Float[Array, "*batch"]:
-    return jnp.einsum("...i,...ij,...j->...", u, matrix, v, precision=_HIGHEST)
-
-
-def _signed(
-    negative: Bool[Array, "*batch"], size: Float[Array, "*batch"], linear: Float[Array, "*batch"]
-) -> Float[Array, "*batch"]:
-    """Return `size` with the derivative of `linear`, both with a minus sign where told."""
-    value = size + (linear - lax.stop_gradient(linear))
-    return jnp.where(negative, -value, value)
+    return jnp.where(infeasible_blocks(blocks), -size, size)
 
 
 def _centred_under(

@@ -59,6 +59,14 @@ def determinant_values(
     return sign.reshape(*leading, length), value.reshape(*leading, *value.shape[1:])
 
 
+def block_values(
+    pointwise: Pointwise, blocks: Float[Array, "T r r"], *, summed: bool = False
+) -> tuple[Float[Array, " T"], Float[Array, "..."]]:
+    """Return what `determinant_values` does, of blocks that are at hand."""
+    sign, value = _of_blocks(pointwise, False, jnp.moveaxis(blocks, 0, -1))
+    return sign, jnp.sum(value, axis=-1) if summed else value
+
+
 def _in_groups(
     pointwise: Pointwise,
     summed: bool,
@@ -212,20 +220,22 @@ def _of_covariances(
     pointwise: Pointwise, covariance: Float[Array, "n r r"]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     blocks = identity_less(covariance / math.sqrt(covariance.shape[-1]))
-    return _of_blocks(pointwise, jnp.moveaxis(blocks, 0, -1))
+    return _of_blocks(pointwise, True, jnp.moveaxis(blocks, 0, -1))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _of_blocks(
-    pointwise: Pointwise, blocks: Float[Array, "*batch r r n"]
+    pointwise: Pointwise, pivoting: bool, blocks: Float[Array, "*batch r r n"]
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
-    sign, log_abs = determinant(blocks, pivoting=True)
+    sign, log_abs = determinant(blocks, pivoting=pivoting)
     return sign, pointwise(sign, log_abs)
 
 
 @_of_blocks.defjvp
-def _of_blocks_jvp(pointwise: Pointwise, primals: tuple[Array], tangents: tuple[Array]) -> tuple:
+def _of_blocks_jvp(
+    pointwise: Pointwise, pivoting: bool, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple:
     (blocks,), (tangent,) = primals, tangents
-    sign, value, slope = slope_of(pointwise, blocks, pivoting=True)
+    sign, value, slope = slope_of(pointwise, blocks, pivoting=pivoting)
     change = jnp.sum(slope * jnp.swapaxes(tangent, -3, -2), axis=(-3, -2))
     return (sign, value), (jnp.zeros_like(change), change)

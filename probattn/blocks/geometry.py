@@ -52,6 +52,27 @@ class Geometry(NamedTuple):
     weights: Float[Array, "*weights T T"]
 
 
+class Start(NamedTuple):
+    """What blocks are made from, of plain attention or of a stage.
+
+    Attributes:
+        values: as in `Geometry`.
+        queries: likewise.
+        keys: likewise; with a cap those of the network, and not relative to the first.
+        weights: likewise.
+        slopes: (..., T, T), derivatives of capped logits; None without a cap.
+        transforms: B (..., T, r, r), where the query q_t has the derivative B_t W_Q^T; None where
+            it is W_Q^T.
+    """
+
+    values: Float[Array, "*batch T d"]
+    queries: Float[Array, "*batch T r"]
+    keys: Float[Array, "*batch T r"]
+    weights: Float[Array, "*weights T T"]
+    slopes: Float[Array, "*weights T T"] | None = None
+    transforms: Float[Array, "*batch T r r"] | None = None
+
+
 def bounded(x: ArrayLike, bound: ArrayLike | None) -> Float[Array, "*batch d"]:
     """Bound x, as values and keys need it: phi(x) = x / sqrt(1 + |x|^2 / c^2), or x itself.
 
@@ -136,6 +157,47 @@ def causal_softmax(
     masked = jnp.where(no_past, 0.0, -jnp.inf).astype(logits.dtype)
     weights = jax.nn.softmax(jnp.where(causal, logits / math.sqrt(rank), masked), axis=-1)
     return jnp.where(causal, weights, jnp.zeros((), logits.dtype))
+
+
+def weights_and_slopes(
+    queries: Float[Array, "*queries T r"],
+    keys: Float[Array, "*keys T r"],
+    cap: float | None,
+    window: int | None,
+) -> tuple[Float[Array, "*batch T T"], Float[Array, "*batch T T"] | None]:
+    """Return attention weights of capped logits over a window, and the slopes of these logits.
+
+    Args:
+        queries: of all positions, (..., T, r).
+        keys: likewise.
+        cap: C of the logits C tanh(q_t . k_s / (C sqrt(r))), or None.
+        window: how many tokens before its own a position attends to, or None for all.
+    """
+    if cap is None and window is None:
+        return causal_softmax(queries, keys), None
+    logits = jnp.matmul(queries, jnp.swapaxes(keys, -1, -2), precision=_HIGHEST)
+    logits, slopes = logit_slopes(logits / math.sqrt(keys.shape[-1]), cap)
+    behind = jnp.arange(keys.shape[-2])[:, None] - jnp.arange(keys.shape[-2])[None, :]
+    seen = (behind > 0) & (behind <= (len(behind) if window is None else window))
+    seen = with_rank(seen, logits.ndim)
+    if slopes is not None:
+        slopes = jnp.where(seen, slopes, jnp.zeros((), slopes.dtype))
+    # Row 0 sees nothing: one finite logit, a constant, keeps its softmax and derivative finite.
+    masked = jnp.where(behind == 0, 0.0, -jnp.inf).astype(logits.dtype)
+    masked = jnp.where((jnp.arange(len(behind)) == 0)[:, None], masked, -jnp.inf)
+    weights = jax.nn.softmax(jnp.where(seen, logits, with_rank(masked, logits.ndim)), axis=-1)
+    return jnp.where(seen, weights, jnp.zeros((), logits.dtype)), slopes
+
+
+def logit_slopes(
+    logits: Float[Array, "*batch T"], cap: float | None
+) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"] | None]:
+    """Return capped logits C tanh(l / C) and their slopes; the logits and None without a cap."""
+    if cap is None:
+        return logits, None
+    # The square of the hyperbolic secant, without cancellation where it is small.
+    small = jnp.exp(-2 * jnp.abs(logits / cap))
+    return cap * jnp.tanh(logits / cap), 4 * small / (1 + small) ** 2
 
 
 def _project(

@@ -51,6 +51,16 @@ def last_singular_triple(
     return u, jnp.where(finite, size, jnp.nan), v
 
 
+def extreme_singular_values(
+    blocks: Float[Array, "*batch m m"],
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """Return the smallest and the largest singular value; NaN where a matrix is not finite."""
+    finite, whole = finite_blocks(blocks)
+    sizes = _converged(lambda m, how: lax.linalg.svd(m, compute_uv=False, algorithm=how), whole)
+    sizes = jnp.where(finite[..., None], sizes, jnp.nan)
+    return sizes[..., -1], sizes[..., 0]
+
+
 def singular_value_decomposition(
     matrices: Float[Array, "*batch m m"],
 ) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch m"], Float[Array, "*batch m m"]]:

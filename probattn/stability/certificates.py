@@ -24,13 +24,19 @@ from probattn.blocks.majorants import (
     projected,
 )
 from probattn.blocks.promotion import with_rank
+from probattn.stability.stage_certificates import stage_certificate
+from probattn.stages.stage import AttentionStage, Tokens, checked, checked_arrays
 
 _HIGHEST = lax.Precision.HIGHEST
 _ROWS = 64  # of pairs that are held at a time
 
 
 def certificate(
-    x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+    x: Tokens,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
+    *,
+    bound: ArrayLike | None = None,
 ) -> Float[Array, "*batch T"]:
     """Compute rho_t of the context x_0 .. x_{t-1}: below 1 it proves position t invertible.
 
@@ -53,8 +59,13 @@ def certificate(
     added to each distance. The last term covers LAPACK's decompositions: that is measured and no
     theorem. Overflow and underflow are not accounted for.
 
+    Of an `AttentionStage` the points are (a W_Q^T n_s + c B_t^T k_s / a) / 2. A quarter of their
+    smallest squared diameter over three a, or of the product of the two diameters, is rho_t. With a
+    cap, any of the keys may be replaced by 0. This takes O(T^3 r) operations, has no derivative,
+    and needs B_t to depend on the position alone.
+
     Args:
-        x: token embeddings (..., T, d).
+        x: token embeddings (..., T, d), or an `AttentionStage` in place of all other arrays.
         w_query: W_Q, (..., d, r).
         w_key: W_K, (..., d, r).
         bound: c of a bounded context, > 0, in the unit of x; None leaves it unbounded.
@@ -65,10 +76,12 @@ def certificate(
         and the smallest bound are simple, and no eigenvalue of A + A^T crosses zero.
 
     Raises:
-        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
-            not positive.
+        ValueError: if the shapes do not fit, the arrays are not floating point, the bound is not
+            positive, or the transforms of a stage depend on tokens.
     """
-    x, w_query, w_key = check_arguments(x, w_query, w_key, bound)
+    if isinstance(x, AttentionStage):
+        return stage_certificate(checked(x, w_query, w_key, bound))
+    x, w_query, w_key = checked_arrays(x, w_query, w_key, bound)
     factors = majorants(w_query, w_key)
     return largest_eigenvalue(*context_squares(x, factors, bound), factors)
 

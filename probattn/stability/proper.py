@@ -14,12 +14,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from probattn.arguments import check_bound, check_weights
+from probattn.arguments import check_bound
 from probattn.attention import coupling
+from probattn.stages.stage import AttentionStage, weights_alone
 
 
 def is_proper(
-    w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
+    w_query: ArrayLike | AttentionStage,
+    w_key: ArrayLike | None = None,
+    *,
+    bound: ArrayLike | None = None,
 ) -> Bool[Array, "*batch"]:
     """Tell whether every conditional is a density of mass one, whatever the context.
 
@@ -47,11 +51,11 @@ def is_proper(
         test is c^2 (lambda + delta) <= 1.
 
     Raises:
-        ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
-            not positive.
+        ValueError: if the shapes do not fit, the arrays are not floating point, the bound is not
+            positive, or an `AttentionStage` is given, which has no single coupling.
     """
     check_bound(bound)
-    w_query, w_key = check_weights(w_query, w_key)
+    w_query, w_key = weights_alone("is_proper", w_query, w_key)
     width, rank = w_query.shape[-2:]
     sizes = jnp.linalg.norm(w_query, axis=-2) * jnp.linalg.norm(w_key, axis=-2)
     rounding = (width + rank) * jnp.finfo(sizes.dtype).eps * sizes.sum(-1) / math.sqrt(rank)

@@ -44,6 +44,7 @@ ROOMS = (
     "text",
     "stability",
     "models.decoder",
+    "stages",
     *(f"inference.{room}" for room in COLUMN if "config" not in room),
 )
 HAND_ON = ("probattn.inference.cli", "probattn.inference.figures")  # rooms with public names
@@ -55,11 +56,13 @@ MATHEMATICS = (
     "probattn.positivity",
     "probattn.margins",
     "probattn.stability",
+    "probattn.stages",
     "probattn.ancestral",
 )
 MATHEMATICS_MAY_IMPORT = {
     "collections",
     "contextlib",
+    "dataclasses",
     "functools",
     "jax",
     "jaxtyping",

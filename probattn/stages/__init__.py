@@ -1,0 +1,1 @@
+"""Stages of real attention: rotated, normalised, capped or grouped queries and keys."""
