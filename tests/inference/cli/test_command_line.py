@@ -519,7 +519,7 @@ def test_a_row_of_margins_is_one_line_of_a_narrow_terminal(tokens, shown):
     count = len(tokens)
     margin = np.linspace(1, -0.25, count)
     stages = tuple(
-        TokenMargins(label, margin, margin, margin, margin, margin < 0)
+        TokenMargins(label, margin, margin, margin, margin, margin < 0, margin)
         for label in ("post hoc", "trained", "layer 1 head 1")
     )
     position = np.arange(count)
@@ -528,7 +528,7 @@ def test_a_row_of_margins_is_one_line_of_a_narrow_terminal(tokens, shown):
     console.print_margins(screen, found)
     title, *lines = screen.file.getvalue().splitlines()
     assert title.startswith("margins of text")
-    assert len(lines) == 3 + len(stages) + 1
+    assert len(lines) == 2 * (3 + len(stages) + 1) + 1
     assert {cell_len(line) for line in lines} <= set(range(81))
     for stage, line in zip(stages, lines[3:], strict=False):
         assert stage.label in line
