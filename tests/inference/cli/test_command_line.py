@@ -286,6 +286,8 @@ def test_evaluate_prints_and_stores(probattn, own_run):
         percent = f"{100 * summary['infeasible_fraction']:.2f} %"
         assert shown[f"{label}: infeasible"] == percent
     assert stored["margins"][0]["infeasible_fraction"] > 0
+    proved = f"no text can fold it (rho = {stored['table_certificate']:.2f})"
+    assert shown["trained: any text"] == proved
 
 
 def noise_points(**kind):
