@@ -512,10 +512,10 @@ def test_a_character_of_several_tokens_is_generated_whole(probattn, tiny_run, mo
 @pytest.mark.parametrize(
     ("tokens", "shown"),
     [
-        (["\n", "a long", " word", " and", " then", " é", "", "!"], "'!' after 'then é'"),
-        (["the", " 中文", "字", "字", "字", "🦞🦞", "é", "\n"], "'\\n' after '🦞🦞é'"),
+        (["\n", "a long", " word", " and", " so", " é", "", "!"], "'!' after 'long word and so é'"),
+        (["the", " 中文", "字", "字", "字", "🦞🦞", "é", "\n"], "'\\n' after 'e 中文字字字🦞🦞é'"),
         (["a"] * 6 + ["é", ""], "'é' after 'aaaaaa'"),
-        (["a"] * 7 + ["of a very long token"], "'of a very long t…"),
+        (["a"] * 7 + ["of a very very very long token"], "'of a very very very long tok…"),
     ],
 )
 def test_a_row_of_margins_is_one_line_of_a_narrow_terminal(tokens, shown):
