@@ -1,6 +1,7 @@
-"""The certificate against the product of two diameters, which is what it was before."""
+"""The certificate against the product of two diameters, and the radius against the margin."""
 
 import math
+import time
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,13 @@ from jax import lax
 from log_det import LONG, SMALL, TRAINING, arguments_of, gradient_of
 
 from probattn import certificate as ours
+from probattn import certified_radius, stability_margin
+
+HEAD = (4, 64, 64, 16)  # sequences, tokens, dimensions, rank: a head of `make demo`
 
 
 def certificate(rounds: int) -> dict[str, Any]:
-    """Compare time of the value alone, and of the value with its gradient."""
+    """Compare time of the value alone, and of the value with its gradient; then the radius."""
     results: dict[str, Any] = {}
     for name, size, dtype in (
         ("training", TRAINING, np.float32),
@@ -34,14 +38,35 @@ def certificate(rounds: int) -> dict[str, Any]:
                     rounds=rounds,
                 )
                 results[f"{name}, {kind}"] = {"size": size, "times": found}
+    for name, size in (("training", TRAINING), ("head", HEAD)):
+        results[f"{name}, radius"] = {"size": size, "times": _radius(size, rounds)}
     return results
+
+
+def _radius(size: tuple[int, ...], rounds: int) -> dict[str, dict[str, float]]:
+    """Compare the processor time of the radius in both norms with that of the margin."""
+    arguments = arguments_of(size, np.float32)
+    programs = {
+        which: jax.jit(partial(function)).lower(*arguments).compile()
+        for which, function in (
+            ("margin", stability_margin),
+            ("radius", certified_radius),
+            ("radius of each", partial(certified_radius, joint=False)),
+        )
+    }
+    return compare(
+        {which: partial(program, *arguments) for which, program in programs.items()},
+        rounds=rounds,
+        clock=time.process_time,
+    )
 
 
 def report(results: dict[str, Any]) -> None:
     """Print a table of what `certificate` returns."""
     for name, table in results.items():
         for which, figures in table["times"].items():
-            label = "product again" if which == CONTROL else which
+            first = next(iter(table["times"]))
+            label = f"{first} again" if which == CONTROL else which
             print(
                 f"certificate, {name:20s} {label:14s} {1e3 * figures['seconds']:8.2f} ms  "
                 f"x {figures['ratio']:.3f} "

@@ -5,9 +5,11 @@ from probattn.inference.comparison.particle_filter import FilterError
 from probattn.inference.config import FitConfig, RunConfig, SampleConfig, SampleRunConfig
 from probattn.inference.config_files import read_config
 from probattn.inference.evaluation.evaluate import EvaluateResult, evaluate
+from probattn.inference.evaluation.folding_texts import FoldingText, folding_texts
 from probattn.inference.evaluation.generation import Generated, generate
 from probattn.inference.evaluation.post_hoc import PostHocPrior, post_hoc_prior
 from probattn.inference.evaluation.sensitivity import Sensitivity, sensitivity
+from probattn.inference.evaluation.stage_certificates import StageCertificate
 from probattn.inference.evaluation.token_margins import TextMargins, text_margins
 from probattn.inference.export.to_arviz import to_datatree
 from probattn.inference.fitting.fit import fit
@@ -27,6 +29,7 @@ __all__ = [
     "FitConfig",
     "FitError",
     "FitResult",
+    "FoldingText",
     "Generated",
     "LaplaceError",
     "PostHocPrior",
@@ -38,10 +41,12 @@ __all__ = [
     "SampleError",
     "SampleRunConfig",
     "Sensitivity",
+    "StageCertificate",
     "TextMargins",
     "compare",
     "evaluate",
     "fit",
+    "folding_texts",
     "generate",
     "guide_draws",
     "load_posterior",

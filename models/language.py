@@ -16,7 +16,11 @@ from probattn import CausalAttention, coupling, relaxed_barrier, residual
 from probattn.arguments import is_positive
 from probattn.blocks.promotion import default_promotion
 from probattn.models import priors, transformer
-from probattn.models.attention_sites import record_coupling, record_margins
+from probattn.models.attention_sites import (
+    record_coupling,
+    record_margins,
+    record_table_certificate,
+)
 from probattn.models.checks import check_integers, check_symbols
 from probattn.models.coupling import capped_weights, proper_weights
 from probattn.models.objective import ObjectiveConfig
@@ -150,6 +154,8 @@ def language_model(
             if margins:
                 record_coupling(coupling(stage["w_query"], stage["w_key"]))
                 record_margins(**stage)
+                if objective.name != "latent":
+                    _record_all_texts(parameters, vocabulary_size, config, objective)
         if perturb is not None:
             x = perturb(x)
         logits = transformer.logits(
@@ -243,6 +249,25 @@ def latent_process(
     weights = proper_weights(parameters["w_query"], parameters["w_key"], bound=config.bound)
     scale = jnp.exp(parameters["log_residual_scale"])
     return CausalAttention(*weights, scale, length, bound=config.bound)
+
+
+def _record_all_texts(
+    parameters: dict[str, Array],
+    vocabulary_size: int,
+    config: LanguageModelConfig,
+    objective: ObjectiveConfig,
+) -> None:
+    """Record what is proved of the stage for all texts: each symbol at each position but the last.
+
+    The last token of a block is in no past.
+    """
+    length = config.block - 1
+    symbols = jnp.repeat(jnp.arange(vocabulary_size)[:, None], length, axis=1)
+    x = transformer.embed(parameters, symbols)
+    stage = attention_stage(parameters, x, config=config, objective=objective)
+    table = stage["x"].reshape(-1, config.width)
+    position = jnp.tile(jnp.arange(length), vocabulary_size)
+    record_table_certificate(table, stage["w_query"], stage["w_key"], stage["bound"], position)
 
 
 def _attention_terms(

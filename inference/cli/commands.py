@@ -9,6 +9,7 @@ from rich.console import Console
 
 from probattn.inference.cli import console
 from probattn.inference.cli.demo import demo
+from probattn.inference.cli.proofs import print_folds
 from probattn.inference.comparison.compare import compare
 from probattn.inference.config import (
     SAMPLED_DATA,
@@ -213,7 +214,7 @@ class Margins:
         margins = text_margins(run, self.text, stride=self.stride, progress=True)
         console.print_margins(screen, margins)
         if self.find_folds:
-            console.print_folds(screen, folding_texts(run, margins.certificates))
+            print_folds(screen, folding_texts(run, margins.certificates, progress=True))
         console.print_paths(screen, margin_figures(margins, self.out))
 
 

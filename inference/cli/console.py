@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from probattn.inference.cli.proofs import of_any_text, print_proved
 from probattn.inference.comparison.compare import ComparedRun
 from probattn.inference.evaluation.evaluate import EvaluateResult
-from probattn.inference.evaluation.folding_texts import FoldingText
 from probattn.inference.evaluation.generation import Generated
 from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.evaluation.noise_sweeps import NoisePoint
 from probattn.inference.evaluation.sensitivity import Sensitivity
-from probattn.inference.evaluation.stage_certificates import StageCertificate
 from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins
 from probattn.inference.export.diagnostics import divergence_margin, summarise, values_of
 from probattn.inference.figures.data import character_head, character_heads
@@ -84,7 +83,7 @@ def print_evaluations(
 
 
 def print_fit(screen: Console, out: Path, result: FitResult) -> None:
-    """Print in one line what a fit in this directory has reached."""
+    """Print what a fit in this directory has reached, and what is proved of its stage."""
     screen.print(
         f"{printable(str(out))}: "
         f"validation {result.validation_bpc:.4f} bits per character "
@@ -92,21 +91,22 @@ def print_fit(screen: Console, out: Path, result: FitResult) -> None:
         f"parameters of step {result.run.step}",
         soft_wrap=True,
     )
+    if result.table_certificate is not None:
+        screen.print(f"trained stage: {of_any_text(result.table_certificate)}", soft_wrap=True)
 
 
 def print_margins(screen: Console, margins: TextMargins) -> None:
     """Print one table with a row per attention stage."""
     title = Text(f"margins of {printable(margins.name)} (sigma_min)")
     table = Table(title=title, title_justify="left")
-    header = ("stage", "smallest", "1 %", "median", "certified")  # of which 1 % is a quantile
+    header = ("stage", "smallest", "1 %", "median")  # of which 1 % is a quantile
     inner = margins.position >= 2
     rows, support = [], []
     for stage in margins.stages:
         known = inner & ~np.isnan(stage.margin)
         values = stage.margin[known] if known.any() else np.nan
         quantiles = (f"{value:.3f}" for value in np.quantile(values, [0, 0.01, 0.5]))
-        certified = f"{100 * np.mean(stage.certificate[inner] < 1):.1f} %"
-        rows.append((stage.label, *quantiles, certified))
+        rows.append((stage.label, *quantiles))
         weakest = np.argmin(np.where(known, stage.margin, np.inf))
         support.append(character_head(margins.tokens, int(weakest)))
     for name in header:
@@ -116,30 +116,10 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
     for row, head in zip(rows, support, strict=True):
         table.add_row(*row, _token_in_text(margins.tokens, head, screen.width - taken - 4))
     screen.print(table)
-    for proved in margins.certificates:
-        screen.print(Text(_of_all_texts(proved)), soft_wrap=True)
+    print_proved(screen, margins)
     _print_unknown(screen, margins.stages, range(len(margins.tokens)), margins.tokens)
     if not margins.post_hoc_converged:
         screen.print(_NOT_CONVERGED)
-
-
-def print_folds(screen: Console, folds: Mapping[str, FoldingText | None]) -> None:
-    """Print for each stage a text that folds it, or that none was found."""
-    for label, fold in folds.items():
-        line = f"{label}: no text that folds it was found"
-        if fold is not None:
-            line = f"{label}: the last token of {fold.text!r} folds it (margin {fold.margin:.3f})"
-        screen.print(Text(line), soft_wrap=True)
-
-
-def _of_all_texts(proved: StageCertificate) -> str:
-    if proved.rho < 1:
-        return f"{proved.label}: no text can fold it (rho = {proved.rho:.2f})"
-    line = f"{proved.label}: a text may fold it (rho = {proved.rho:.2f})"
-    if proved.pair_rho > 1:
-        first, second = proved.pair
-        line += f", as {first!r} and {second!r} do with equal weights ({proved.pair_rho:.2f})"
-    return line
 
 
 def _print_unknown(
@@ -317,6 +297,9 @@ def _evaluation_rows(result: EvaluateResult) -> dict[str, str]:
         rows[f"{summary.label}: infeasible"] = f"{100 * summary.infeasible_fraction:.2f} %"
         if summary.unknown:
             rows[f"{summary.label}: not known"] = f"{summary.unknown} of {summary.positions}"
+    if result.table_certificate is not None:
+        said = "proved" if result.table_certificate < 1 else "not proved"
+        rows["trained: no text folds it"] = f"{said} (rho {result.table_certificate:.2f})"
     return rows
 
 

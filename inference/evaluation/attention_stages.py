@@ -1,5 +1,6 @@
 """Attention stages of a run at which margins are taken, and their quantities over a text."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from probattn import certificate, log_det
+from probattn import certificate, certified_radius, log_det
 from probattn.inference.evaluation.post_hoc import PostHocPrior
 from probattn.inference.runs.run import Run
 from probattn.inference.runtime.blas_threads import one_blas_thread
@@ -107,6 +108,24 @@ def stage_margins(
     return StageMargins(stage.label, *fields)
 
 
+def stage_radii(
+    run: Run, stage: AttentionStage, inputs: Int[np.ndarray, "windows T"]
+) -> tuple[Float[np.ndarray, "windows T"], Float[np.ndarray, "windows T"]]:
+    """Compute how far a stage's inputs may move at every position, and how large they are.
+
+    Returns:
+        The certified radius in the norm of each token, as the root mean square of the coordinates
+        of a token's change, and the mean square of the coordinates of each input.
+    """
+    measure = partial(_radii, input=stage.input, heads=run.config.model.heads, bound=stage.bound)
+    with one_blas_thread():
+        return map_batches(
+            lambda _, rows: measure(run.parameters, inputs[rows], stage.w_query, stage.w_key),
+            len(inputs),
+            _BATCH,
+        )
+
+
 def stage_table(run: Run, stage: AttentionStage) -> Float[np.ndarray, "V T d"]:
     """Return all that a stage ever sees: each symbol of the vocabulary at each position."""
     symbols = np.arange(run.vocabulary.size, dtype=np.int32)
@@ -120,6 +139,22 @@ def _stage_input(parameters: Parameters, tokens: Array, *, input: StageInput, he
     if input == "first_layer":
         return first_layer(parameters, x, heads=heads)[0]
     return rms_normalised(x) if input == "normalised" else x
+
+
+@partial(jax.jit, static_argnames=("input", "heads", "bound"))
+def _radii(
+    parameters: Parameters,
+    inputs: Array,
+    w_query: Array,
+    w_key: Array,
+    *,
+    input: StageInput,
+    heads: int,
+    bound: float | None,
+) -> tuple[Array, Array]:
+    x = _stage_input(parameters, inputs, input=input, heads=heads)
+    radius = certified_radius(x, w_query, w_key, bound=bound, joint=False)
+    return radius / math.sqrt(x.shape[-1]), jnp.mean(x**2, axis=-1)
 
 
 @partial(jax.jit, static_argnames=("input", "heads", "bound"))

@@ -23,6 +23,7 @@ from probattn.inference.evaluation.noise_sweeps import (
 from probattn.inference.evaluation.perturbations import NoiseKind
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.scoring import Scorer
+from probattn.inference.evaluation.stage_certificates import trained_certificate
 from probattn.inference.evaluation.texts import check_seed, text_tokens
 from probattn.inference.runs.folder import LOCK_SECONDS
 from probattn.inference.runs.run import Run
@@ -77,6 +78,8 @@ class EvaluateResult:
         margins: per attention stage: post hoc, trained where there is one, and the heads of the
             first layer.
         post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
+        table_certificate: rho of the stage that objective margin or full trains, over all texts;
+            below 1 no text can fold it. None for other objectives.
     """
 
     text: str
@@ -90,6 +93,7 @@ class EvaluateResult:
     noise_substituted: tuple[NoisePoint, ...]
     margins: tuple[MarginSummary, ...]
     post_hoc_converged: bool
+    table_certificate: float | None = None
 
 
 @default_promotion()
@@ -176,6 +180,7 @@ def evaluate(
         noise_substituted=replaced,
         margins=margins,
         post_hoc_converged=prior.converged,
+        table_certificate=trained_certificate(run),
     )
     if writable:
         with run.lock(wait=LOCK_SECONDS):

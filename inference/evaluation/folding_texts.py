@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from probattn.blocks.geometry import bounded
 from probattn.blocks.majorants import majorants
+from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import (
     AttentionStage,
     stage_margins,
@@ -15,9 +16,10 @@ from probattn.inference.evaluation.attention_stages import (
     stages,
 )
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
-from probattn.inference.evaluation.stage_certificates import StageCertificate
+from probattn.inference.evaluation.stage_certificates import StageCertificate, stage_certificate
 from probattn.inference.runs.run import Run
 from probattn.inference.runtime.blas_threads import one_blas_thread
+from probattn.inference.runtime.progress import progress_bar
 
 _PAIRS = 32  # pairs of symbols of which texts are made at first
 _STARTS = 4  # texts that are improved, position by position
@@ -65,14 +67,40 @@ def folding_text(run: Run, stage: AttentionStage) -> FoldingText | None:
     return None
 
 
-def folding_texts(run: Run, proved: Sequence[StageCertificate]) -> dict[str, FoldingText | None]:
-    """Look for a text that folds each stage of a run for which none is ruled out; by label."""
-    chosen = stages(run, post_hoc_prior(run))
-    return {
-        stage.label: folding_text(run, stage)
-        for stage, certificate in zip(chosen, proved, strict=True)
-        if certificate.rho >= 1
-    }
+@default_promotion()
+def folding_texts(
+    run: Run,
+    certificates: Sequence[StageCertificate] | None = None,
+    *,
+    progress: bool = False,
+) -> dict[str, FoldingText | None]:
+    """Look for a text that folds each attention stage of a run for which none is ruled out.
+
+    That none is found proves nothing.
+
+    Args:
+        run: a run from `load_run` or `fit`.
+        certificates: what is proved of the stages, as `text_margins` returns it; by default they
+            are computed.
+        progress: show progress bars.
+
+    Returns:
+        By label of the stage, the text, or None if none was found. Stages that no text can fold
+        are left out.
+    """
+    chosen = list(stages(run, post_hoc_prior(run, progress=progress)))
+    if certificates is None:
+        certificates = [stage_certificate(run, stage) for stage in chosen]
+    open_stages = [
+        stage for stage, proved in zip(chosen, certificates, strict=True) if not proved.rho < 1
+    ]
+    found = {}
+    with progress_bar("folds", total=len(open_stages), unit="stage", visible=progress) as bar:
+        for stage in open_stages:
+            bar.show(stage=stage.label)
+            found[stage.label] = folding_text(run, stage)
+            bar.update(1)
+    return found
 
 
 class _Search:

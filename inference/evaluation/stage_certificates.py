@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from probattn import table_certificate
-from probattn.inference.evaluation.attention_stages import AttentionStage, stage_table
+from probattn.inference.evaluation.attention_stages import AttentionStage, stage_table, stages
 from probattn.inference.runs.run import Run
 
 
@@ -28,6 +28,17 @@ class StageCertificate:
     pair: tuple[str, str]
     positions: tuple[int, int]
     pair_rho: float
+
+
+def trained_certificate(run: Run) -> float | None:
+    """Return rho of the stage that objective margin or full trains, over all texts.
+
+    None for other objectives, and where the barrier is on the heads of the first layer.
+    """
+    objective = run.config.objective
+    if not (objective.has_barrier and objective.trains_attention_prior):
+        return None
+    return stage_certificate(run, next(stages(run, None))).rho
 
 
 def stage_certificate(run: Run, stage: AttentionStage) -> StageCertificate:

@@ -1,8 +1,9 @@
 """Margins, certificates and support tokens of every token of a text."""
 
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,12 @@ from jaxtyping import Bool, Float, Int
 
 from probattn import support_tokens
 from probattn.blocks.promotion import default_promotion
-from probattn.inference.evaluation.attention_stages import AttentionStage, stage_margins, stages
+from probattn.inference.evaluation.attention_stages import (
+    AttentionStage,
+    stage_margins,
+    stage_radii,
+    stages,
+)
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.stage_certificates import StageCertificate, stage_certificate
 from probattn.inference.evaluation.texts import text_tokens
@@ -30,6 +36,7 @@ _COLUMNS = {
     "certificate": "certificate",
     "support": "support",
 }
+_RADIUS = "certified_radius_over_rms"  # of tables of a text
 
 _TOGETHER = 2**15  # positions of a text whose margins are computed before they are stored
 _BYTES = 16  # of each token that a table and a figure of one stage take beside its columns
@@ -49,6 +56,10 @@ class TokenMargins:
             in its unit (see `attention_stages.StageMargins`), (N,).
         certificate: rho_t, below 1 where the position is proved invertible, (N,).
         support: whether the token is the support token of its window, (N,).
+        radius: certified. No change of the stage's input makes D_t singular, if every token moves
+            by less than this. It is the root mean square of the coordinates of a token's change,
+            in units of that of the input over the text, (N,). So noise is measured, too. None where
+            it was not asked for.
     """
 
     label: str
@@ -57,6 +68,7 @@ class TokenMargins:
     embedding_margin: Float[np.ndarray, " N"]
     certificate: Float[np.ndarray, " N"]
     support: Bool[np.ndarray, " N"]
+    radius: Float[np.ndarray, " N"] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ def text_margins(
     A text longer than a block is read in windows; a token is reported from the first window that
     holds it, so that beyond the first window it has a context of at least block - stride tokens.
 
-    Of a long text, 17 bytes for each token and stage and 8 for each token lie in files without a
+    Of a long text, 21 bytes for each token and stage and 8 for each token lie in files without a
     name, in the user's cache. They are mapped into memory, and the system may drop them from it.
 
     Args:
@@ -127,6 +139,8 @@ def text_margins(
     window, position = (scratch_array(name, length, np.int32) for _ in range(2))
     chosen = list(stages(run, prior))
     found: list[TokenMargins] = []
+    radii: list[np.ndarray] = []
+    squares = np.zeros(len(chosen))  # sums of the mean squares of what enters each stage
     total, done = len(chosen) * len(plan.numbers), 0
     with progress_bar("margins", total=total, unit="window", visible=progress) as bar:
         for part in plan.parts(_TOGETHER):
@@ -138,17 +152,23 @@ def text_margins(
                 values = reported_margins(run, stage, inputs, reported)
                 if order == len(found):
                     found.append(_empty(values, length, name))
+                    radii.append(scratch_array(name, length, values.margin.dtype))
                 for column in _COLUMNS.values():
                     getattr(found[order], column)[rows] = getattr(values, column)
+                radius, sizes = stage_radii(run, stage, inputs)
+                radii[order][rows] = radius[reported]
+                squares[order] += sizes[reported].sum(dtype=np.float64)
                 bar.update(len(inputs))
             done = rows.stop
+    for radius, square in zip(radii, squares, strict=True):
+        np.divide(radius, math.sqrt(square / length), out=radius)
     return TextMargins(
         name=name,
         tokens=DisplayedTokens(run.vocabulary, tokens),
         position=position,
         window=window,
         window_starts=plan.starts,
-        stages=tuple(found),
+        stages=tuple(map(_with_radius, found, radii)),
         certificates=tuple(stage_certificate(run, stage) for stage in chosen),
         post_hoc_converged=prior.converged,
     )
@@ -180,8 +200,12 @@ def _empty(values: TokenMargins, length: int, name: str) -> TokenMargins:
     )
 
 
+def _with_radius(values: TokenMargins, radius: Float[np.ndarray, " N"]) -> TokenMargins:
+    return replace(values, radius=radius)
+
+
 def write_csv(margins: TextMargins, path: Path) -> None:
-    """Write a table with a row per token and, per stage, its five columns."""
+    """Write a table with a row per token and, per stage, its six columns."""
     columns: dict[str, Sequence | np.ndarray] = {
         "index": range(len(margins.tokens)),
         "token": margins.tokens,
@@ -193,9 +217,12 @@ def write_csv(margins: TextMargins, path: Path) -> None:
 
 
 def stage_columns(stages: Sequence[TokenMargins]) -> dict[str, np.ndarray]:
-    """Return columns of a table with a row per token: five of each stage, named after it."""
-    return {
-        f"{stage.label.replace(' ', '_')}_{column}": getattr(stage, name)
-        for stage in stages
-        for column, name in _COLUMNS.items()
-    }
+    """Return columns of a table with a row per token, of each stage and named after it."""
+    columns = {}
+    for stage in stages:
+        prefix = stage.label.replace(" ", "_")
+        for column, name in _COLUMNS.items():
+            columns[f"{prefix}_{column}"] = getattr(stage, name)
+        if stage.radius is not None:
+            columns[f"{prefix}_{_RADIUS}"] = stage.radius
+    return columns

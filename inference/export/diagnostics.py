@@ -15,6 +15,7 @@ _IDENTIFIED = (
     ("posterior", "coupling_trace", True),
     ("posterior", "coupling_norm", True),
     ("posterior", "coupling_eigenvalues", True),
+    ("posterior", "table_certificate", True),
     ("posterior", "scale", True),
     ("posterior", "smallest_margin", True),
     ("posterior", "sequence_margin", False),

@@ -38,6 +38,8 @@ DIMS: Mapping[str, tuple[str, ...]] = {
     "coupling_trace": (),
     "coupling_norm": (),
     "coupling_eigenvalues": ("eigenvalue",),
+    "table_certificate": (),
+    "no_text_folds": (),
     "emission": ("embed", "vocab"),
     "emission_bias": ("vocab",),
     "tokens": ("sequence", "position"),
@@ -46,7 +48,14 @@ DIMS: Mapping[str, tuple[str, ...]] = {
 
 Names = tuple[str | None, ...]
 
-_COUPLINGS = ("coupling", "coupling_trace", "coupling_norm", "coupling_eigenvalues")
+_OF_STAGE = (
+    "coupling",
+    "coupling_trace",
+    "coupling_norm",
+    "coupling_eigenvalues",
+    "table_certificate",
+    "no_text_folds",
+)
 
 
 class _ComputedError(Exception):
@@ -140,7 +149,7 @@ def _names(name: str, site: dict) -> Names:
     plates = sorted(site["cond_indep_stack"], key=lambda plate: plate.dim)
     events = site.get("infer", {}).get("event_dims", ())
     known = DIMS.get(_local(name))
-    if known is not None and _local(name) in _COUPLINGS and ndim == len(known) + 1:
+    if known is not None and _local(name) in _OF_STAGE and ndim == len(known) + 1:
         known = ("head", *known)
     own = {_local(plate.name) for plate in plates} <= {"sequences", "layers"}
     if known is not None and len(known) == ndim and own and not events:

@@ -14,6 +14,7 @@ from probattn.blocks.promotion import default_promotion
 from probattn.inference.config_files import format_config
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.stage_certificates import stage_certificate
 from probattn.inference.evaluation.texts import text_tokens
 from probattn.inference.export.layout import DIMS
 from probattn.inference.export.numpyro_draws import NumPyroDraws, numpyro_result
@@ -56,7 +57,10 @@ def to_datatree(
 
     Groups of a posterior:
         posterior: draws and deterministic sites, (chain, draw, ...), and of models with margins
-            smallest_margin, of all positions >= 2, and sequence_margin, of each sequence.
+            smallest_margin, of all positions >= 2, and sequence_margin, of each sequence. Of a
+            language model whose symbols at all positions are at most 2048 it holds, too, what is
+            proved of its stage for all texts: table_certificate, rho, and no_text_folds, 1 where
+            rho is below 1, whose mean is the posterior probability of that proof.
         sample_stats: diverging, acceptance_rate, n_steps, tree_depth, energy, lp, step_size; for
             a guide, whose draws are one chain, there is none.
         support_tokens: support_probability (sequence, position), the posterior probability that a
@@ -73,7 +77,8 @@ def to_datatree(
         point_estimate: the parameters. Not called posterior, and without chain and draw, so that
             no diagnostic of draws (r_hat, ess, loo) can be computed of a point.
         margins: margin (kind "sigma_min"), log_det, the first-order embedding_margin, certificate
-            and infeasible, each (stage, sequence, position), over windows of the validation text.
+            and infeasible, each (stage, sequence, position), over windows of the validation text;
+            table_certificate (stage), rho of each stage over all texts.
         observed_data: the tokens of these windows, (sequence, position).
         constant_data: W_Q, W_K and sigma of the post-hoc attention prior, and whether its fit
             converged; if it did not, its margins may be others.
@@ -178,7 +183,7 @@ def _map_groups(run: Run, sequences: int) -> dict[str, "xr.Dataset"]:
     inputs = plan.take(tokens)
     prior = post_hoc_prior(run)
     margins = [stage_margins(run, stage, inputs) for stage in stages(run, prior)]
-    measured = {
+    measured: dict[str, Any] = {
         field.name: (
             ("stage", "sequence", "position"),
             np.stack([getattr(stage, field.name) for stage in margins]),
@@ -186,6 +191,8 @@ def _map_groups(run: Run, sequences: int) -> dict[str, "xr.Dataset"]:
         for field in dataclasses.fields(margins[0])
         if field.name != "label"
     }
+    proved = [stage_certificate(run, stage).rho for stage in stages(run, prior)]
+    measured["table_certificate"] = ("stage", np.array(proved))
     positions = {"sequence": plan.starts, "position": np.arange(block)}
     return {
         "point_estimate": xr.Dataset(

@@ -105,7 +105,13 @@ def fit(
             summarise_fit(run, validation)
         wait_for_all("concluded")
     score = run.summary()["fit"]
-    return FitResult(run, score["validation_cross_entropy"], score["validation_bpc"], run.metrics())
+    return FitResult(
+        run,
+        score["validation_cross_entropy"],
+        score["validation_bpc"],
+        run.metrics(),
+        score["table_certificate"],
+    )
 
 
 def _check_leaks() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from probattn.inference.config import RunConfig
 from probattn.inference.evaluation.scoring import Scorer
+from probattn.inference.evaluation.stage_certificates import trained_certificate
 from probattn.inference.fitting.guides import OWN_PARAMS
 from probattn.inference.fitting.latent_metrics import latent_metrics
 from probattn.inference.fitting.monitor import Monitor
@@ -103,7 +104,7 @@ class Reports:
 
 
 def summarise_fit(run: Run, validation: np.ndarray) -> None:
-    """Score the best parameters on the validation text, and store the result in summary.json."""
+    """Score and certify the best parameters, and store the result in summary.json."""
     fit = run.config.fit
     score = _scorer(run, validation, most_tokens=fit.evaluation_tokens).score(run.parameters)
     rows = run.metrics("rejected_steps")
@@ -116,6 +117,7 @@ def summarise_fit(run: Run, validation: np.ndarray) -> None:
             "validation_bpc": score.bpc,
             "validation_tokens": score.tokens,
             "rejected_steps": rows[-1]["rejected_steps"],
+            "table_certificate": trained_certificate(run),
             "parameters": sum(leaf.size for leaf in run.parameters.values()),
         }
     )

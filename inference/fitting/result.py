@@ -20,9 +20,12 @@ class FitResult:
             at most `fit.evaluation_tokens` of its tokens, nats per token.
         validation_bpc: the same in bits per character.
         metrics: the lines of metrics.jsonl.
+        table_certificate: rho of the stage that objective margin or full trains, over all texts;
+            below 1 no text can fold it. None for other objectives.
     """
 
     run: Run
     validation_cross_entropy: float
     validation_bpc: float
     metrics: list[dict[str, Any]] = field(repr=False, hash=False)
+    table_certificate: float | None = None

@@ -20,9 +20,11 @@ from probattn.blocks.singular_values import finite_blocks, singular_value_decomp
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
-_HALVINGS = 24  # of the interval that holds the radius; its lower end is returned
-_SQUARINGS = 4  # an eigenvalue of m is then overestimated by at most m^(1/32)
-_NUMBERS = 2**20  # in arrays of positions x past x m x m, at once
+_HALVINGS = 14  # of the interval that holds the radius; its lower end is returned
+# An eigenvalue of m is overestimated by at most m^(1 / 2^(squarings + 1)): that of the first order,
+# and those of the rest, of which roots are taken.
+_SQUARINGS, _SQUARINGS_OF_REST = 4, 2
+_NUMBERS = 2**18  # in arrays of positions x past x m x m, at once
 
 
 class Sides(NamedTuple):
@@ -119,24 +121,10 @@ def _terms(
     queries, keys = (part - _matmul(weights[None, :], part) for part in (sides.queries, sides.keys))
     left, right, amplified, condition = _amplified(sizes, weights, queries, keys)
     f, g = _matmul(queries, right), _matmul(keys, left)
-    skew = (f - g) / 2
     cross = _matmul(right.T, _matmul(overlap, left))  # Q^T K
     pulling, logits = sizes * own, keys * sizes[None, :]  # A x_t, and A^T y_s, in U and V
     pull = jnp.linalg.norm(pulling)
-
-    # h = f g less its mean, and the vectors (Q_i g_j + K_i f_j) + h_ij A x_t, made symmetric.
-    h = _symmetric(f[:, :, None] * g[:, None, :])
-    mean = _einsum("s,sij->ij", weights, h)
-    h = h - mean[None]
-    both, product = f**2 + g**2, f * g
-    squared = amplified[None, :, None] * both[:, None, :] / 2
-    squared += jnp.diagonal(cross)[None, :, None] * product[:, None, :]
-    squared += cross[None] * f[:, :, None] * g[:, None, :]
-    to_pull = _matmul(_matmul(pulling, overlap.T), right)[None, :, None] * g[:, None, :]
-    to_pull += _matmul(pulling, left)[None, :, None] * f[:, None, :]
-    squared = _symmetric(squared + 2 * h * to_pull) + h**2 * pull**2
-    squared += jnp.diag(amplified / 2)[None] * both[:, None, :]
-    vectors = jnp.sqrt(jnp.maximum(squared, jnp.zeros_like(squared)))
+    mean = _symmetric(_matmul((weights[:, None] * f).T, g))
 
     past = (jnp.arange(len(weights)) < position).astype(weights.dtype)
     counts = weights**2 if joint else weights
@@ -144,41 +132,59 @@ def _terms(
     others = jnp.sqrt((1 - weights) ** 2 + total - weights**2) if joint else 2 * (1 - weights)
     reach = jnp.stack([others, jnp.linalg.norm(logits, axis=-1)], axis=-1) * past[:, None]
 
-    def over(measure: Array, part: Array) -> Array:
-        return jnp.sqrt(_largest(_matmul((measure[:, None] * part).T, part)))
+    to_pull = _matmul(_matmul(pulling, overlap.T), right), _matmul(pulling, left)
+    vectors, h = _quadratic_forms(f, g, mean, amplified, cross, to_pull, pull)
+    squared = h**2
+    if not joint:
+        vectors, h = jnp.sqrt(vectors), jnp.abs(h)
+    # XLA would else compute every entry anew for each of the sums.
+    vectors, h, squared = lax.optimization_barrier((vectors, h, squared))
 
-    def under(measure: Array, part: Array) -> Array:
-        return jnp.stack([over(measure * reach[:, i] ** 2, part) for i in (0, 1)])
+    def summed(measure: Array, forms: Array) -> Array:
+        return _matmul(measure[None, :], forms.reshape(len(forms), -1)).reshape(mean.shape)
 
-    def in_norm(matrices: Array) -> Array:
-        if joint:
-            return jnp.sqrt(_einsum("s,sij->ij", counts, matrices**2))
-        return _einsum("s,sij->ij", counts, matrices)
+    deviation = jnp.sqrt(summed(weights, squared))
+    of_vectors = summed(counts, vectors)
+    of_h = jnp.sqrt(summed(counts, squared)) if joint else summed(counts, h)
 
-    by_logits = jnp.sqrt(_largest(_matmul((weights[:, None] * logits).T, logits)))
-    deviation = jnp.sqrt(_einsum("s,sij->ij", weights, h**2))
-    first = in_norm(vectors), deviation * by_logits
-    slope = _largest(jnp.sqrt(first[0] ** 2 + first[1] ** 2) if joint else first[0] + first[1])
+    # Second moments of f, g and (f - g) / 2 under every measure, and with the logits.
+    parts = jnp.stack([f, g, (f - g) / 2])
+    measures = jnp.stack([weights, weights * reach[:, 0] ** 2, weights * reach[:, 1] ** 2])
+    if joint:
+        measures = jnp.concatenate([measures, weights[None, :] * measures])
+    weighted = measures.T[None, :, :, None] * parts[:, :, None, :]
+    rows = jnp.swapaxes(weighted.reshape(*parts.shape[:2], -1), -1, -2)
+    moments = _matmul(rows, parts).reshape(-1, *mean.shape)
+    slopes = _matmul((weights[:, None] * logits).T[None], parts)
+    by_logits = _matmul((weights[:, None] * logits).T, logits)
+    middle = jnp.diag(amplified) / 2 + _symmetric(cross) / 2
+    several = jnp.stack([by_logits, mean, of_h, middle])
+    largest = _largest(
+        jnp.concatenate([moments, _matmul(jnp.swapaxes(slopes, -1, -2), slopes), several]),
+        _SQUARINGS_OF_REST,
+    )
+    variances, slopes, others = jnp.split(largest, [len(moments), len(moments) + 3])
+    deviations = jnp.sqrt(variances.reshape(3, -1))
+    by_logits, (shared, third, middle) = jnp.sqrt(others[0]), others[1:]
+    of_all, counted = deviations[:, :3], deviations[:, -3:]
 
-    spread, shared = over(weights, f) * over(weights, g), _largest(mean)
-    third_rest = under(weights, f) * under(weights, g) + shared * _matmul(weights, reach**2)
+    deviation = deviation * by_logits
+    first = jnp.sqrt(of_vectors + deviation**2) if joint else of_vectors + deviation
+    spread = of_all[0, 0] * of_all[1, 0]
+    third_rest = of_all[0, 1:] * of_all[1, 1:] + shared * _matmul(weights, reach**2)
     logit_variance = jnp.minimum(_matmul(weights, reach[:, 0] ** 2), 1.0)
     if joint:
-        peak = jnp.linalg.norm(f, axis=-1) * jnp.linalg.norm(g, axis=-1) + jnp.abs(product.sum(-1))
+        product = jnp.sum(f * g, axis=-1)
+        peak = jnp.linalg.norm(f, axis=-1) * jnp.linalg.norm(g, axis=-1) + jnp.abs(product)
         peak = jnp.max(weights * (peak / 2 + shared))
         flat = (jnp.sqrt(peak) + jnp.sqrt((spread + shared) * total)) ** 2
         third_rest = jnp.stack([jnp.minimum(third_rest[0], flat), third_rest[1]])
         logit_variance = jnp.minimum(jnp.minimum(logit_variance, 0.5), jnp.max(weights))
-
-    def mean_of(part: Array) -> Array:
-        slopes = _matmul((weights[:, None] * logits).T, part)
-        return jnp.stack([over(counts, part), jnp.sqrt(_largest(_matmul(slopes.T, slopes)))])
-
-    middle = _largest(jnp.diag(amplified) / 2 + _symmetric(cross) / 2)
+    means = jnp.stack([counted[:, 0], jnp.sqrt(slopes)], axis=-1)
     return _Terms(
         condition,
         spread,
-        slope,
+        _largest(first[None], _SQUARINGS)[0],
         jnp.max(sizes),
         pull,
         reach,
@@ -187,15 +193,53 @@ def _terms(
         middle,
         jnp.max(weights),
         jnp.sqrt(total),
-        _largest(in_norm(jnp.abs(h))),
+        third,
         jnp.sqrt(third_rest),
-        under(counts, f) + under(counts, g),
-        mean_of(f) + mean_of(g),
-        under(weights, f) + under(weights, g),
-        mean_of(skew),
-        under(weights, skew),
-        over(counts, f) + over(counts, g),
+        counted[0, 1:] + counted[1, 1:],
+        means[0] + means[1],
+        of_all[0, 1:] + of_all[1, 1:],
+        means[2],
+        of_all[2, 1:],
+        counted[0, 0] + counted[1, 0],
     )
+
+
+def _quadratic_forms(
+    f: Float[Array, "T m"],
+    g: Float[Array, "T m"],
+    mean: Float[Array, "m m"],
+    amplified: Float[Array, " m"],
+    cross: Float[Array, "m m"],
+    to_pull: tuple[Float[Array, " m"], Float[Array, " m"]],
+    pull: Float[Array, ""],
+) -> tuple[Float[Array, "T m m"], Float[Array, "T m m"]]:
+    """Return the coefficients of each token's first order: squared lengths of vectors, and h.
+
+    The vector of i and j is (Q_i g_j + K_i f_j) + h_ij A x_t, made symmetric.
+
+    Args:
+        f: (Q a).y_s for the unit vectors a = e_1 .. e_m.
+        g: (K a).y_s, likewise.
+        mean: symmetric part of the mean of f_i g_j.
+        amplified: squared lengths of Q_i, and of K_i.
+        cross: Q_i.K_j.
+        to_pull: Q_i.A x_t and K_i.A x_t.
+        pull: |A x_t|.
+    """
+    f_i, f_j, g_i, g_j = f[:, :, None], f[:, None, :], g[:, :, None], g[:, None, :]
+    both, product, own = f**2 + g**2, f * g, jnp.diagonal(cross)
+    h = (f_i * g_j + g_i * f_j) / 2 - mean[None]
+    squared = (amplified[None, :, None] * both[:, None, :]) / 4
+    squared += (amplified[None, None, :] * both[:, :, None]) / 4
+    squared += (
+        own[None, :, None] * product[:, None, :] + product[:, :, None] * own[None, None, :]
+    ) / 2
+    squared += (cross[None] * f_i * g_j + cross.T[None] * g_i * f_j) / 2
+    query, key = to_pull
+    along = query[None, :, None] * g_j + key[None, :, None] * f_j
+    along += query[None, None, :] * g_i + key[None, None, :] * f_i
+    squared += h * along + h**2 * pull**2 + jnp.diag(amplified / 2)[None] * both[:, None, :]
+    return jnp.maximum(squared, jnp.zeros_like(squared)), h
 
 
 def _amplified(
@@ -262,12 +306,12 @@ def _symmetric(matrices: Float[Array, "*batch m m"]) -> Float[Array, "*batch m m
     return (matrices + jnp.swapaxes(matrices, -1, -2)) / 2
 
 
-def _largest(matrix: Float[Array, "m m"]) -> Float[Array, ""]:
-    """Bound the largest |eigenvalue| of a symmetric matrix by a norm of its 16th power."""
-    found = jnp.ones((), matrix.dtype)
-    for step in range(_SQUARINGS):
-        size = jnp.linalg.norm(matrix)
+def _largest(matrices: Float[Array, "k m m"], squarings: int) -> Float[Array, " k"]:
+    """Bound the largest |eigenvalue| of symmetric matrices by norms of their powers."""
+    found = jnp.ones(matrices.shape[:-2], matrices.dtype)
+    for step in range(squarings):
+        size = jnp.linalg.norm(matrices, axis=(-2, -1))
         found = found * size ** (0.5**step)
-        matrix = matrix / jnp.where(size > 0, size, jnp.ones_like(size))
-        matrix = _matmul(matrix, matrix)
-    return found * jnp.linalg.norm(matrix) ** (0.5**_SQUARINGS)
+        matrices = matrices / jnp.where(size > 0, size, jnp.ones_like(size))[..., None, None]
+        matrices = _matmul(matrices, matrices)
+    return found * jnp.linalg.norm(matrices, axis=(-2, -1)) ** (0.5**squarings)

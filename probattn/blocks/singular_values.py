@@ -64,16 +64,8 @@ def extreme_singular_values(
 def singular_value_decomposition(
     matrices: Float[Array, "*batch m m"],
 ) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch m"], Float[Array, "*batch m m"]]:
-    """Return U, s and V^T of square matrices M = U diag(s) V^T, with their derivatives.
-
-    A decomposition that fails has a derivative of NaN even where its value is not used. So divide
-    and conquer is given another matrix in place of those on which it fails.
-    """
-    tried = _whole(lax.stop_gradient(matrices), SvdAlgorithm.DEFAULT)
-    done = _is_finite(tried, matrices.ndim - 2)
-    another = jnp.diag(jnp.arange(1.0, 1.0 + matrices.shape[-1], dtype=matrices.dtype))
-    first = _whole(jnp.where(done[..., None, None], matrices, another), SvdAlgorithm.DEFAULT)
-    return _completed(_whole, matrices, first, done)
+    """Return U, s and V^T of finite square matrices M = U diag(s) V^T."""
+    return _converged(_whole, matrices)
 
 
 def finite_blocks(blocks: Float[Array, "*batch m m"]) -> tuple[Bool[Array, "*batch"], Array]:

@@ -286,6 +286,9 @@ def test_evaluate_prints_and_stores(probattn, own_run):
         percent = f"{100 * summary['infeasible_fraction']:.2f} %"
         assert shown[f"{label}: infeasible"] == percent
     assert stored["margins"][0]["infeasible_fraction"] > 0
+    assert stored["table_certificate"] < 1
+    proved = f"proved (rho {stored['table_certificate']:.2f})"
+    assert shown["trained: no text folds it"] == proved
 
 
 def noise_points(**kind):
@@ -509,17 +512,17 @@ def test_a_character_of_several_tokens_is_generated_whole(probattn, tiny_run, mo
 @pytest.mark.parametrize(
     ("tokens", "shown"),
     [
-        (["\n", "a long", " word", " and", " then", " é", "", "!"], "'!' after 'then é'"),
-        (["the", " 中文", "字", "字", "字", "🦞🦞", "é", "\n"], "'\\n' after '🦞🦞é'"),
+        (["\n", "a long", " word", " and", " so", " é", "", "!"], "'!' after 'long word and so é'"),
+        (["the", " 中文", "字", "字", "字", "🦞🦞", "é", "\n"], "'\\n' after 'e 中文字字字🦞🦞é'"),
         (["a"] * 6 + ["é", ""], "'é' after 'aaaaaa'"),
-        (["a"] * 7 + ["of a very long token"], "'of a very long t…"),
+        (["a"] * 7 + ["of a very very very long token"], "'of a very very very long tok…"),
     ],
 )
 def test_a_row_of_margins_is_one_line_of_a_narrow_terminal(tokens, shown):
     count = len(tokens)
     margin = np.linspace(1, -0.25, count)
     stages = tuple(
-        TokenMargins(label, margin, margin, margin, margin, margin < 0)
+        TokenMargins(label, margin, margin, margin, margin, margin < 0, margin)
         for label in ("post hoc", "trained", "layer 1 head 1")
     )
     position = np.arange(count)
@@ -528,7 +531,7 @@ def test_a_row_of_margins_is_one_line_of_a_narrow_terminal(tokens, shown):
     console.print_margins(screen, found)
     title, *lines = screen.file.getvalue().splitlines()
     assert title.startswith("margins of text")
-    assert len(lines) == 3 + len(stages) + 1
+    assert len(lines) == 2 * (3 + len(stages) + 1) + 1
     assert {cell_len(line) for line in lines} <= set(range(81))
     for stage, line in zip(stages, lines[3:], strict=False):
         assert stage.label in line

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,10 @@ from rich.console import Console
 
 from probattn.inference.cli.console import (
     print_compared,
-    print_folds,
     print_margins,
     print_sensitivity,
 )
+from probattn.inference.cli.proofs import print_folds
 from probattn.inference.comparison.compare import ComparedRun, _margins
 from probattn.inference.evaluation.folding_texts import FoldingText
 from probattn.inference.evaluation.intervals import Estimate
@@ -22,11 +23,12 @@ from probattn.inference.evaluation.stage_certificates import StageCertificate
 from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins, write_csv
 
 MARGIN = np.array([1, 1, 0.5, -0.25, 0.75, 0.5])
+RADIUS = np.array([np.inf, np.inf, np.inf, 0, 0.25, 0.125])
 
 
 def stage(label, margin):
     ones = np.ones(len(margin))
-    return TokenMargins(label, margin, ones, ones, ones, margin == np.nanmin(margin))
+    return TokenMargins(label, margin, ones, ones, ones, margin == np.nanmin(margin), RADIUS)
 
 
 def margins_of(*stages):
@@ -71,6 +73,19 @@ def test_what_no_text_can_do_is_printed_of_every_stage(margins):
     assert "three: a text may fold it (rho = 3.00)" in lines
 
 
+def test_what_is_proved_of_positions_is_told_apart():
+    # Certified for every query are 1 of the 4 positions >= 2, at the present weights 3.
+    rho = np.array([0, 0, 0.5, 2, 1, 1.5])
+    found = dataclasses.replace(stage("one", MARGIN), certificate=rho)
+    lines = printed(margins_of(found)).splitlines()
+    header = next(line for line in lines if "for every query" in line)
+    row = lines[lines.index(header) + 2]
+    names, values = ([cell.strip() for cell in re.split("[│┃]", line)] for line in (header, row))
+    cells = dict(zip(names, values, strict=True))
+    assert (cells["for every query"], cells["here"]) == ("25.0 %", "75.0 %")
+    assert (cells["radius, 5 %"], cells["radius, median"]) == ("0.000", "0.125")
+
+
 def test_a_text_that_folds_is_printed_and_one_that_was_not_found_is_said():
     stream = io.StringIO()
     fold = FoldingText("two", np.array([1, 0]), "ba", -0.5)
@@ -82,7 +97,7 @@ def test_a_text_that_folds_is_printed_and_one_that_was_not_found_is_said():
 
 
 def test_a_stage_without_any_margin_leaves_the_others_their_rows(margins):
-    nothing = TokenMargins("none", *[np.full(6, np.nan)] * 4, np.zeros(6, bool))
+    nothing = TokenMargins("none", *[np.full(6, np.nan)] * 4, np.zeros(6, bool), np.full(6, np.nan))
     out = printed(margins_of(nothing, *margins.stages))
     assert "-0.250" in next(line for line in out.splitlines() if " one " in line)
     assert "none: 6 of 6 margins are not known" in out

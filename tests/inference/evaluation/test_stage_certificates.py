@@ -8,7 +8,7 @@ import pytest
 from probattn import certificate, infeasible
 from probattn.inference import fit, load_run
 from probattn.inference.evaluation.attention_stages import stage_table, stages
-from probattn.inference.evaluation.folding_texts import folding_text
+from probattn.inference.evaluation.folding_texts import folding_text, folding_texts
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.evaluation.stage_certificates import stage_certificate
 from probattn.inference.evaluation.texts import text_tokens
@@ -50,6 +50,14 @@ def test_a_text_folds_a_head_and_none_a_stage_that_is_proved(tiny_run, trained):
     assert infeasible(x, head.w_query, head.w_key)[-1]
     assert stage_certificate(tiny_run, trained).rho < 1
     assert folding_text(tiny_run, trained) is None
+
+
+def test_the_search_looks_only_where_no_proof_stands(tiny_run):
+    *others, head = (stage_certificate(tiny_run, stage) for stage in stages(tiny_run, None))
+    safe = [replace(each, rho=0.5) for each in (head, *others)]  # the first post hoc
+    found = folding_texts(tiny_run, [*safe, head])
+    assert list(found) == [head.label]
+    assert found[head.label].margin <= 0
 
 
 @pytest.mark.slow

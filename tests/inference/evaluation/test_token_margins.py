@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from probattn import certificate, embedding_margin, log_det, stability_margin
+from probattn import certificate, certified_radius, embedding_margin, log_det, stability_margin
 from probattn.inference import post_hoc_prior, text_margins
 from probattn.inference.evaluation import attention_stages, token_margins
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
@@ -226,6 +226,26 @@ def test_a_long_text_takes_as_many_windows_as_it_needs(run, tmp_path):
         assert np.all(np.isfinite(stage.margin))
 
 
+def test_the_radius_is_that_of_each_token_over_the_root_mean_square(run, margins):
+    tokens = run.vocabulary.encode(TEXT)
+    for stage in margins.stages:
+        first = margins.window == 0  # its tokens are reported from the window that begins the text
+        x, w_query, w_key = stage_arguments(run, tokens[:BLOCK][None])[stage.label]
+        expected = certified_radius(x[0], w_query, w_key, joint=False) / np.sqrt(x.shape[-1])
+        known = np.isfinite(expected) & (expected > 0)
+        ratio = stage.radius[first][known] / expected[known]
+        np.testing.assert_allclose(ratio, ratio[0], rtol=1e-3)
+        assert np.all(np.isinf(stage.radius[first][:2]))
+        if stage.label == "trained":  # of the embeddings, each counted at its reported position
+            inputs = [
+                stage_arguments(run, tokens[start : start + BLOCK][None])[stage.label][0][0]
+                for start in margins.window_starts
+            ]
+            seen = [inputs[w][p] for w, p in zip(margins.window, margins.position, strict=True)]
+            rms = np.sqrt(np.mean(np.square(seen)))
+            assert ratio[0] == pytest.approx(1 / rms, rel=1e-4)
+
+
 # The table
 
 
@@ -241,7 +261,7 @@ def test_table_reads_back_whatever_the_tokens_are(margins, tmp_path):
     header, rows = read(path)
     assert {"\n", '"', ",", "'", " "} <= set(margins.tokens)
     assert "".join(row["token"] for row in rows) == TEXT
-    assert len(set(header)) == len(header) == 4 + 5 * len(LABELS)
+    assert len(set(header)) == len(header) == 4 + 6 * len(LABELS)
     assert [int(row["index"]) for row in rows] == list(range(len(TEXT)))
     assert [int(row["window"]) for row in rows] == list(margins.window)
     assert [int(row["position"]) for row in rows] == list(margins.position)
@@ -252,6 +272,7 @@ def test_table_reads_back_whatever_the_tokens_are(margins, tmp_path):
             ("log_det", stage.log_det),
             ("first_order_embedding_margin", stage.embedding_margin),
             ("certificate", stage.certificate),
+            ("certified_radius_over_rms", stage.radius),
         ):
             written = [float(row[f"{prefix}_{column}"]) for row in rows]
             np.testing.assert_allclose(written, values, rtol=1e-6)

@@ -115,8 +115,10 @@ def test_margins_are_those_of_the_observed_tokens(run, tree):
         "embedding_margin",
         "certificate",
         "infeasible",
+        "table_certificate",
     }
-    for variable in margins.data_vars.values():
+    assert margins["table_certificate"].dims == ("stage",)
+    for variable in margins.drop_vars("table_certificate").data_vars.values():
         assert dict(variable.sizes) == {"stage": 4, "sequence": SEQUENCES, "position": BLOCK}
     assert list(margins["stage"].values) == LABELS
     tokens = tree["observed_data"]["tokens"]

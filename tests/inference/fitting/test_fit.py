@@ -17,6 +17,8 @@ import pytest
 from probattn import stability_margin
 from probattn.inference import fit, load_run
 from probattn.inference.config_files import format_config
+from probattn.inference.evaluation.attention_stages import stages
+from probattn.inference.evaluation.stage_certificates import stage_certificate
 from probattn.inference.fitting.optimizers import default_optimizer
 from tests.support.tiny_run import (
     BLOCK,
@@ -132,6 +134,7 @@ def test_the_best_parameters_are_those_of_the_best_validation(whole):
         "validation_bpc": whole.result.validation_bpc,
         "validation_tokens": 399,
         "rejected_steps": 0,
+        "table_certificate": stage_certificate(whole.run, next(stages(whole.run, None))).rho,
         "parameters": parameters,
     }
 

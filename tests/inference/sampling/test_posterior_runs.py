@@ -18,7 +18,7 @@ import xarray as xr
 from numpyro.handlers import seed, substitute, trace
 from scipy import stats
 
-from probattn import log_det, stability_margin
+from probattn import log_det, stability_margin, table_certificate
 from probattn.inference import (
     SampleError,
     SampleRunConfig,
@@ -569,3 +569,22 @@ def test_numpyro_works_where_arviz_was_imported_first(tmp_path):
     script = "import arviz, probattn, numpyro\nnumpyro.factor('f', 1.0)\nprint('fine')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "fine\n", done.stderr
+
+
+@pytest.mark.slow
+def test_a_posterior_says_what_is_proved_for_all_texts(language_run):
+    """By the certificate of each draw's own table: its symbols at all positions but the last."""
+    posterior = to_datatree(language_run)["posterior"]
+    symbols, length = language_run.vocabulary.size, language_run.config.model.block - 1
+    rho = posterior["table_certificate"]
+    assert rho.dims == ("chain", "draw")
+    for draw in ((0, 0), (1, 14)):
+        tokens, positions, w_query, w_key = (
+            posterior[name].values[draw]
+            for name in ("token_embedding", "position_embedding", "w_query", "w_key")
+        )
+        table = (tokens[:, None] + positions[None, :length]).reshape(symbols * length, -1)
+        place = np.tile(np.arange(length), symbols)
+        expected = table_certificate(table, w_query, w_key, position=place).rho
+        np.testing.assert_allclose(rho.values[draw], expected, rtol=1e-5)
+    np.testing.assert_array_equal(posterior["no_text_folds"].values, rho.values < 1)

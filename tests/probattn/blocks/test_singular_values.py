@@ -68,15 +68,9 @@ def test_the_derivative_is_that_of_the_method_that_converges(fails, matrices):
 
 
 @pytest.mark.slow
-def test_a_whole_decomposition_and_its_derivative_survive_a_failure(fails, matrices):
-    matrices = jnp.asarray(matrices)
-    u, s, vt = singular_values.singular_value_decomposition(matrices)
+def test_a_whole_decomposition_survives_a_failure(fails, matrices):
+    u, s, vt = singular_values.singular_value_decomposition(jnp.asarray(matrices))
     np.testing.assert_allclose(jnp.einsum("...ik,...k,...kj", u, s, vt), matrices, atol=1e-9)
-
-    def nuclear(matrices):
-        return jnp.sum(singular_values.singular_value_decomposition(matrices)[1])
-
-    np.testing.assert_allclose(jax.grad(nuclear)(matrices), u @ vt, atol=1e-9)
 
 
 def test_a_matrix_that_is_not_finite_spoils_no_other():

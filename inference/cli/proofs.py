@@ -1,0 +1,52 @@
+"""What is proved of attention stages, and what is found where nothing is, on a terminal."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from probattn.inference.evaluation.folding_texts import FoldingText
+from probattn.inference.evaluation.stage_certificates import StageCertificate
+from probattn.inference.evaluation.token_margins import TextMargins
+
+
+def print_proved(screen: Console, margins: TextMargins) -> None:
+    """Print what is proved of every stage: at the tokens of a text, and for all texts."""
+    table = Table(title="proved; radius in RMS of the stage's input", title_justify="left")
+    for name in ("stage", "for every query", "here", "radius, 5 %", "radius, median"):
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    inner = margins.position >= 2
+    for stage in margins.stages:
+        assert stage.radius is not None  # of a text it is always taken
+        radius = np.nan_to_num(stage.radius[inner], posinf=np.inf)  # unknown: nothing is proved
+        proved = stage.certificate[inner] < 1, radius > 0
+        shares = (f"{100 * np.mean(each):.1f} %" for each in proved)
+        quantiles = np.quantile(radius, [0.05, 0.5], method="lower")  # some may be infinite
+        table.add_row(stage.label, *shares, *(f"{value:.3f}" for value in quantiles))
+    screen.print(table)
+    for found in margins.certificates:
+        screen.print(Text(_of_all_texts(found)), soft_wrap=True)
+
+
+def print_folds(screen: Console, folds: Mapping[str, FoldingText | None]) -> None:
+    """Print for each stage a text that folds it, or that none was found."""
+    for label, fold in folds.items():
+        line = f"{label}: no text that folds it was found"
+        if fold is not None:
+            line = f"{label}: the last token of {fold.text!r} folds it (margin {fold.margin:.3f})"
+        screen.print(Text(line), soft_wrap=True)
+
+
+def of_any_text(rho: float) -> str:
+    """Say what the certificate of a stage's table proves."""
+    return f"{'no text can' if rho < 1 else 'a text may'} fold it (rho = {rho:.2f})"
+
+
+def _of_all_texts(proved: StageCertificate) -> str:
+    line = f"{proved.label}: {of_any_text(proved.rho)}"
+    if proved.pair_rho > 1:
+        first, second = proved.pair
+        line += f", as {first!r} and {second!r} do with equal weights ({proved.pair_rho:.2f})"
+    return line
