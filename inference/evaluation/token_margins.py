@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +139,7 @@ def text_margins(
     window, position = (scratch_array(name, length, np.int32) for _ in range(2))
     chosen = list(stages(run, prior))
     found: list[TokenMargins] = []
+    radii: list[np.ndarray] = []
     squares = np.zeros(len(chosen))  # sums of the mean squares of what enters each stage
     total, done = len(chosen) * len(plan.numbers), 0
     with progress_bar("margins", total=total, unit="window", visible=progress) as bar:
@@ -153,20 +154,24 @@ def text_margins(
                     found.append(_empty(values, length, name))
                 for column in _COLUMNS.values():
                     getattr(found[order], column)[rows] = getattr(values, column)
-                radii, sizes = stage_radii(run, stage, inputs)
-                found[order].radius[rows] = radii[reported]
+                radius, sizes = stage_radii(run, stage, inputs)
+                if order == len(radii):
+                    radii.append(scratch_array(name, length, radius.dtype))
+                radii[order][rows] = radius[reported]
                 squares[order] += sizes[reported].sum(dtype=np.float64)
                 bar.update(len(inputs))
             done = rows.stop
-    for values, total in zip(found, squares, strict=True):
-        np.divide(values.radius, math.sqrt(total / length), out=values.radius)
+    for of_stage, sum_of_squares in zip(radii, squares, strict=True):
+        of_stage /= math.sqrt(sum_of_squares / length)
     return TextMargins(
         name=name,
         tokens=DisplayedTokens(run.vocabulary, tokens),
         position=position,
         window=window,
         window_starts=plan.starts,
-        stages=tuple(found),
+        stages=tuple(
+            replace(stage, radius=radius) for stage, radius in zip(found, radii, strict=True)
+        ),
         certificates=tuple(stage_certificate(run, stage) for stage in chosen),
         post_hoc_converged=prior.converged,
     )
@@ -195,7 +200,6 @@ def _empty(values: TokenMargins, length: int, name: str) -> TokenMargins:
             scratch_array(name, length, getattr(values, column).dtype)
             for column in _COLUMNS.values()
         ),
-        radius=scratch_array(name, length, values.margin.dtype),
     )
 
 
