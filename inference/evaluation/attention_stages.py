@@ -119,11 +119,12 @@ def stage_radii(
     """
     measure = partial(_radii, input=stage.input, heads=run.config.model.heads, bound=stage.bound)
     with one_blas_thread():
-        return map_batches(
+        radius, squares = map_batches(
             lambda _, rows: measure(run.parameters, inputs[rows], stage.w_query, stage.w_key),
             len(inputs),
             _BATCH,
         )
+    return radius, squares
 
 
 def stage_table(run: Run, stage: AttentionStage) -> Float[np.ndarray, "V T d"]:
