@@ -50,7 +50,10 @@ def fitted(monkeypatch):
     def note(config, out, **options):
         calls.append((config, out, options))
         return types.SimpleNamespace(
-            validation_bpc=2.5, validation_cross_entropy=1.75, run=types.SimpleNamespace(step=8)
+            validation_bpc=2.5,
+            validation_cross_entropy=1.75,
+            run=types.SimpleNamespace(step=8),
+            table_certificate=None,
         )
 
     monkeypatch.setattr(commands, "fit", note)

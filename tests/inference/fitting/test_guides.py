@@ -522,7 +522,10 @@ def test_a_scale_that_is_not_finite_is_not_saved(mean_field, tmp_path, monkeypat
 def test_the_short_flag_is_the_field(monkeypatch, tmp_path, capsys):
     calls = []
     result = SimpleNamespace(
-        validation_bpc=2.5, validation_cross_entropy=1.75, run=SimpleNamespace(step=8)
+        validation_bpc=2.5,
+        validation_cross_entropy=1.75,
+        run=SimpleNamespace(step=8),
+        table_certificate=None,
     )
     monkeypatch.setattr(commands, "fit", lambda config, *_, **__: calls.append(config) or result)
     for flags in (["--guide", "low_rank"], ["--guide=low_rank"], ["--fit.guide", "low_rank"], []):
