@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import probattn
+from probattn.inference.pretrained.errors import PretrainedError
 from probattn.inference.runs.files import WriteError
 from probattn.inference.runtime.signals import Ended, Interrupted
 from probattn.text.byte_pairs import UnknownCharacter
@@ -19,6 +20,7 @@ MADE = {
     Ended: Ended(signal.SIGTERM),
     Interrupted: Interrupted(signal.SIGINT),
     WriteError: WriteError(Path("run/lock"), OSError(28, "No space left on device")),
+    PretrainedError: PretrainedError("model.gguf", "has no tensors"),
     UnknownCharacter: UnknownCharacter("U", 2, 1),
 }
 
