@@ -35,7 +35,7 @@ demo: install  ## fit, evaluate and draw the small example into OUT=demo (about 
 	$(BIN)/probattn demo --out "$(OUT)"
 
 # Most of the time goes into compiling, and half of that into XLA's optimisations.
-test: install  ## run the tests on two processes, without the slow ones (about 9 minutes)
+test: install  ## run the tests on two processes, without the slow ones (about 11 minutes)
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: install  ## run the slow tests, which `make test` leaves out (about an hour)

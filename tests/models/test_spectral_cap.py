@@ -98,6 +98,7 @@ def test_matrices_of_zeros_have_a_derivative():
             assert np.all(np.isfinite(part))
 
 
+@pytest.mark.slow
 def test_no_input_folds_a_head_of_a_capped_network():
     parameters = {name: 100 * value for name, value in random_parameters(0).items()}
     rng = np.random.default_rng(1)
@@ -109,6 +110,7 @@ def test_no_input_folds_a_head_of_a_capped_network():
     assert np.all(table_certificate(table, *free).rho > 1)
 
 
+@pytest.mark.slow
 def test_a_capped_network_is_the_network_with_capped_matrices():
     parameters, x = random_parameters(0), random_stream(1)
     changed = transformer.capped(parameters, heads=HEADS, cap=CAP)

@@ -226,6 +226,7 @@ def test_a_long_text_takes_as_many_windows_as_it_needs(run, tmp_path):
         assert np.all(np.isfinite(stage.margin))
 
 
+@pytest.mark.slow
 def test_the_radius_is_that_of_each_token_over_the_root_mean_square(run, margins):
     tokens = run.vocabulary.encode(TEXT)
     for stage in margins.stages:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pytest
 from numpyro.infer import NUTS
 
 from probattn.inference.sampling.initialisation import init_to_given, with_prototypes
@@ -36,6 +37,7 @@ def primitives(jaxpr):
     return found
 
 
+@pytest.mark.slow
 def test_chains_start_where_numpyro_starts_them_and_draw_from_the_prior_once():
     plain = partial(init_to_given, {"location": np.array([1.0, 2.0, 3.0])})
     key = jax.random.key(4)
