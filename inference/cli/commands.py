@@ -204,6 +204,8 @@ class Margins:
     """UTF-8 file of any length, by default the run's validation text"""
     stride: int | None = None
     """distance between windows, 1 to block, by default half a block"""
+    radius: bool = False
+    """compute how far tokens may move, by proof; takes two to three times as long as all else"""
     find_folds: bool = False
     """look for a text that folds each stage for which none is ruled out"""
 
@@ -211,11 +213,11 @@ class Margins:
         """Run the command."""
         check_report("margins", self.out)
         run = load_fit(self.run)
-        margins = text_margins(run, self.text, stride=self.stride, progress=True)
-        console.print_margins(screen, margins)
+        found = text_margins(run, self.text, stride=self.stride, radius=self.radius, progress=True)
+        console.print_margins(screen, found)
         if self.find_folds:
-            print_folds(screen, folding_texts(run, margins.certificates, progress=True))
-        console.print_paths(screen, margin_figures(margins, self.out))
+            print_folds(screen, folding_texts(run, found.certificates, progress=True))
+        console.print_paths(screen, margin_figures(found, self.out))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """What is proved of attention stages, and what is found where nothing is, on a terminal."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
+from jaxtyping import Bool
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,17 +16,20 @@ from probattn.inference.evaluation.token_margins import TextMargins
 
 def print_proved(screen: Console, margins: TextMargins) -> None:
     """Print what is proved of every stage: at the tokens of a text, and for all texts."""
-    table = Table(title="proved; radius in RMS of the stage's input", title_justify="left")
-    for name in ("stage", "for every query", "here", "radius, 5 %", "radius, median"):
+    radii = all(stage.radius is not None for stage in margins.stages)
+    title = "proved; radius in RMS of the stage's input" if radii else "proved"
+    table = Table(title=title, title_justify="left")
+    columns = ("here", "radius, 5 %", "radius, median") if radii else ()
+    for name in ("stage", "for every query", *columns):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     inner = margins.position >= 2
     for stage in margins.stages:
-        assert stage.radius is not None  # of a text it is always taken
-        radius = np.nan_to_num(stage.radius[inner], posinf=np.inf)  # unknown: nothing is proved
-        proved = stage.certificate[inner] < 1, radius > 0
-        shares = (f"{100 * np.mean(each):.1f} %" for each in proved)
-        quantiles = np.quantile(radius, [0.05, 0.5], method="lower")  # some may be infinite
-        table.add_row(stage.label, *shares, *(f"{value:.3f}" for value in quantiles))
+        row = [stage.label, _share(stage.certificate[inner] < 1)]
+        if stage.radius is not None:
+            radius = np.nan_to_num(stage.radius[inner], posinf=np.inf)  # unknown: nothing is proved
+            quantiles = np.quantile(radius, [0.05, 0.5], method="lower")  # some may be infinite
+            row += [_share(radius > 0), *(f"{value:.3f}" for value in quantiles)]
+        table.add_row(*row)
     screen.print(table)
     for found in margins.certificates:
         screen.print(Text(_of_all_texts(found)), soft_wrap=True)
@@ -44,7 +49,13 @@ def of_any_text(rho: float) -> str:
     return f"{'no text can' if rho < 1 else 'a text may'} fold it (rho = {rho:.2f})"
 
 
+def _share(proved: Bool[np.ndarray, " N"]) -> str:
+    return f"{100 * np.mean(proved):.1f} %"
+
+
 def _of_all_texts(proved: StageCertificate) -> str:
+    if math.isnan(proved.rho):
+        return f"{proved.label}: too many symbols and positions to say whether any text can fold it"
     line = f"{proved.label}: {of_any_text(proved.rho)}"
     if proved.pair_rho > 1:
         first, second = proved.pair

@@ -86,13 +86,13 @@ def folding_texts(
 
     Returns:
         By label of the stage, the text, or None if none was found. Stages that no text can fold
-        are left out.
+        are left out, and those of which nothing is known.
     """
     chosen = list(stages(run, post_hoc_prior(run, progress=progress)))
     if certificates is None:
         certificates = [stage_certificate(run, stage) for stage in chosen]
     open_stages = [
-        stage for stage, proved in zip(chosen, certificates, strict=True) if not proved.rho < 1
+        stage for stage, proved in zip(chosen, certificates, strict=True) if proved.rho >= 1
     ]
     found = {}
     with progress_bar("folds", total=len(open_stages), unit="stage", visible=progress) as bar:

@@ -1,5 +1,6 @@
 """What no text at all can do to the attention stages of a run."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,8 @@ import numpy as np
 from probattn import table_certificate
 from probattn.inference.evaluation.attention_stages import AttentionStage, stage_table, stages
 from probattn.inference.runs.run import Run
+
+MOST_NUMBERS = 2**26  # in the table of all symbols at all positions, of which copies are made
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class StageCertificate:
     Attributes:
         label: label of the stage.
         rho: of the table of all symbols at all positions, see `probattn.table_certificate`; below
-            1 no text whatever folds the stage, whatever its last token attends to.
+            1 no text whatever folds the stage, whatever its last token attends to. NaN where the
+            vocabulary and the block are too large for a table; all else is then empty.
         pair: the two symbols that fold it soonest.
         positions: where they stand.
         pair_rho: d^T A d / 4 of their difference d; above 1 the two fold every token that attends
@@ -33,16 +37,21 @@ class StageCertificate:
 def trained_certificate(run: Run) -> float | None:
     """Return rho of the stage that objective margin or full trains, over all texts.
 
-    None for other objectives, and where the barrier is on the heads of the first layer.
+    None for other objectives, where the barrier is on the heads of the first layer, and where the
+    vocabulary and the block are too large for a table of what the stage may see.
     """
     objective = run.config.objective
     if not (objective.has_barrier and objective.trains_attention_prior):
         return None
-    return stage_certificate(run, next(stages(run, None))).rho
+    rho = stage_certificate(run, next(stages(run, None))).rho
+    return None if math.isnan(rho) else rho
 
 
 def stage_certificate(run: Run, stage: AttentionStage) -> StageCertificate:
     """Bound the certificate of every context that a text can make for a stage."""
+    model = run.config.model
+    if run.vocabulary.size * model.block * model.width > MOST_NUMBERS:
+        return StageCertificate(stage.label, math.nan, ("", ""), (0, 0), math.nan)
     table = stage_table(run, stage)[:, :-1]  # a window's last token is in no past
     symbols, length, width = table.shape
     found = table_certificate(

@@ -104,6 +104,7 @@ def text_margins(
     text: str | os.PathLike[str] | None = None,
     *,
     stride: int | None = None,
+    radius: bool = False,
     progress: bool = False,
 ) -> TextMargins:
     """Compute margins of every token of a text, for every attention stage of a run.
@@ -111,13 +112,16 @@ def text_margins(
     A text longer than a block is read in windows; a token is reported from the first window that
     holds it, so that beyond the first window it has a context of at least block - stride tokens.
 
-    Of a long text, 21 bytes for each token and stage and 8 for each token lie in files without a
-    name, in the user's cache. They are mapped into memory, and the system may drop them from it.
+    Of a long text, 17 bytes for each token and stage and 8 for each token lie in files without a
+    name, in the user's cache; the radius takes 4 more for each token and stage. They are mapped
+    into memory, and the system may drop them from it.
 
     Args:
         run: a run from `load_run` or `fit`.
         text: UTF-8 file of any length, by default the run's validation text.
         stride: distance between windows, 1 to block; by default half a block.
+        radius: compute the certified radius too, which takes two to three times as long as all
+            else.
         progress: show progress bars.
 
     Raises:
@@ -152,23 +156,26 @@ def text_margins(
                 values = reported_margins(run, stage, inputs, reported)
                 if order == len(found):
                     found.append(_empty(values, length, name))
-                    radii.append(scratch_array(name, length, values.margin.dtype))
                 for column in _COLUMNS.values():
                     getattr(found[order], column)[rows] = getattr(values, column)
-                radius, sizes = stage_radii(run, stage, inputs)
-                radii[order][rows] = radius[reported]
-                squares[order] += sizes[reported].sum(dtype=np.float64)
+                if radius:
+                    if order == len(radii):
+                        radii.append(scratch_array(name, length, values.margin.dtype))
+                    distances, sizes = stage_radii(run, stage, inputs)
+                    radii[order][rows] = distances[reported]
+                    squares[order] += sizes[reported].sum(dtype=np.float64)
                 bar.update(len(inputs))
             done = rows.stop
-    for radius, square in zip(radii, squares, strict=True):
-        np.divide(radius, math.sqrt(square / length), out=radius)
+    for order, (distances, square) in enumerate(zip(radii, squares, strict=False)):
+        np.divide(distances, math.sqrt(square / length), out=distances)
+        found[order] = replace(found[order], radius=distances)
     return TextMargins(
         name=name,
         tokens=DisplayedTokens(run.vocabulary, tokens),
         position=position,
         window=window,
         window_starts=plan.starts,
-        stages=tuple(map(_with_radius, found, radii)),
+        stages=tuple(found),
         certificates=tuple(stage_certificate(run, stage) for stage in chosen),
         post_hoc_converged=prior.converged,
     )
@@ -200,12 +207,8 @@ def _empty(values: TokenMargins, length: int, name: str) -> TokenMargins:
     )
 
 
-def _with_radius(values: TokenMargins, radius: Float[np.ndarray, " N"]) -> TokenMargins:
-    return replace(values, radius=radius)
-
-
 def write_csv(margins: TextMargins, path: Path) -> None:
-    """Write a table with a row per token and, per stage, its six columns."""
+    """Write a table with a row per token and, per stage, its columns."""
     columns: dict[str, Sequence | np.ndarray] = {
         "index": range(len(margins.tokens)),
         "token": margins.tokens,

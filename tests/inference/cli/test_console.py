@@ -84,6 +84,9 @@ def test_what_is_proved_of_positions_is_told_apart():
     cells = dict(zip(names, values, strict=True))
     assert (cells["for every query"], cells["here"]) == ("25.0 %", "75.0 %")
     assert (cells["radius, 5 %"], cells["radius, median"]) == ("0.000", "0.125")
+    plain = printed(margins_of(dataclasses.replace(found, radius=None)))  # it was not asked for
+    assert "25.0 %" in plain
+    assert "radius" not in plain
 
 
 def test_a_text_that_folds_is_printed_and_one_that_was_not_found_is_said():

@@ -1,5 +1,6 @@
 """What no text can do to a stage, and the texts that do what it does not rule out."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,13 +8,17 @@ import pytest
 
 from probattn import certificate, infeasible
 from probattn.inference import fit, load_run
+from probattn.inference.evaluation import stage_certificates
 from probattn.inference.evaluation.attention_stages import stage_table, stages
 from probattn.inference.evaluation.folding_texts import folding_text, folding_texts
 from probattn.inference.evaluation.scoring import Scorer
-from probattn.inference.evaluation.stage_certificates import stage_certificate
+from probattn.inference.evaluation.stage_certificates import (
+    stage_certificate,
+    trained_certificate,
+)
 from probattn.inference.evaluation.texts import text_tokens
 from probattn.models import transformer
-from tests.support.tiny_run import BLOCK, stage_arguments, tiny_config
+from tests.support.tiny_run import BLOCK, LABELS, stage_arguments, tiny_config
 
 
 @pytest.fixture(name="trained", scope="module")
@@ -58,6 +63,17 @@ def test_the_search_looks_only_where_no_proof_stands(tiny_run):
     found = folding_texts(tiny_run, [*safe, head])
     assert list(found) == [head.label]
     assert found[head.label].margin <= 0
+
+
+def test_a_table_too_large_for_the_memory_is_not_made(tiny_run, trained, monkeypatch):
+    numbers = tiny_run.vocabulary.size * BLOCK * tiny_run.config.model.width
+    monkeypatch.setattr(stage_certificates, "MOST_NUMBERS", numbers - 1)
+    monkeypatch.delattr(stage_certificates, "stage_table")
+    found = stage_certificate(tiny_run, trained)
+    assert math.isnan(found.rho)
+    assert trained_certificate(tiny_run) is None
+    everything = [found] * len(LABELS)
+    assert folding_texts(tiny_run, everything) == {}
 
 
 @pytest.mark.slow

@@ -227,9 +227,16 @@ def test_a_long_text_takes_as_many_windows_as_it_needs(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_radius_is_that_of_each_token_over_the_root_mean_square(run, margins):
+def test_the_radius_is_that_of_each_token_over_the_root_mean_square(run, text, margins, tmp_path):
+    assert all(stage.radius is None for stage in margins.stages)  # it was not asked for
+    margins = text_margins(run, text, stride=3, radius=True)
+    write_csv(margins, tmp_path / "margins.csv")
+    _, rows = read(tmp_path / "margins.csv")
     tokens = run.vocabulary.encode(TEXT)
     for stage in margins.stages:
+        column = f"{stage.label.replace(' ', '_')}_certified_radius_over_rms"
+        written = [float(row[column]) for row in rows]
+        np.testing.assert_allclose(written, stage.radius, rtol=1e-6)
         first = margins.window == 0  # its tokens are reported from the window that begins the text
         x, w_query, w_key = stage_arguments(run, tokens[:BLOCK][None])[stage.label]
         expected = certified_radius(x[0], w_query, w_key, joint=False) / np.sqrt(x.shape[-1])
@@ -262,7 +269,7 @@ def test_table_reads_back_whatever_the_tokens_are(margins, tmp_path):
     header, rows = read(path)
     assert {"\n", '"', ",", "'", " "} <= set(margins.tokens)
     assert "".join(row["token"] for row in rows) == TEXT
-    assert len(set(header)) == len(header) == 4 + 6 * len(LABELS)
+    assert len(set(header)) == len(header) == 4 + 5 * len(LABELS)
     assert [int(row["index"]) for row in rows] == list(range(len(TEXT)))
     assert [int(row["window"]) for row in rows] == list(margins.window)
     assert [int(row["position"]) for row in rows] == list(margins.position)
@@ -273,7 +280,6 @@ def test_table_reads_back_whatever_the_tokens_are(margins, tmp_path):
             ("log_det", stage.log_det),
             ("first_order_embedding_margin", stage.embedding_margin),
             ("certificate", stage.certificate),
-            ("certified_radius_over_rms", stage.radius),
         ):
             written = [float(row[f"{prefix}_{column}"]) for row in rows]
             np.testing.assert_allclose(written, values, rtol=1e-6)
