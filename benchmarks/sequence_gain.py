@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from probattn import sequence_gain as gain_of
 from probattn.inference import FitConfig, RunConfig, fit, post_hoc_prior
-from probattn.inference.evaluation.attention_stages import AttentionStage, stage_margins, stages
+from probattn.inference.evaluation.attention_stages import RunStage, stage_margins, stages
 from probattn.inference.evaluation.intervals import bootstrap, spearman
 from probattn.inference.evaluation.perturbations import perturbation
 from probattn.inference.evaluation.scoring import Scorer
@@ -80,7 +80,7 @@ def _measured(run: Run, *, draws: int) -> dict[str, Any]:
     return {"windows": len(inputs), "level": LEVEL, "harm": harm.tolist(), "stages": found}
 
 
-def _gain(run: Run, stage: AttentionStage, inputs: np.ndarray) -> jax.Array:
+def _gain(run: Run, stage: RunStage, inputs: np.ndarray) -> jax.Array:
     x = embed(run.parameters, inputs)
     if stage.input == "normalised":
         x = rms_normalised(x)

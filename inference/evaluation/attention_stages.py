@@ -25,7 +25,7 @@ _BATCH = 4  # windows in one call: the bases of 2 r directions take (windows, T,
 
 
 @dataclass(frozen=True)
-class AttentionStage:
+class RunStage:
     """One set of attention matrices that margins are taken with.
 
     Attributes:
@@ -67,7 +67,7 @@ class StageMargins:
     infeasible: Float[np.ndarray, "windows T"]
 
 
-def stages(run: Run, prior: PostHocPrior | None) -> Iterator[AttentionStage]:
+def stages(run: Run, prior: PostHocPrior | None) -> Iterator[RunStage]:
     """Yield a run's stages: post hoc if a prior is given, trained if there is one, first layer's.
 
     Those of the first layer are one for each head.
@@ -76,22 +76,20 @@ def stages(run: Run, prior: PostHocPrior | None) -> Iterator[AttentionStage]:
     embedded = jnp.zeros((1, 1, model.width))
     if prior is not None:
         matrices = jnp.asarray(prior.w_query), jnp.asarray(prior.w_key)
-        yield AttentionStage("post hoc", *matrices, bound=model.bound)
+        yield RunStage("post hoc", *matrices, bound=model.bound)
     if objective.trains_attention_prior:
         trained = attention_stage(run.parameters, embedded, config=model, objective=objective)
         input: StageInput = "normalised" if objective.attention == "normalised" else "embeddings"
         matrices = trained["w_query"], trained["w_key"]
-        yield AttentionStage("trained", *matrices, input=input, bound=model.bound)
+        yield RunStage("trained", *matrices, input=input, bound=model.bound)
     _, queries, keys = first_layer(
         run.parameters, embedded, heads=model.heads, cap=model.spectral_cap
     )
     for head, (w_query, w_key) in enumerate(zip(queries, keys, strict=True), start=1):
-        yield AttentionStage(f"layer 1 head {head}", w_query, w_key, input="first_layer")
+        yield RunStage(f"layer 1 head {head}", w_query, w_key, input="first_layer")
 
 
-def stage_margins(
-    run: Run, stage: AttentionStage, inputs: Int[np.ndarray, "windows T"]
-) -> StageMargins:
+def stage_margins(run: Run, stage: RunStage, inputs: Int[np.ndarray, "windows T"]) -> StageMargins:
     """Compute margins, log determinants and certificates of a stage over windows of tokens."""
     measure = partial(
         _measure,
@@ -109,7 +107,7 @@ def stage_margins(
 
 
 def stage_radii(
-    run: Run, stage: AttentionStage, inputs: Int[np.ndarray, "windows T"]
+    run: Run, stage: RunStage, inputs: Int[np.ndarray, "windows T"]
 ) -> tuple[Float[np.ndarray, "windows T"], Float[np.ndarray, "windows T"]]:
     """Compute how far a stage's inputs may move at every position, and how large they are.
 
@@ -127,7 +125,7 @@ def stage_radii(
     return radius, squares
 
 
-def stage_table(run: Run, stage: AttentionStage) -> Float[np.ndarray, "V T d"]:
+def stage_table(run: Run, stage: RunStage) -> Float[np.ndarray, "V T d"]:
     """Return all that a stage ever sees: each symbol of the vocabulary at each position."""
     symbols = np.arange(run.vocabulary.size, dtype=np.int32)
     tokens = np.repeat(symbols[:, None], run.config.model.block, axis=1)

@@ -10,7 +10,7 @@ from probattn.blocks.geometry import bounded
 from probattn.blocks.majorants import majorants
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import (
-    AttentionStage,
+    RunStage,
     stage_margins,
     stage_table,
     stages,
@@ -46,7 +46,7 @@ class FoldingText:
     margin: float
 
 
-def folding_text(run: Run, stage: AttentionStage) -> FoldingText | None:
+def folding_text(run: Run, stage: RunStage) -> FoldingText | None:
     """Look for a text of one window at whose last token a stage folds; None if none was found.
 
     Two tokens fold a context best where equal weights are on both, and their difference d makes
@@ -109,7 +109,7 @@ class _Search:
     That is the largest real eigenvalue of Sigma_t A, which is 1 at the boundary.
     """
 
-    def __init__(self, run: Run, stage: AttentionStage) -> None:
+    def __init__(self, run: Run, stage: RunStage) -> None:
         table = stage_table(run, stage)
         seen = np.asarray(bounded(table, stage.bound), float)
         factors = majorants(stage.w_query, stage.w_key)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from probattn import table_certificate
-from probattn.inference.evaluation.attention_stages import AttentionStage, stage_table, stages
+from probattn.inference.evaluation.attention_stages import RunStage, stage_table, stages
 from probattn.inference.runs.run import Run
 
 MOST_NUMBERS = 2**26  # in the table of all symbols at all positions, of which copies are made
@@ -47,7 +47,7 @@ def trained_certificate(run: Run) -> float | None:
     return None if math.isnan(rho) else rho
 
 
-def stage_certificate(run: Run, stage: AttentionStage) -> StageCertificate:
+def stage_certificate(run: Run, stage: RunStage) -> StageCertificate:
     """Bound the certificate of every context that a text can make for a stage."""
     model = run.config.model
     if run.vocabulary.size * model.block * model.width > MOST_NUMBERS:

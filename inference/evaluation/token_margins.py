@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from probattn import support_tokens
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import (
-    AttentionStage,
+    RunStage,
     stage_margins,
     stage_radii,
     stages,
@@ -183,7 +183,7 @@ def text_margins(
 
 def reported_margins(
     run: Run,
-    stage: AttentionStage,
+    stage: RunStage,
     inputs: Int[np.ndarray, "windows T"],
     reported: Bool[np.ndarray, "windows T"],
 ) -> TokenMargins:
