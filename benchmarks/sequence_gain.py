@@ -51,7 +51,7 @@ def sequence_gain(rounds: int) -> dict[str, Any]:
 def _measured(run: Run, *, draws: int) -> dict[str, Any]:
     model = run.config.model
     tokens, _ = text_tokens(run, None)
-    scorer = Scorer(model, run.vocabulary, tokens, most_tokens=WINDOWS * model.block)
+    scorer = Scorer(run.network, run.vocabulary, tokens, most_tokens=WINDOWS * model.block)
     whole = scorer.reported.all(-1)
     clean = scorer.losses(run.parameters)
     noise = perturbation("gaussian", LEVEL * scorer.embedding_rms(run.parameters))

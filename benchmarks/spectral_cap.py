@@ -50,13 +50,13 @@ def measured(objective: ObjectiveName, cap: float | None, seed: int, steps: int)
 @default_promotion()
 def _of_run(run: Run) -> dict[str, Any]:
     tokens, _ = text_tokens(run, None)
-    scorer = Scorer(run.config.model, run.vocabulary, tokens)
+    scorer = Scorer(run.network, run.vocabulary, tokens)
     noise = perturbation("gaussian", LEVEL * scorer.embedding_rms(run.parameters))
     clean, noisy = (
         scorer.score(run.parameters, *given, rng_key=jax.random.key(0)).bpc
         for given in ((), (noise,))
     )
-    inputs = windows(len(tokens), block=run.config.model.block).spread(MARGIN_TOKENS).take(tokens)
+    inputs = windows(len(tokens), block=run.network.block).spread(MARGIN_TOKENS).take(tokens)
     found = {}
     for stage in stages(run, None):
         margins = stage_margins(run, stage, inputs)

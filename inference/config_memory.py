@@ -46,13 +46,18 @@ def check_size(config: RunConfig | SampleRunConfig, vocabulary_size: int) -> Non
         check_memory("a gradient of every chain of [model]", size, memory)
 
 
-def check_stage(config: LanguageModelConfig) -> None:
+def check_stage(*, width: int, rank: int, block: int) -> None:
     """Refuse a separate attention stage that is larger than the memory.
+
+    Args:
+        width: d.
+        rank: r.
+        block: positions of a sequence.
 
     Raises:
         ValueError: if it is.
     """
-    numbers = _ADAM * 2 * config.width * config.prior_rank + _blocks(config, config.prior_rank)
+    numbers = _ADAM * 2 * width * rank + _blocks(block, rank)
     check_memory("the attention stage of model.prior_rank", 4 * numbers, _memory())
 
 
@@ -94,14 +99,13 @@ def _step(config: LanguageModelConfig, objective: ObjectiveConfig, sequences: in
     if objective.name == "ce":
         return numbers
     of_layer = objective.attention == "first_layer"
-    return numbers + _blocks(
-        config, config.width // config.heads if of_layer else config.prior_rank
-    )
+    rank = config.width // config.heads if of_layer else config.prior_rank
+    return numbers + _blocks(config.block, rank)
 
 
-def _blocks(config: LanguageModelConfig, rank: int) -> int:
+def _blocks(block: int, rank: int) -> int:
     """Count the numbers of the r x r blocks of one sequence that are made at once."""
-    return min(config.block, _ROWS) * rank**2
+    return min(block, _ROWS) * rank**2
 
 
 def _bytes(sample: SampleConfig) -> int:

@@ -207,7 +207,7 @@ def attention_stage(
     (B, 1, T, d) and the matrices are (heads, d, d / heads).
     """
     if objective.attention == "first_layer":
-        normalised, w_query, w_key = transformer.first_layer(
+        normalised, w_query, w_key = transformer.attention_inputs(
             parameters, x, heads=config.heads, cap=config.spectral_cap
         )
         return {"x": normalised[:, None], "w_query": w_query, "w_key": w_key, "bound": None}

@@ -67,9 +67,7 @@ def logits(
             f"precision is {precision!r}: expected one of {', '.join(get_args(Precision))}"
         )
     parameters = capped(parameters, heads=heads, cap=cap)
-    stacked = [_unstack(parameters[name]) for name in LAYER_PARAMETERS]
-    for layer in zip(*stacked, strict=True):
-        x = apply_layer(dict(zip(LAYER_PARAMETERS, layer, strict=True)), x, heads, precision)
+    x = _through(parameters, x, heads, precision)
     x = _norm(x, parameters["final_norm"])
     return _product(x, parameters["token_embedding"].T, precision, result=x.dtype)
 
@@ -116,18 +114,37 @@ def capped(parameters: Parameters, *, heads: int, cap: float | None) -> Paramete
     return {**parameters, "attention_in": jnp.concatenate([query, key, values], axis=-1)}
 
 
-def first_layer(
+def stream(
     parameters: Parameters,
     x: Float[Array, "B T d"],
+    layer: int,
+    *,
+    heads: int,
+    cap: float | None = None,
+    precision: Precision = "float32",
+) -> Float[Array, "B T d"]:
+    """Return what enters a layer, counted from 0, of what enters the stack (B, T, d)."""
+    if layer == 0:
+        return x
+    first = {name: parameters[name][:layer] for name in LAYER_PARAMETERS}
+    return _through(capped(first, heads=heads, cap=cap), x, heads, precision)
+
+
+def attention_inputs(
+    parameters: Parameters,
+    x: Float[Array, "B T d"],
+    layer: int = 0,
     *,
     heads: int,
     cap: float | None = None,
 ) -> tuple[Float[Array, "B T d"], Float[Array, "H d r"], Float[Array, "H d r"]]:
-    """Return the input of the first attention layer, and its heads' query and key matrices.
+    """Return the input of a layer's attention, and its heads' query and key matrices.
 
     Args:
         parameters: see the module.
-        x: the output of `embed`, perhaps with noise, (B, T, d).
+        x: what enters the layer: of the first one the output of `embed`, perhaps with noise,
+            (B, T, d).
+        layer: number of the layer, from 0.
         heads: number of attention heads.
         cap: see `capped`.
 
@@ -135,11 +152,12 @@ def first_layer(
         The normalised input (B, T, d), w_query and w_key (H, d, d / H).
     """
     width = x.shape[-1]
-    first = {name: parameters[name][:1] for name in ("attention_in", "attention_norm")}
-    matrices = capped(first, heads=heads, cap=cap)["attention_in"][0, :, : 2 * width]
+    names = ("attention_in", "attention_norm")
+    own = {name: parameters[name][layer : layer + 1] for name in names}
+    matrices = capped(own, heads=heads, cap=cap)["attention_in"][0, :, : 2 * width]
     # (d, 2 d) -> (d, 2, H, d / H) -> (2, H, d, d / H)
     w_query, w_key = matrices.reshape(width, 2, heads, width // heads).transpose(1, 2, 0, 3)
-    return _norm(x, parameters["attention_norm"][0]), w_query, w_key
+    return _norm(x, own["attention_norm"][0]), w_query, w_key
 
 
 def apply_layer(
@@ -158,6 +176,16 @@ def apply_layer(
     x = x + _product(attended, parameters["attention_out"], precision).astype(x.dtype)
     hidden = _product(_norm(x, parameters["mlp_norm"]), parameters["mlp_in"], precision)
     return x + _product(jax.nn.gelu(hidden), parameters["mlp_out"], precision).astype(x.dtype)
+
+
+def _through(
+    parameters: Parameters, x: Float[Array, "B T d"], heads: int, precision: Precision
+) -> Float[Array, "B T d"]:
+    """Return what leaves these layers."""
+    stacked = [_unstack(parameters[name]) for name in LAYER_PARAMETERS]
+    for layer in zip(*stacked, strict=True):
+        x = apply_layer(dict(zip(LAYER_PARAMETERS, layer, strict=True)), x, heads, precision)
+    return x
 
 
 def _norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"]) -> Float[Array, "*batch d"]:

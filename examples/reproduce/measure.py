@@ -108,7 +108,7 @@ def _measure(task: Task, run: Run, name: str) -> list[dict[str, Any]]:
     for half, part in zip(HALVES, (tokens[:middle], tokens[middle:]), strict=True):
         if name == "kinds" and half == "tune":
             continue
-        scorer = Scorer(run.config.model, run.vocabulary, part, most_tokens=noise.tokens)
+        scorer = Scorer(run.network, run.vocabulary, part, most_tokens=noise.tokens)
         sweeps = NoiseSweeps(
             run,
             part,

@@ -18,9 +18,7 @@ import probattn
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.cli.commands import (
     Compare,
-    Demo,
     Evaluate,
-    Figures,
     Fit,
     Generate,
     Margins,
@@ -28,7 +26,9 @@ from probattn.inference.cli.commands import (
     Sample,
 )
 from probattn.inference.cli.console import printable
+from probattn.inference.cli.exchange_commands import Export, Import
 from probattn.inference.cli.quiet import silence_libraries
+from probattn.inference.cli.showing_commands import Demo, Figures
 from probattn.inference.cli.values import PLAIN_VALUES, plain_path
 from probattn.inference.config import SAMPLED_DATA, SAMPLED_OBJECTIVE, RunConfig, SampleRunConfig
 from probattn.inference.config_files import read_config, read_tables
@@ -137,6 +137,8 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[MeasureSensitivity, tyro.conf.subcommand("sensitivity")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Import, tyro.conf.subcommand("import")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Figures, tyro.conf.subcommand("figures")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
     )

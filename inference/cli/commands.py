@@ -8,7 +8,6 @@ import tyro
 from rich.console import Console
 
 from probattn.inference.cli import console
-from probattn.inference.cli.demo import demo
 from probattn.inference.cli.proofs import print_folds
 from probattn.inference.comparison.compare import compare
 from probattn.inference.config import (
@@ -40,10 +39,9 @@ from probattn.inference.figures.report import (
     sensitivity_report,
 )
 from probattn.inference.fitting.fit import fit
-from probattn.inference.paper.report import paper_report
 from probattn.inference.runs.files import check_outputs
 from probattn.inference.runs.folder import LOCK_SECONDS
-from probattn.inference.runs.run import load_fit, load_run
+from probattn.inference.runs.run import Run, load_fit, load_fitted, load_run
 from probattn.inference.runtime.processes import distributed, is_main_process
 from probattn.inference.sampling.posterior_runs import config_of_fit, sample_run
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
@@ -171,7 +169,7 @@ class Evaluate:
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
-        run = load_fit(self.run)
+        run = load_fitted(self.run)
         result = evaluate(
             run,
             text=self.text,
@@ -188,7 +186,8 @@ class Evaluate:
         if not run.is_writable(wait=LOCK_SECONDS):
             return
         with run.lock(wait=LOCK_SECONDS):
-            figures = comparison_figures({label: run}, {label: result}, run.path / "figures")
+            fits = {label: run} if isinstance(run, Run) else {}
+            figures = comparison_figures(fits, {label: result}, run.path / "figures")
         console.print_paths(screen, figures)
 
 
@@ -206,14 +205,17 @@ class Margins:
     """distance between windows, 1 to block, by default half a block"""
     radius: bool = False
     """compute how far tokens may move, by proof; takes two to three times as long as all else"""
+    all_layers: bool = False
+    """take the heads of all layers: a description, since only the first layer is the theory's"""
     find_folds: bool = False
     """look for a text that folds each stage for which none is ruled out"""
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
         check_report("margins", self.out)
-        run = load_fit(self.run)
-        found = text_margins(run, self.text, stride=self.stride, radius=self.radius, progress=True)
+        run = load_fitted(self.run)
+        kind = {"radius": self.radius, "all_layers": self.all_layers}
+        found = text_margins(run, self.text, stride=self.stride, **kind, progress=True)
         console.print_margins(screen, found)
         if self.find_folds:
             print_folds(screen, folding_texts(run, found.certificates, progress=True))
@@ -245,7 +247,7 @@ class MeasureSensitivity:
         """Run the command."""
         check_report("sensitivity", self.out)
         found = sensitivity(
-            load_fit(self.run),
+            load_fitted(self.run),
             self.text,
             noise_kind=self.noise_kind,
             level=self.level,
@@ -309,7 +311,7 @@ class Generate:
         if self.out is not None:
             check_outputs(self.out)
         result = generate(
-            load_fit(self.run),
+            load_fitted(self.run),
             self.prompt,
             length=self.length,
             temperature=self.temperature,
@@ -320,31 +322,3 @@ class Generate:
         console.print_generated(screen, result)
         if self.out is not None:
             console.print_paths(screen, [write_csv(result, self.out)])
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Fit objectives ce and margin on Python's language reference and compare them."""
-
-    out: Path = Path("demo")
-    """directory for the two runs and the figures"""
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        result = demo(self.out, progress=True)
-        console.print_evaluations(screen, result.evaluations, heads=False)
-        console.print_paths(screen, result.figures)
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The paper's figures and numbers, computed, and where the conditional density is proper."""
-
-    out: Path
-    """directory for the figures, a CSV of what each shows, and the comparison paper.csv"""
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        comparisons, paths = paper_report(self.out, progress=True)
-        console.print_comparisons(screen, comparisons)
-        console.print_paths(screen, paths)

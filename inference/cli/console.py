@@ -19,6 +19,7 @@ from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.evaluation.noise_sweeps import NoisePoint
 from probattn.inference.evaluation.sensitivity import Sensitivity
 from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins
+from probattn.inference.exchange.import_decoder import Imported
 from probattn.inference.export.diagnostics import divergence_margin, summarise, values_of
 from probattn.inference.figures.data import character_head, character_heads
 from probattn.inference.figures.report import compared_row
@@ -93,6 +94,22 @@ def print_fit(screen: Console, out: Path, result: FitResult) -> None:
     )
     if result.table_certificate is not None:
         screen.print(f"trained stage: {of_any_text(result.table_certificate)}", soft_wrap=True)
+
+
+def print_imported(screen: Console, out: Path, imported: Imported) -> None:
+    """Print what a published model is, and how well it predicts a sample of the text."""
+    run, score = imported.run, imported.score
+    decoder, kind = run.network.config, printable(str(run.checkpoint.config["model_type"]))
+    screen.print(
+        f"{printable(str(out))}: {kind}, {decoder.layers} layers of {decoder.heads} heads, width "
+        f"{decoder.width}, {decoder.vocabulary} tokens",
+        soft_wrap=True,
+    )
+    screen.print(
+        f"{score.tokens} tokens of the validation text of {printable(run.data['name'])}: "
+        f"{score.bpc:.4f} bits per character ({score.cross_entropy:.4f} nats per token)",
+        soft_wrap=True,
+    )
 
 
 def print_margins(screen: Console, margins: TextMargins) -> None:

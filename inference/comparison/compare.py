@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -20,7 +21,7 @@ from probattn.inference.export.diagnostics import leave_one_out, values_of
 from probattn.inference.export.to_arviz import to_datatree
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError
-from probattn.inference.runs.run import PosteriorRun, Run
+from probattn.inference.runs.run import FittedRun, ImportedRun, PosteriorRun, Run
 from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.runtime.progress import progress_bar
 from probattn.inference.sampling.posterior_runs import (
@@ -30,12 +31,14 @@ from probattn.inference.sampling.posterior_runs import (
 )
 from probattn.inference.sampling.result import PosteriorResult
 from probattn.models import ObjectiveConfig
+from probattn.models.networks import TransformerNetwork
 from probattn.text.corpora import load_corpus
 from probattn.text.tokens import corpus_tokens
 
 QUANTILES = (0.01, 0.1, 0.5)
 
 _SEQUENCES = 64  # sequences for margins where no posterior names them
+_OF_IMPORTED = 4  # sequences of a published model, which are long
 _DRAWS = 400  # draws of a guide
 
 
@@ -86,12 +89,13 @@ class ComparedRun:
 @default_promotion()
 @one_thread_at_a_time
 def compare(
-    runs: Mapping[str, Run | PosteriorRun], *, seed: int = 0, progress: bool = False
+    runs: Mapping[str, FittedRun | PosteriorRun], *, seed: int = 0, progress: bool = False
 ) -> list[ComparedRun]:
     """Compare runs on the same text: predictions, calibration, robustness, margins, time.
 
     Predictions are of at most 8192 held-out tokens, in windows of what a run sees at once; see
     `predictive` for the one token by which language models and latent models differ in it.
+    Published models have tokens of their own, and may stand beside any run on the same text.
     Margins are taken over sequences of the training text. Those of fits are over the sequences
     that the sampled posteriors of language models among the runs are given, so that a MAP can be
     marked in them; if there is none, over 64, or all that the text has. Latent models share no
@@ -121,13 +125,15 @@ def compare(
             _, held_out = corpus_tokens(corpus, run.vocabulary)
             if isinstance(run, PosteriorRun):
                 compared.append(_sampled(label, run, held_out, seed))
+            elif isinstance(run, ImportedRun):
+                compared.append(_imported(label, run, held_out, seed))
             else:
                 compared.append(_fitted(label, run, held_out, sequences, seed))
             bar.update(1)
     return compared
 
 
-def _sequences(runs: Mapping[str, Run | PosteriorRun]) -> int:
+def _sequences(runs: Mapping[str, FittedRun | PosteriorRun]) -> int:
     """Return the largest number of sequences for the margins of fits."""
     sizes = (_sizes(run, "language") for run in runs.values())
     return next((size[0] for size in sizes if size), _SEQUENCES)
@@ -144,18 +150,21 @@ def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> 
         )
         return ComparedRun(label, "latent", **found)
     found |= _objective(objective)
-    found["predictions"] = predictions(run.vocabulary, model, _members(result), held_out, seed=seed)
+    network = TransformerNetwork(model)
+    found["predictions"] = predictions(
+        run.vocabulary, network, _members(result), held_out, seed=seed
+    )
     return ComparedRun(label, "language", **found)
 
 
 def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: int) -> ComparedRun:
-    model, objective = run.config.model, run.config.objective
+    objective = run.config.objective
     found = {"seconds": _fit_seconds(run), **_objective(objective)}
     if run.config.fit.guide != "map":
         result = guide_posterior(run, draws=_DRAWS, seed=seed, sequences=sequences)
         found |= _of_draws(result)
         found["predictions"] = predictions(
-            run.vocabulary, model, _members(result), held_out, seed=seed
+            run.vocabulary, run.network, _members(result), held_out, seed=seed
         )
         return ComparedRun(label, "language", **found)
     inputs, _ = training_sequences(run, sequences)
@@ -168,8 +177,22 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
     converged = prior is None or prior.converged
     found["margin_stage"] = compared if converged else f"{compared}, not converged"
     members = {name: np.asarray(value)[None] for name, value in run.parameters.items()}
-    found["predictions"] = predictions(run.vocabulary, model, members, held_out, seed=seed)
+    found["predictions"] = predictions(run.vocabulary, run.network, members, held_out, seed=seed)
     return ComparedRun(label, "language", **found)
+
+
+def _imported(label: str, run: ImportedRun, held_out: np.ndarray, seed: int) -> ComparedRun:
+    inputs, _ = training_sequences(run, _OF_IMPORTED)
+    prior = post_hoc_prior(run)
+    margin = stage_margins(run, next(stages(run, prior)), inputs).margin
+    members = jax.tree.map(lambda value: value[None], run.parameters)
+    return ComparedRun(
+        label,
+        "imported",
+        margin_stage="post hoc" if prior.converged else "post hoc, not converged",
+        predictions=predictions(run.vocabulary, run.network, members, held_out, seed=seed),
+        **_margins(margin[None, None]),
+    )
 
 
 def _trained(objective: ObjectiveConfig) -> str:
@@ -229,18 +252,19 @@ def _quantile(values: Float[np.ndarray, "..."], level: float) -> float:
     return float(np.quantile(known, level)) if known.size else math.nan
 
 
-def _check_same_data(runs: Mapping[str, Run | PosteriorRun]) -> None:
+def _check_same_data(runs: Mapping[str, FittedRun | PosteriorRun]) -> None:
     """Refuse runs of different texts or symbols, or with margins over different sequences.
 
     Margins are compared among language models, and among latent models.
     """
-    (first, reference), *others = runs.items()
-    for label, run in others:
-        for what, one, other in (
-            ("corpus", reference.data["sha256"], run.data["sha256"]),
-            ("vocabulary", reference.vocabulary, run.vocabulary),
-        ):
-            if one != other:
+    own = {label: run for label, run in runs.items() if not isinstance(run, ImportedRun)}
+    for what, values in (
+        ("corpus", {label: run.data["sha256"] for label, run in runs.items()}),
+        ("vocabulary", {label: run.vocabulary for label, run in own.items()}),
+    ):
+        for label, value in values.items():
+            first = next(iter(values))
+            if value != values[first]:
                 raise RunError(
                     f"{first} and {label} differ in the {what}: expected runs on the same data"
                 )
@@ -263,7 +287,7 @@ def _check_same_data(runs: Mapping[str, Run | PosteriorRun]) -> None:
                 )
 
 
-def _sizes(run: Run | PosteriorRun, kind: str) -> tuple[int, int] | None:
+def _sizes(run: FittedRun | PosteriorRun, kind: str) -> tuple[int, int] | None:
     """Return number and length of the sequences of such a posterior, None of others."""
     if not isinstance(run, PosteriorRun):
         return None

@@ -6,21 +6,23 @@ they see at once, with no memory from one to the next.
 """
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from numpyro.handlers import substitute
 
 from probattn.inference.comparison.particle_filter import PARTICLES, filter_tokens
 from probattn.inference.evaluation.perturbations import Gaussian
-from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig
+from probattn.models import LatentEmbeddingsConfig
 from probattn.models.coupling import sample_coupling
-from probattn.models.transformer import Parameters, embed, logits
+from probattn.models.networks import Network, Parameters
 from probattn.text.batches import Windows, map_batches, windows
 from probattn.text.vocabulary import Vocabulary
 
@@ -30,6 +32,7 @@ MEMBERS = 32  # members of an ensemble, spread evenly over its draws
 
 _TOKENS = 8192  # tokens of the held-out text, in windows spread evenly
 _BATCH = 32  # windows in one call
+_PROBABILITIES = 2**26  # numbers, of one call
 
 
 @dataclass(frozen=True)
@@ -82,44 +85,53 @@ class Predictions:
 
 def predictions(
     vocabulary: Vocabulary,
-    model: LanguageModelConfig,
-    members: Mapping[str, np.ndarray],
+    network: Network,
+    members: Mapping[str, Any],
     held_out: Int[np.ndarray, " N"],
     *,
     seed: int,
 ) -> Predictions:
     """Score an ensemble of networks on a text, on at most 8192 tokens.
 
-    In windows of model.block tokens; the first is predicted from the token before the window.
+    In windows of what the network sees at once; the first is predicted from the token before the
+    window.
 
     Args:
         vocabulary: symbols of the tokens.
-        model: size of the network.
-        members: parameters by name, the ensemble as the leading axis; at most `MEMBERS` are taken.
+        network: the network.
+        members: a tree of parameters, such as a dictionary by name, the ensemble as the leading
+            axis; at most `MEMBERS` are taken.
         held_out: tokens of the text, at least 2.
         seed: seed of the noise.
     """
-    plan = _plan(held_out, model.block)
+    plan = _plan(held_out, network.block)
     inputs, targets = plan.take(held_out), plan.take(held_out[1:])
     chosen = list(members_of(members))
-    deviations = [
-        math.sqrt(float(jnp.mean(embed(one, jnp.asarray(inputs)) ** 2))) for one in chosen
-    ]
+    deviations = [_root_mean_square(network, one, inputs) for one in chosen]
+    # So many windows in a call that the probabilities of a large vocabulary have room.
+    size = max(1, min(_BATCH, _PROBABILITIES // (network.block * vocabulary.size)))
 
     # The same noise for every member: the mean over members would average out noise of their own,
     # and an ensemble look more robust than a point though nothing else differed.
     key = jax.random.key(seed)
 
-    def predicted(sigmas: Sequence[float]) -> np.ndarray:
-        of_all = np.zeros((*inputs.shape, vocabulary.size))
-        for one, sigma in zip(chosen, sigmas, strict=True):
-            of_all += np.exp(_log_probabilities(one, inputs, sigma, key, model))
-        return of_all[plan.reported] / len(chosen)
+    def predicted(sigmas: Sequence[float]) -> _Predicted:
+        def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> _Predicted:
+            noise = jax.random.fold_in(key, number)
+            of_all = np.zeros((*inputs[rows].shape, vocabulary.size))
+            for one, sigma in zip(chosen, sigmas, strict=True):
+                found = _log_softmax(one, inputs[rows], sigma, noise, network=network)
+                # In float64, in which the probability of no token underflows.
+                of_all += np.exp(np.asarray(found).astype(np.float64))
+            return _of_probabilities(of_all / len(chosen), targets[rows])
+
+        found = map_batches(of_batch, len(inputs), size)
+        return _Predicted(*(part[plan.reported] for part in found))
 
     shown = targets[plan.reported]
     scored = _scored(vocabulary, predicted([0.0] * len(chosen)), shown, len(chosen))
     absolute, relative = (
-        _log_density(predicted(sigmas), shown) / scored.log_predictive_density
+        float(np.log(predicted(sigmas).target).mean()) / scored.log_predictive_density
         for sigmas in (
             [_NOISE_ABSOLUTE] * len(chosen),
             [_NOISE_RELATIVE * deviation for deviation in deviations],
@@ -172,8 +184,9 @@ def latent_predictions(
         )
         of_all += np.exp(filtered.log_probabilities.astype(np.float64))
         unconverged += float(filtered.unconverged.mean()) / PARTICLES / len(chosen)
-    of_all = of_all[plan.reported] / len(chosen)
-    scored = _scored(vocabulary, of_all, tokens[plan.reported], len(chosen))
+    shown = tokens[plan.reported]
+    predicted = _of_probabilities(of_all[plan.reported] / len(chosen), shown)
+    scored = _scored(vocabulary, predicted, shown, len(chosen))
     return replace(scored, unconverged=unconverged)
 
 
@@ -182,35 +195,46 @@ def _plan(held_out: Int[np.ndarray, " N"], block: int) -> Windows:
     return windows(len(held_out) - 1, block=block).spread(_TOKENS)
 
 
+class _Predicted(NamedTuple):
+    """What is kept of the probabilities of tokens: of that which came, and of the most probable."""
+
+    target: Float[np.ndarray, "*tokens"]
+    confidence: Float[np.ndarray, "*tokens"]
+    right: Bool[np.ndarray, "*tokens"]
+
+
+def _of_probabilities(
+    probabilities: Float[np.ndarray, "*tokens V"], targets: Int[np.ndarray, "*tokens"]
+) -> _Predicted:
+    return _Predicted(
+        np.take_along_axis(probabilities, targets[..., None].astype(int), -1)[..., 0],
+        probabilities.max(-1),
+        probabilities.argmax(-1) == targets,
+    )
+
+
 def _scored(
-    vocabulary: Vocabulary,
-    probabilities: Float[np.ndarray, "tokens V"],
-    targets: Int[np.ndarray, " tokens"],
-    members: int,
+    vocabulary: Vocabulary, predicted: _Predicted, targets: Int[np.ndarray, " tokens"], members: int
 ) -> Predictions:
-    density = _log_density(probabilities, targets)
+    density = float(np.log(predicted.target).mean())
     characters = int(vocabulary.token_characters[targets].sum())
     return Predictions(
         members=members,
         log_predictive_density=density,
         bpc=-density * len(targets) / math.log(2) / characters,
-        reliability=reliability(probabilities, targets),
+        reliability=_reliability(predicted),
     )
-
-
-def _log_density(
-    probabilities: Float[np.ndarray, "tokens V"], targets: Int[np.ndarray, " tokens"]
-) -> float:
-    """Return the mean log probability of the targets, in nats."""
-    return float(np.log(probabilities[np.arange(len(targets)), targets]).mean())
 
 
 def reliability(
     probabilities: Float[np.ndarray, "tokens V"], targets: Int[np.ndarray, " tokens"]
 ) -> Reliability:
     """Compare how often the most probable token is right with its probability, in `BINS` bins."""
-    confidence = probabilities.max(1)
-    right = probabilities.argmax(1) == targets
+    return _reliability(_of_probabilities(probabilities, targets))
+
+
+def _reliability(predicted: _Predicted) -> Reliability:
+    _, confidence, right = predicted
     number = np.minimum((confidence * BINS).astype(int), BINS - 1)
     count = np.bincount(number, minlength=BINS)
     with np.errstate(invalid="ignore"):
@@ -221,35 +245,24 @@ def reliability(
         )
 
 
-def _log_probabilities(
-    parameters: Parameters,
-    inputs: Int[np.ndarray, "windows T"],
-    sigma: float,
-    rng_key: Array,
-    model: LanguageModelConfig,
-) -> Float[np.ndarray, "windows T V"]:
-    def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> Array:
-        key = jax.random.fold_in(rng_key, number)
-        return _log_softmax(parameters, inputs[rows], sigma, key, model)
-
-    # In float64, in which the probability of no token underflows.
-    return map_batches(of_batch, len(inputs), _BATCH).astype(np.float64)
+def _root_mean_square(
+    network: Network, parameters: Parameters, inputs: Int[np.ndarray, "windows T"]
+) -> float:
+    """Return that of what enters the stack."""
+    return math.sqrt(float(jnp.mean(network.embed(parameters, jnp.asarray(inputs)) ** 2)))
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(jax.jit, static_argnames="network")
 def _log_softmax(
-    parameters: Parameters,
-    inputs: Array,
-    sigma: float,
-    rng_key: Array,
-    model: LanguageModelConfig,
+    parameters: Parameters, inputs: Array, sigma: float, rng_key: Array, *, network: Network
 ) -> Array:
-    x = Gaussian(sigma)(rng_key, parameters, inputs)
-    return jax.nn.log_softmax(logits(parameters, x, heads=model.heads, cap=model.spectral_cap))
+    x = Gaussian(sigma)(rng_key, partial(network.embed, parameters), inputs)
+    return jax.nn.log_softmax(network.logits(parameters, x))
 
 
-def members_of(members: Mapping[str, np.ndarray]) -> Iterator[dict[str, Array]]:
+def members_of(members: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield parameter sets of an ensemble, at most `MEMBERS`, spread evenly over it."""
-    count = len(next(iter(members.values())))
+    count = len(jax.tree.leaves(members)[0])
     for number in np.linspace(0, count - 1, min(count, MEMBERS)).round().astype(int):
-        yield {name: jnp.asarray(values[number], jnp.float32) for name, values in members.items()}
+        one = jax.tree.map(operator.itemgetter(number), dict(members))
+        yield jax.tree.map(lambda values: jnp.asarray(values, jnp.float32), one)

@@ -4,23 +4,26 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from probattn import certificate, certified_radius, log_det
+from probattn import certificate, certified_radius, log_det, stability_margin
 from probattn.inference.evaluation.post_hoc import PostHocPrior
-from probattn.inference.runs.run import Run
+from probattn.inference.runs.run import FittedRun, Run
 from probattn.inference.runtime.blas_threads import one_blas_thread
 from probattn.margins import both_margins
+from probattn.models.decoder.attention import attention_layer
 from probattn.models.language import attention_stage
-from probattn.models.transformer import Parameters, embed, first_layer, rms_normalised
+from probattn.models.networks import Network, Parameters, TransformerNetwork
+from probattn.models.transformer import attention_inputs, rms_normalised
+from probattn.stages.layer import AttentionLayer
 from probattn.text.batches import map_batches
 
-StageInput = Literal["embeddings", "normalised", "first_layer"]
+StageInput = Literal["embeddings", "normalised", "layer"]
 _BATCH = 4  # windows in one call: the bases of 2 r directions take (windows, T, d, 2 r) numbers
 
 
@@ -33,8 +36,11 @@ class RunStage:
         w_query: W_Q (d, r).
         w_key: W_K (d, r).
         input: the embeddings, the same divided by their root mean square, token by token, or the
-            first layer's normalised input.
+            normalised input of a layer.
         bound: c of its bounded context, or None.
+        layer: number of that layer, from 0.
+        head: of a published decoder, the head in that layer's own numbers: with rotary positions,
+            biases or norms its logits are more than those of W_Q and W_K.
     """
 
     label: str
@@ -42,6 +48,8 @@ class RunStage:
     w_key: Float[Array, "d r"]
     input: StageInput = "embeddings"
     bound: float | None = None
+    layer: int = 0
+    head: AttentionLayer | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,10 @@ class StageMargins:
         margin: "sigma_min", (windows, T); NaN where it is not known, see `stability_margin`.
         log_det: log det D_t in nats, -inf where the determinant is not positive.
         embedding_margin: first-order distance to the boundary in the space of the stage's input,
-            and in its unit: embeddings, or their normalised form, of root mean square 1.
-        certificate: rho_t; below 1 the position is proved invertible.
+            and in its unit: embeddings, or their normalised form, of root mean square 1. NaN for
+            heads of a published decoder, of which it is not computed.
+        certificate: rho_t; below 1 the position is proved invertible. NaN for heads that normalise
+            their queries, of which nothing is proved.
         infeasible: whether D_t has a real eigenvalue <= 0: the margin is then not positive. True
             too where the margin is not known.
     """
@@ -67,47 +77,47 @@ class StageMargins:
     infeasible: Float[np.ndarray, "windows T"]
 
 
-def stages(run: Run, prior: PostHocPrior | None) -> Iterator[RunStage]:
-    """Yield a run's stages: post hoc if a prior is given, trained if there is one, first layer's.
+def stages(
+    run: FittedRun, prior: PostHocPrior | None, *, all_layers: bool = False
+) -> Iterator[RunStage]:
+    """Yield a run's stages: post hoc if a prior is given, trained if there is one, and heads.
 
-    Those of the first layer are one for each head.
+    Args:
+        run: the run.
+        prior: its post-hoc attention prior.
+        all_layers: yield the heads of all layers, and not of the first alone, whose input alone is
+            what the theory's model generates (paper, Corollary 6.1).
     """
-    model, objective = run.config.model, run.config.objective
-    embedded = jnp.zeros((1, 1, model.width))
     if prior is not None:
         matrices = jnp.asarray(prior.w_query), jnp.asarray(prior.w_key)
-        yield RunStage("post hoc", *matrices, bound=model.bound)
-    if objective.trains_attention_prior:
-        trained = attention_stage(run.parameters, embedded, config=model, objective=objective)
-        input: StageInput = "normalised" if objective.attention == "normalised" else "embeddings"
-        matrices = trained["w_query"], trained["w_key"]
-        yield RunStage("trained", *matrices, input=input, bound=model.bound)
-    _, queries, keys = first_layer(
-        run.parameters, embedded, heads=model.heads, cap=model.spectral_cap
-    )
-    for head, (w_query, w_key) in enumerate(zip(queries, keys, strict=True), start=1):
-        yield RunStage(f"layer 1 head {head}", w_query, w_key, input="first_layer")
+        yield RunStage("post hoc", *matrices, bound=run.bound)
+    if isinstance(run, Run) and run.config.objective.trains_attention_prior:
+        yield _trained_stage(run)
+    for layer in range(run.network.layers if all_layers else 1):
+        yield from _heads(run, layer)
 
 
-def stage_margins(run: Run, stage: RunStage, inputs: Int[np.ndarray, "windows T"]) -> StageMargins:
+def stage_margins(
+    run: FittedRun, stage: RunStage, inputs: Int[np.ndarray, "windows T"]
+) -> StageMargins:
     """Compute margins, log determinants and certificates of a stage over windows of tokens."""
-    measure = partial(
-        _measure,
-        input=stage.input,
-        heads=run.config.model.heads,
-        bound=stage.bound,
-    )
     with one_blas_thread():
         fields = map_batches(
-            lambda _, rows: measure(run.parameters, inputs[rows], stage.w_query, stage.w_key),
+            lambda _, rows: _measure(
+                _entering(run, stage, inputs[rows]),
+                stage.w_query,
+                stage.w_key,
+                stage.head,
+                bound=stage.bound,
+            ),
             len(inputs),
-            _BATCH,
+            _BATCH if stage.head is None else 1,
         )
     return StageMargins(stage.label, *fields)
 
 
 def stage_radii(
-    run: Run, stage: RunStage, inputs: Int[np.ndarray, "windows T"]
+    run: FittedRun, stage: RunStage, inputs: Int[np.ndarray, "windows T"]
 ) -> tuple[Float[np.ndarray, "windows T"], Float[np.ndarray, "windows T"]]:
     """Compute how far a stage's inputs may move at every position, and how large they are.
 
@@ -115,65 +125,114 @@ def stage_radii(
         The certified radius in the norm of each token, as the root mean square of the coordinates
         of a token's change, and the mean square of the coordinates of each input.
     """
-    measure = partial(_radii, input=stage.input, heads=run.config.model.heads, bound=stage.bound)
     with one_blas_thread():
         radius, squares = map_batches(
-            lambda _, rows: measure(run.parameters, inputs[rows], stage.w_query, stage.w_key),
+            lambda _, rows: _radii(
+                _entering(run, stage, inputs[rows]), stage.w_query, stage.w_key, bound=stage.bound
+            ),
             len(inputs),
             _BATCH,
         )
     return radius, squares
 
 
-def stage_table(run: Run, stage: RunStage) -> Float[np.ndarray, "V T d"]:
-    """Return all that a stage ever sees: each symbol of the vocabulary at each position."""
+def stage_table(run: FittedRun, stage: RunStage) -> Float[np.ndarray, "V T d"]:
+    """Return all that a stage ever sees: each symbol of the vocabulary at each position.
+
+    There is one position where none is added to the embedding.
+    """
     symbols = np.arange(run.vocabulary.size, dtype=np.int32)
-    tokens = np.repeat(symbols[:, None], run.config.model.block, axis=1)
-    table = jax.jit(partial(_stage_input, input=stage.input, heads=run.config.model.heads))
-    return np.asarray(table(run.parameters, tokens))
+    positions = run.network.block if has_positions(run) else 1
+    tokens = np.repeat(symbols[:, None], positions, axis=1)
+    return np.asarray(_entering(run, stage, tokens))
 
 
-def _stage_input(parameters: Parameters, tokens: Array, *, input: StageInput, heads: int) -> Array:
-    x = embed(parameters, tokens)
-    if input == "first_layer":
-        return first_layer(parameters, x, heads=heads)[0]
-    return rms_normalised(x) if input == "normalised" else x
+def has_positions(run: FittedRun) -> bool:
+    """Tell whether positions are added to what enters the stack."""
+    return run.network.tables(run.parameters_up_to(0))[1] is not None
 
 
-@partial(jax.jit, static_argnames=("input", "heads", "bound"))
-def _radii(
-    parameters: Parameters,
-    inputs: Array,
-    w_query: Array,
-    w_key: Array,
-    *,
-    input: StageInput,
-    heads: int,
-    bound: float | None,
-) -> tuple[Array, Array]:
-    x = _stage_input(parameters, inputs, input=input, heads=heads)
+def _trained_stage(run: Run) -> RunStage:
+    model, objective = run.config.model, run.config.objective
+    embedded = jnp.zeros((1, 1, model.width))
+    trained = attention_stage(run.parameters, embedded, config=model, objective=objective)
+    input: StageInput = "normalised" if objective.attention == "normalised" else "embeddings"
+    matrices = trained["w_query"], trained["w_key"]
+    return RunStage("trained", *matrices, input=input, bound=model.bound)
+
+
+def _heads(run: FittedRun, layer: int) -> Iterator[RunStage]:
+    network = run.network
+    parameters: Parameters = run.parameters_up_to(layer)
+
+    def label(head: int) -> str:
+        return f"layer {layer + 1} head {head + 1}"
+
+    if isinstance(network, TransformerNetwork):
+        model = network.config
+        _, queries, keys = attention_inputs(
+            parameters,
+            jnp.zeros((1, 1, model.width)),
+            layer,
+            heads=model.heads,
+            cap=model.spectral_cap,
+        )
+        for head, (w_query, w_key) in enumerate(zip(queries, keys, strict=True)):
+            yield RunStage(label(head), w_query, w_key, input="layer", layer=layer)
+        return
+    whole = attention_layer(parameters["layers"][str(layer)], network.config, layer)
+    for number in range(network.config.heads):
+        one = whole.of_head(number)
+        yield RunStage(
+            label(number), one.w_query[0], one.w_key[0], input="layer", layer=layer, head=one
+        )
+
+
+def _entering(run: FittedRun, stage: RunStage, tokens: Int[np.ndarray, "B T"]) -> Array:
+    """Return what a stage sees: of a head in its layer's own numbers what enters the layer."""
+    network, parameters = run.network, run.parameters_up_to(stage.layer)
+    x = _embed(parameters, tokens, network=network)
+    if stage.layer:
+        x = network.stream(parameters, x, stage.layer)
+    if stage.head is not None or stage.input == "embeddings":
+        return x
+    if stage.input == "normalised":
+        return rms_normalised(x)
+    assert isinstance(network, TransformerNetwork)  # whose heads are W_Q and W_K alone
+    return attention_inputs(parameters, x, stage.layer, heads=network.config.heads)[0]
+
+
+@partial(jax.jit, static_argnames="network")
+def _embed(parameters: Parameters, tokens: Array, *, network: Network) -> Array:
+    return network.embed(parameters, tokens)
+
+
+@partial(jax.jit, static_argnames="bound")
+def _radii(x: Array, w_query: Array, w_key: Array, *, bound: float | None) -> tuple[Array, Array]:
     radius = certified_radius(x, w_query, w_key, bound=bound, joint=False)
     return radius / math.sqrt(x.shape[-1]), jnp.mean(x**2, axis=-1)
 
 
-@partial(jax.jit, static_argnames=("input", "heads", "bound"))
+@partial(jax.jit, static_argnames="bound")
 def _measure(
-    parameters: Parameters,
-    inputs: Array,
+    x: Array,
     w_query: Array,
     w_key: Array,
+    head: AttentionLayer | None,
     *,
-    input: StageInput,
-    heads: int,
     bound: float | None,
 ) -> tuple[Array, ...]:
-    x = _stage_input(parameters, inputs, input=input, heads=heads)
-    sign, log_abs = log_det(x, w_query, w_key, bound=bound)
-    margin, distance = both_margins(x, w_query, w_key, bound=bound)
-    return (
-        margin,
-        jnp.where(sign > 0, log_abs, -jnp.inf),
-        distance,
-        certificate(x, w_query, w_key, bound=bound),
-        ~(margin > 0),  # the sign of the margin is that of `infeasible`
-    )
+    arguments: tuple[Any, ...] = (x, w_query, w_key)
+    if head is None:
+        margin, distance = both_margins(*arguments, bound=bound)
+        rho = certificate(*arguments, bound=bound)
+    else:
+        arguments = (head.stage(x),)
+        margin = stability_margin(*arguments)
+        distance = jnp.full_like(margin, jnp.nan)
+        rho = certificate(*arguments) if head.query_norm is None else distance
+    sign, log_abs = log_det(*arguments, bound=bound)
+    log_abs = jnp.where(sign > 0, log_abs, -jnp.inf)
+    # The sign of the margin is that of `infeasible`.
+    found = margin, log_abs, distance, rho, ~(margin > 0)
+    return found if head is None else tuple(part[:, 0] for part in found)

@@ -26,7 +26,7 @@ from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.evaluation.stage_certificates import trained_certificate
 from probattn.inference.evaluation.texts import check_seed, text_tokens
 from probattn.inference.runs.folder import LOCK_SECONDS
-from probattn.inference.runs.run import Run
+from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.progress import Bar, progress_bar
 from probattn.text.batches import windows
 
@@ -98,7 +98,7 @@ class EvaluateResult:
 
 @default_promotion()
 def evaluate(
-    run: Run,
+    run: FittedRun,
     text: str | os.PathLike[str] | None = None,
     *,
     noise_absolute: Sequence[float] = NOISE_ABSOLUTE,
@@ -145,7 +145,7 @@ def evaluate(
     tokens, name = text_tokens(run, text)
     writable = run.is_writable()  # refused before the work rather than after it
     prior = post_hoc_prior(run, progress=progress)
-    scorer = Scorer(run.config.model, run.vocabulary, tokens)
+    scorer = Scorer(run.network, run.vocabulary, tokens)
     sums = scorer.sums(run.parameters)
     clean = scorer.summed(sums)
     substitutes = "substitution" in noise_kinds
@@ -188,8 +188,8 @@ def evaluate(
     return result
 
 
-def _margins(run: Run, prior: Any, tokens: np.ndarray, bar: Bar) -> tuple[MarginSummary, ...]:
-    plan = windows(len(tokens), block=run.config.model.block).spread(MARGIN_TOKENS)
+def _margins(run: FittedRun, prior: Any, tokens: np.ndarray, bar: Bar) -> tuple[MarginSummary, ...]:
+    plan = windows(len(tokens), block=run.network.block).spread(MARGIN_TOKENS)
     inputs = plan.take(tokens)
     if inputs.shape[1] < 3:
         return ()

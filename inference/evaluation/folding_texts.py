@@ -17,7 +17,7 @@ from probattn.inference.evaluation.attention_stages import (
 )
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.stage_certificates import StageCertificate, stage_certificate
-from probattn.inference.runs.run import Run
+from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.blas_threads import one_blas_thread
 from probattn.inference.runtime.progress import progress_bar
 
@@ -26,6 +26,7 @@ _STARTS = 4  # texts that are improved, position by position
 _SWEEPS = 3  # over all positions of such a text
 _FOLDED = 1.01  # of the largest real eigenvalue, beyond which a text need not be improved
 _BATCH = 1024  # texts in one step
+_MOST_SYMBOLS = 4096
 _MANY = 256  # texts, spread over all, whose blocks are looked at; the best of them are improved
 
 
@@ -46,7 +47,7 @@ class FoldingText:
     margin: float
 
 
-def folding_text(run: Run, stage: RunStage) -> FoldingText | None:
+def folding_text(run: FittedRun, stage: RunStage) -> FoldingText | None:
     """Look for a text of one window at whose last token a stage folds; None if none was found.
 
     Two tokens fold a context best where equal weights are on both, and their difference d makes
@@ -69,7 +70,7 @@ def folding_text(run: Run, stage: RunStage) -> FoldingText | None:
 
 @default_promotion()
 def folding_texts(
-    run: Run,
+    run: FittedRun,
     certificates: Sequence[StageCertificate] | None = None,
     *,
     progress: bool = False,
@@ -86,13 +87,16 @@ def folding_texts(
 
     Returns:
         By label of the stage, the text, or None if none was found. Stages that no text can fold
-        are left out, and those of which nothing is known.
+        are left out, those of which nothing is known, and all those of a vocabulary of more than
+        4,096 symbols, whose pairs are too many.
     """
     chosen = list(stages(run, post_hoc_prior(run, progress=progress)))
     if certificates is None:
         certificates = [stage_certificate(run, stage) for stage in chosen]
     open_stages = [
-        stage for stage, proved in zip(chosen, certificates, strict=True) if proved.rho >= 1
+        stage
+        for stage, proved in zip(chosen, certificates, strict=True)
+        if proved.rho >= 1 and run.vocabulary.size <= _MOST_SYMBOLS
     ]
     found = {}
     with progress_bar("folds", total=len(open_stages), unit="stage", visible=progress) as bar:
@@ -109,7 +113,7 @@ class _Search:
     That is the largest real eigenvalue of Sigma_t A, which is 1 at the boundary.
     """
 
-    def __init__(self, run: Run, stage: RunStage) -> None:
+    def __init__(self, run: FittedRun, stage: RunStage) -> None:
         table = stage_table(run, stage)
         seen = np.asarray(bounded(table, stage.bound), float)
         factors = majorants(stage.w_query, stage.w_key)

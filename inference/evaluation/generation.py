@@ -15,9 +15,13 @@ from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from probattn.inference.evaluation.post_hoc import PostHocPrior, post_hoc_prior
 from probattn.inference.evaluation.texts import check_seed
 from probattn.inference.runs.csv_tables import write_table
-from probattn.inference.runs.run import Run, require_fit
+from probattn.inference.runs.run import FittedRun, ImportedRun, Run, require_fitted
 from probattn.inference.runtime.progress import progress_bar
-from probattn.models.transformer import Parameters, embed, logits
+from probattn.models.decoder.config import DecoderConfig
+from probattn.models.decoder.network import Cache, extend, init_cache
+from probattn.models.networks import Network, Parameters
+
+_CHUNK = 32  # tokens of a prompt that are read at once
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Generated:
 
 @default_promotion()
 def generate(
-    run: Run,
+    run: FittedRun,
     prompt: str,
     *,
     length: int = 200,
@@ -54,10 +58,11 @@ def generate(
 ) -> Generated:
     """Continue a prompt by ancestral sampling.
 
-    The model sees a window of at most a block; when it is full it moves on by half a block.
+    The model sees a window of at most a block; when it is full it moves on by half a block. A
+    published model keeps keys and values of the tokens that it has read in the window.
 
     Args:
-        run: a run from `load_run` or `fit`.
+        run: a run of a fit or of a published model, from `load_run` or `fit`.
         prompt: text to continue, at least one token.
         length: tokens to generate.
         temperature: the logits are divided by it; 0 always takes the most probable token.
@@ -76,21 +81,20 @@ def generate(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: got {top_k}, expected an integer >= 1")
     check_seed(seed)
-    run = require_fit(run)
+    run = require_fitted(run)
     if not prompt:
         raise ValueError("prompt: got an empty text, expected at least one character")
     try:
-        tokens = list(run.vocabulary.encode(prompt))
+        tokens = [int(token) for token in run.vocabulary.encode(prompt)]
     except ValueError as error:
         raise ValueError(f"prompt: {error}") from None
-    step = partial(
-        _next_token,
-        heads=run.config.model.heads,
-        cap=run.config.model.spectral_cap,
+    draw = partial(
+        _draw,
         greedy=temperature == 0,
         top_k=None if top_k is None else min(top_k, run.vocabulary.size),
     )
-    block, given = run.config.model.block, len(tokens)
+    reader = _CachedReader(run) if isinstance(run, ImportedRun) else _WindowReader(run)
+    block, given = run.network.block, len(tokens)
     key = jax.random.key(seed)
     start = max(given - (block - 1), 0)
     starts = []
@@ -99,9 +103,8 @@ def generate(
             if index - start == block:
                 start = index - block // 2
             starts.append(start)
-            window = _window(tokens[start:index], block)
-            draw = jax.random.fold_in(key, index)
-            chosen = step(run.parameters, window, index - start - 1, temperature or 1.0, draw)
+            scores = reader.scores(tokens, start)
+            chosen = draw(scores, temperature or 1.0, jax.random.fold_in(key, index))
             tokens.append(int(chosen))
             bar.update(1)
     new = np.asarray(tokens[given:], np.int32)
@@ -122,14 +125,14 @@ def write_csv(generated: Generated, path: Path) -> Path:
 
 
 def _margins(
-    run: Run,
+    run: FittedRun,
     prior: PostHocPrior,
     tokens: list[int],
     starts: Int[np.ndarray, " N"],
     given: int,
 ) -> Float[np.ndarray, " N"]:
     """Return every generated token's margin, at its place in the window that generated it."""
-    block = run.config.model.block
+    block = run.network.block
     unique, number = np.unique(starts, return_inverse=True)
     # What a window holds after a token does not change its margin.
     inputs = np.concatenate([_window(tokens[start : start + block], block) for start in unique])
@@ -144,21 +147,67 @@ def _window(tokens: list[int], block: int) -> Int[np.ndarray, "1 T"]:
     return window
 
 
-@partial(jax.jit, static_argnames=("heads", "cap", "greedy", "top_k"))
-def _next_token(
-    parameters: Parameters,
-    window: Int[Array, "1 T"],
-    last: Int[Array, ""],
+class _WindowReader:
+    """Scores of the token that follows a window, by a network that reads all of it each time."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def scores(self, tokens: list[int], start: int) -> Float[Array, " V"]:
+        """Return the logits of the token that follows all tokens from `start` on."""
+        run, window = self._run, _window(tokens[start:], self._run.network.block)
+        return _last_scores(run.parameters, window, len(tokens) - start - 1, network=run.network)
+
+
+class _CachedReader:
+    """The same by a decoder that keeps the keys and values of the tokens it has read."""
+
+    def __init__(self, run: ImportedRun) -> None:
+        self._run, self._start = run, -1
+
+    def scores(self, tokens: list[int], start: int) -> Float[Array, " V"]:
+        """Return the logits of the token that follows all tokens from `start` on.
+
+        Successive calls have one token more each, or another start, whose tokens are read anew.
+        """
+        decoder = self._run.network.config
+        if start != self._start:
+            self._cache = init_cache(decoder, (), self._run.network.block)
+            self._start, self._read = start, start
+        while self._read < len(tokens):
+            # Of two sizes, so that two programs serve every prompt.
+            size = _CHUNK if len(tokens) - self._read >= _CHUNK else 1
+            chunk = np.asarray(tokens[self._read : self._read + size], np.int32)
+            scores, self._cache = _extend(self._run.parameters, self._cache, chunk, decoder=decoder)
+            self._read += size
+        return scores[-1]
+
+
+@partial(jax.jit, static_argnames="decoder", donate_argnums=1)
+def _extend(
+    parameters: Parameters, cache: Cache, tokens: Int[Array, " N"], *, decoder: DecoderConfig
+) -> tuple[Float[Array, "N V"], Cache]:
+    return extend(parameters, cache, tokens, decoder)
+
+
+@partial(jax.jit, static_argnames="network")
+def _last_scores(
+    parameters: Parameters, window: Int[Array, "1 T"], last: Int[Array, ""], *, network: Network
+) -> Float[Array, " V"]:
+    """Return the logits of position `last`, whatever the window holds after it."""
+    return network.logits(parameters, network.embed(parameters, window))[0, last]
+
+
+@partial(jax.jit, static_argnames=("greedy", "top_k"))
+def _draw(
+    scores: Float[Array, " V"],
     temperature: Float[Array, ""],
     rng_key: Array,
     *,
-    heads: int,
-    cap: float | None,
     greedy: bool,
     top_k: int | None,
 ) -> Int[Array, ""]:
-    """Draw the token that follows position `last`, whatever the window holds after it."""
-    scores = logits(parameters, embed(parameters, window), heads=heads, cap=cap)[0, last]
+    """Draw a token."""
     if greedy:
         return jnp.argmax(scores)
     if top_k is not None:

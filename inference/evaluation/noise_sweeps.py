@@ -14,7 +14,7 @@ from probattn.inference.evaluation.intervals import ratio
 from probattn.inference.evaluation.perturbations import NoiseKind, perturbation
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.runs.checks import check_same_corpus
-from probattn.inference.runs.run import Run
+from probattn.inference.runs.run import FittedRun
 from probattn.text.corpora import load_corpus
 from probattn.text.tokens import corpus_tokens
 
@@ -70,7 +70,7 @@ class NoiseSweeps:
 
     def __init__(
         self,
-        run: Run,
+        run: FittedRun,
         tokens: np.ndarray,
         scorer: Scorer,
         clean: Float[np.ndarray, " windows"],
@@ -123,9 +123,7 @@ class NoiseSweeps:
     @cached_property
     def _part(self) -> tuple[Scorer, Float[np.ndarray, " windows"]]:
         run = self._run
-        part = Scorer(
-            run.config.model, run.vocabulary, self._tokens, most_tokens=self._ascent_tokens
-        )
+        part = Scorer(run.network, run.vocabulary, self._tokens, most_tokens=self._ascent_tokens)
         return part, part.sums(run.parameters)
 
     @cached_property
@@ -133,7 +131,7 @@ class NoiseSweeps:
         return training_frequencies(self._run)
 
 
-def training_frequencies(run: Run) -> Float[np.ndarray, " V"]:
+def training_frequencies(run: FittedRun) -> Float[np.ndarray, " V"]:
     """Return the relative frequency of every symbol in the training text of a run.
 
     Raises:

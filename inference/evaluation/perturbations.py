@@ -17,10 +17,9 @@ from jax.tree_util import register_dataclass
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from probattn.models.transformer import Parameters, embed
-
 NoiseKind = Literal["gaussian", "uniform", "ascent-1", "ascent-10", "substitution"]
 Losses = Callable[[Float[Array, "B T d"]], Float[Array, "B T"]]
+Embed = Callable[[Int[Array, "B T"]], Float[Array, "B T d"]]
 
 _STRIDE = 2.5  # a step of ascent, in radii over the number of steps
 
@@ -31,7 +30,7 @@ class Perturbation(Protocol):
     def __call__(
         self,
         rng_key: Array,
-        parameters: Parameters,
+        embed: Embed,
         inputs: Int[Array, "B T"],
         losses: Losses | None = None,
     ) -> Float[Array, "B T d"]:
@@ -39,7 +38,7 @@ class Perturbation(Protocol):
 
         Args:
             rng_key: key of the random numbers.
-            parameters: parameters of the network.
+            embed: function from tokens to what enters the stack.
             inputs: tokens of each window.
             losses: function from what enters the stack to the loss of every position, for a kind
                 that looks for a direction.
@@ -56,12 +55,12 @@ class Gaussian:
     def __call__(
         self,
         rng_key: Array,
-        parameters: Parameters,
+        embed: Embed,
         inputs: Int[Array, "B T"],
         losses: Losses | None = None,
     ) -> Float[Array, "B T d"]:
         """Embed and add noise."""
-        x = embed(parameters, inputs)
+        x = embed(inputs)
         return x + self.sigma * jax.random.normal(rng_key, x.shape, x.dtype)
 
 
@@ -78,12 +77,12 @@ class Uniform:
     def __call__(
         self,
         rng_key: Array,
-        parameters: Parameters,
+        embed: Embed,
         inputs: Int[Array, "B T"],
         losses: Losses | None = None,
     ) -> Float[Array, "B T d"]:
         """Embed and add noise."""
-        x = embed(parameters, inputs)
+        x = embed(inputs)
         edge = 3**0.5
         return x + self.sigma * jax.random.uniform(rng_key, x.shape, x.dtype, -edge, edge)
 
@@ -110,7 +109,7 @@ class Substitution:
     def __call__(
         self,
         rng_key: Array,
-        parameters: Parameters,
+        embed: Embed,
         inputs: Int[Array, "B T"],
         losses: Losses | None = None,
     ) -> Float[Array, "B T d"]:
@@ -121,7 +120,7 @@ class Substitution:
         )
         # One uniform number a token: what a level replaces, a higher level replaces as well.
         replaced = jax.random.uniform(which, jnp.shape(inputs)) < self.probability
-        return embed(parameters, jnp.where(replaced, drawn, inputs))
+        return embed(jnp.where(replaced, drawn, inputs))
 
 
 @register_dataclass
@@ -147,7 +146,7 @@ class Ascent:
     def __call__(
         self,
         rng_key: Array,
-        parameters: Parameters,
+        embed: Embed,
         inputs: Int[Array, "B T"],
         losses: Losses | None = None,
     ) -> Float[Array, "B T d"]:
@@ -160,7 +159,7 @@ class Ascent:
             raise ValueError(
                 f"ascent: got {self.steps} steps on {losses}: expected at least one, and the losses"
             )
-        x = embed(parameters, inputs)
+        x = embed(inputs)
         radius = jnp.asarray(self.sigma, x.dtype) * x.shape[-1] ** 0.5
         stride = _STRIDE / self.steps
 

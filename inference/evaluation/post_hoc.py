@@ -25,15 +25,16 @@ from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError, replacing
 from probattn.inference.runs.folder import LOCK_SECONDS
 from probattn.inference.runs.npz import read_arrays
-from probattn.inference.runs.run import Run
+from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.progress import progress_bar
 from probattn.models.priors import WIDTH, attention_prior
-from probattn.models.transformer import embed
 from probattn.text.batches import windows
 from probattn.text.corpora import load_corpus
 from probattn.text.tokens import corpus_tokens
 
 TOKENS = 8192  # of training text, in windows spread evenly over it
+_MOST_POSITIONS = 256  # of a window: work grows with their square
+_MOST_NUMBERS = 2**21  # of all embeddings
 PRIOR_TOKENS = 16  # for which the log prior counts once
 STARTS = 4  # at most
 STEPS = 1000  # most iterations of a start
@@ -75,7 +76,7 @@ class PostHocPrior:
 
 
 @default_promotion()
-def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
+def post_hoc_prior(run: FittedRun, *, progress: bool = False) -> PostHocPrior:
     """Read the run's post-hoc attention prior, fitted and stored by the first call.
 
     In a run that is read-only every call fits it.
@@ -88,16 +89,19 @@ def post_hoc_prior(run: Run, *, progress: bool = False) -> PostHocPrior:
     if path.exists() and (stored := _read(path, run)) is not None:
         return stored
     writable = run.is_writable()  # refused before the work rather than after it
-    check_stage(run.config.model)
+    network = run.network
+    check_stage(width=network.width, rank=run.prior_rank, block=network.block)
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
     tokens, _ = corpus_tokens(corpus, run.vocabulary)
-    plan = windows(len(tokens), block=run.config.model.block).spread(TOKENS)
+    block = min(network.block, _MOST_POSITIONS)
+    most = min(TOKENS, max(_MOST_NUMBERS // network.width, block))
+    plan = windows(len(tokens), block=block).spread(most)
     prior = fit_attention_prior(
-        embed(run.parameters, jnp.asarray(plan.take(tokens))),
-        rank=run.config.model.prior_rank,
-        bound=run.config.model.bound,
-        seed=run.config.fit.seed,
+        network.embed(run.parameters_up_to(0), jnp.asarray(plan.take(tokens))),
+        rank=run.prior_rank,
+        bound=run.bound,
+        seed=run.seed,
         steps=STEPS,
         progress=progress,
     )
@@ -246,9 +250,9 @@ def _mean_log_density(
     return jnp.where(jnp.all(sign > 0), jnp.mean(gauss + log_abs), -jnp.inf)
 
 
-def _read(path: Path, run: Run) -> PostHocPrior | None:
+def _read(path: Path, run: FittedRun) -> PostHocPrior | None:
     """Read a stored prior; None if it is of other parameters, or of an earlier version's fit."""
-    shape = (run.config.model.width, run.config.model.prior_rank)
+    shape = (run.network.width, run.prior_rank)
     shapes: dict[str, tuple[int, ...]]
     shapes = dict.fromkeys(("of_step", *PostHocPrior.__dataclass_fields__), ())
     shapes |= {"w_query": shape, "w_key": shape}

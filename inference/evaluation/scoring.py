@@ -11,13 +11,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from probattn.inference.evaluation.perturbations import Gaussian, Perturbation
-from probattn.models import LanguageModelConfig
-from probattn.models.transformer import Parameters, Precision, logits
+from probattn.models.networks import Network, Parameters
 from probattn.text.batches import Windows, each_batch, windows
 from probattn.text.vocabulary import Vocabulary
 
 BATCH = 32  # windows in one call
 _TOGETHER = 2**20  # positions of a text that are counted at once
+_LOGITS = 2**27  # numbers, of one call
 _CLEAN = Gaussian(0.0)  # noise at level 0: one program scores a text clean and under noise
 
 
@@ -45,29 +45,27 @@ class Scorer:
     Scores hold the sums of each window and one batch of windows, and nothing as long as the text.
 
     Args:
-        config: size of the network.
+        network: the network.
         vocabulary: symbols of the tokens.
         tokens: the text, (N,), N >= 2.
         most_tokens: if given, only that many tokens, in windows spread evenly over the text.
-        precision: precision of the matrix products.
     """
 
     def __init__(
         self,
-        config: LanguageModelConfig,
+        network: Network,
         vocabulary: Vocabulary,
         tokens: Int[np.ndarray, " N"],
         *,
         most_tokens: int | None = None,
-        precision: Precision = "float32",
     ) -> None:
-        plan = windows(len(tokens) - 1, block=config.block)
+        plan = windows(len(tokens) - 1, block=network.block)
         self._plan = plan if most_tokens is None else plan.spread(most_tokens)
         self._tokens = tokens
         self._of_token = vocabulary.token_characters
-        self._losses = partial(
-            _losses, heads=config.heads, cap=config.spectral_cap, precision=precision
-        )
+        self._network = network
+        # So many windows in a call that the logits of a large vocabulary have room.
+        self._batch = max(1, min(BATCH, _LOGITS // (network.block * vocabulary.size)))
 
     @cached_property
     def inputs(self) -> Int[np.ndarray, "windows T"]:
@@ -153,14 +151,15 @@ class Scorer:
     def embedding_rms(self, parameters: Parameters) -> float:
         """Return the root mean square, per coordinate, of what enters the stack over this text."""
         length = self._plan.length
-        counts = np.zeros((len(parameters["token_embedding"]), length))
+        table, added = self._network.tables(parameters)
+        counts = np.zeros((len(table), length if added is not None else 1))
         for part in self._plan.parts(_TOGETHER):
-            np.add.at(counts, (part.take(self._tokens), np.arange(length)), part.reported)
-        tokens, positions = (
-            np.asarray(parameters[name], np.float64)
-            for name in ("token_embedding", "position_embedding")
-        )
-        positions = positions[:length]
+            columns = np.arange(length) if added is not None else np.zeros(length, int)
+            np.add.at(counts, (part.take(self._tokens), columns), part.reported)
+        tokens = np.asarray(table, np.float64)
+        if added is None:  # what enters the stack is a row of one table
+            return math.sqrt((counts[:, 0] * (tokens**2).mean(1)).sum() / counts.sum())
+        positions = np.asarray(added, np.float64)[:length]
         # Sum over (symbol, position) pairs of count * |token + position|^2, without the pairs.
         total = (
             (counts.sum(1) * (tokens**2).sum(1)).sum()
@@ -178,9 +177,10 @@ class Scorer:
         def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> tuple[Array, np.ndarray]:
             key, part = jax.random.fold_in(rng_key, number), self._plan.part(rows)
             inputs, targets = part.take(self._tokens), self._targets(part)
-            return self._losses(perturbation, parameters, inputs, targets, key), part.reported
+            losses = _losses(perturbation, parameters, inputs, targets, key, network=self._network)
+            return losses, part.reported
 
-        return each_batch(of_batch, len(self._plan.numbers), BATCH)
+        return each_batch(of_batch, len(self._plan.numbers), self._batch)
 
     def _targets(self, part: Windows) -> Int[np.ndarray, "windows T"]:
         """Return the token that follows each of those in some windows."""
@@ -197,7 +197,7 @@ class Scorer:
         return tokens, characters
 
 
-@partial(jax.jit, static_argnames=("heads", "cap", "precision"))
+@partial(jax.jit, static_argnames="network")
 def _losses(
     perturbation: Perturbation,
     parameters: Parameters,
@@ -205,12 +205,11 @@ def _losses(
     targets: Int[Array, "B T"],
     rng_key: Array,
     *,
-    heads: int,
-    cap: float | None,
-    precision: Precision,
+    network: Network,
 ) -> Float[Array, "B T"]:
     def losses(x: Float[Array, "B T d"]) -> Float[Array, "B T"]:
-        predicted = logits(parameters, x, heads=heads, cap=cap, precision=precision)
+        predicted = network.logits(parameters, x)
         return optax.softmax_cross_entropy_with_integer_labels(predicted, targets)
 
-    return losses(perturbation(rng_key, parameters, inputs, losses))
+    embed = partial(network.embed, parameters)
+    return losses(perturbation(rng_key, embed, inputs, losses))

@@ -38,7 +38,7 @@ from probattn.inference.evaluation.token_margins import (
     stage_columns,
 )
 from probattn.inference.runs.csv_tables import write_table
-from probattn.inference.runs.run import Run
+from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.progress import progress_bar
 
 
@@ -82,7 +82,7 @@ class Sensitivity:
 
 @default_promotion()
 def sensitivity(
-    run: Run,
+    run: FittedRun,
     text: str | os.PathLike[str] | None = None,
     *,
     noise_kind: NoiseKind = "gaussian",
@@ -120,12 +120,12 @@ def sensitivity(
             raise ValueError(f"{name}: got {count}, expected an integer >= 1")
     check_seed(seed)
     tokens, name = text_tokens(run, text)
-    scorer = Scorer(run.config.model, run.vocabulary, tokens, most_tokens=most_tokens)
+    scorer = Scorer(run.network, run.vocabulary, tokens, most_tokens=most_tokens)
     reported = scorer.reported
     if len(reported) < 2:
         raise ValueError(
             f"{name}: {min(len(tokens), most_tokens)} tokens in {len(reported)} window: expected "
-            f"at least 2 windows of {run.config.model.block} tokens (model.block); "
+            f"at least 2 windows of {run.network.block} tokens (model.block); "
             + ("raise most_tokens" if most_tokens < len(tokens) else "give a longer text")
         )
     prior = post_hoc_prior(run, progress=progress)

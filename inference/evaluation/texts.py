@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from probattn.inference.runs.checks import check_same_corpus
-from probattn.inference.runs.run import Run, require_fit
+from probattn.inference.runs.run import FittedRun, require_fitted
 from probattn.text.corpora import load_corpus, open_text
 from probattn.text.pieces import checksum
 from probattn.text.tokens import corpus_tokens, token_arrays
@@ -22,14 +22,14 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed: got {seed}, expected an integer from 0 to 2^32 - 1")
 
 
-def text_tokens(run: Run, text: str | os.PathLike[str] | None) -> tuple[np.ndarray, str]:
+def text_tokens(run: FittedRun, text: str | os.PathLike[str] | None) -> tuple[np.ndarray, str]:
     """Return the tokens of a file, or of the run's validation text, and what to call it.
 
     Raises:
         ValueError: if the run is a sampled posterior (RunError), or the text cannot be read, is
             shorter than two tokens or has a character that the vocabulary lacks.
     """
-    run = require_fit(run)
+    run = require_fitted(run)
     if text is None:
         corpus = load_corpus(run.config.data)
         check_same_corpus(run, corpus)
@@ -42,7 +42,7 @@ def text_tokens(run: Run, text: str | os.PathLike[str] | None) -> tuple[np.ndarr
     return tokens, name
 
 
-def _of_file(run: Run, path: str | os.PathLike[str]) -> np.ndarray:
+def _of_file(run: FittedRun, path: str | os.PathLike[str]) -> np.ndarray:
     text = open_text(path)
     try:
         [tokens] = token_arrays(run.vocabulary, [text], checksum([text]))

@@ -21,7 +21,7 @@ from probattn.inference.evaluation.post_hoc import post_hoc_prior
 from probattn.inference.evaluation.stage_certificates import StageCertificate, stage_certificate
 from probattn.inference.evaluation.texts import text_tokens
 from probattn.inference.runs.csv_tables import write_columns
-from probattn.inference.runs.run import Run
+from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.memory import check_memory
 from probattn.inference.runtime.progress import progress_bar
 from probattn.inference.runtime.scratch import scratch_array
@@ -36,6 +36,7 @@ _COLUMNS = {
     "certificate": "certificate",
     "support": "support",
 }
+_NOT_ALWAYS = ("embedding_margin", "certificate")  # which some heads of published models lack
 _RADIUS = "certified_radius_over_rms"  # of tables of a text
 
 _TOGETHER = 2**15  # positions of a text whose margins are computed before they are stored
@@ -53,7 +54,8 @@ class TokenMargins:
         margin: kind "sigma_min", (N,); NaN where it is not known.
         log_det: log det D_t in nats, -inf where the determinant is not positive, (N,).
         embedding_margin: first-order distance to the boundary in the space of the stage's input,
-            in its unit (see `attention_stages.StageMargins`), (N,).
+            in its unit, (N,); NaN of heads of a published model. See
+            `attention_stages.StageMargins`, as of the certificate.
         certificate: rho_t, below 1 where the position is proved invertible, (N,).
         support: whether the token is the support token of its window, (N,).
         radius: certified. No change of the stage's input makes D_t singular, if every token moves
@@ -100,11 +102,12 @@ class TextMargins:
 
 @default_promotion()
 def text_margins(
-    run: Run,
+    run: FittedRun,
     text: str | os.PathLike[str] | None = None,
     *,
     stride: int | None = None,
     radius: bool = False,
+    all_layers: bool = False,
     progress: bool = False,
 ) -> TextMargins:
     """Compute margins of every token of a text, for every attention stage of a run.
@@ -117,11 +120,14 @@ def text_margins(
     into memory, and the system may drop them from it.
 
     Args:
-        run: a run from `load_run` or `fit`.
+        run: a run of a fit or of a published model, from `load_run` or `fit`.
         text: UTF-8 file of any length, by default the run's validation text.
         stride: distance between windows, 1 to block; by default half a block.
         radius: compute the certified radius too, which takes two to three times as long as all
-            else.
+            else. Not of heads of a published model.
+        all_layers: take the heads of all layers, and not of the first alone. This describes the
+            network: only what enters the first layer is what the theory's model generates (paper,
+            Corollary 6.1).
         progress: show progress bars.
 
     Raises:
@@ -133,7 +139,7 @@ def text_margins(
     tokens, name = text_tokens(run, text)
     if len(tokens) < 3:
         raise ValueError(f"{name}: has {len(tokens)} tokens: expected at least 3")
-    block = run.config.model.block
+    block = run.network.block
     plan = windows(
         len(tokens), block=block, stride=max(block // 2, 1) if stride is None else stride
     )
@@ -141,9 +147,9 @@ def text_margins(
     prior = post_hoc_prior(run, progress=progress)
     length = len(tokens)
     window, position = (scratch_array(name, length, np.int32) for _ in range(2))
-    chosen = list(stages(run, prior))
+    chosen = list(stages(run, prior, all_layers=all_layers))
     found: list[TokenMargins] = []
-    radii: list[np.ndarray] = []
+    radii: dict[int, np.ndarray] = {}  # by number of the stage
     squares = np.zeros(len(chosen))  # sums of the mean squares of what enters each stage
     total, done = len(chosen) * len(plan.numbers), 0
     with progress_bar("margins", total=total, unit="window", visible=progress) as bar:
@@ -158,16 +164,16 @@ def text_margins(
                     found.append(_empty(values, length, name))
                 for column in _COLUMNS.values():
                     getattr(found[order], column)[rows] = getattr(values, column)
-                if radius:
-                    if order == len(radii):
-                        radii.append(scratch_array(name, length, values.margin.dtype))
+                if radius and stage.head is None:
+                    if order not in radii:
+                        radii[order] = scratch_array(name, length, values.margin.dtype)
                     distances, sizes = stage_radii(run, stage, inputs)
                     radii[order][rows] = distances[reported]
                     squares[order] += sizes[reported].sum(dtype=np.float64)
                 bar.update(len(inputs))
             done = rows.stop
-    for order, (distances, square) in enumerate(zip(radii, squares, strict=False)):
-        np.divide(distances, math.sqrt(square / length), out=distances)
+    for order, distances in radii.items():
+        np.divide(distances, math.sqrt(squares[order] / length), out=distances)
         found[order] = replace(found[order], radius=distances)
     return TextMargins(
         name=name,
@@ -182,7 +188,7 @@ def text_margins(
 
 
 def reported_margins(
-    run: Run,
+    run: FittedRun,
     stage: RunStage,
     inputs: Int[np.ndarray, "windows T"],
     reported: Bool[np.ndarray, "windows T"],
@@ -225,7 +231,9 @@ def stage_columns(stages: Sequence[TokenMargins]) -> dict[str, np.ndarray]:
     for stage in stages:
         prefix = stage.label.replace(" ", "_")
         for column, name in _COLUMNS.items():
-            columns[f"{prefix}_{column}"] = getattr(stage, name)
+            values = getattr(stage, name)
+            if name not in _NOT_ALWAYS or not np.isnan(values).all():
+                columns[f"{prefix}_{column}"] = values
         if stage.radius is not None:
             columns[f"{prefix}_{_RADIUS}"] = stage.radius
     return columns

@@ -19,7 +19,13 @@ from probattn.inference.evaluation.texts import text_tokens
 from probattn.inference.export.layout import DIMS
 from probattn.inference.export.numpyro_draws import NumPyroDraws, numpyro_result
 from probattn.inference.export.posterior_groups import located, posterior_groups
-from probattn.inference.runs.run import PosteriorRun, Run, RunDirectory
+from probattn.inference.runs.run import (
+    FittedRun,
+    ImportedRun,
+    PosteriorRun,
+    Run,
+    RunDirectory,
+)
 from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.sampling.posterior_runs import guide_posterior, load_posterior
 from probattn.inference.sampling.result import PosteriorResult
@@ -33,7 +39,7 @@ if TYPE_CHECKING:
 @default_promotion()
 @one_thread_at_a_time
 def to_datatree(
-    source: Run | PosteriorRun | PosteriorResult | NumPyroDraws,
+    source: FittedRun | PosteriorRun | PosteriorResult | NumPyroDraws,
     *,
     model: Callable | None = None,
     model_args: tuple | None = None,
@@ -73,7 +79,7 @@ def to_datatree(
             one whose embedding has the margin. Factors are none, and are left out.
         In a name, such as that of a scope, "." stands for "/", which a DataTree does not take.
 
-    Groups of a MAP run:
+    Groups of a MAP run, and but for the first one of an imported model:
         point_estimate: the parameters. Not called posterior, and without chain and draw, so that
             no diagnostic of draws (r_hat, ess, loo) can be computed of a point.
         margins: margin (kind "sigma_min"), log_det, the first-order embedding_margin, certificate
@@ -129,7 +135,7 @@ def to_datatree(
             draws=draws,
             seed=seed,
         )
-    elif not isinstance(source, Run | PosteriorRun | PosteriorResult):
+    elif not isinstance(source, RunDirectory | PosteriorResult):
         raise ValueError(
             f"source is {describe(source)}: expected a run, the result of `sample`, an MCMC, the "
             "result of SVI.run with its guide, or samples by site"
@@ -144,19 +150,24 @@ def to_datatree(
     if isinstance(source, RunDirectory):
         attributes = _run_attributes(source)
         labels["vocab"] = _symbols(source)
-    if isinstance(source, Run) and source.config.fit.guide == "map":
+    point = isinstance(source, Run) and source.config.fit.guide == "map"
+    if isinstance(source, ImportedRun) or (isinstance(source, Run) and point):
         if log_likelihood or posterior_predictive or prior:
             raise ValueError(
                 f"{source.path}: is a MAP run, a point without draws: make draws with `probattn "
                 f"sample --from {source.path}`, or fit with another --guide"
+                if point
+                else f"{source.path}: is an imported model, a point without draws: expected none "
+                "of log_likelihood, posterior_predictive and prior"
             )
-        groups = _map_groups(source, sequences)
+        groups = _point_groups(source, sequences)
     else:
         if isinstance(source, Run):
             result = guide_posterior(source, draws=draws, seed=seed, sequences=sequences)
         elif isinstance(source, PosteriorRun):
             result = load_posterior(source)
         else:
+            assert isinstance(source, PosteriorResult)
             result = source
         attributes = _posterior_attributes(result) | attributes
         groups = posterior_groups(
@@ -174,11 +185,11 @@ def to_datatree(
     return tree
 
 
-def _map_groups(run: Run, sequences: int) -> dict[str, "xr.Dataset"]:
+def _point_groups(run: FittedRun, sequences: int) -> dict[str, "xr.Dataset"]:
     import xarray as xr
 
     tokens, _ = text_tokens(run, None)
-    block = run.config.model.block
+    block = run.network.block
     plan = windows(len(tokens), block=block).spread(sequences * block)
     inputs = plan.take(tokens)
     prior = post_hoc_prior(run)
@@ -194,11 +205,13 @@ def _map_groups(run: Run, sequences: int) -> dict[str, "xr.Dataset"]:
     proved = [stage_certificate(run, stage).rho for stage in stages(run, prior)]
     measured["table_certificate"] = ("stage", np.array(proved))
     positions = {"sequence": plan.starts, "position": np.arange(block)}
-    return {
-        "point_estimate": xr.Dataset(
+    point = {}
+    if isinstance(run, Run):
+        point["point_estimate"] = xr.Dataset(
             {name: (DIMS[name], np.asarray(value)) for name, value in run.parameters.items()},
             attrs={"point_estimate": "MAP: one point, no draws"},
-        ),
+        )
+    return point | {
         "margins": xr.Dataset(
             measured,
             coords={"stage": [stage.label for stage in margins], **positions},

@@ -65,7 +65,7 @@ def comparison_figures(
 
     required = ("bpc", "validation_bpc", "min_margin", "min_margin_kind")
     curves = {label: run.metrics(*required) for label, run in runs.items()}
-    figures = {"training": training_curves(curves)}
+    figures = {"training": training_curves(curves)} if curves else {}
     gaussian = {label: _gaussian(each) for label, each in evaluations.items()}
     if all(each["noise_absolute"] for each in gaussian.values()):
         figures["noise"] = noise_sweep(gaussian)

@@ -14,6 +14,7 @@ from probattn.inference.fitting.latent_metrics import latent_metrics
 from probattn.inference.fitting.monitor import Monitor
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import Run
+from probattn.models.networks import TransformerNetwork
 
 REPORT_TOKENS = 16_384  # tokens of training and of validation text for each line of metrics.jsonl
 
@@ -125,11 +126,10 @@ def summarise_fit(run: Run, validation: np.ndarray) -> None:
 
 def _scorer(run: Run, tokens: np.ndarray, *, most_tokens: int | None) -> Scorer:
     return Scorer(
-        run.config.model,
+        TransformerNetwork(run.config.model, run.config.fit.precision),
         run.vocabulary,
         tokens,
         most_tokens=most_tokens,
-        precision=run.config.fit.precision,
     )
 
 

@@ -2,18 +2,24 @@
 
 import dataclasses
 import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from probattn.inference.pretrained.architectures import decoder_config
 from probattn.inference.pretrained.errors import PretrainedError, read_object, short
 from probattn.inference.pretrained.gguf_files import open_gguf
 from probattn.inference.pretrained.gguf_models import gguf_model
 from probattn.inference.pretrained.gguf_tokenizers import gguf_tokenizer
+from probattn.inference.pretrained.parameter_names import ParameterNames
 from probattn.inference.pretrained.pretrained_tokenizer import PretrainedTokenizer, read_tokenizer
 from probattn.inference.pretrained.safetensors_files import is_pickle, open_folder, pickles_refused
 from probattn.inference.pretrained.tensors import Tensors
 from probattn.messages import one_line
+from probattn.models.decoder.config import DecoderConfig
 
 _HUB = "hf:"
 _NEEDED = ["config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
@@ -41,6 +47,49 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: Tensors
     tokenizer: PretrainedTokenizer
+
+    @cached_property
+    def decoder(self) -> DecoderConfig:
+        """The configuration of the network.
+
+        Raises:
+            PretrainedError: if it has an option that is not known.
+        """
+        with self._blamed():
+            return decoder_config(self.config)
+
+    @cached_property
+    def names(self) -> ParameterNames:
+        """The tensors of the network, checked by name and shape.
+
+        Raises:
+            PretrainedError: if one is missing, of another shape, or none of this network's.
+        """
+        shapes = {name: entry.shape for name, entry in self.tensors.entries.items()}
+        with self._blamed():
+            return ParameterNames.of(self.config["model_type"], self.decoder, shapes)
+
+    def read_parameters(self, parts: Collection[str] | None = None) -> dict[str, Any]:
+        """Read the parameters, in the layout of `models.decoder.shapes`.
+
+        Args:
+            parts: see `ParameterNames.read`.
+
+        Raises:
+            PretrainedError: if a tensor is missing or damaged.
+        """
+        names = self.names
+        with self._blamed():
+            return names.read(self.tensors, parts=parts)
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        try:
+            yield
+        except PretrainedError:
+            raise
+        except ValueError as error:
+            raise PretrainedError(self.source, str(error)) from None
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:

@@ -9,7 +9,7 @@ the first axis of the right side.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,19 +194,27 @@ class ParameterNames:
         return names
 
     def read(
-        self, tensors: Mapping[str, NDArray], dtype: np.dtype | type | None = None
+        self,
+        tensors: Mapping[str, NDArray],
+        dtype: np.dtype | type | None = None,
+        *,
+        parts: Collection[str] | None = None,
     ) -> dict[str, Any]:
         """Return the parameter tree of a checkpoint, whose tensors are read one by one.
 
         Args:
             tensors: by name; those that `of` has checked.
             dtype: what to convert to; None keeps that of each tensor.
+            parts: branches of the tree, such as "layers.0.query"; the tensors of all others are not
+                read. None reads all.
 
         Raises:
             ValueError: if the output is tied to the embedding, and the checkpoint has another one.
         """
         tree: dict[str, Any] = {}
         for name, (axes, places) in self._places.items():
+            if parts is not None and not any(_within(place, parts) for place in places):
+                continue
             tensor = np.asarray(tensors[name])
             head = name == self._embedding and self._tied and _HEAD[0] in tensors
             if head and not np.array_equal(tensor, tensors[_HEAD[0]]):
@@ -273,6 +281,10 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _within(place: str, parts: Collection[str]) -> bool:
+    return any(place == part or place.startswith(f"{part}.") for part in parts)
 
 
 def _insert(tree: dict[str, Any], place: str, leaf: NDArray) -> None:

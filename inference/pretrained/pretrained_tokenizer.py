@@ -46,7 +46,7 @@ class PretrainedTokenizer:
     """
 
     definition: dict[str, Any] = field(repr=False)
-    source: str = "the tokenizer"
+    source: str = field(default="the tokenizer", compare=False)
 
     def __post_init__(self) -> None:
         _ = self._checked, self._library  # building them checks the definition

@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
+from typing import Any
 
-from probattn.inference.config import RunConfig, SampleRunConfig
+from probattn.inference.config import AnyRunConfig, RunConfig
 from probattn.inference.config_files import differences
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import RunDirectory
@@ -11,7 +12,7 @@ from probattn.messages import legible
 from probattn.text.corpora import NAMED_SOURCES, Corpus
 
 
-def with_absolute_paths(config: RunConfig | SampleRunConfig) -> RunConfig | SampleRunConfig:
+def with_absolute_paths[C: AnyRunConfig](config: C) -> C:
     """Name the texts of a configuration so that every working directory finds them."""
     data = config.data
     if isinstance(data.source, tuple):
@@ -19,11 +20,11 @@ def with_absolute_paths(config: RunConfig | SampleRunConfig) -> RunConfig | Samp
     else:
         source = data.source if data.source in NAMED_SOURCES else _absolute(data.source)
     validation = None if data.validation is None else _absolute(data.validation)
-    data = dataclasses.replace(data, source=source, validation=validation)
-    return dataclasses.replace(config, data=data)
+    changed: Any = dataclasses.replace(data, source=source, validation=validation)
+    return dataclasses.replace(config, data=changed)
 
 
-def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) -> None:
+def check_same_config(run: RunDirectory, config: AnyRunConfig) -> None:
     """Refuse to resume a run with another configuration than its own.
 
     Raises:
@@ -38,7 +39,7 @@ def check_same_config(run: RunDirectory, config: RunConfig | SampleRunConfig) ->
         )
 
 
-def _resolved(config: RunConfig | SampleRunConfig) -> RunConfig | SampleRunConfig:
+def _resolved(config: AnyRunConfig) -> AnyRunConfig:
     return config.resolved() if isinstance(config, RunConfig) else config
 
 

@@ -31,6 +31,7 @@ ENTRIES = (
     "checkpoints",
     "post_hoc_prior.npz",
     "start.npz",
+    "model",
     "segments",
     "posterior.nc",
     "figures",
@@ -171,7 +172,7 @@ def replacement(path: Path, *, overwrite: bool) -> Iterator[None]:
     """Set aside the run that a new one replaces, under the lock that the caller holds.
 
     It is removed after the block. But it comes back if the block raises before the new run has a
-    checkpoint to resume from or draws.
+    checkpoint to resume from, draws or a published model.
 
     Args:
         path: of both runs.
@@ -199,7 +200,8 @@ def is_replacing(path: Path) -> bool:
         return False
     saved = *path.glob("checkpoints/latest/*"), *path.glob("segments/*.npz")
     begun = any(re.fullmatch(r"[0-9]+|[0-9]+-[0-9]+\.npz", entry.name) for entry in saved)
-    return not (begun and _is_whole(path))
+    imported = (path / "model").is_dir() and (path / "config.toml").exists()
+    return not ((begun or imported) and _is_whole(path))
 
 
 def put_aside(path: Path) -> Path | None:

@@ -1,14 +1,14 @@
 """The one way to open a run to write to it: a new one, or one that goes on."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from probattn.inference.config import RunConfig, SampleRunConfig
+from probattn.inference.config import AnyRunConfig, RunConfig, SampleRunConfig
 from probattn.inference.config_files import LARGEST, format_config
 from probattn.inference.config_memory import check_size
 from probattn.inference.runs.checks import (
@@ -18,7 +18,7 @@ from probattn.inference.runs.checks import (
 )
 from probattn.inference.runs.files import RunError, replacing, write_text
 from probattn.inference.runs.folder import FORMAT, check_target, enter, locked, replacement
-from probattn.inference.runs.run import Run, RunDirectory, load_run
+from probattn.inference.runs.run import ImportedRun, Run, RunDirectory, load_run
 from probattn.inference.runtime.processes import (
     check_same_everywhere,
     is_main_process,
@@ -82,7 +82,7 @@ def find_run[R: RunDirectory](
 def new_run[R: RunDirectory](
     kind: type[R],
     path: Path,
-    config: RunConfig | SampleRunConfig,
+    config: AnyRunConfig,
     corpus: Corpus,
     vocabulary: Vocabulary,
 ) -> R:
@@ -104,6 +104,7 @@ def open_run[R: RunDirectory](
     resume: bool = False,
     overwrite: bool = False,
     start: Mapping[str, Any] | None = None,
+    write: Callable[[], object] | None = None,
 ) -> Iterator[R]:
     """Hold a run from before it is made, or goes on, to its end; the main process alone writes.
 
@@ -113,6 +114,7 @@ def open_run[R: RunDirectory](
         overwrite: replace the run that is there. It is removed at the end of the block, and comes
             back if the block raises before the new run has a checkpoint or draws.
         start: arrays that the chains of a sampler start from.
+        write: writes what else a new run begins with.
 
     Raises:
         RunError: if another process holds the run, or has made another one there.
@@ -125,6 +127,8 @@ def open_run[R: RunDirectory](
                 check_target(run.path, overwrite=overwrite)
             held.enter_context(replacement(run.path, overwrite=not resume))
             if not resume:
+                if write is not None:
+                    write()
                 _write_description(run, start)
         wait_for_all("made")
         yield run.reopened()
@@ -142,7 +146,9 @@ def _check_options(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _write_description(run: RunDirectory, start: Mapping[str, Any] | None) -> None:
-    description = {"format": FORMAT, **run.data, "vocabulary": run.vocabulary.to_dict()}
+    description = {"format": FORMAT, **run.data}
+    if not isinstance(run, ImportedRun):  # whose tokenizer is beside its model
+        description["vocabulary"] = run.vocabulary.to_dict()
     write_text(run.path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
     if start is not None:
         with replacing(run.path / "start.npz") as stream:

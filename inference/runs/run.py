@@ -6,112 +6,51 @@ data.json        corpus and vocabulary    checkpoints/best    parameters of the 
 metrics.jsonl    one line per report      post_hoc_prior.npz  attention prior, see post_hoc.py
 summary.json     results                  figures/            pictures and their tables
 segments/        draws as they come       posterior.nc        draws for ArviZ
+model/           a published model, as Hugging Face has them
 start.npz        what chains start from, if not draws of the prior
 lock             held by the process that writes (lock.owner where a file system has no locks)
 """
 
-import errno
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 from jaxtyping import Array
 
-from probattn.inference.config import RunConfig, SampleRunConfig
-from probattn.inference.config_files import read_tables
+from probattn.inference.config import ImportConfig, RunConfig, SampleRunConfig
 from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder
+from probattn.inference.runs.directory import RunDirectory, read_description
 from probattn.inference.runs.files import (
     RunError,
-    WriteError,
     fsync,
     read_bytes,
-    read_json,
     write_errors,
     write_text,
 )
-from probattn.inference.runs.folder import BOUNDED_FORMAT, enter, locked, put_aside
+from probattn.inference.runs.folder import put_aside
+from probattn.inference.runs.imported import ImportedRun
 from probattn.inference.runs.segments import SegmentFolder
 from probattn.messages import describe, legible
 from probattn.models.language import parameter_shapes
-from probattn.text.vocabulary import Vocabulary, vocabulary_from_dict
+from probattn.models.networks import TransformerNetwork
 
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """What runs of every kind have.
-
-    Attributes:
-        path: its directory.
-        config: the configuration it was made with.
-        data: name, description, checksum and sizes of its corpus.
-        vocabulary: symbols of its tokens.
-    """
-
-    path: Path
-    config: RunConfig | SampleRunConfig
-    data: Mapping[str, Any] = field(hash=False)
-    vocabulary: Vocabulary = field(repr=False)
-
-    def reopened(self) -> Self:
-        """Open the run again, under its lock.
-
-        Raises:
-            RunError: if another run has been made there.
-        """
-        there = load_run(self.path)
-        if not isinstance(there, type(self)) or there != self:
-            raise RunError(f"{self.path}: holds another run than when it was opened; open that one")
-        return there
-
-    def summary(self) -> dict[str, Any]:
-        """Results so far, by the command that made them."""
-        path = self.path / "summary.json"
-        return read_json(path) if path.exists() else {}
-
-    def update_summary(self, **results: Any) -> None:
-        """Set results in summary.json."""
-        summary = self.summary() | results
-        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-    @contextmanager
-    def lock(self, *, wait: float = 0.0) -> Iterator[None]:
-        """Hold the run's lock while writing to it.
-
-        Args:
-            wait: seconds to wait for another process that holds it.
-
-        Raises:
-            RunError: if it holds it still, or another run has been made there.
-        """
-        with locked(self.path, wait=wait):
-            self.reopened()
-            yield
-
-    def is_writable(self, *, wait: float = 0.0) -> bool:
-        """Tell whether results can be stored in the run, or this user may only read it.
-
-        Args:
-            wait: seconds to wait for another process that holds its lock.
-
-        Raises:
-            RunError: if it holds it still, or another run has been made there.
-        """
-        if not os.access(self.path, os.W_OK):
-            return False
-        try:
-            with self.lock(wait=wait):
-                return True
-        except WriteError as error:
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                return False
-            raise
+__all__ = [
+    "FittedRun",
+    "ImportedRun",
+    "PosteriorRun",
+    "Run",
+    "RunDirectory",
+    "load_fit",
+    "load_fitted",
+    "load_run",
+    "require_fit",
+    "require_fitted",
+]
 
 
 @dataclass(frozen=True)
@@ -163,6 +102,30 @@ class Run(RunDirectory):
     def parameter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every parameter."""
         return parameter_shapes(self.vocabulary.size, self.config.model, self.config.objective)
+
+    def parameters_up_to(self, layer: int) -> dict[str, Array]:
+        """Return the parameters: a fitted network is small."""
+        return self.parameters
+
+    @property
+    def network(self) -> TransformerNetwork:
+        """The network."""
+        return TransformerNetwork(self.config.model)
+
+    @property
+    def prior_rank(self) -> int:
+        """Rank of the post-hoc attention prior."""
+        return self.config.model.prior_rank
+
+    @property
+    def bound(self) -> float | None:
+        """C of the bounded context of that prior's stage, or None."""
+        return self.config.model.bound
+
+    @property
+    def seed(self) -> int:
+        """Seed of the fit."""
+        return self.config.fit.seed
 
     @property
     def best(self) -> CheckpointFolder:
@@ -237,7 +200,11 @@ class Run(RunDirectory):
             fsync(path)
 
 
-def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
+FittedRun = Run | ImportedRun
+"""What a text can be read by: one network with one set of parameters."""
+
+
+def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun | ImportedRun:
     """Open a run directory for reading; parameters and draws are loaded when they are asked for.
 
     Raises:
@@ -246,38 +213,12 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun:
         WriteError: if a killed --overwrite had put the run aside, and it cannot be brought back.
     """
     path = Path(path)
-    enter(path)
-    if not (path / "config.toml").is_file():
-        raise RunError(f"{path}: expected a run directory, which has a config.toml")
-    try:
-        text = (path / "config.toml").read_text(encoding="utf-8")
-        sampled = "\n[sample]\n" in text
-        config: RunConfig | SampleRunConfig = (
-            read_tables(path / "config.toml", SampleRunConfig)
-            if sampled
-            else read_tables(path / "config.toml", RunConfig)
-        )
-    except ValueError as error:
-        raise RunError(f"damaged run: {error}") from None
-    data = read_json(path / "data.json")
-    if data.get("format", 0) < BOUNDED_FORMAT and _has_bounded_coupling(config):
-        raise RunError(
-            f"{path}: was made by an earlier version of probattn, to which the parameters of a "
-            "bounded coupling meant another coupling; fit or sample it again with --overwrite"
-        )
-    try:
-        vocabulary = vocabulary_from_dict(data["vocabulary"])
-        described = {name: data[name] for name in _DATA_FIELDS}
-        for name, kind in _DATA_FIELDS.items():
-            if type(described[name]) is not kind:
-                raise TypeError(f"{name} is {describe(described[name])}, expected {kind.__name__}")
-        if not re.fullmatch("[0-9a-f]{64}", described["sha256"]):
-            raise ValueError(f"sha256 is {describe(described['sha256'])}, expected 64 hex digits")
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path / 'data.json'}: damaged: {error}") from None
+    config, data, vocabulary = read_description(path)
     if isinstance(config, SampleRunConfig):
-        return PosteriorRun(path, config, described, vocabulary)
-    return Run(path, config, described, vocabulary)
+        return PosteriorRun(path, config, data, vocabulary)
+    if isinstance(config, ImportConfig):
+        return ImportedRun(path, config, data, vocabulary)
+    return Run(path, config, data, vocabulary)
 
 
 def load_fit(path: str | os.PathLike[str]) -> Run:
@@ -289,6 +230,15 @@ def load_fit(path: str | os.PathLike[str]) -> Run:
     return require_fit(load_run(path))
 
 
+def load_fitted(path: str | os.PathLike[str]) -> FittedRun:
+    """Open the run directory of a fit or of a published model.
+
+    Raises:
+        RunError: if the directory is none, or its description is damaged.
+    """
+    return require_fitted(load_run(path))
+
+
 def require_fit(run: RunDirectory) -> Run:
     """Return the run, which must be that of a fit.
 
@@ -296,24 +246,22 @@ def require_fit(run: RunDirectory) -> Run:
         RunError: if it is not.
     """
     if not isinstance(run, Run):
-        raise RunError(f"{run.path}: is a sampled posterior: expected a run of `probattn fit`")
+        what = "an imported model" if isinstance(run, ImportedRun) else "a sampled posterior"
+        raise RunError(f"{run.path}: is {what}: expected a run of `probattn fit`")
     return run
 
 
-def _has_bounded_coupling(config: RunConfig | SampleRunConfig) -> bool:
-    """Tell whether the coupling is made by `sample_coupling` or `proper_weights` with a bound."""
-    if isinstance(config, SampleRunConfig):
-        return config.latent is not None and config.latent.context_bound is not None
-    return config.objective.name == "latent" and config.model.bound is not None
+def require_fitted(run: RunDirectory) -> FittedRun:
+    """Return the run, which must have one set of parameters: no sampled posterior.
 
-
-_DATA_FIELDS = {
-    "name": str,
-    "description": str,
-    "sha256": str,
-    "train_characters": int,
-    "validation_characters": int,
-}
+    Raises:
+        RunError: if it is a posterior.
+    """
+    if not isinstance(run, Run | ImportedRun):
+        raise RunError(
+            f"{run.path}: is a sampled posterior: expected a run of `probattn fit` or `import`"
+        )
+    return run
 
 
 _TEXTS = ("stopped", "min_margin_kind")

@@ -17,7 +17,7 @@ from probattn.inference.runs.files import RunError
 from probattn.inference.runs.folder import clear
 from probattn.inference.runs.npz import read_arrays
 from probattn.inference.runs.opening import find_run, open_run
-from probattn.inference.runs.run import PosteriorRun, Run
+from probattn.inference.runs.run import FittedRun, PosteriorRun, Run
 from probattn.inference.sampling.chains import SampleError
 from probattn.inference.sampling.initialisation import given_values
 from probattn.inference.sampling.nuts import load_draws, sample
@@ -150,8 +150,8 @@ def guide_posterior(
     )
 
 
-def training_sequences(run: Run, at_most: int) -> tuple[np.ndarray, ...]:
-    """Return inputs and targets (count, model.block) from a fitted run's training text.
+def training_sequences(run: FittedRun, at_most: int) -> tuple[np.ndarray, ...]:
+    """Return inputs and targets (count, block) from the training text of a run.
 
     Raises:
         ValueError: if its text is not there any more, or too short for one.
@@ -159,7 +159,7 @@ def training_sequences(run: Run, at_most: int) -> tuple[np.ndarray, ...]:
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
     tokens, _ = corpus_tokens(corpus, run.vocabulary)
-    length = run.config.model.block
+    length = run.network.block
     count = max(min(at_most, (len(tokens) - 1) // length), 1)
     return _spread(tokens, corpus, count=count, length=length, shifts=2)
 

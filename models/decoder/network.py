@@ -1,4 +1,4 @@
-"""The decoder: token ids to logits, what its first attention sees, and generation with a cache.
+"""The decoder: token ids to logits, and generation with a cache.
 
 Shapes: T positions, d width, H heads of queries, G of keys and values, r their width, V token ids.
 The parameters are a tree in the layout of `shapes.py`, of any floating dtype. The stream has that
@@ -16,29 +16,6 @@ from probattn.models.checks import check_symbols
 from probattn.models.decoder import layers
 from probattn.models.decoder.config import DecoderConfig
 from probattn.models.decoder.layers import Parameters
-
-
-class FirstStage(NamedTuple):
-    """What the attention of the first layer sees, and the matrices of its queries and keys.
-
-    What else a stage needs is in the configuration: `scale`, `attention_cap`, `window(0)`, and
-    `frequencies(layer_rotary(0), head_width)`.
-
-    Attributes:
-        normalised: n (..., T, d), what queries, keys and values are made of.
-        queries: (..., H, T, r), with bias, norm and rotation.
-        keys: (..., G, T, r), likewise; each serves H / G heads, one after the other.
-        values: (..., G, T, r).
-        w_query: W_Q (H, d, r).
-        w_key: W_K (G, d, r).
-    """
-
-    normalised: Float[Array, "*batch T d"]
-    queries: Float[Array, "*batch H T r"]
-    keys: Float[Array, "*batch G T r"]
-    values: Float[Array, "*batch G T r"]
-    w_query: Float[Array, "H d r"]
-    w_key: Float[Array, "G d r"]
 
 
 class Cache(NamedTuple):
@@ -116,29 +93,6 @@ def read_out(
     else:
         z = layers.linear(parameters["output"], x)
     return layers.soft_cap(z, config.logit_cap)
-
-
-def first_stage(
-    parameters: Parameters, tokens: Int[Array, "*batch T"], config: DecoderConfig
-) -> FirstStage:
-    """Compute what the attention of the first layer sees.
-
-    It reads the embedding and the first layer's `attention_norm`, `query`, `key`, `value` and norms
-    of queries and keys; the tree may lack everything else.
-
-    Raises:
-        ValueError: if there are more tokens than the context holds, or ids outside the vocabulary.
-    """
-    own = parameters["layers"]["0"]
-    x = embed(parameters, tokens, config)
-    n = layers.normalise(own["attention_norm"], x, config)
-    found = layers.project(own, n, jnp.arange(x.shape[-2]), config, 0)
-    queries, keys, values = (jnp.swapaxes(each, -2, -3) for each in found)
-    w_query, w_key = (
-        jnp.asarray(own[name]["weights"]).astype(x.dtype).swapaxes(0, 1)
-        for name in ("query", "key")
-    )
-    return FirstStage(n, queries, keys, values, w_query, w_key)
 
 
 def init_cache(

@@ -1,7 +1,8 @@
 """An attention layer of a decoder, in its own numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,17 @@ class AttentionLayer:
     def for_heads(self, groups: Float[Array, "*batch G m n"], axis: int) -> Array:
         """Repeat what groups of heads share, along this axis."""
         return jnp.repeat(groups, self.w_query.shape[0] // self.w_key.shape[0], axis=axis)
+
+    def of_head(self, head: int) -> "AttentionLayer":
+        """Return the layer with one of its heads alone, counted from 0."""
+        group = head // (self.w_query.shape[0] // self.w_key.shape[0])
+        rows = dict.fromkeys(("w_query", "w_out", "query_bias"), head)
+        rows |= dict.fromkeys(("w_key", "w_value", "key_bias", "value_bias"), group)
+        chosen: dict[str, Any] = {
+            name: None if getattr(self, name) is None else getattr(self, name)[row : row + 1]
+            for name, row in rows.items()
+        }
+        return replace(self, **chosen)
 
     def stage(self, x: Float[Array, "*batch T d"]) -> AttentionStage:
         """Make the theory's stage of what enters the layer, all heads beside each other.

@@ -18,6 +18,7 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "DataError",
+    "TextConfig",
     "load_corpus",
     "open_text",
     "read_text",
@@ -46,8 +47,8 @@ WIKITEXT_2 = Archive(
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Which text to train and validate on, and how to cut it into tokens.
+class TextConfig:
+    """Which text to train and validate on.
 
     Attributes:
         source: "pydoc" (Python's own language reference, present wherever Python is), "wikitext-2"
@@ -59,9 +60,6 @@ class DataConfig:
             "wikitext-2" has its own validation text and the other sources hold out their end.
         validation_fraction: fraction of the characters, between 0 and 1, held out at the end of the
             text where there is no separate validation text.
-        tokenizer: "character", "frequent:SIZE" for the most frequent characters and one symbol for
-            all others, or "bpe:SIZE" for byte-level byte pairs with SIZE tokens, such as
-            "bpe:512", learnt from a sample of 2^25 characters where the text has more.
 
     Raises:
         ValueError: if a field is of the wrong type or out of range.
@@ -70,7 +68,6 @@ class DataConfig:
     source: str | tuple[str, ...] = "pydoc"
     validation: str | None = None
     validation_fraction: float = 0.1
-    tokenizer: str = "character"
 
     def __post_init__(self) -> None:
         several = self.source if isinstance(self.source, tuple) else (self.source,)
@@ -99,6 +96,25 @@ class DataConfig:
                 f"data.validation_fraction: got {fraction!r}, expected a number strictly between 0 "
                 "and 1"
             )
+
+
+@dataclass(frozen=True)
+class DataConfig(TextConfig):
+    """Which text to train and validate on, see `TextConfig`, and how to cut it into tokens.
+
+    Attributes:
+        tokenizer: "character", "frequent:SIZE" for the most frequent characters and one symbol for
+            all others, or "bpe:SIZE" for byte-level byte pairs with SIZE tokens, such as
+            "bpe:512", learnt from a sample of 2^25 characters where the text has more.
+
+    Raises:
+        ValueError: if a field is of the wrong type or out of range.
+    """
+
+    tokenizer: str = "character"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             parse_tokenizer(self.tokenizer)
         except ValueError as error:
@@ -161,7 +177,7 @@ class Corpus:
         return Text.joined(self.train_text, self.validation_text)
 
 
-def load_corpus(config: DataConfig, *, cache_dir: Path | None = None) -> Corpus:
+def load_corpus(config: TextConfig, *, cache_dir: Path | None = None) -> Corpus:
     """Load the text that a configuration names.
 
     "wikitext-2" (Merity et al. 2017, arXiv:1609.07843; CC BY-SA) is read from files called

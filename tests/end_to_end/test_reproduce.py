@@ -182,7 +182,7 @@ def test_points_are_of_the_second_half_under_noise_in_its_unit(history, command)
     ]
     clean = np.mean(losses) / math.log(2)
     rms = np.sqrt(np.mean(tiny_run.embedded(run, windows[0]) ** 2))
-    scorer = Scorer(run.config.model, run.vocabulary, tokens)
+    scorer = Scorer(run.network, run.vocabulary, tokens)
     for (unit, level), (bpc, degradation) in found.items():
         sigma = level * {"absolute": 1.0, "relative": rms}[unit]
         noisy = scorer.score(run.parameters, Gaussian(sigma), rng_key=jax.random.key(0)).bpc

@@ -82,9 +82,9 @@ def test_a_run_that_is_too_large_is_not_begun(tmp_path):
 
 def test_the_attention_stage_of_a_model_without_one_is_refused_where_it_is_fitted():
     check_size(fitted("ce", prior_rank=10**8), vocabulary_size=100)  # has none
-    check_stage(LanguageModelConfig())
+    check_stage(width=128, rank=16, block=64)
     with pytest.raises(ValueError, match=r"attention stage of model.prior_rank would take .* GiB"):
-        check_stage(LanguageModelConfig(prior_rank=10**8))
+        check_stage(width=128, rank=10**8, block=64)
 
 
 @pytest.mark.parametrize(("written", "expected"), [("1073741824\n", GIB), ("max\n", None)])

@@ -103,10 +103,10 @@ def test_no_input_folds_a_head_of_a_capped_network():
     parameters = {name: 100 * value for name, value in random_parameters(0).items()}
     rng = np.random.default_rng(1)
     streams = rng.standard_normal((40, 1, WIDTH)) * np.logspace(-2, 3, 40)[:, None, None]
-    x, w_query, w_key = transformer.first_layer(parameters, streams, heads=HEADS, cap=CAP)
+    x, w_query, w_key = transformer.attention_inputs(parameters, streams, heads=HEADS, cap=CAP)
     table = np.concatenate([x[:, 0], -x[:, 0]])
     assert np.all(table_certificate(table, w_query, w_key).rho <= CAP)
-    _, *free = transformer.first_layer(parameters, streams, heads=HEADS)
+    _, *free = transformer.attention_inputs(parameters, streams, heads=HEADS)
     assert np.all(table_certificate(table, *free).rho > 1)
 
 

@@ -136,7 +136,7 @@ def test_embed_adds_the_position_to_the_token(length):
 def test_first_layer_gives_the_attention_logits_of_the_first_layer(heads):
     """Those of the oracle, which `test_logits_match_plain_numpy` ties to the network."""
     parameters, x = random_parameters(9), random_stream(10)
-    normalised, w_query, w_key = transformer.first_layer(parameters, x, heads=heads)
+    normalised, w_query, w_key = transformer.attention_inputs(parameters, x, heads=heads)
     assert normalised.shape == x.shape
     assert w_query.shape == w_key.shape == (heads, WIDTH, WIDTH // heads)
     for b, head in np.ndindex(BATCH, heads):

@@ -9,6 +9,7 @@ from probattn.inference.evaluation import scoring
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.models import ObjectiveConfig
 from probattn.models.language import parameter_shapes
+from probattn.models.networks import TransformerNetwork
 from tests.support.tiny_run import BLOCK, MODEL
 
 SIZE = 6  # of the vocabulary
@@ -36,5 +37,5 @@ def text(length, seed=1):
     return np.random.default_rng(seed).integers(0, SIZE, length).astype(np.int32)
 
 
-def scorer_of(tokens, **options):
-    return Scorer(MODEL, VOCABULARY, tokens, **options)
+def scorer_of(tokens, precision="float32", **options):
+    return Scorer(TransformerNetwork(MODEL, precision), VOCABULARY, tokens, **options)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import probattn as probattn_package
 from probattn.inference import RunConfig, generate, load_run, sensitivity
-from probattn.inference.cli import commands, console, main
+from probattn.inference.cli import commands, console, main, showing_commands
 from probattn.inference.cli import demo as demo_module
 from probattn.inference.config_files import format_config
 from probattn.inference.evaluation.evaluate import EvaluateResult, MarginSummary
@@ -581,7 +581,9 @@ def test_demo_compares_what_it_fits(probattn, tiny_run, monkeypatch, tmp_path):
     config = tiny_run.config
     monkeypatch.setattr(demo_module, "fit", fit)
     monkeypatch.setattr(demo_module, "evaluate", evaluate)
-    monkeypatch.setattr(commands, "demo", functools.partial(commands.demo, config=config))
+    monkeypatch.setattr(
+        showing_commands, "demo", functools.partial(showing_commands.demo, config=config)
+    )
     status, out, _ = probattn("demo", "--out", "shown")
     assert status == 0
     assert fits == [
@@ -601,7 +603,9 @@ def test_demo_compares_what_it_fits(probattn, tiny_run, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_demo_fits_compares_and_draws(probattn, monkeypatch, tmp_path):
     config = tiny_config(tmp_path)
-    monkeypatch.setattr(commands, "demo", functools.partial(commands.demo, config=config))
+    monkeypatch.setattr(
+        showing_commands, "demo", functools.partial(showing_commands.demo, config=config)
+    )
     status, out, _ = probattn("demo", "--out", "shown")
     assert status == 0
     for name in ("ce", "margin"):
@@ -620,7 +624,9 @@ def test_demo_fits_compares_and_draws(probattn, monkeypatch, tmp_path):
 
 def test_demo_leaves_alone_what_is_not_its_own(probattn, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        commands, "demo", functools.partial(commands.demo, config=tiny_config(tmp_path))
+        showing_commands,
+        "demo",
+        functools.partial(showing_commands.demo, config=tiny_config(tmp_path)),
     )
     for name in ("ce", "margin"):
         notes = tmp_path / name / "shown" / name / "notes.txt"

@@ -26,7 +26,7 @@ ERRORS = {
     "no command": ([], ["fit", "evaluate", "margins", "generate", "demo"]),
     "unknown command": (
         ["fti"],
-        ["fti", "fit, sample, evaluate, margins, sensitivity, compare, generate, figures, demo"],
+        ["fti", "compare, generate, import, export, figures, demo"],
     ),
     "no run directory": (["fit"], ["--out", "run directory"]),
     "no run": (["evaluate"], ["PATH", "run directory"]),

@@ -105,12 +105,12 @@ def test_an_ensemble_predicts_with_the_mean_of_probabilities(tiny_run):
     one = {name: np.asarray(value) for name, value in tiny_run.parameters.items()}
     other = one | {"token_embedding": -one["token_embedding"]}
     members = {name: np.stack([one[name], other[name]]) for name in one}
-    config = tiny_run.config.model
+    network = tiny_run.network
     singles = []
     for each in (one, other):
         alone = {name: value[None] for name, value in each.items()}
-        singles.append(predictions(tiny_run.vocabulary, config, alone, tokens, seed=0))
-    both = predictions(tiny_run.vocabulary, config, members, tokens, seed=0)
+        singles.append(predictions(tiny_run.vocabulary, network, alone, tokens, seed=0))
+    both = predictions(tiny_run.vocabulary, network, members, tokens, seed=0)
     assert both.members == 2
     # Jensen: the mean of probabilities is at least as good as the mean of log probabilities ...
     mean = np.mean([single.log_predictive_density for single in singles])
@@ -118,9 +118,9 @@ def test_an_ensemble_predicts_with_the_mean_of_probabilities(tiny_run):
     # ... and its loss is at most log 2 above that of the better member, token by token.
     best = max(single.log_predictive_density for single in singles)
     assert both.log_predictive_density > best - math.log(2)
-    again = predictions(tiny_run.vocabulary, config, members, tokens, seed=0)
+    again = predictions(tiny_run.vocabulary, network, members, tokens, seed=0)
     assert again.noise_absolute == both.noise_absolute
-    noisier = predictions(tiny_run.vocabulary, config, members, tokens, seed=1)
+    noisier = predictions(tiny_run.vocabulary, network, members, tokens, seed=1)
     assert noisier.noise_absolute != both.noise_absolute
 
 
@@ -133,7 +133,7 @@ def test_copies_of_one_member_score_as_the_member(tiny_run, copies):
     single, several = (
         predictions(
             tiny_run.vocabulary,
-            tiny_run.config.model,
+            tiny_run.network,
             {name: np.repeat(value, count, axis=0) for name, value in one.items()},
             tokens,
             seed=0,
@@ -416,8 +416,7 @@ def test_predictions_of_latent_models_without_an_emission_by_hand(tiny_run):
     assert found.noise_relative is None
     # Every token but the first, each once, as a language model of this block predicts them.
     one = {name: np.asarray(value)[None] for name, value in tiny_run.parameters.items()}
-    model = tiny_run.config.model
-    of_network = predictions(tiny_run.vocabulary, model, one, tokens, seed=0)
+    of_network = predictions(tiny_run.vocabulary, tiny_run.network, one, tokens, seed=0)
     assert found.reliability.count.sum() == of_network.reliability.count.sum() == 200
 
 

@@ -65,7 +65,7 @@ def test_bpc_is_that_of_predicting_each_character_once(evaluated):
 def test_clean_losses_are_those_of_the_fit_and_of_a_scorer(evaluated):
     run, result = evaluated
     fit = run.summary()["fit"]
-    scorer = Scorer(run.config.model, run.vocabulary, run.vocabulary.encode(VALIDATION))
+    scorer = Scorer(run.network, run.vocabulary, run.vocabulary.encode(VALIDATION))
     score = scorer.score(run.parameters)
     assert result.bpc == fit["validation_bpc"] == score.bpc
     assert result.cross_entropy == fit["validation_cross_entropy"] == score.cross_entropy
@@ -206,7 +206,7 @@ def test_degradation_is_recomputed_with_its_interval(all_kinds, kind):
 def test_worst_cases_are_of_windows_spread_over_the_text(all_kinds, steps):
     run, result = all_kinds
     scorer = Scorer(
-        run.config.model,
+        run.network,
         run.vocabulary,
         run.vocabulary.encode(VALIDATION),
         most_tokens=10 * BLOCK,
@@ -226,7 +226,7 @@ def test_substitutes_have_the_frequencies_of_the_training_text(all_kinds):
     frequencies = np.array(
         [train.count(run.vocabulary.decode([symbol])) for symbol in range(run.vocabulary.size)]
     )
-    scorer = Scorer(run.config.model, run.vocabulary, run.vocabulary.encode(VALIDATION))
+    scorer = Scorer(run.network, run.vocabulary, run.vocabulary.encode(VALIDATION))
     disturbed = Substitution(0.3, frequencies / frequencies.sum())
     expected = scorer.score(run.parameters, disturbed, rng_key=jax.random.key(0))
     assert result.noise_substituted[2].bpc == pytest.approx(expected.bpc, rel=1e-12)

@@ -1,5 +1,6 @@
 """Kinds of noise on what enters the stack: their size, their laws, and worst-case directions."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -16,7 +17,7 @@ from probattn.inference.evaluation.perturbations import (
     Uniform,
     perturbation,
 )
-from probattn.models.transformer import logits
+from probattn.models.transformer import embed, logits
 from tests.support.tiny_run import BLOCK, HEADS, WIDTH, embedded
 from tests.support.tiny_scorer import PARAMETERS, SIZE, scorer_of, text
 
@@ -38,7 +39,7 @@ def losses(x):
 @jax.jit
 def seen(disturbed, inputs, key):
     """What enters the stack."""
-    return disturbed(key, PARAMETERS, inputs, losses)
+    return disturbed(key, functools.partial(embed, PARAMETERS), inputs, losses)
 
 
 def moved(disturbed, inputs=INPUTS, key=KEY):
@@ -230,4 +231,4 @@ def test_kinds_by_name():
 @pytest.mark.parametrize(("steps", "given"), [(0, losses), (1, None)])
 def test_an_ascent_needs_a_step_and_losses(steps, given):
     with pytest.raises(ValueError, match=f"ascent: got {steps} steps on .* expected at least one"):
-        Ascent(0.1, steps)(KEY, PARAMETERS, INPUTS, given)
+        Ascent(0.1, steps)(KEY, functools.partial(embed, PARAMETERS), INPUTS, given)

@@ -17,6 +17,7 @@ from probattn.inference.evaluation.perturbations import Gaussian
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.fitting.monitor import Monitor
 from probattn.models import ObjectiveConfig
+from probattn.models.networks import TransformerNetwork
 from tests.support.tiny_run import (
     BLOCK,
     HEADS,
@@ -79,9 +80,11 @@ def test_bits_are_per_character_that_the_predicted_tokens_stand_for(long):
 
 
 def test_one_character_a_token_makes_bits_of_nats():
-    score = Scorer(MODEL, SimpleNamespace(token_characters=np.ones(SIZE, int)), text(50)).score(
-        PARAMETERS
-    )
+    score = Scorer(
+        TransformerNetwork(MODEL),
+        SimpleNamespace(size=SIZE, token_characters=np.ones(SIZE, int)),
+        text(50),
+    ).score(PARAMETERS)
     assert score.bpc == pytest.approx(score.cross_entropy / math.log(2), rel=1e-14)
 
 
@@ -124,7 +127,11 @@ def test_a_score_holds_nothing_as_long_as_the_text(monkeypatch):
     tokens = np.zeros(2**20, np.uint8)
     monkeypatch.setattr(scoring, "_losses", lambda _a, _b, inputs, *_c, **_d: np.ones(inputs.shape))
     monkeypatch.setattr(scoring, "_TOGETHER", 2**12)
-    scorer = Scorer(MODEL, SimpleNamespace(token_characters=np.ones(SIZE, int)), tokens)
+    scorer = Scorer(
+        TransformerNetwork(MODEL),
+        SimpleNamespace(size=SIZE, token_characters=np.ones(SIZE, int)),
+        tokens,
+    )
     tracemalloc.start()
     try:
         score = scorer.score(PARAMETERS)

@@ -18,6 +18,7 @@ from probattn.inference.evaluation.stage_certificates import (
 )
 from probattn.inference.evaluation.texts import text_tokens
 from probattn.models import transformer
+from probattn.models.networks import TransformerNetwork
 from tests.support.tiny_run import BLOCK, LABELS, stage_arguments, tiny_config
 
 
@@ -102,9 +103,11 @@ def test_a_capped_run_goes_on_and_every_stage_of_it_is_proved(tmp_path):
     assert labels == ["trained", "layer 1 head 1", "layer 1 head 2"]
     # What is scored is the capped network.
     tokens, _ = text_tokens(run, None)
-    scorer = Scorer(run.config.model, run.vocabulary, tokens)
+    scorer = Scorer(run.network, run.vocabulary, tokens)
     capped = transformer.capped(run.parameters, heads=run.config.model.heads, cap=0.9)
-    free = Scorer(replace(run.config.model, spectral_cap=None), run.vocabulary, tokens)
+    free = Scorer(
+        TransformerNetwork(replace(run.config.model, spectral_cap=None)), run.vocabulary, tokens
+    )
     scored = scorer.score(run.parameters).bpc
     assert scored == pytest.approx(free.score(capped).bpc, rel=1e-6)
     assert scored != pytest.approx(free.score(run.parameters).bpc, rel=1e-3)

@@ -10,13 +10,13 @@ import pytest
 from probattn.inference.pretrained.architectures import decoder_config
 from probattn.inference.pretrained.parameter_names import ParameterNames
 from probattn.models import transformer
+from probattn.models.decoder.attention import attention_layer
 from probattn.models.decoder.config import DecoderConfig
 from probattn.models.decoder.network import (
     apply_layer,
     decoder_logits,
     embed,
     extend,
-    first_stage,
     init_cache,
 )
 from tests.support import numpy_network
@@ -145,46 +145,57 @@ def test_the_own_network_is_a_setting_of_the_decoder():
     np.testing.assert_allclose(logits, whole(original, x), rtol=0, atol=1e-12)
 
 
-def test_the_first_stage_is_what_the_first_layer_attends_with():
-    """With an MLP that adds nothing, the layer adds what NumPy gathers from the stage."""
+def test_the_attention_of_a_layer_is_what_the_layer_attends_with():
+    """With an MLP that adds nothing, the layer adds what NumPy gathers from queries and keys."""
     config, parameters, tokens = tiny("qwen3_variant")
     tokens = tokens[:30]
-    layer = parameters["layers"]["0"]
-    silent = layer | {"down": {"weights": np.zeros_like(layer["down"]["weights"])}}
-    x, stage, after = jax.jit(
-        lambda: (
-            embed(parameters, tokens, config),
-            first_stage(parameters, tokens, config),
-            apply_layer(silent, embed(parameters, tokens, config), config, 0),
-        )
-    )()
+    own = parameters["layers"]["0"]
+    silent = own | {"down": {"weights": np.zeros_like(own["down"]["weights"])}}
+
+    def computed():
+        x = embed(parameters, tokens, config)
+        stage = attention_layer(own, config, 0).stage(x)
+        return x, stage.values[0], stage.queries, stage.keys, apply_layer(silent, x, config, 0)
+
+    x, n, queries, keys, after = (np.asarray(each, np.float64) for each in jax.jit(computed)())
+    value = own["value"]
     added = np.zeros((30, config.width))
     for head in range(config.heads):
         group = head // (config.heads // config.key_heads)
         weights = np.zeros((30, 30))
         for t in range(30):
             seen = slice(max(0, t + 1 - config.window(0)), t + 1)
-            query, keys = (np.asarray(each, np.float64) for each in (stage.queries, stage.keys))
             weights[t, seen] = numpy_network.numpy_softmax(
-                config.scale * keys[group, seen] @ query[head, t]
+                config.scale * keys[head, seen] @ queries[head, t]
             )
-        added += weights @ stage.values[group] @ layer["out"]["weights"][head]
-    added += layer["out"]["bias"]
+        values = n @ value["weights"][:, group] + value["bias"][group]
+        added += weights @ values @ own["out"]["weights"][head]
+    added += own["out"]["bias"]
     assert config.window(0) < 30
     np.testing.assert_allclose(after - x, added, rtol=0, atol=1e-5)
 
 
-def test_queries_and_keys_of_the_first_stage_come_from_its_matrices():
-    """Without norm and rotation they are n W and a bias, the same for every token."""
-    config, parameters, tokens = tiny("gpt2")
-    stage = jax.jit(functools.partial(first_stage, config=config))(parameters, tokens[:9])
-    for found, matrix, name in (
-        (stage.queries, stage.w_query, "query"),
-        (stage.keys, stage.w_key, "key"),
-    ):
-        bias = parameters["layers"]["0"][name]["bias"]
-        linear = np.asarray(stage.normalised) @ np.asarray(matrix)
-        np.testing.assert_allclose(found - linear, np.repeat(bias[:, None], 9, 1), atol=1e-5)
+def test_the_attention_of_a_layer_has_all_that_the_layer_has():
+    """For every family, with the numbers of the tree: a part left out would be no error."""
+    for name in CONFIGS:
+        config, parameters, _ = tiny(name)
+        for number in range(config.layers):
+            own = parameters["layers"][str(number)]
+            layer = attention_layer(own, config, number)
+            for leaf, found in (("query", layer.w_query), ("value", layer.w_value)):
+                np.testing.assert_array_equal(found, own[leaf]["weights"].swapaxes(0, 1))
+            np.testing.assert_array_equal(layer.w_out, own["out"]["weights"])
+            for leaf, found in (("key", layer.key_bias), ("out", layer.out_bias)):
+                assert (found is None) == ("bias" not in own[leaf])
+            one = config.norm == "rms_plus_one"
+            np.testing.assert_array_equal(layer.norm.gain, one + own["attention_norm"]["gain"])
+            assert (layer.query_norm is None) == ("query_norm" not in own)
+            assert (layer.out_norm is None) == ("attention_post_norm" not in own)
+            assert (layer.rotary is None) == (config.layer_rotary(number) is None)
+            assert layer.cap == config.attention_cap
+            assert layer.scale == config.scale
+            window = config.window(number)
+            assert layer.window == (None if window is None else window - 1)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gemma2", "qwen3_variant"])
@@ -199,8 +210,9 @@ def test_no_dtype_or_rank_is_mixed_in_any_direction(name):
         jax.grad(lambda p: jnp.sum(decoder_logits(p, batch, config) ** 2)), half
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}
-    mapped = jax.eval_shape(jax.vmap(lambda t: first_stage(parameters, t, config)), batch[0])
-    assert mapped.keys.shape == (3, config.key_heads, 5, config.head_width)
+    layer = attention_layer(half["layers"]["0"], config, 0)
+    mapped = jax.eval_shape(jax.vmap(lambda t: layer.stage(embed(parameters, t, config))), batch[0])
+    assert mapped.keys.shape == (3, config.heads, 5, config.head_width)
     cache = jax.eval_shape(lambda: init_cache(config, (2, 3), 5))
     logits, after = jax.eval_shape(lambda c: extend(parameters, c, batch, config), cache)
     assert logits.shape == shape.shape
