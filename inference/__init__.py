@@ -11,12 +11,15 @@ from probattn.inference.evaluation.post_hoc import PostHocPrior, post_hoc_prior
 from probattn.inference.evaluation.sensitivity import Sensitivity, sensitivity
 from probattn.inference.evaluation.stage_certificates import StageCertificate
 from probattn.inference.evaluation.token_margins import TextMargins, text_margins
+from probattn.inference.exchange.export_decoder import export_decoder
+from probattn.inference.exchange.import_decoder import Imported, import_decoder
 from probattn.inference.export.to_arviz import to_datatree
 from probattn.inference.fitting.fit import fit
 from probattn.inference.fitting.guide_draws import guide_draws
 from probattn.inference.fitting.laplace import LaplaceError
 from probattn.inference.fitting.result import FitError, FitResult
-from probattn.inference.runs.run import PosteriorRun, Run, load_run
+from probattn.inference.pretrained.errors import PretrainedError
+from probattn.inference.runs.run import ImportedRun, PosteriorRun, Run, load_run
 from probattn.inference.sampling.chains import SampleError
 from probattn.inference.sampling.nuts import sample
 from probattn.inference.sampling.posterior_runs import load_posterior, sample_run
@@ -31,10 +34,13 @@ __all__ = [
     "FitResult",
     "FoldingText",
     "Generated",
+    "Imported",
+    "ImportedRun",
     "LaplaceError",
     "PostHocPrior",
     "PosteriorResult",
     "PosteriorRun",
+    "PretrainedError",
     "Run",
     "RunConfig",
     "SampleConfig",
@@ -45,10 +51,12 @@ __all__ = [
     "TextMargins",
     "compare",
     "evaluate",
+    "export_decoder",
     "fit",
     "folding_texts",
     "generate",
     "guide_draws",
+    "import_decoder",
     "load_posterior",
     "load_run",
     "post_hoc_prior",

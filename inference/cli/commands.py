@@ -207,6 +207,8 @@ class Margins:
     """compute how far tokens may move, by proof; takes two to three times as long as all else"""
     all_layers: bool = False
     """take the heads of all layers: a description, since only the first layer is the theory's"""
+    post_hoc: bool = False
+    """take the post-hoc attention prior of an imported model too; its first fit takes minutes"""
     find_folds: bool = False
     """look for a text that folds each stage for which none is ruled out"""
 
@@ -215,6 +217,7 @@ class Margins:
         check_report("margins", self.out)
         run = load_fitted(self.run)
         kind = {"radius": self.radius, "all_layers": self.all_layers}
+        kind["post_hoc"] = self.post_hoc
         found = text_margins(run, self.text, stride=self.stride, **kind, progress=True)
         console.print_margins(screen, found)
         if self.find_folds:

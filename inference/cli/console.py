@@ -280,8 +280,8 @@ def print_generated(screen: Console, result: Generated) -> None:
     screen.print()
     screen.print(
         Text(
-            f"margins (sigma_min, post hoc): smallest {result.margin[weakest]:.3f} at generated "
-            f"token {weakest}, {token!r}; red is below 0, yellow below {_NEAR}"
+            f"margins (sigma_min, {result.margin_stage}): smallest {result.margin[weakest]:.3f} at "
+            f"generated token {weakest}, {token!r}; red is below 0, yellow below {_NEAR}"
         )
     )
     if not result.post_hoc_converged:

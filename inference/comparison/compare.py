@@ -38,7 +38,7 @@ from probattn.text.tokens import corpus_tokens
 QUANTILES = (0.01, 0.1, 0.5)
 
 _SEQUENCES = 64  # sequences for margins where no posterior names them
-_OF_IMPORTED = 4  # sequences of a published model, which are long
+_OF_IMPORTED = 1  # sequence of a published model, which is long and has many heads
 _DRAWS = 400  # draws of a guide
 
 
@@ -183,15 +183,14 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
 
 def _imported(label: str, run: ImportedRun, held_out: np.ndarray, seed: int) -> ComparedRun:
     inputs, _ = training_sequences(run, _OF_IMPORTED)
-    prior = post_hoc_prior(run)
-    margin = stage_margins(run, next(stages(run, prior)), inputs).margin
+    margins = [stage_margins(run, stage, inputs).margin for stage in stages(run, None)]
     members = jax.tree.map(lambda value: value[None], run.parameters)
     return ComparedRun(
         label,
         "imported",
-        margin_stage="post hoc" if prior.converged else "post hoc, not converged",
+        margin_stage="first layer",
         predictions=predictions(run.vocabulary, run.network, members, held_out, seed=seed),
-        **_margins(margin[None, None]),
+        **_margins(np.stack(margins, axis=1)[None, None]),
     )
 
 

@@ -21,7 +21,7 @@ from probattn.inference.evaluation.noise_sweeps import (
     check_levels,
 )
 from probattn.inference.evaluation.perturbations import NoiseKind
-from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.post_hoc import usual_prior
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.evaluation.stage_certificates import trained_certificate
 from probattn.inference.evaluation.texts import check_seed, text_tokens
@@ -144,7 +144,7 @@ def evaluate(
     )
     tokens, name = text_tokens(run, text)
     writable = run.is_writable()  # refused before the work rather than after it
-    prior = post_hoc_prior(run, progress=progress)
+    prior = usual_prior(run, progress=progress)
     scorer = Scorer(run.network, run.vocabulary, tokens)
     sums = scorer.sums(run.parameters)
     clean = scorer.summed(sums)
@@ -179,7 +179,7 @@ def evaluate(
         noise_relative=relative,
         noise_substituted=replaced,
         margins=margins,
-        post_hoc_converged=prior.converged,
+        post_hoc_converged=prior is None or prior.converged,
         table_certificate=trained_certificate(run),
     )
     if writable:

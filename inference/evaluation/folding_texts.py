@@ -15,7 +15,7 @@ from probattn.inference.evaluation.attention_stages import (
     stage_table,
     stages,
 )
-from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.post_hoc import usual_prior
 from probattn.inference.evaluation.stage_certificates import StageCertificate, stage_certificate
 from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.blas_threads import one_blas_thread
@@ -90,7 +90,7 @@ def folding_texts(
         are left out, those of which nothing is known, and all those of a vocabulary of more than
         4,096 symbols, whose pairs are too many.
     """
-    chosen = list(stages(run, post_hoc_prior(run, progress=progress)))
+    chosen = list(stages(run, usual_prior(run, progress=progress)))
     if certificates is None:
         certificates = [stage_certificate(run, stage) for stage in chosen]
     open_stages = [

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
-from probattn.inference.evaluation.post_hoc import PostHocPrior, post_hoc_prior
+from probattn.inference.evaluation.post_hoc import PostHocPrior, usual_prior
 from probattn.inference.evaluation.texts import check_seed
 from probattn.inference.runs.csv_tables import write_table
 from probattn.inference.runs.run import FittedRun, ImportedRun, Run, require_fitted
@@ -33,9 +33,11 @@ class Generated:
         text: what was generated.
         tokens: what each generated token stands for; the empty text where it only goes on with
             the character of the one before, and <0xC3> for a byte that belongs to no character.
-        margin: margin of each generated token, kind "sigma_min", under the post-hoc attention
-            prior and in the window in which it was generated.
+        margin: margin of each generated token, kind "sigma_min", in the window in which it was
+            generated: under the post-hoc attention prior, or of an imported model the smallest of
+            the heads of the first layer.
         post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
+        margin_stage: "post hoc" or "first layer".
     """
 
     prompt: str
@@ -43,6 +45,7 @@ class Generated:
     tokens: tuple[str, ...]
     margin: Float[np.ndarray, " N"]
     post_hoc_converged: bool
+    margin_stage: str = "post hoc"
 
 
 @default_promotion()
@@ -108,25 +111,27 @@ def generate(
             tokens.append(int(chosen))
             bar.update(1)
     new = np.asarray(tokens[given:], np.int32)
-    prior = post_hoc_prior(run, progress=progress)
+    prior = usual_prior(run, progress=progress)
     return Generated(
         prompt,
         run.vocabulary.decode(new),
         tuple(run.vocabulary.display(new)),
         _margins(run, prior, tokens, np.asarray(starts), given),
-        prior.converged,
+        prior is None or prior.converged,
+        "first layer" if prior is None else "post hoc",
     )
 
 
 def write_csv(generated: Generated, path: Path) -> Path:
     """Write a table with a row per generated token: index, token, margin."""
     rows = zip(range(len(generated.tokens)), generated.tokens, generated.margin, strict=True)
-    return write_table(path, ["index", "token", "post_hoc_sigma_min"], rows)
+    column = f"{generated.margin_stage.replace(' ', '_')}_sigma_min"
+    return write_table(path, ["index", "token", column], rows)
 
 
 def _margins(
     run: FittedRun,
-    prior: PostHocPrior,
+    prior: PostHocPrior | None,
     tokens: list[int],
     starts: Int[np.ndarray, " N"],
     given: int,
@@ -135,9 +140,12 @@ def _margins(
     block = run.network.block
     unique, number = np.unique(starts, return_inverse=True)
     # What a window holds after a token does not change its margin.
-    inputs = np.concatenate([_window(tokens[start : start + block], block) for start in unique])
-    stage = next(stages(run, prior))
-    margin = stage_margins(run, stage, inputs).margin
+    length = block if prior is not None else min(block, max(len(tokens), 3))
+    inputs = np.concatenate([_window(tokens[start : start + length], length) for start in unique])
+    chosen = list(stages(run, prior))
+    if prior is not None:
+        chosen = chosen[:1]
+    margin = np.min([stage_margins(run, stage, inputs).margin for stage in chosen], axis=0)
     return margin[number, given + np.arange(len(starts)) - starts]
 
 

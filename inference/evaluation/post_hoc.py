@@ -25,7 +25,7 @@ from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError, replacing
 from probattn.inference.runs.folder import LOCK_SECONDS
 from probattn.inference.runs.npz import read_arrays
-from probattn.inference.runs.run import FittedRun
+from probattn.inference.runs.run import FittedRun, ImportedRun
 from probattn.inference.runtime.progress import progress_bar
 from probattn.models.priors import WIDTH, attention_prior
 from probattn.text.batches import windows
@@ -113,6 +113,14 @@ def post_hoc_prior(run: FittedRun, *, progress: bool = False) -> PostHocPrior:
         with replacing(path) as stream:
             np.savez(stream, of_step=run.step or 0, **vars(prior))
     return prior
+
+
+def usual_prior(run: FittedRun, *, progress: bool = False) -> PostHocPrior | None:
+    """Return the post-hoc attention prior of a fit; None for an imported model.
+
+    Of a published model the heads themselves are what one asks about, and a fit takes minutes.
+    """
+    return None if isinstance(run, ImportedRun) else post_hoc_prior(run, progress=progress)
 
 
 def fit_attention_prior(

@@ -29,7 +29,7 @@ from probattn.inference.evaluation.noise_sweeps import (
     training_frequencies,
 )
 from probattn.inference.evaluation.perturbations import NoiseKind, perturbation
-from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.post_hoc import usual_prior
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.evaluation.texts import check_seed, text_tokens
 from probattn.inference.evaluation.token_margins import (
@@ -128,7 +128,7 @@ def sensitivity(
             f"at least 2 windows of {run.network.block} tokens (model.block); "
             + ("raise most_tokens" if most_tokens < len(tokens) else "give a longer text")
         )
-    prior = post_hoc_prior(run, progress=progress)
+    prior = usual_prior(run, progress=progress)
     unit = 1.0 if substituted else scorer.embedding_rms(run.parameters)
     frequencies = training_frequencies(run) if substituted else None
     disturbed = perturbation(noise_kind, level * unit, frequencies=frequencies)
@@ -173,7 +173,7 @@ def sensitivity(
             for stage in margins
             for character in support_characters(stage, symbols, position, strings)
         ),
-        post_hoc_converged=prior.converged,
+        post_hoc_converged=prior is None or prior.converged,
     )
 
 

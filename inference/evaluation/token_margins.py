@@ -17,7 +17,7 @@ from probattn.inference.evaluation.attention_stages import (
     stage_radii,
     stages,
 )
-from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.post_hoc import post_hoc_prior, usual_prior
 from probattn.inference.evaluation.stage_certificates import StageCertificate, stage_certificate
 from probattn.inference.evaluation.texts import text_tokens
 from probattn.inference.runs.csv_tables import write_columns
@@ -87,7 +87,8 @@ class TextMargins:
         window_starts: where each window begins, (windows,).
         stages: margins by stage, the post-hoc attention prior first.
         certificates: what is proved of each stage for all texts, in the same order.
-        post_hoc_converged: whether the fit of the post-hoc attention prior came to rest.
+        post_hoc_converged: whether the fit of the post-hoc attention prior came to rest, if it is
+            among the stages.
     """
 
     name: str
@@ -108,6 +109,7 @@ def text_margins(
     stride: int | None = None,
     radius: bool = False,
     all_layers: bool = False,
+    post_hoc: bool = False,
     progress: bool = False,
 ) -> TextMargins:
     """Compute margins of every token of a text, for every attention stage of a run.
@@ -128,6 +130,8 @@ def text_margins(
         all_layers: take the heads of all layers, and not of the first alone. This describes the
             network: only what enters the first layer is what the theory's model generates (paper,
             Corollary 6.1).
+        post_hoc: take the post-hoc attention prior of an imported model too, as that of a fit in
+            any case. Its own fit, the first time, takes minutes.
         progress: show progress bars.
 
     Raises:
@@ -144,7 +148,7 @@ def text_margins(
         len(tokens), block=block, stride=max(block // 2, 1) if stride is None else stride
     )
     check_memory("the margins of one stage", _BYTES * len(tokens))
-    prior = post_hoc_prior(run, progress=progress)
+    prior = (post_hoc_prior if post_hoc else usual_prior)(run, progress=progress)
     length = len(tokens)
     window, position = (scratch_array(name, length, np.int32) for _ in range(2))
     chosen = list(stages(run, prior, all_layers=all_layers))
@@ -183,7 +187,7 @@ def text_margins(
         window_starts=plan.starts,
         stages=tuple(found),
         certificates=tuple(stage_certificate(run, stage) for stage in chosen),
-        post_hoc_converged=prior.converged,
+        post_hoc_converged=prior is None or prior.converged,
     )
 
 

@@ -13,7 +13,7 @@ from numpyro.infer.svi import SVIRunResult
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.config_files import format_config
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
-from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.post_hoc import PostHocPrior, usual_prior
 from probattn.inference.evaluation.stage_certificates import stage_certificate
 from probattn.inference.evaluation.texts import text_tokens
 from probattn.inference.export.layout import DIMS
@@ -79,7 +79,7 @@ def to_datatree(
             one whose embedding has the margin. Factors are none, and are left out.
         In a name, such as that of a scope, "." stands for "/", which a DataTree does not take.
 
-    Groups of a MAP run, and but for the first one of an imported model:
+    Groups of a MAP run, and but for the first and the last of an imported model:
         point_estimate: the parameters. Not called posterior, and without chain and draw, so that
             no diagnostic of draws (r_hat, ess, loo) can be computed of a point.
         margins: margin (kind "sigma_min"), log_det, the first-order embedding_margin, certificate
@@ -192,7 +192,7 @@ def _point_groups(run: FittedRun, sequences: int) -> dict[str, "xr.Dataset"]:
     block = run.network.block
     plan = windows(len(tokens), block=block).spread(sequences * block)
     inputs = plan.take(tokens)
-    prior = post_hoc_prior(run)
+    prior = usual_prior(run)
     margins = [stage_margins(run, stage, inputs) for stage in stages(run, prior)]
     measured: dict[str, Any] = {
         field.name: (
@@ -211,24 +211,34 @@ def _point_groups(run: FittedRun, sequences: int) -> dict[str, "xr.Dataset"]:
             {name: (DIMS[name], np.asarray(value)) for name, value in run.parameters.items()},
             attrs={"point_estimate": "MAP: one point, no draws"},
         )
-    return point | {
-        "margins": xr.Dataset(
-            measured,
-            coords={"stage": [stage.label for stage in margins], **positions},
-            attrs={"margin_kind": "sigma_min", "sequence": "index of the window's first token"},
-        ),
-        "observed_data": xr.Dataset(
-            {"tokens": (("sequence", "position"), inputs)}, coords=positions
-        ),
-        "constant_data": xr.Dataset(
-            {
-                "post_hoc_w_query": (DIMS["w_query"], prior.w_query),
-                "post_hoc_w_key": (DIMS["w_key"], prior.w_key),
-                "post_hoc_scale": ((), prior.scale),
-                "post_hoc_converged": ((), prior.converged),
-            }
-        ),
+    return (
+        point
+        | {
+            "margins": xr.Dataset(
+                measured,
+                coords={"stage": [stage.label for stage in margins], **positions},
+                attrs={"margin_kind": "sigma_min", "sequence": "index of the window's first token"},
+            ),
+            "observed_data": xr.Dataset(
+                {"tokens": (("sequence", "position"), inputs)}, coords=positions
+            ),
+        }
+        | _prior_group(prior)
+    )
+
+
+def _prior_group(prior: PostHocPrior | None) -> dict[str, "xr.Dataset"]:
+    import xarray as xr
+
+    if prior is None:
+        return {}
+    values = {
+        "post_hoc_w_query": (DIMS["w_query"], prior.w_query),
+        "post_hoc_w_key": (DIMS["w_key"], prior.w_key),
+        "post_hoc_scale": ((), prior.scale),
+        "post_hoc_converged": ((), prior.converged),
     }
+    return {"constant_data": xr.Dataset(values)}
 
 
 def _run_attributes(run: RunDirectory) -> dict[str, Any]:

@@ -7,6 +7,7 @@ own position sees them. Their real parts are at most lambda_max of the covarianc
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -46,18 +47,31 @@ def _of_head(stage: AttentionStage) -> Float[Array, " T"]:
     query_error = (len(w_query) + 16) * eps * jnp.linalg.norm(w_query)
     places = jnp.arange(length)
     window = length if stage.window is None else stage.window
+    keys = start.keys / math.sqrt(rank)
+    key_lengths = jnp.linalg.norm(keys, axis=-1)
+    apart = (_apart(_matmul(part, part.T)) for part in (start.queries, keys))
+    query_squares, key_squares = apart
+    query_widest, key_widest = (_widest(part, window) for part in (query_squares, key_squares))
 
     def at(past: int, position: Array) -> Array:
         seen = (places[:past] < position) & (places[:past] >= position - window)
-        keys, sizes = start.keys[:past] / math.sqrt(rank), jnp.ones((), reach.dtype)
+        own = query_error * _largest(reach[:past], seen)
         error = jnp.zeros((), reach.dtype)
+        turned, stretch = keys[:past], jnp.ones((), reach.dtype)
         if stage.transforms is not None:
             transform = stage.transforms[position]
-            sizes = jnp.linalg.norm(transform)
-            error = (rank + 16) * eps * sizes * _largest(jnp.linalg.norm(keys, axis=-1), seen)
-            keys = _matmul(keys, transform)
-        own = query_error * _largest(reach[:past], seen)
-        return _rho(start.queries[:past], keys, seen, own, error, capped=stage.cap is not None)
+            size = jnp.linalg.norm(transform)
+            error = (rank + 16) * eps * size * _largest(key_lengths[:past], seen)
+            turned = _matmul(turned, transform)
+            # No less than the squared spectral norm, and 1 of a rotation but for rounding.
+            gram = _matmul(transform.T, transform)
+            stretch = (1 + 4 * rank * eps) * jnp.max(jnp.sum(jnp.abs(gram), axis=-1))
+        queries = start.queries[:past]
+        if stage.cap is not None:
+            return _capped_rho(queries, turned, seen, own, error)
+        squares = query_squares[:past, :past], stretch * key_squares[:past, :past]
+        widest = query_widest[position], stretch * key_widest[position]
+        return _rho(queries, turned, squares, widest, seen, own, error)
 
     part, found = max(-(-length // _PARTS), _ROWS), []
     for first in range(0, length, part):
@@ -70,14 +84,42 @@ def _of_head(stage: AttentionStage) -> Float[Array, " T"]:
 def _rho(
     queries: Float[Array, "N r"],
     keys: Float[Array, "N r"],
+    squares: tuple[Float[Array, "N N"], Float[Array, "N N"]],
+    widest: tuple[Float[Array, ""], Float[Array, ""]],
     seen: Bool[Array, " N"],
     query_error: Float[Array, ""],
     key_error: Float[Array, ""],
-    *,
-    capped: bool,
 ) -> Float[Array, ""]:
-    """Return the smallest bound of the tokens that are seen, rounding towards unproved."""
-    rank = queries.shape[-1]
+    """Return the smallest bound of the tokens that are seen, rounding towards unproved.
+
+    The squared distances of queries and of keys are at hand, and the largest of each that is seen.
+    What differs from position to position are inner products of both.
+    """
+    along = jnp.sum(queries * keys, axis=-1)
+    # -inf for what is not seen, so that no pair of it is the farthest.
+    shown = jnp.where(seen, along, -jnp.inf)
+    mixed = _matmul(
+        jnp.concatenate([queries, keys], axis=-1), jnp.concatenate([keys, queries], axis=-1).T
+    )
+    cross = shown[:, None] + shown[None, :] - mixed
+    longest = tuple(_largest(jnp.sum(part**2, axis=-1), seen) for part in (queries, keys))
+
+    def farthest(square: Array) -> Array:
+        of_queries, of_keys = squares
+        distances = square * of_queries + of_keys / square + 2 * cross
+        return jnp.maximum(jnp.max(distances), 0.0)
+
+    return _smallest_bound(farthest, widest, longest, queries, query_error, key_error)
+
+
+def _capped_rho(
+    queries: Float[Array, "N r"],
+    keys: Float[Array, "N r"],
+    seen: Bool[Array, " N"],
+    query_error: Float[Array, ""],
+    key_error: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Return the same where the cap may weaken the keys of each token, one by one."""
     pairs = seen[:, None] & seen[None, :] & ~jnp.eye(len(seen), dtype=bool)
     of_queries, of_keys, mixed = (
         _matmul(one, other.T) for one, other in ((queries, queries), (keys, keys), (queries, keys))
@@ -85,35 +127,70 @@ def _rho(
     query, key = _apart(of_queries), _apart(of_keys)
     along = jnp.diagonal(mixed)
     cross = along[:, None] + along[None, :] - mixed - mixed.T
-    # Of a pair, which parts of the keys count: both, and with a cap the first alone or none.
-    corners = [(key, cross)]
-    if capped:
-        alone = jnp.broadcast_to(jnp.diagonal(of_keys)[:, None], key.shape)
-        # (u_s - u_s') . z_s
-        corners += [(alone, along[:, None] - mixed.T), (jnp.zeros_like(key),) * 2]
-    eps = float(jnp.finfo(query.dtype).eps)
-    rounding = (8 * rank + 64) * eps
-    longest_query, longest_key = (
-        _largest(jnp.diagonal(part), seen) for part in (of_queries, of_keys)
-    )
-    widest_query = _largest(query, pairs) + rounding * longest_query
-    widest_key = _most([_largest(key, pairs) for key, _ in corners])
-    widest_key = widest_key + rounding * longest_key
+    alone = jnp.broadcast_to(jnp.diagonal(of_keys)[:, None], key.shape)
+    # Of a pair, the keys of both count, of the first alone, or none: (u_s - u_s') . z_s
+    corners = [(key, cross), (alone, along[:, None] - mixed.T), (jnp.zeros_like(key),) * 2]
+    longest = tuple(_largest(jnp.diagonal(part), seen) for part in (of_queries, of_keys))
+    widest = _largest(query, pairs), _most([_largest(key, pairs) for key, _ in corners])
 
+    def farthest(square: Array) -> Array:
+        return _most(
+            [_largest(square * query + key / square + 2 * cross, pairs) for key, cross in corners]
+        )
+
+    return _smallest_bound(farthest, widest, longest, queries, query_error, key_error)
+
+
+def _smallest_bound(
+    farthest: Callable[[Array], Array],
+    widest: tuple[Array, ...],
+    longest: tuple[Array, ...],
+    queries: Float[Array, "N r"],
+    query_error: Float[Array, ""],
+    key_error: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Return the smallest of the bounds, each increased by what rounding may have taken from it.
+
+    Args:
+        farthest: the largest squared distance of two points a u + z / a, given a^2.
+        widest: the largest squared distances of queries and of keys.
+        longest: their largest squared lengths.
+        queries: the queries.
+        query_error: by how much a query may be wrong.
+        key_error: by how much a key may be.
+    """
+    eps = float(jnp.finfo(queries.dtype).eps)
+    rounding = (8 * queries.shape[-1] + 64) * eps
+    widest_query, widest_key = (
+        wide + rounding * long for wide, long in zip(widest, longest, strict=True)
+    )
     balanced = jnp.sqrt(widest_key) / jnp.sqrt(widest_query)
     balanced = jnp.where((widest_key > 0) & (widest_query > 0), balanced, 1.0)
     query_length = jnp.sqrt(widest_query) + 2 * query_error
     bounds = [query_length * (jnp.sqrt(widest_key) + 2 * key_error)]
     for scale in _SCALES:
         square = scale * balanced  # a^2
-        widest = _most(
-            [_largest(square * query + key / square + 2 * cross, pairs) for key, cross in corners]
-        )
-        widest = widest + 2 * rounding * (square * longest_query + longest_key / square)
+        found = farthest(square) + 2 * rounding * (square * longest[0] + longest[1] / square)
         root = jnp.sqrt(square)
-        length = jnp.sqrt(widest) / 2 + root * query_error + key_error / root
+        length = jnp.sqrt(found) / 2 + root * query_error + key_error / root
         bounds.append(length**2)
     return (1 + 16 * eps) * jnp.min(jnp.stack(bounds)) / 4
+
+
+def _widest(squares: Float[Array, "T T"], window: int) -> Float[Array, " T"]:
+    """Return the largest squared distance of two tokens that each position sees."""
+    length = len(squares)
+    places = jnp.arange(length)
+    if window >= length:  # of a pair the later token decides who sees it
+        with_later = jnp.max(jnp.where(places[None, :] < places[:, None], squares, 0.0), axis=1)
+        seen = lax.cummax(with_later)
+        return jnp.concatenate([jnp.zeros(1, squares.dtype), seen[:-1]])
+
+    def at(position: Array) -> Array:
+        seen = (places < position) & (places >= position - window)
+        return _largest(squares, seen[:, None] & seen[None, :])
+
+    return lax.map(at, places)
 
 
 def _apart(products: Float[Array, "N N"]) -> Float[Array, "N N"]:

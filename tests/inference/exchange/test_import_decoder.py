@@ -101,9 +101,9 @@ def test_margins_of_heads_are_those_of_finite_differences(llama):
     ids = run.vocabulary.encode("".join(margins.tokens))[: run.network.block]
     n, residuals = numpy_stages(folder, ids)
     labels = [stage.label for stage in margins.stages]
-    assert labels == ["post hoc", *(f"layer 1 head {head}" for head in (1, 2, 3))]
+    assert labels == [f"layer 1 head {head}" for head in (1, 2, 3)]
     first = margins.window == 0
-    for stage, residual in zip(margins.stages[1:], residuals, strict=True):
+    for stage, residual in zip(margins.stages, residuals, strict=True):
         for position in (2, 5, 11, 15):
             block = jacobian(lambda token, t=position, f=residual: f(token, t), n[position])
             sign, log_abs = np.linalg.slogdet(block)
@@ -180,13 +180,19 @@ def test_every_layer_of_every_family_has_margins(tmp_path, name):
     run = imported(tmp_path, name).run
     found = text_margins(run, all_layers=True)
     heads = run.network.layers * run.network.config.heads
-    assert len(found.stages) == 1 + heads
+    assert len(found.stages) == heads
     assert found.stages[-1].label == f"layer {run.network.layers} head {run.network.config.heads}"
     for stage in found.stages:
         assert np.isfinite(stage.margin).all()
         # A norm of the queries has a derivative without bound, so nothing is proved of every token.
-        proved = stage.label == "post hoc" or not run.network.config.query_norm
-        assert np.isnan(stage.certificate).all() != proved
+        assert np.isnan(stage.certificate).all() == run.network.config.query_norm
+
+
+def test_the_post_hoc_prior_of_a_model_is_fitted_on_request(llama):
+    found = text_margins(llama[0].run, post_hoc=True)
+    assert found.stages[0].label == "post hoc"
+    assert np.isfinite(found.stages[0].embedding_margin[found.position >= 2]).all()
+    assert found.certificates[0].rho >= np.max(found.stages[0].certificate)
 
 
 def test_import_export_import_is_the_identity(llama, tmp_path):
