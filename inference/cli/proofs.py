@@ -31,8 +31,16 @@ def print_proved(screen: Console, margins: TextMargins) -> None:
             row += [_share(radius > 0), *(f"{value:.3f}" for value in quantiles)]
         table.add_row(*row)
     screen.print(table)
-    for found in margins.certificates:
+    known = [found for found in margins.certificates if not math.isnan(found.rho)]
+    for found in known:
         screen.print(Text(_of_all_texts(found)), soft_wrap=True)
+    if others := len(margins.certificates) - len(known):
+        screen.print(
+            f"{others} of {len(margins.certificates)} stages: not known whether any text can fold "
+            "them, for their symbols and positions are too many or their logits more than W_Q and "
+            "W_K",
+            soft_wrap=True,
+        )
 
 
 def print_folds(screen: Console, folds: Mapping[str, FoldingText | None]) -> None:
@@ -54,8 +62,6 @@ def _share(proved: Bool[np.ndarray, " N"]) -> str:
 
 
 def _of_all_texts(proved: StageCertificate) -> str:
-    if math.isnan(proved.rho):
-        return f"{proved.label}: too many symbols and positions to say whether any text can fold it"
     line = f"{proved.label}: {of_any_text(proved.rho)}"
     if proved.pair_rho > 1:
         first, second = proved.pair

@@ -9,6 +9,8 @@ import jax
 import pytest
 
 from probattn.inference.cli import main
+from probattn.inference.exchange import import_decoder
+from probattn.inference.pretrained.checkpoint import open_checkpoint
 from tests.support.project import ROOT
 from tests.support.small import (
     EVALUATE_FLAGS,
@@ -19,6 +21,7 @@ from tests.support.small import (
     cheap_figures,
     cheap_post_hoc,
 )
+from tests.support.tiny_decoder import write_folder
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {
@@ -79,6 +82,35 @@ def test_use_it(capsys):
 
 
 @pytest.mark.slow
+def test_your_own_model(folder, capsys, monkeypatch):
+    """With a tiny model in the place of the hub's."""
+    tiny = write_folder(folder / "tiny", "smollm")
+    monkeypatch.setattr(import_decoder, "open_checkpoint", lambda source: open_checkpoint(tiny))
+    assert main(["fit", "--data", "README.md", "--out", "runs/readme", *FLAGS]) == 0
+    commands, _ = run_commands(SECTIONS["Your own model"])
+    assert commands == {"import", "margins", "generate", "export"}
+    assert "bits per character" in capsys.readouterr().out
+    exported = {path.name for path in (folder / "runs" / "readme-gpt2").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+def test_the_page_on_your_own_model(folder, monkeypatch):
+    """Its code, with a tiny model; its commands are those of the README."""
+    page = (ROOT / "docs" / "your-own-model.md").read_text(encoding="utf-8")
+    shown = [line for block in blocks("bash", page) for line in block.splitlines()]
+    of_readme = "".join(blocks("bash", SECTIONS["Your own model"])).splitlines()
+    assert sorted(shown) == sorted(of_readme)
+    write_folder(folder / "model", "smollm")
+    (folder / "text.txt").write_text(README[:2000])
+    names = {}
+    for block in blocks("python", page):
+        exec(compile(block, "your-own-model.md", "exec"), names)
+    assert names["margins"].stages[0].label == "layer 1 head 1"
+
+
+@pytest.mark.slow
 def test_how_sure_are_we(folder, capsys):
     commands, names = run_commands(SECTIONS["How sure are we?"])
     assert commands == {"fit", "sample", "compare"}
@@ -92,7 +124,7 @@ def test_how_sure_are_we(folder, capsys):
 
 
 def test_every_command_and_all_code_belong_to_a_section_that_is_run():
-    shown = "".join(SECTIONS[name] for name in ("Use it", "How sure are we?"))
+    shown = "".join(SECTIONS[name] for name in ("Use it", "Your own model", "How sure are we?"))
     assert blocks("python") == blocks("python", shown)
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     rest = [line for line in lines if line not in shown.splitlines()]
