@@ -16,6 +16,7 @@ from probattn.inference.exchange.import_decoder import import_decoder
 from probattn.inference.pretrained.tensors import Tensors
 from probattn.inference.runs.files import RunError
 from probattn.text.corpora import TextConfig
+from tests.support.numpy_llama import NumpyLlama, jacobian
 from tests.support.tiny_decoder import imported, write_folder
 
 
@@ -29,53 +30,6 @@ def llama_fixture(tmp_path_factory):
 def tensors_of(folder):
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def numpy_stages(folder, ids):
-    """What the heads of a llama's first layer see, written down from its formulas in float64."""
-    config = json.loads((folder / "source/config.json").read_text())
-    weights = {n: t.astype(float) for n, t in tensors_of(folder / "source").items()}
-    x = weights["model.embed_tokens.weight"][ids]
-    root = np.sqrt(np.mean(x**2, -1, keepdims=True) + config["rms_norm_eps"])
-    n = x / root * weights["model.layers.0.input_layernorm.weight"]
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    width = config.get("head_dim", config["hidden_size"] // heads)
-
-    def matrix(name, count):
-        return weights[f"model.layers.0.self_attn.{name}_proj.weight"].reshape(count, width, -1)
-
-    half = width // 2
-    angles = np.outer(
-        np.arange(len(ids)), config.get("rope_theta", 1e4) ** (-np.arange(half) / half)
-    )
-
-    def turned(vector, position):
-        cosine, sine = np.cos(angles[position]), np.sin(angles[position])
-        left, right = vector[..., :half], vector[..., half:]
-        return np.concatenate([left * cosine - right * sine, right * cosine + left * sine], -1)
-
-    stages = []
-    for head in range(heads):
-        w_query = matrix("q", heads)[head]
-        w_key = matrix("k", groups)[head // (heads // groups)]
-        keys = np.stack([turned(w_key @ row, place) for place, row in enumerate(n)])
-
-        def residual(token, position, w_query=w_query, keys=keys):
-            logits = keys[:position] @ turned(w_query @ token, position) / math.sqrt(width)
-            alpha = np.exp(logits - logits.max())
-            return token - alpha / alpha.sum() @ n[:position]
-
-        stages.append(residual)
-    return n, stages
-
-
-def jacobian(function, token, step=1e-5):
-    """By central differences."""
-    columns = [
-        (function(token + step * unit) - function(token - step * unit)) / (2 * step)
-        for unit in np.eye(len(token))
-    ]
-    return np.stack(columns, -1)
 
 
 def test_the_run_holds_the_model_bit_by_bit(llama):
@@ -99,7 +53,8 @@ def test_margins_of_heads_are_those_of_finite_differences(llama):
     margins = text_margins(found.run)
     run = found.run
     ids = run.vocabulary.encode("".join(margins.tokens))[: run.network.block]
-    n, residuals = numpy_stages(folder, ids)
+    config = json.loads((folder / "source/config.json").read_text())
+    n, residuals = NumpyLlama(config, tensors_of(folder / "source")).first_stage(ids)
     labels = [stage.label for stage in margins.stages]
     assert labels == [f"layer 1 head {head}" for head in (1, 2, 3)]
     first = margins.window == 0
