@@ -90,6 +90,20 @@ def test_groups_bound_the_table_from_above(given, monkeypatch):
     )
 
 
+def test_every_pair_lies_in_some_tile(given, monkeypatch):
+    """Also where the rows are no whole number of tiles, and whichever of two rows is first."""
+    table, w_query, w_key = given
+    position = jnp.array([0, 1, 0, 1, 0, 1, 0])
+    whole = table_certificate(table, w_query, w_key, position=position)
+    monkeypatch.setattr(tables_module, "_TILE", 3)
+    tables_module._certify.clear_cache()
+    tiled = table_certificate(table, w_query, w_key, position=position)
+    tables_module._certify.clear_cache()
+    np.testing.assert_allclose(tiled.rho, whole.rho, rtol=1e-5)
+    np.testing.assert_allclose(tiled.pair_rho, whole.pair_rho, rtol=1e-5)
+    np.testing.assert_array_equal(np.sort(tiled.pair), np.sort(whole.pair))
+
+
 def test_a_bound_and_a_vanishing_coupling(given):
     table, w_query, w_key = given
     far = table_certificate(1e6 * table, w_query, w_key, bound=0.5)
