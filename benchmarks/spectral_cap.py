@@ -1,7 +1,8 @@
 """What `model.spectral_cap` costs: the demonstration's network with and without it.
 
 Fits objectives ce and margin with and without a cap, from several seeds, and measures each run on
-the validation text. The results are printed, and written after every run.
+the validation text. The results are printed, and written after every run. A run whose result the
+file holds already is not fitted again.
 """
 
 import argparse
@@ -81,10 +82,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
     parser.add_argument("--steps", type=int, default=DEMO_CONFIG.fit.steps, help="of each fit")
     options = parser.parse_args()
-    found = []
+    there = options.out.exists()
+    found = json.loads(options.out.read_text(encoding="utf-8")) if there else []
+    known = {(each["objective"], each["cap"], each["seed"], each["steps"]) for each in found}
     for seed in range(options.seeds):
         for objective in OBJECTIVES:
             for cap in (None, CAP):
+                if (objective, cap, seed, options.steps) in known:
+                    continue
                 found.append(measured(objective, cap, seed, options.steps))
                 options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
                 print(json.dumps(found[-1]), flush=True)

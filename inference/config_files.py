@@ -46,7 +46,7 @@ def read_tables[C](
     try:
         if not (stat.S_ISREG(path.stat().st_mode) or path.is_dir()):
             raise ValueError("got a device or a pipe")  # it could be read for ever
-        with path.open(encoding="utf-8") as stream:
+        with path.open(encoding="utf-8-sig") as stream:  # editors add a byte-order mark
             text = stream.read(LARGEST + 1)
         if len(text) > LARGEST:
             raise ValueError(f"it has more than {LARGEST} characters")

@@ -175,6 +175,8 @@ def embedding_margin(
     With u, v the singular vectors of m_t = u^T D_t v and c = W_Q^T v / sqrt(r), the margin is
     u.v - Cov_{alpha_t}(f, g) for the scalars f_s = u.x_s and g_s = c.k_s, whose derivative is a
     combination of u, W_K c, W_K q_t and the W_Q k_s: no pass of autodiff per position is needed.
+    Its own first derivative is exact where the smallest singular value is simple. It takes all
+    singular values of D_t, which are many where d is large.
 
     Args:
         x: token embeddings (..., T, d).
@@ -211,7 +213,7 @@ def both_margins(
     )
     x, w_query, w_key = checked_arrays(x, w_query, w_key, bound)
     start, _ = prepared(x, w_query, w_key, bound)
-    margin, left, right = smallest_singular_value_of(start, w_query)
+    margin, left, right = smallest_singular_value_of(start, w_query, moving=True)
     root = math.sqrt(w_query.shape[-1])
     values, keys, weights = start.values, start.keys, start.weights
     queries = jnp.matmul(x, w_query, precision=_HIGHEST)
@@ -244,8 +246,11 @@ def both_margins(
     # d m_t / d x_t, through the query only.
     own = jnp.matmul(by_logit, keys, precision=_HIGHEST) / root
     own = jnp.matmul(own, jnp.swapaxes(w_query, -1, -2), precision=_HIGHEST)
-    norm = jnp.sqrt(jnp.maximum(past, 0.0).sum(-1) + jnp.sum(own**2, axis=-1))
-    return margin, jnp.abs(margin) / norm
+    squared = jnp.maximum(past, 0.0).sum(-1) + jnp.sum(own**2, axis=-1)
+    moved = squared != 0
+    # The derivative of an infinite quotient would be NaN, also where it is masked.
+    norm = jnp.sqrt(jnp.where(moved, squared, 1.0))
+    return margin, jnp.where(moved, jnp.abs(margin) / norm, jnp.inf)
 
 
 def _reduced_margin(blocks: Float[Array, "*batch T r r"]) -> Float[Array, "*batch T"]:

@@ -35,7 +35,7 @@ from probattn.inference.config_files import read_config, read_tables
 from probattn.inference.runs.folder import enter
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.outputs import keep_outputs_open, lost_output
-from probattn.inference.runtime.processes import check_devices, exit_process
+from probattn.inference.runtime.processes import check_devices, exit_process, use_one_processor
 from probattn.inference.runtime.signals import (
     Ended,
     Interrupted,
@@ -49,6 +49,7 @@ _SHORT = {
     "--guide": "--fit.guide",
     "--model": "--kind",
 }
+_OF_ONE_DEVICE = (Evaluate, Margins, MeasureSensitivity, Generate)
 _TABLES = {"latent": ("latent",), "language": ("model", "objective")}  # for `sample`
 _DESCRIPTION = (
     "Causal self-attention as a probabilistic program. `probattn help fit` explains a command, and "
@@ -90,6 +91,7 @@ def _own_process() -> None:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
+    own = arguments is None
     arguments = _lengthened(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
         print(f"probattn {probattn.__version__}")
@@ -99,6 +101,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         command = _parse(arguments)
         keep_compiled_programs(_tell)
+        if own and isinstance(command, _OF_ONE_DEVICE):
+            use_one_processor()
         if getattr(command, "coordinator", None) is None:  # the processes must join first
             check_devices()
         # No markup: names of files and of runs may look like it.

@@ -150,9 +150,9 @@ class CheckpointFolder:
                     continue
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise CheckpointError(
-                    f"{folder}: the checkpoint is damaged, or of another model or optimizer "
-                    f"({reason[:200]}); give those it was made with, restore it from a copy, or "
-                    "start again with --overwrite"
+                    f"{folder}: the checkpoint is damaged, or of another model, optimizer or "
+                    f"JAX_DEFAULT_PRNG_IMPL ({reason[:200]}); give those it was made with, restore "
+                    "it from a copy, or start again with --overwrite"
                 ) from None
             return step, {
                 name: jnp.asarray(leaf, like[name].dtype) for name, leaf in stored.items()

@@ -4,6 +4,7 @@ All take the same steps; the first alone writes in the run directory and prints.
 clock or a signal is agreed on, so that none waits for a step that another does not take.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -96,6 +97,16 @@ def check_devices() -> None:
             f"JAX finds no device, and JAX_PLATFORMS is {asked!r}{why}: install JAX for such "
             "devices, or unset it to take what there is"
         ) from None
+
+
+def use_one_processor() -> None:
+    """Ask for one device where the host's processors are to look like several.
+
+    A program of one device would else be divided among the threads of all, which takes several
+    times its processor time. Nothing changes where JAX has started its devices already.
+    """
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", 1)
 
 
 def exit_process(status: int) -> None:

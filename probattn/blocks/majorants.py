@@ -71,6 +71,29 @@ def projected(values: Float[Array, "*x N d"], factors: Majorants) -> Float[Array
     return jnp.matmul(values, sides, precision=_HIGHEST)
 
 
+def pair_squares(
+    points: Float[Array, "*batch N 3*m"], rows: Float[Array, "*batch M 3*m"]
+) -> tuple[Float[Array, "*batch N M"], ...]:
+    """Return what the norms of the difference d of every point and every row are made of.
+
+    Args:
+        points: projected points, (..., N, 3 m).
+        rows: other points, or some of them, (..., M, 3 m).
+
+    Returns:
+        |Q^T d|^2, |K^T d|^2, |G^T d|^2 and d^T A d, each (..., N, M).
+    """
+    of_points, of_rows = (jnp.split(part, 3, axis=-1) for part in (points, rows))
+
+    def products(first: int, second: int) -> Array:
+        own = jnp.sum(of_points[first] * of_points[second], axis=-1)[..., :, None]
+        other = jnp.sum(of_rows[first] * of_rows[second], axis=-1)[..., None, :]
+        mixed = _matmul(of_points[first], _transposed(of_rows[second]))
+        return own + other - mixed - _matmul(of_points[second], _transposed(of_rows[first]))
+
+    return products(0, 0), products(1, 1), products(2, 2), products(0, 1)
+
+
 def largest_squares(
     points: Float[Array, "*batch N 3*m"],
     rows: Float[Array, "*batch M 3*m"],
@@ -86,20 +109,19 @@ def largest_squares(
     Returns:
         (..., M, n), for n norms. Rounding errors are relative to the longest of the points.
     """
-    of_points, of_rows = (jnp.split(part, 3, axis=-1) for part in (points, rows))
+    return largest_of_squares(pair_squares(points, rows), kept)
 
-    def products(first: int, second: int) -> Array:
-        own = jnp.sum(of_points[first] * of_points[second], axis=-1)[..., :, None]
-        other = jnp.sum(of_rows[first] * of_rows[second], axis=-1)[..., None, :]
-        mixed = _matmul(of_points[first], _transposed(of_rows[second]))
-        return own + other - mixed - _matmul(of_points[second], _transposed(of_rows[first]))
 
-    query, key, positive, mixed = products(0, 0), products(1, 1), products(2, 2), products(0, 1)
+def largest_of_squares(
+    squares: tuple[Float[Array, "*batch N M"], ...], kept: Bool[Array, "N M"]
+) -> Float[Array, "*batch M n"]:
+    """Return what `largest_squares` does, from the numbers of `pair_squares`."""
+    query, key, positive, mixed = squares
     scaled = [(a**2 * query + key / a**2 + 2 * mixed) / 4 for a in _SCALES]
     kept = with_rank(kept, query.ndim)
     largest = [
-        jnp.maximum(jnp.max(jnp.where(kept, squares, 0.0), axis=-2), 0.0)
-        for squares in (query, key, positive, *scaled)
+        jnp.maximum(jnp.max(jnp.where(kept, each, 0.0), axis=-2), 0.0)
+        for each in (query, key, positive, *scaled)
     ]
     return jnp.stack(largest, axis=-1)
 

@@ -6,6 +6,7 @@ the matrices on which it fails.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax import lax
 from jax.lax.linalg import SvdAlgorithm
 from jaxtyping import Array, Bool, Float
 
+from probattn.blocks.covariance import identity_less
 from probattn.blocks.selection import all_in_batch
 
 
@@ -49,6 +51,58 @@ def last_singular_triple(
     u, size, v = _converged(_last_triple, whole)
     u, v = (jnp.where(finite[..., None], vector, jnp.nan) for vector in (u, v))
     return u, jnp.where(finite, size, jnp.nan), v
+
+
+@jax.custom_jvp
+def moving_vectors(
+    left: Float[Array, "*batch d"],
+    right: Float[Array, "*batch d"],
+    change: Float[Array, "*batch d r"],
+    queries: Float[Array, "*weights d r"],
+) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+    """Give the vectors of the smallest singular value of D = I - C Q^T their derivative.
+
+    Args:
+        left: u, (..., T, d), a constant.
+        right: v, (..., T, d), a constant.
+        change: C, (..., T, d, r).
+        queries: Q, (..., d, r), the same at all positions.
+
+    Returns:
+        u and v. Their first derivative is exact where the value is simple. What other values that
+        coincide with it would add is left out.
+    """
+    return left, right
+
+
+@moving_vectors.defjvp
+def _moving_vectors_jvp(
+    primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Solve D dv + dD v = s du + ds u and D^T du + dD^T u = s dv + ds v, vector by vector."""
+    left, right, change, queries = primals
+    _, _, change_dot, queries_dot = tangents
+
+    def product(one: Array, other: Array) -> Array:
+        other = jnp.swapaxes(other, -1, -2)[..., None, :, :]
+        return jnp.matmul(one, other, precision=lax.Precision.HIGHEST)
+
+    _, blocks = finite_blocks(identity_less(product(change, queries)))
+    all_left, sizes, all_right = singular_value_decomposition(blocks)
+    dot = -product(change_dot, queries) - product(change, queries_dot)
+    einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    of_right = einsum("...ji,...jk,...k->...i", all_left, dot, right)
+    of_left = einsum("...j,...jk,...ik->...i", left, dot, all_right)
+    least = sizes[..., -1:]
+    gap = (least - sizes) * (least + sizes)
+    apart = gap != 0
+    gap = jnp.where(apart, gap, 1.0)
+    along_left = jnp.where(apart, (least * of_right + sizes * of_left) / gap, 0.0)
+    along_right = jnp.where(apart, (sizes * of_right + least * of_left) / gap, 0.0)
+    return (left, right), (
+        einsum("...ji,...i->...j", all_left, along_left),
+        einsum("...ij,...i->...j", all_right, along_right),
+    )
 
 
 def extreme_singular_values(

@@ -18,13 +18,14 @@ from probattn.blocks.majorants import (
     Majorants,
     largest_eigenvalue,
     largest_lengths,
-    largest_squares,
+    largest_of_squares,
     majorants,
+    pair_squares,
     projected,
 )
 
 MOST_ROWS = 16_384  # rows whose pairs are all looked at; those of a larger table are grouped
-_PAIRS = 2**20  # pairs in one step
+_TILE = 512  # rows that are compared with as many others in one step
 
 
 class TableCertificate(NamedTuple):
@@ -149,23 +150,23 @@ def _farthest(
 ) -> tuple[Float[Array, " n"], Int[Array, " 2"], Float[Array, ""]]:
     """Return the largest squared distances in every norm, and the pair of largest d^T A d."""
     rows = len(points)
-    chunk = max(1, min(_PAIRS // rows, rows))
-    query, key, _ = jnp.split(points, 3, axis=-1)
-    own = jnp.sum(query * key, axis=-1)
+    size = min(_TILE, rows)
+    # The last tile is moved back to end with the rows, and has some of them in common with another.
+    starts = jnp.minimum(jnp.arange(0, rows, size), rows - size)
+    # Both numbers of a pair are those of the pair turned round, so half of the tiles will do.
+    tiles = jnp.stack([starts[each] for each in jnp.triu_indices(len(starts))], axis=-1)
 
-    def of_chunk(first: Array) -> tuple[Array, Array, Array]:
-        index = jnp.minimum(first + jnp.arange(chunk), rows - 1)
-        apart = place[index][:, None] != place[None, :]
-        largest = jnp.max(largest_squares(points, points[index], apart.T), axis=0)
-        product = _matmul(query[index], key.T) + _matmul(key[index], query.T)
-        fold = jnp.where(apart, own[index][:, None] + own[None, :] - product, -jnp.inf)
+    def of_tile(tile: Int[Array, " 2"]) -> tuple[Array, Array, Array]:
+        index = tile[:, None] + jnp.arange(size)
+        first, second = points[index]
+        apart = place[index[0]][:, None] != place[index[1]][None, :]
+        squares = pair_squares(first, second)
+        largest = jnp.max(largest_of_squares(squares, apart), axis=0)
+        fold = jnp.where(apart, squares[-1], -jnp.inf)
         best = jnp.argmax(fold)
-        return largest, jnp.stack([index[best // rows], best % rows]), fold.ravel()[best]
+        pair = jnp.stack([index[0, best // size], index[1, best % size]])
+        return largest, pair, fold.ravel()[best]
 
-    largest, pairs, folds = lax.map(of_chunk, jnp.arange(0, rows, chunk))
+    largest, pairs, folds = lax.map(of_tile, tiles)
     best = jnp.argmax(folds)
     return jnp.max(largest, axis=0), pairs[best], folds[best]
-
-
-def _matmul(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

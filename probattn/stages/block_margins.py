@@ -10,20 +10,25 @@ from probattn.blocks.covariance import attention_covariance, identity_less, wide
 from probattn.blocks.geometry import Start
 from probattn.blocks.inverse_iteration import smallest_triple
 from probattn.blocks.selection import compute_where
-from probattn.blocks.singular_values import finite_blocks
+from probattn.blocks.singular_values import finite_blocks, moving_vectors
 
 _HIGHEST = lax.Precision.HIGHEST
 _PARTS = 16  # parts of the positions whose eigenvalues may have to be found
 
 
 def smallest_singular_value_of(
-    start: Start, w_query: Float[Array, "*weights d r"], *, of_head: bool = False
+    start: Start,
+    w_query: Float[Array, "*weights d r"],
+    *,
+    of_head: bool = False,
+    moving: bool = False,
 ) -> tuple[Float[Array, "*all T"], Float[Array, "*all T d"], Float[Array, "*all T d"]]:
     """Return the signed smallest singular value of every D_t, and its vectors u and v.
 
     In an orthonormal basis that begins with one of W_Q's columns, C_t B_t W_Q^T has no more than r
     columns that are not zero, and D_t is the identity in all others. Of one head of one sequence
-    it is found in less time and memory, by `wide_covariance`.
+    it is found in less time and memory, by `wide_covariance`. The vectors are constants of the
+    derivative, unless they are to be `moving`; of a stage they are constants always.
     """
     d, rank = w_query.shape[-2:]
     values, keys, weights, transforms = start.values, start.keys, start.weights, start.transforms
@@ -55,6 +60,10 @@ def smallest_singular_value_of(
     if transforms is not None:
         v_scaled = jnp.matmul(transforms, v_scaled[..., None], precision=_HIGHEST)[..., 0]
     linear = -_bilinear(u, covariance, v_scaled)
+    if moving:
+        queries = jnp.matmul(jnp.swapaxes(basis, -1, -2), w_query, precision=_HIGHEST)
+        u, v = moving_vectors(u, v, covariance, queries / math.sqrt(rank))
+        original = jnp.matmul(v, jnp.swapaxes(basis, -1, -2), precision=_HIGHEST)
     u = jnp.matmul(u, jnp.swapaxes(basis, -1, -2), precision=_HIGHEST)
     # Other eigenvalues of D_t than those of its upper block are 1.
     return _signed(infeasible_blocks(top), size, linear), u, original

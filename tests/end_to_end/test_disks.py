@@ -11,6 +11,7 @@ import pytest
 from probattn.inference import fit, load_run
 from probattn.inference.config_files import format_config
 from tests.support.mounts import ALONE, may_mount
+from tests.support.tiny_posterior import LATENT_FLAGS
 from tests.support.tiny_run import tiny_config
 
 STORY = """
@@ -70,36 +71,59 @@ def test_a_full_disk_and_a_read_only_one_lose_nothing(tmp_path):
 
 
 FULL = """
-import json, os, subprocess, sys
-disk, *command = sys.argv[1:]
+import hashlib, json, os, shutil, subprocess, sys
+disk, run, *command = sys.argv[1:]
 os.mkdir(disk)
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)
+if run:
+    shutil.copytree(run, disk + "/run")
+
+
+def files():
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(disk) for name in names]
+    return {path: hashlib.sha256(open(path, "rb").read()).hexdigest() for path in paths}
+
+
+before = files()
+used = shutil.disk_usage(disk).used // 4096
+subprocess.run(["mount", "-o", f"remount,size={4 * (used + 2)}k", disk], check=True)
 command = [sys.executable, "-m", "probattn", *command]
 child = subprocess.run(command, capture_output=True, text=True)
-left = [os.path.join(folder, name) for folder, _, names in os.walk(disk) for name in names]
-print(json.dumps([child.returncode, child.stderr.splitlines(), left]))
+after = files()
+for path in [path for path in before if after.get(path) != before[path]]:
+    json.load(open(path))  # a summary, which is whole
+print(json.dumps([child.returncode, child.stderr.splitlines(), list(after)]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="needs mounts in a namespace of its own")
 @pytest.mark.parametrize(
-    ("command", "out"),
+    "command",
     [
-        (["margins"], "out"),
-        (["sensitivity", "--draws", "2"], "out"),
-        (["compare"], "out"),
-        (["generate", "--prompt", "the", "--length", "600"], "out.csv"),
+        ["margins", "RUN", "--out", "DISK/out"],
+        ["sensitivity", "RUN", "--draws", "2", "--out", "DISK/out"],
+        ["compare", "RUN", "--out", "DISK/out"],
+        ["generate", "RUN", "--prompt", "the", "--length", "600", "--out", "DISK/out.csv"],
+        ["evaluate", "DISK/run"],
+        ["sample", "--data", "TEXT", *LATENT_FLAGS, "--out", "DISK/out"],
+        ["demo", "--out", "DISK/out"],
+        ["figures", "--out", "DISK/out"],
     ],
-    ids=lambda each: each[0] if isinstance(each, list) else "",
+    ids=lambda command: command[0],
 )
 def test_a_command_on_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(
-    tiny_run, tmp_path, command, out
+    tiny_run, tmp_path, command
 ):
     disk = tmp_path / "disk"
-    command = [command[0], str(tiny_run.path), *command[1:], "--out", str(disk / out)]
+    given = {"RUN": tiny_run.path, "TEXT": tiny_run.config.data.source, "DISK": disk}
+    for name, path in given.items():
+        command = [part.replace(name, str(path)) for part in command]
+    run = str(tiny_run.path) if str(disk / "run") in command else ""
     child = subprocess.run(
-        [*ALONE, sys.executable, "-c", FULL, str(disk), *command], capture_output=True, text=True
+        [*ALONE, sys.executable, "-c", FULL, str(disk), run, *command],
+        capture_output=True,
+        text=True,
     )
     assert child.returncode == 0, child.stderr
     status, lines, left = json.loads(child.stdout)

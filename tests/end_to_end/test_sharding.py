@@ -190,3 +190,23 @@ def test_a_mesh_of_one_device_is_one():
 )
 def test_where_parameters_are_cut(shape, devices, expected):
     assert spread_along(shape, devices) == expected
+
+
+COMMAND = """
+import json, sys
+from probattn.inference.cli import main
+sys.argv = ["probattn", *{arguments!r}]
+status = main()
+import jax
+print(json.dumps([status, jax.device_count()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "devices"),
+    [(["evaluate", "missing"], 1), (["fit", "--data", "missing", "--out", "missing"], 4)],
+    ids=["evaluate", "fit"],
+)
+def test_a_command_of_one_device_is_not_divided_among_those_that_are_simulated(arguments, devices):
+    assert in_child(COMMAND.format(arguments=arguments)) == [2, devices]

@@ -68,6 +68,14 @@ def test_toml_and_back(tmp_path, config):
     assert read_config(written(tmp_path, format_config(config))) == config
 
 
+def test_a_file_that_an_editor_of_windows_has_saved(tmp_path):
+    """With a byte-order mark, and with CRLF at the ends of lines."""
+    path = tmp_path / "config.toml"
+    text = format_config(OTHER).replace("\n", "\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_config(path) == OTHER
+
+
 def test_toml_leaves_out_what_is_none(tmp_path):
     text = format_config(RunConfig())
     assert "None" not in text

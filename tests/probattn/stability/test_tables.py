@@ -90,6 +90,23 @@ def test_groups_bound_the_table_from_above(given, monkeypatch):
     )
 
 
+def test_the_farthest_pair_is_found_in_whatever_tiles_its_rows_lie(given, monkeypatch):
+    """Also where the rows are no whole number of tiles."""
+    table, w_query, _ = given
+    table = 1e-3 * np.asarray(table)
+    matrix = w_query[0]  # in both roles: A is positive semidefinite
+    axis = np.linalg.svd(matrix)[0][:, 0]
+    monkeypatch.setattr(tables_module, "_TILE", 3)
+    tables_module._certify.clear_cache()
+    for pair in itertools.combinations(range(ROWS), 2):
+        moved = table.copy()
+        moved[list(pair)] = axis, -axis
+        found = table_certificate(moved, matrix, matrix)
+        assert sorted(found.pair.tolist()) == list(pair)
+        np.testing.assert_allclose(found.rho, found.pair_rho, rtol=1e-2)
+    tables_module._certify.clear_cache()
+
+
 def test_a_bound_and_a_vanishing_coupling(given):
     table, w_query, w_key = given
     far = table_certificate(1e6 * table, w_query, w_key, bound=0.5)
