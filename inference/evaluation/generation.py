@@ -22,6 +22,7 @@ from probattn.models.decoder.network import Cache, extend, init_cache
 from probattn.models.networks import Network, Parameters
 
 _CHUNK = 32  # tokens of a prompt that are read at once
+_LENGTHS = 256  # of which the window of an imported model's margins is a multiple
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def _margins(
     block = run.network.block
     unique, number = np.unique(starts, return_inverse=True)
     # What a window holds after a token does not change its margin.
-    length = block if prior is not None else min(block, max(len(tokens), 3))
+    # Of few lengths, so that few programs are compiled: those of heads take a while.
+    length = block if prior is not None else min(block, -(-len(tokens) // _LENGTHS) * _LENGTHS)
     inputs = np.concatenate([_window(tokens[start : start + length], length) for start in unique])
     chosen = list(stages(run, prior))
     if prior is not None:
