@@ -12,6 +12,7 @@ from probattn.inference.evaluation.sensitivity import Sensitivity, sensitivity
 from probattn.inference.evaluation.stage_certificates import StageCertificate
 from probattn.inference.evaluation.token_margins import TextMargins, text_margins
 from probattn.inference.export.to_arviz import to_datatree
+from probattn.inference.figures.pages import comparison_page, posterior_page
 from probattn.inference.fitting.fit import fit
 from probattn.inference.fitting.guide_draws import guide_draws
 from probattn.inference.fitting.laplace import LaplaceError
@@ -44,6 +45,7 @@ __all__ = [
     "StageCertificate",
     "TextMargins",
     "compare",
+    "comparison_page",
     "evaluate",
     "fit",
     "folding_texts",
@@ -52,6 +54,7 @@ __all__ = [
     "load_posterior",
     "load_run",
     "post_hoc_prior",
+    "posterior_page",
     "read_config",
     "sample",
     "sample_run",

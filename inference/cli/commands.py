@@ -31,6 +31,7 @@ from probattn.inference.evaluation.noise_sweeps import (
 from probattn.inference.evaluation.perturbations import NoiseKind
 from probattn.inference.evaluation.sensitivity import sensitivity
 from probattn.inference.evaluation.token_margins import text_margins
+from probattn.inference.figures.pages import comparison_page, posterior_page
 from probattn.inference.figures.report import (
     check_report,
     compared_report,
@@ -41,13 +42,25 @@ from probattn.inference.figures.report import (
 )
 from probattn.inference.fitting.fit import fit
 from probattn.inference.paper.report import paper_report
-from probattn.inference.runs.files import check_outputs
+from probattn.inference.runs.files import check_new, check_outputs
 from probattn.inference.runs.folder import LOCK_SECONDS
 from probattn.inference.runs.run import load_fit, load_run
 from probattn.inference.runtime.processes import distributed, is_main_process
 from probattn.inference.sampling.posterior_runs import config_of_fit, sample_run
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.text.corpora import DataConfig
+
+
+def _check_outputs(report: str, out: Path | None, page: Path | None, overwrite: bool) -> None:
+    """Refuse outputs that cannot be written, before the work whose results they are to hold."""
+    if out is None and page is None:
+        raise ValueError("--out: got none, expected a directory, or a file for --html, or both")
+    if overwrite and page is None:
+        raise ValueError("--overwrite: it replaces the file of --html; give that, or leave it out")
+    if out is not None:
+        check_report(report, out)
+    if page is not None:
+        check_new(page, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,9 @@ class Sample:
     resume: bool = False
     """go on with the run in --out, with its own configuration"""
     overwrite: bool = False
-    """replace the run in --out"""
+    """replace the run in --out, and the file of --html"""
+    html: Path | None = None
+    """HTML file for a page with intervals of margins and probabilities of support"""
     data: DataConfig = SAMPLED_DATA
     latent: LatentEmbeddingsConfig = field(default_factory=LatentEmbeddingsConfig)
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
@@ -117,6 +132,8 @@ class Sample:
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
+        if self.html is not None:
+            check_new(self.html, overwrite=self.overwrite)
         parameters = None
         if self.start is not None:
             plain = Sample(self.out)
@@ -143,6 +160,8 @@ class Sample:
             progress=True,
         )
         tree, paths = posterior_report(run)
+        if self.html is not None:
+            paths = [*paths, posterior_page(run, self.html, overwrite=self.overwrite)]
         console.print_posterior(screen, tree)
         console.print_paths(screen, paths)
 
@@ -198,8 +217,12 @@ class Margins:
 
     run: tyro.conf.Positional[Path]
     """run directory"""
-    out: Path
+    out: Path | None = None
     """directory for margins.csv and the figures"""
+    html: Path | None = None
+    """HTML file for a page that shows the text in a browser; it needs no --out"""
+    overwrite: bool = False
+    """replace the file of --html"""
     text: Path | None = None
     """UTF-8 file of any length, by default the run's validation text"""
     stride: int | None = None
@@ -211,13 +234,23 @@ class Margins:
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
-        check_report("margins", self.out)
+        _check_outputs("margins", self.out, self.html, self.overwrite)
         run = load_fit(self.run)
-        found = text_margins(run, self.text, stride=self.stride, radius=self.radius, progress=True)
+        found = text_margins(
+            run,
+            self.text,
+            stride=self.stride,
+            radius=self.radius,
+            details=self.html is not None,
+            progress=True,
+        )
         console.print_margins(screen, found)
         if self.find_folds:
             print_folds(screen, folding_texts(run, found.certificates, progress=True))
-        console.print_paths(screen, margin_figures(found, self.out))
+        if self.out is not None:
+            console.print_paths(screen, margin_figures(found, self.out))
+        if self.html is not None:
+            console.print_paths(screen, [found.to_html(self.html, overwrite=self.overwrite)])
 
 
 @dataclass(frozen=True)
@@ -226,8 +259,12 @@ class MeasureSensitivity:
 
     run: tyro.conf.Positional[Path]
     """run directory"""
-    out: Path
+    out: Path | None = None
     """directory for the tables and the figure"""
+    html: Path | None = None
+    """HTML file for a page that shows text, margins and losses in a browser; it needs no --out"""
+    overwrite: bool = False
+    """replace the file of --html"""
     text: Path | None = None
     """UTF-8 file, by default the run's validation text"""
     noise_kind: NoiseKind = "gaussian"
@@ -243,7 +280,7 @@ class MeasureSensitivity:
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
-        check_report("sensitivity", self.out)
+        _check_outputs("sensitivity", self.out, self.html, self.overwrite)
         found = sensitivity(
             load_fit(self.run),
             self.text,
@@ -255,7 +292,10 @@ class MeasureSensitivity:
             progress=True,
         )
         console.print_sensitivity(screen, found)
-        console.print_paths(screen, sensitivity_report(found, self.out))
+        if self.out is not None:
+            console.print_paths(screen, sensitivity_report(found, self.out))
+        if self.html is not None:
+            console.print_paths(screen, [found.to_html(self.html, overwrite=self.overwrite)])
 
 
 @dataclass(frozen=True)
@@ -264,8 +304,12 @@ class Compare:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run directories, of fits and of sampled posteriors"""
-    out: Path
+    out: Path | None = None
     """directory for comparison.csv and the figures"""
+    html: Path | None = None
+    """HTML file for a page that shows the runs on one text in a browser; it needs no --out"""
+    overwrite: bool = False
+    """replace the file of --html"""
     seed: int = 0
     """of the noise, of particles and of the draws of guides"""
 
@@ -279,10 +323,14 @@ class Compare:
         if len(set(labels)) < len(labels):
             raise ValueError(f"runs: got {', '.join(labels)}, expected each run once")
         runs = {label: load_run(path) for label, path in zip(labels, self.runs, strict=True)}
-        check_report("compared", self.out)
+        _check_outputs("compared", self.out, self.html, self.overwrite)
         compared = compare(runs, seed=self.seed, progress=True)
         console.print_compared(screen, compared)
-        console.print_paths(screen, compared_report(compared, self.out))
+        if self.out is not None:
+            console.print_paths(screen, compared_report(compared, self.out))
+        if self.html is not None:
+            page = comparison_page(compared, self.html, overwrite=self.overwrite)
+            console.print_paths(screen, [page])
 
 
 @dataclass(frozen=True)

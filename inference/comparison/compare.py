@@ -14,10 +14,13 @@ from jaxtyping import Float
 
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.comparison.predictive import Predictions, latent_predictions, predictions
-from probattn.inference.evaluation.attention_stages import stage_margins, stages
+from probattn.inference.evaluation.attention_stages import stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.token_margins import reported_margins, stage_series
 from probattn.inference.export.diagnostics import leave_one_out, values_of
+from probattn.inference.export.page_series import drawn_series
 from probattn.inference.export.to_arviz import to_datatree
+from probattn.inference.pages.page import Series
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import PosteriorRun, Run
@@ -63,6 +66,8 @@ class ComparedRun:
         pareto_k: the largest Pareto k; above 0.7 the estimate cannot be trusted.
         divergences: divergent transitions of NUTS.
         seconds: time that fitting or sampling took.
+        sequences: the compared sequences, what is shown of each token; where there are margins.
+        series: margins of their tokens, one sequence after the other, stage by stage.
     """
 
     label: str
@@ -81,6 +86,8 @@ class ComparedRun:
     pareto_k: float | None = None
     divergences: int | None = None
     seconds: float | None = None
+    sequences: tuple[tuple[str, ...], ...] | None = None
+    series: tuple[Series, ...] = ()
 
 
 @default_promotion()
@@ -135,7 +142,10 @@ def _sequences(runs: Mapping[str, Run | PosteriorRun]) -> int:
 
 def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> ComparedRun:
     result = load_posterior(run)
-    found = _of_draws(result) | {"divergences": result.divergences, "seconds": result.seconds}
+    found = _of_draws(label, run, result) | {
+        "divergences": result.divergences,
+        "seconds": result.seconds,
+    }
     model, objective = run.config.model, run.config.objective
     if model is None or objective is None:
         assert run.config.latent is not None  # SampleRunConfig has one or the other
@@ -153,7 +163,7 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
     found = {"seconds": _fit_seconds(run), **_objective(objective)}
     if run.config.fit.guide != "map":
         result = guide_posterior(run, draws=_DRAWS, seed=seed, sequences=sequences)
-        found |= _of_draws(result)
+        found |= _of_draws(label, run, result)
         found["predictions"] = predictions(
             run.vocabulary, model, _members(result), held_out, seed=seed
         )
@@ -163,8 +173,12 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
     # A fit takes a while and is written into the run: only where its stage is compared.
     prior = post_hoc_prior(run) if compared == "post hoc" else None
     chosen = [stage for stage in stages(run, prior) if _label(stage.label) == compared]
-    margins = [stage_margins(run, stage, inputs).margin for stage in chosen]
+    everywhere = np.ones(inputs.shape, bool)
+    of_stages = [reported_margins(run, stage, inputs, everywhere) for stage in chosen]
+    margins = [stage.margin.reshape(inputs.shape) for stage in of_stages]
     found |= _margins(np.stack(margins, axis=1)[None, None])
+    found["sequences"] = _shown(run, inputs)
+    found["series"] = tuple(stage_series(label, stage) for stage in of_stages)
     converged = prior is None or prior.converged
     found["margin_stage"] = compared if converged else f"{compared}, not converged"
     members = {name: np.asarray(value)[None] for name, value in run.parameters.items()}
@@ -183,7 +197,11 @@ def _label(stage: str) -> str:
     return "first layer" if stage.startswith("layer 1 head") else stage
 
 
-def _of_draws(result: PosteriorResult) -> dict[str, Any]:
+def _shown(run: Run | PosteriorRun, inputs: np.ndarray) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(run.vocabulary.display(row)) for row in inputs)
+
+
+def _of_draws(label: str, run: Run | PosteriorRun, result: PosteriorResult) -> dict[str, Any]:
     tree = to_datatree(result, log_likelihood=True)
     elpd, error, pareto_k = leave_one_out(tree) or (None, None, None)
     margin = values_of(tree, "posterior", "margin")
@@ -196,6 +214,8 @@ def _of_draws(result: PosteriorResult) -> dict[str, Any]:
     if margin is None:
         return found
     stage = "first layer" if margin.ndim == 5 else "trained"
+    found["sequences"] = _shown(run, np.asarray(result.model_args[0]))
+    found["series"] = tuple(drawn_series(label, tree))
     return found | _margins(margin) | {"margin_stage": stage}
 
 

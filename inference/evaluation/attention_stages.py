@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from probattn import certificate, certified_radius, log_det
+from probattn.blocks.geometry import geometry
 from probattn.inference.evaluation.post_hoc import PostHocPrior
+from probattn.inference.pages.page import Past
 from probattn.inference.runs.run import Run
 from probattn.inference.runtime.blas_threads import one_blas_thread
 from probattn.margins import both_margins
@@ -22,6 +24,7 @@ from probattn.text.batches import map_batches
 
 StageInput = Literal["embeddings", "normalised", "first_layer"]
 _BATCH = 4  # windows in one call: the bases of 2 r directions take (windows, T, d, 2 r) numbers
+_PAST = 8  # past tokens that are named of each token
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,27 @@ def stage_radii(
     return radius, squares
 
 
+def stage_pasts(run: Run, stage: RunStage, inputs: Int[np.ndarray, "windows T"]) -> list[Past]:
+    """Find which past tokens make the covariance of every position, and which it attends to.
+
+    The covariance of position t is that of the values v_s of its past under its attention weights
+    alpha_s, and its trace is the sum over s < t of alpha_s |v_s - mean|^2. The share of token s is
+    its part of this sum. Values are the stage's inputs, moved into its bounded context if it has
+    one.
+
+    Returns:
+        Shares in the covariance, and in attention, each with the axes (windows, T, 8).
+    """
+    measure = partial(_pasts, input=stage.input, heads=run.config.model.heads, bound=stage.bound)
+    with one_blas_thread():
+        pasts = map_batches(
+            lambda _, rows: measure(run.parameters, inputs[rows], stage.w_query, stage.w_key),
+            len(inputs),
+            _BATCH,
+        )
+    return [Past(*past) for past in pasts]
+
+
 def stage_table(run: Run, stage: RunStage) -> Float[np.ndarray, "V T d"]:
     """Return all that a stage ever sees: each symbol of the vocabulary at each position."""
     symbols = np.arange(run.vocabulary.size, dtype=np.int32)
@@ -154,6 +178,42 @@ def _radii(
     x = _stage_input(parameters, inputs, input=input, heads=heads)
     radius = certified_radius(x, w_query, w_key, bound=bound, joint=False)
     return radius / math.sqrt(x.shape[-1]), jnp.mean(x**2, axis=-1)
+
+
+@partial(jax.jit, static_argnames=("input", "heads", "bound"))
+def _pasts(
+    parameters: Parameters,
+    inputs: Array,
+    w_query: Array,
+    w_key: Array,
+    *,
+    input: StageInput,
+    heads: int,
+    bound: float | None,
+) -> list[tuple[Array, Array]]:
+    x = _stage_input(parameters, inputs, input=input, heads=heads)
+    values, _, _, weights = geometry(x, w_query, w_key, bound)
+    length = x.shape[-2]
+    most = min(_PAST, length)
+
+    def largest(parts: Array, position: Array) -> tuple[Array, Array]:
+        share, place = jax.lax.top_k(parts, most)
+        behind = jnp.where(share > 0, position - place, 0)
+        lacking = [(0, 0), (0, _PAST - most)]  # of a window of fewer tokens
+        return jnp.pad(behind, lacking), jnp.pad(share, lacking)
+
+    def at(position: Array) -> list[tuple[Array, Array]]:
+        attention = weights[:, position, :]
+        mean = jnp.einsum("bs,bsd->bd", attention, values, precision=jax.lax.Precision.HIGHEST)
+        # Centred before it is squared: where attention is sharp, little is left.
+        parts = attention * jnp.sum((values - mean[:, None, :]) ** 2, axis=-1)
+        total = jnp.sum(parts, axis=-1, keepdims=True)
+        shares = jnp.where(total > 0, parts / jnp.where(total > 0, total, 1), 0)
+        return [largest(shares, position), largest(attention, position)]
+
+    # Position after position: (windows, T, T, d) numbers would be many.
+    found = jax.lax.map(at, jnp.arange(length, dtype=jnp.int32))
+    return jax.tree.map(lambda each: jnp.swapaxes(each, 0, 1), found)
 
 
 @partial(jax.jit, static_argnames=("input", "heads", "bound"))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from probattn.inference.evaluation.perturbations import Gaussian, Perturbation
 from probattn.models import LanguageModelConfig
 from probattn.models.transformer import Parameters, Precision, logits
-from probattn.text.batches import Windows, each_batch, windows
+from probattn.text.batches import Windows, each_batch, map_batches, windows
 from probattn.text.vocabulary import Vocabulary
 
 BATCH = 32  # windows in one call
@@ -195,6 +195,25 @@ class Scorer:
             tokens += predicted.size
             characters += int(self._of_token[predicted].sum(dtype=np.int64))
         return tokens, characters
+
+
+def window_losses(
+    config: LanguageModelConfig,
+    parameters: Parameters,
+    inputs: Int[np.ndarray, "windows T"],
+    targets: Int[np.ndarray, "windows T"],
+) -> Float[np.ndarray, "windows T"]:
+    """Compute the loss of every target of some windows, in nats, without noise."""
+    clean = partial(
+        _losses,
+        _CLEAN,
+        parameters,
+        heads=config.heads,
+        cap=config.spectral_cap,
+        precision="float32",
+    )
+    key = jax.random.key(0)
+    return map_batches(lambda _, rows: clean(inputs[rows], targets[rows], key), len(inputs), BATCH)
 
 
 @partial(jax.jit, static_argnames=("heads", "cap", "precision"))
