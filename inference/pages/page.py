@@ -1,4 +1,4 @@
-"""What a page shows of a text, and the file that shows it: one file, which asks for nothing else."""
+"""What a page shows of a text, and the one file that shows it and asks for nothing else."""
 
 import base64
 import hashlib

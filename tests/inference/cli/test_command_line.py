@@ -17,7 +17,7 @@ from rich.console import Console
 
 import probattn as probattn_package
 from probattn.inference import RunConfig, generate, load_run, sensitivity
-from probattn.inference.cli import commands, console, main
+from probattn.inference.cli import commands, console, main, text_commands
 from probattn.inference.cli import demo as demo_module
 from probattn.inference.config_files import format_config
 from probattn.inference.evaluation.evaluate import EvaluateResult, MarginSummary
@@ -81,7 +81,7 @@ HELP = {
         *("PATH", "--out", "--text", "--noise-kind", "--level", "--draws", "--most-tokens"),
         "--seed",
     },
-    "margins": {"PATH", "--text", "--out", "--stride"},
+    "margins": {"PATH", "--text", "--out", "--html", "--overwrite", "--stride"},
     "generate": {"PATH", "--prompt", "--length", "--temperature", "--top-k", "--seed", "--out"},
     "demo": {"--out"},
 }
@@ -431,7 +431,7 @@ def test_sensitivity_prints_and_writes(probattn, tiny_run, tmp_path, monkeypatch
         assert (options["level"], options["draws"], options["most_tokens"]) == (1, 2, 160)
         return found[-1]
 
-    monkeypatch.setattr(commands, "sensitivity", noting)
+    monkeypatch.setattr(text_commands, "sensitivity", noting)
     flags = ["--level", "1", "--draws", "2", "--most-tokens", "160"]
     status, printed, _ = probattn("sensitivity", tiny_run.path, "--out", out, *flags)
     assert status == 0
