@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 # Sixteenths of Matplotlib's cividis, sRGB from 0 to 255. Linear between them, it differs from the
-# map by at most 11. A page draws with them, so neither it nor a notebook needs Matplotlib.
+# map by at most 13. A page draws with them, so neither it nor a notebook needs Matplotlib.
 ANCHORS = (
     (0, 34, 78),
     (0, 46, 106),

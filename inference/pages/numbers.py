@@ -25,17 +25,13 @@ def codes(values: Float[np.ndarray, " N"]) -> tuple[Integer[np.ndarray, " N"], i
     found[values == -np.inf] = MINUS_INFINITY
     found[values == np.inf] = INFINITY
     finite = np.isfinite(values)
-    # Python rounds each correctly; what is read back is within one unit in the last place of it.
-    rounded = np.array([f"{value:.2e}" for value in values[finite].tolist()], np.float64)
-    zero = rounded == 0
-    size = np.abs(np.where(zero, 1.0, rounded))
-    exponent = np.floor(np.log10(size)).astype(np.int64)
-    mantissa = np.rint(size / 10.0 ** (exponent - 2)).astype(np.int64)
-    for off, step in ((mantissa >= 1000, 1), (mantissa < 100, -1)):  # of an inexact logarithm
-        exponent = np.where(off, exponent + step, exponent)
-    mantissa = np.rint(size / 10.0 ** (exponent - 2)).astype(np.int64)
+    texts = [f"{value:.2e}".split("e") for value in values[finite].tolist()]  # rounded correctly
+    signed = np.array([mantissa for mantissa, _ in texts], np.float64)
+    exponent = np.array([exponent for _, exponent in texts], np.int64)
+    mantissa = np.rint(100 * np.abs(signed)).astype(np.int64)
+    zero = mantissa == 0
     least = int(exponent[~zero].min()) if (~zero).any() else 0
-    code = FIRST + 2 * (_MANTISSAS * (exponent - least) + mantissa - 100) + (rounded < 0)
+    code = FIRST + 2 * (_MANTISSAS * (exponent - least) + mantissa - 100) + (signed < 0)
     found[finite] = np.where(zero, ZERO, code)
     return found, least
 

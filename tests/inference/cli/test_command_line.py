@@ -468,6 +468,46 @@ def test_margins_writes_table_and_figures(probattn, tiny_run, tmp_path):
     assert ESCAPE not in printed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["margins", "sensitivity"])
+def test_a_page_needs_no_folder_and_replaces_only_on_request(probattn, tiny_run, tmp_path, command):
+    page = tmp_path / "new" / "page.html"
+    flags = [] if command == "margins" else ["--draws", "1", "--most-tokens", "80"]
+    arguments = [command, tiny_run.path, "--html", page, *flags]
+    status, printed, _ = probattn(*arguments)
+    assert status == 0
+    assert f"wrote {page}" in printed
+    made = page.read_text("ascii")
+    assert made.startswith("<!doctype html>")
+    assert list(page.parent.iterdir()) == [page]
+    page.write_text("mine")
+    status, _, err = probattn(*arguments)
+    assert status == 2
+    assert err == (
+        f"probattn: error: {page}: exists: name another file, or replace it with --overwrite\n"
+    )
+    assert page.read_text() == "mine"
+    assert probattn(*arguments, "--overwrite")[0] == 0
+    assert page.read_text("ascii") == made
+
+
+@pytest.mark.parametrize("command", ["margins", "sensitivity", "compare"])
+def test_pages_that_cannot_be_written_are_refused_before_the_work(
+    probattn, tiny_run, tmp_path, command
+):
+    arguments = [command, tiny_run.path]
+    status, _, err = probattn(*arguments)
+    assert status == 2
+    assert "--out: got none, expected a directory, or a file for --html, or both" in err
+    status, _, err = probattn(*arguments, "--html", tmp_path)
+    assert status == 2
+    assert f"{tmp_path}: is a folder: expected a file" in err
+    status, _, err = probattn(*arguments, "--out", tmp_path / "out", "--overwrite")
+    assert status == 2
+    assert "--overwrite: it replaces the file of --html" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_generate_prints_the_text_as_it_is(probattn, tiny_run, monkeypatch, tmp_path):
     monkeypatch.delenv("COLUMNS")  # of a file or a pipe nobody knows the width
     options = ["--length", "60", "--seed", "7", "--temperature", "0.8", "--top-k", "9"]
