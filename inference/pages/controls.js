@@ -9,7 +9,6 @@ by("b").append(...choices(stages));
 by("q").append(...choices(Object.entries(D.quantities)));
 by("count").textContent = `${N.toLocaleString("en")} tokens`;
 by("outlined").textContent = D.outlined;
-document.documentElement.style.setProperty("--past", css(PAST[1]));
 drawBar(by("bar"), D.anchors);
 drawBar(by("past-bar"), PAST);
 

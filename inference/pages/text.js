@@ -23,7 +23,8 @@ function layOut() {
 function nameOf(i) {
   const parts = [quoted(i), `${D.quantities[S.q]} ${shown(V.values[i])}`];
   if (series().outlined[i]) parts.push(D.outlined);
-  if (!(valueAt(series(), "margin", i) > 0)) parts.push(Number.isNaN(valueAt(series(), "margin", i)) ? "margin not known" : "not feasible");
+  const margin = valueAt(series(), "margin", i);
+  if (!(margin > 0)) parts.push(Number.isNaN(margin) ? "margin not known" : "not feasible");
   if (i === S.pin) parts.push("pinned");
   if (V.past.has(i)) parts.push(`${percents(V.past.get(i))} of the attention of the pinned token`);
   return parts.join(", ");
@@ -140,7 +141,6 @@ function findText() {
   const wanted = S.find.toLowerCase();
   if (!wanted) return;
   const from = new Int32Array(N + 1);
-  let text = "";
   const pieces = [];
   for (let i = 0, length = 0; i < N; i++) {
     const token = tokenText(i).toLowerCase();
@@ -148,7 +148,7 @@ function findText() {
     length += token.length;
     from[i + 1] = length;
   }
-  text = pieces.join("");
+  const text = pieces.join("");
   V.isHit = new Uint8Array(N);
   let token = 0;
   for (let place = text.indexOf(wanted); place >= 0; place = text.indexOf(wanted, place + wanted.length)) {

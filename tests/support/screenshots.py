@@ -3,9 +3,12 @@
 PAGE is a file of `probattn margins --html`. It needs Chromium, and what the tests need.
 """
 
+import io
 import sys
 import tempfile
 from pathlib import Path
+
+from PIL import Image
 
 from tests.support.browser import browser, open_page
 from tests.support.project import ROOT
@@ -25,4 +28,7 @@ if __name__ == "__main__":
             open_page(driver, Path(sys.argv[1]).resolve(), address)
             if width < 500:
                 driver.execute_script("document.getElementById('legend').scrollIntoView()")
-            driver.save_screenshot(str(ROOT / "docs/images" / f"{name}.png"))
+            picture = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
+            # In 256 colours it takes half of the room.
+            path = ROOT / "docs/images" / f"{name}.png"
+            picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
