@@ -160,7 +160,7 @@ def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> 
 
 def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: int) -> ComparedRun:
     model, objective = run.config.model, run.config.objective
-    found = {"seconds": _fit_seconds(run), **_objective(objective)}
+    found: dict[str, Any] = {"seconds": _fit_seconds(run), **_objective(objective)}
     if run.config.fit.guide != "map":
         result = guide_posterior(run, draws=_DRAWS, seed=seed, sequences=sequences)
         found |= _of_draws(label, run, result)
@@ -205,7 +205,7 @@ def _of_draws(label: str, run: Run | PosteriorRun, result: PosteriorResult) -> d
     tree = to_datatree(result, log_likelihood=True)
     elpd, error, pareto_k = leave_one_out(tree) or (None, None, None)
     margin = values_of(tree, "posterior", "margin")
-    found = {
+    found: dict[str, Any] = {
         "inference": result.method,
         "elpd_loo": elpd,
         "elpd_loo_se": error,

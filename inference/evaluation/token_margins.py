@@ -278,13 +278,10 @@ def reported_margins(
 
 def _empty(values: TokenMargins, length: int, name: str) -> TokenMargins:
     """Return arrays for so many tokens, of the types of the values of some."""
-    return TokenMargins(
-        values.label,
-        *(
-            scratch_array(name, length, getattr(values, column).dtype)
-            for column in _COLUMNS.values()
-        ),
+    margin, log_det, distance, certificate, support = (
+        scratch_array(name, length, getattr(values, column).dtype) for column in _COLUMNS.values()
     )
+    return TokenMargins(values.label, margin, log_det, distance, certificate, support)
 
 
 def _joined(pasts: Sequence[Past]) -> Past:

@@ -51,8 +51,8 @@ def text_in_notebook(
             has; NaN counts for nothing.
         length: number of tokens of the text.
     """
-    tokens, values, support = (each[:MOST_SHOWN] for each in (tokens, values, support))
-    drawn = zip(tokens, values, support, colours(values), strict=True)
+    tokens, values = tokens[:MOST_SHOWN], values[:MOST_SHOWN]
+    drawn = zip(tokens, values, support[:MOST_SHOWN], colours(values), strict=True)
     text = "".join(_token(*each) for each in drawn)
     cut = f"; the first {len(tokens)} of {length:,} tokens" if length > len(tokens) else ""
     rows = []
