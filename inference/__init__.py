@@ -14,6 +14,7 @@ from probattn.inference.evaluation.token_margins import TextMargins, text_margin
 from probattn.inference.exchange.export_decoder import export_decoder
 from probattn.inference.exchange.import_decoder import Imported, import_decoder
 from probattn.inference.export.to_arviz import to_datatree
+from probattn.inference.figures.pages import comparison_page, posterior_page
 from probattn.inference.fitting.fit import fit
 from probattn.inference.fitting.guide_draws import guide_draws
 from probattn.inference.fitting.laplace import LaplaceError
@@ -50,6 +51,7 @@ __all__ = [
     "StageCertificate",
     "TextMargins",
     "compare",
+    "comparison_page",
     "evaluate",
     "export_decoder",
     "fit",
@@ -60,6 +62,7 @@ __all__ = [
     "load_posterior",
     "load_run",
     "post_hoc_prior",
+    "posterior_page",
     "read_config",
     "sample",
     "sample_run",

@@ -17,18 +17,16 @@ from rich.console import Console
 import probattn
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.cli.commands import (
-    Compare,
     Evaluate,
     Fit,
     Generate,
-    Margins,
-    MeasureSensitivity,
     Sample,
 )
 from probattn.inference.cli.console import printable
 from probattn.inference.cli.exchange_commands import Export, Import
 from probattn.inference.cli.quiet import silence_libraries
 from probattn.inference.cli.showing_commands import Demo, Figures
+from probattn.inference.cli.text_commands import Compare, Margins, MeasureSensitivity
 from probattn.inference.cli.values import PLAIN_VALUES, plain_path
 from probattn.inference.config import SAMPLED_DATA, SAMPLED_OBJECTIVE, RunConfig, SampleRunConfig
 from probattn.inference.config_files import read_config, read_tables

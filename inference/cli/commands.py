@@ -8,8 +8,6 @@ import tyro
 from rich.console import Console
 
 from probattn.inference.cli import console
-from probattn.inference.cli.proofs import print_folds
-from probattn.inference.comparison.compare import compare
 from probattn.inference.config import (
     SAMPLED_DATA,
     SAMPLED_OBJECTIVE,
@@ -19,7 +17,6 @@ from probattn.inference.config import (
     SampleRunConfig,
 )
 from probattn.inference.evaluation.evaluate import evaluate
-from probattn.inference.evaluation.folding_texts import folding_texts
 from probattn.inference.evaluation.generation import generate, write_csv
 from probattn.inference.evaluation.noise_sweeps import (
     ASCENT_TOKENS,
@@ -28,20 +25,15 @@ from probattn.inference.evaluation.noise_sweeps import (
     SUBSTITUTED,
 )
 from probattn.inference.evaluation.perturbations import NoiseKind
-from probattn.inference.evaluation.sensitivity import sensitivity
-from probattn.inference.evaluation.token_margins import text_margins
+from probattn.inference.figures.pages import posterior_page
 from probattn.inference.figures.report import (
-    check_report,
-    compared_report,
     comparison_figures,
-    margin_figures,
     posterior_report,
-    sensitivity_report,
 )
 from probattn.inference.fitting.fit import fit
-from probattn.inference.runs.files import check_outputs
+from probattn.inference.runs.files import check_new, check_outputs
 from probattn.inference.runs.folder import LOCK_SECONDS
-from probattn.inference.runs.run import Run, load_fit, load_fitted, load_run
+from probattn.inference.runs.run import Run, load_fit, load_fitted
 from probattn.inference.runtime.processes import distributed, is_main_process
 from probattn.inference.sampling.posterior_runs import config_of_fit, sample_run
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
@@ -106,7 +98,9 @@ class Sample:
     resume: bool = False
     """go on with the run in --out, with its own configuration"""
     overwrite: bool = False
-    """replace the run in --out"""
+    """replace the run in --out, and the file of --html"""
+    html: Path | None = None
+    """HTML file for a page with intervals of margins and probabilities of support"""
     data: DataConfig = SAMPLED_DATA
     latent: LatentEmbeddingsConfig = field(default_factory=LatentEmbeddingsConfig)
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
@@ -115,6 +109,8 @@ class Sample:
 
     def __call__(self, screen: Console) -> None:
         """Run the command."""
+        if self.html is not None:
+            check_new(self.html, overwrite=self.overwrite)
         parameters = None
         if self.start is not None:
             plain = Sample(self.out)
@@ -141,6 +137,8 @@ class Sample:
             progress=True,
         )
         tree, paths = posterior_report(run)
+        if self.html is not None:
+            paths = [*paths, posterior_page(run, self.html, overwrite=self.overwrite)]
         console.print_posterior(screen, tree)
         console.print_paths(screen, paths)
 
@@ -189,105 +187,6 @@ class Evaluate:
             fits = {label: run} if isinstance(run, Run) else {}
             figures = comparison_figures(fits, {label: result}, run.path / "figures")
         console.print_paths(screen, figures)
-
-
-@dataclass(frozen=True)
-class Margins:
-    """Margin, certificate and support tokens of every token of a text: a table and figures."""
-
-    run: tyro.conf.Positional[Path]
-    """run directory"""
-    out: Path
-    """directory for margins.csv and the figures"""
-    text: Path | None = None
-    """UTF-8 file of any length, by default the run's validation text"""
-    stride: int | None = None
-    """distance between windows, 1 to block, by default half a block"""
-    radius: bool = False
-    """compute how far tokens may move, by proof; takes two to three times as long as all else"""
-    all_layers: bool = False
-    """take the heads of all layers: a description, since only the first layer is the theory's"""
-    post_hoc: bool = False
-    """take the post-hoc attention prior of an imported model too; its first fit takes minutes"""
-    find_folds: bool = False
-    """look for a text that folds each stage for which none is ruled out"""
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        check_report("margins", self.out)
-        run = load_fitted(self.run)
-        kind = {"radius": self.radius, "all_layers": self.all_layers}
-        kind["post_hoc"] = self.post_hoc
-        found = text_margins(run, self.text, stride=self.stride, **kind, progress=True)
-        console.print_margins(screen, found)
-        if self.find_folds:
-            print_folds(screen, folding_texts(run, found.certificates, progress=True))
-        console.print_paths(screen, margin_figures(found, self.out))
-
-
-@dataclass(frozen=True)
-class MeasureSensitivity:
-    """Whether noise harms most at tokens of small margin: loss and margins token by token."""
-
-    run: tyro.conf.Positional[Path]
-    """run directory"""
-    out: Path
-    """directory for the tables and the figure"""
-    text: Path | None = None
-    """UTF-8 file, by default the run's validation text"""
-    noise_kind: NoiseKind = "gaussian"
-    """see the command evaluate"""
-    level: float = 0.5
-    """in units of the embeddings' root mean square; of substitution a probability"""
-    draws: int = 8
-    """of the noise, whose losses are averaged"""
-    most_tokens: int = 16_384
-    """of the text, in windows spread evenly"""
-    seed: int = 0
-    """of the noise and the bootstrap"""
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        check_report("sensitivity", self.out)
-        found = sensitivity(
-            load_fitted(self.run),
-            self.text,
-            noise_kind=self.noise_kind,
-            level=self.level,
-            draws=self.draws,
-            most_tokens=self.most_tokens,
-            seed=self.seed,
-            progress=True,
-        )
-        console.print_sensitivity(screen, found)
-        console.print_paths(screen, sensitivity_report(found, self.out))
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Runs on the same text side by side: a table, and point estimates within the posterior."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run directories, of fits and of sampled posteriors"""
-    out: Path
-    """directory for comparison.csv and the figures"""
-    seed: int = 0
-    """of the noise, of particles and of the draws of guides"""
-
-    def __call__(self, screen: Console) -> None:
-        """Run the command."""
-        if not self.runs:
-            raise ValueError("runs: got none, expected the directories of one run or more")
-        names = [path.resolve().name for path in self.runs]
-        distinct = len(set(names)) == len(names)
-        labels = names if distinct else [str(path) for path in self.runs]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"runs: got {', '.join(labels)}, expected each run once")
-        runs = {label: load_run(path) for label, path in zip(labels, self.runs, strict=True)}
-        check_report("compared", self.out)
-        compared = compare(runs, seed=self.seed, progress=True)
-        console.print_compared(screen, compared)
-        console.print_paths(screen, compared_report(compared, self.out))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from probattn.inference.evaluation.evaluate import EvaluateResult
 from probattn.inference.evaluation.generation import Generated
 from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.evaluation.noise_sweeps import NoisePoint
+from probattn.inference.evaluation.post_hoc import NOT_CONVERGED
 from probattn.inference.evaluation.sensitivity import Sensitivity
 from probattn.inference.evaluation.token_margins import TextMargins, TokenMargins
 from probattn.inference.exchange.import_decoder import Imported
@@ -54,9 +55,6 @@ _SENSITIVITY = {
 }
 _COLUMNS = 4  # columns of a comparison, in a terminal of 80 characters
 _NEAR = 0.1  # margins below it are coloured
-_NOT_CONVERGED = (
-    "the fit of the post-hoc attention prior has not converged; its margins may be others"
-)
 
 
 def print_evaluations(
@@ -80,7 +78,7 @@ def print_evaluations(
     screen.print(table)
     for label, result in results.items():
         if not result.post_hoc_converged:
-            screen.print(f"{printable(label)}: {_NOT_CONVERGED}")
+            screen.print(f"{printable(label)}: {NOT_CONVERGED}")
 
 
 def print_fit(screen: Console, out: Path, result: FitResult) -> None:
@@ -136,7 +134,7 @@ def print_margins(screen: Console, margins: TextMargins) -> None:
     print_proved(screen, margins)
     _print_unknown(screen, margins.stages, range(len(margins.tokens)), margins.tokens)
     if not margins.post_hoc_converged:
-        screen.print(_NOT_CONVERGED)
+        screen.print(NOT_CONVERGED)
 
 
 def _print_unknown(
@@ -195,7 +193,7 @@ def print_sensitivity(screen: Console, found: Sensitivity) -> None:
     screen.print("below each value its 95 % interval, by a bootstrap over windows")
     _print_unknown(screen, found.stages, found.index, found.tokens)
     if not found.post_hoc_converged:
-        screen.print(_NOT_CONVERGED)
+        screen.print(NOT_CONVERGED)
 
 
 def _interval(estimate: Estimate) -> str:
@@ -285,7 +283,7 @@ def print_generated(screen: Console, result: Generated) -> None:
         )
     )
     if not result.post_hoc_converged:
-        screen.print(_NOT_CONVERGED)
+        screen.print(NOT_CONVERGED)
 
 
 def print_paths(screen: Console, paths: Sequence[Path]) -> None:

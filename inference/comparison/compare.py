@@ -5,7 +5,7 @@ probability of a token is its mean over the ensemble, so that all runs are score
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,16 @@ from jaxtyping import Float
 
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.comparison.predictive import Predictions, latent_predictions, predictions
-from probattn.inference.evaluation.attention_stages import stage_margins, stages
+from probattn.inference.evaluation.attention_stages import RunStage, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
+from probattn.inference.evaluation.token_margins import reported_margins, stage_series
 from probattn.inference.export.diagnostics import leave_one_out, values_of
+from probattn.inference.export.page_series import drawn_series
 from probattn.inference.export.to_arviz import to_datatree
+from probattn.inference.pages.page import Series
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError
-from probattn.inference.runs.run import FittedRun, ImportedRun, PosteriorRun, Run
+from probattn.inference.runs.run import FittedRun, ImportedRun, PosteriorRun, Run, RunDirectory
 from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.runtime.progress import progress_bar
 from probattn.inference.sampling.posterior_runs import (
@@ -66,6 +69,8 @@ class ComparedRun:
         pareto_k: the largest Pareto k; above 0.7 the estimate cannot be trusted.
         divergences: divergent transitions of NUTS.
         seconds: time that fitting or sampling took.
+        sequences: the compared sequences, what is shown of each token; where there are margins.
+        series: margins of their tokens, one sequence after the other, stage by stage.
     """
 
     label: str
@@ -84,6 +89,8 @@ class ComparedRun:
     pareto_k: float | None = None
     divergences: int | None = None
     seconds: float | None = None
+    sequences: tuple[tuple[str, ...], ...] | None = None
+    series: tuple[Series, ...] = ()
 
 
 @default_promotion()
@@ -141,7 +148,10 @@ def _sequences(runs: Mapping[str, FittedRun | PosteriorRun]) -> int:
 
 def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> ComparedRun:
     result = load_posterior(run)
-    found = _of_draws(result) | {"divergences": result.divergences, "seconds": result.seconds}
+    found = _of_draws(label, run, result) | {
+        "divergences": result.divergences,
+        "seconds": result.seconds,
+    }
     model, objective = run.config.model, run.config.objective
     if model is None or objective is None:
         assert run.config.latent is not None  # SampleRunConfig has one or the other
@@ -159,10 +169,10 @@ def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> 
 
 def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: int) -> ComparedRun:
     objective = run.config.objective
-    found = {"seconds": _fit_seconds(run), **_objective(objective)}
+    found: dict[str, Any] = {"seconds": _fit_seconds(run), **_objective(objective)}
     if run.config.fit.guide != "map":
         result = guide_posterior(run, draws=_DRAWS, seed=seed, sequences=sequences)
-        found |= _of_draws(result)
+        found |= _of_draws(label, run, result)
         found["predictions"] = predictions(
             run.vocabulary, run.network, _members(result), held_out, seed=seed
         )
@@ -172,8 +182,7 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
     # A fit takes a while and is written into the run: only where its stage is compared.
     prior = post_hoc_prior(run) if compared == "post hoc" else None
     chosen = [stage for stage in stages(run, prior) if _label(stage.label) == compared]
-    margins = [stage_margins(run, stage, inputs).margin for stage in chosen]
-    found |= _margins(np.stack(margins, axis=1)[None, None])
+    found |= _of_stages(label, run, chosen, inputs)
     converged = prior is None or prior.converged
     found["margin_stage"] = compared if converged else f"{compared}, not converged"
     members = {name: np.asarray(value)[None] for name, value in run.parameters.items()}
@@ -183,15 +192,27 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
 
 def _imported(label: str, run: ImportedRun, held_out: np.ndarray, seed: int) -> ComparedRun:
     inputs, _ = training_sequences(run, _OF_IMPORTED)
-    margins = [stage_margins(run, stage, inputs).margin for stage in stages(run, None)]
     members = jax.tree.map(lambda value: value[None], run.parameters)
     return ComparedRun(
         label,
         "imported",
         margin_stage="first layer",
         predictions=predictions(run.vocabulary, run.network, members, held_out, seed=seed),
-        **_margins(np.stack(margins, axis=1)[None, None]),
+        **_of_stages(label, run, list(stages(run, None)), inputs),
     )
+
+
+def _of_stages(
+    label: str, run: FittedRun, chosen: Sequence[RunStage], inputs: np.ndarray
+) -> dict[str, Any]:
+    """Return the margins of stages over sequences, and what a page shows of them."""
+    everywhere = np.ones(inputs.shape, bool)
+    of_stages = [reported_margins(run, stage, inputs, everywhere) for stage in chosen]
+    margins = [stage.margin.reshape(inputs.shape) for stage in of_stages]
+    return _margins(np.stack(margins, axis=1)[None, None]) | {
+        "sequences": _shown(run, inputs),
+        "series": tuple(stage_series(label, stage) for stage in of_stages),
+    }
 
 
 def _trained(objective: ObjectiveConfig) -> str:
@@ -205,11 +226,15 @@ def _label(stage: str) -> str:
     return "first layer" if stage.startswith("layer 1 head") else stage
 
 
-def _of_draws(result: PosteriorResult) -> dict[str, Any]:
+def _shown(run: RunDirectory, inputs: np.ndarray) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(run.vocabulary.display(row)) for row in inputs)
+
+
+def _of_draws(label: str, run: Run | PosteriorRun, result: PosteriorResult) -> dict[str, Any]:
     tree = to_datatree(result, log_likelihood=True)
     elpd, error, pareto_k = leave_one_out(tree) or (None, None, None)
     margin = values_of(tree, "posterior", "margin")
-    found = {
+    found: dict[str, Any] = {
         "inference": result.method,
         "elpd_loo": elpd,
         "elpd_loo_se": error,
@@ -218,6 +243,8 @@ def _of_draws(result: PosteriorResult) -> dict[str, Any]:
     if margin is None:
         return found
     stage = "first layer" if margin.ndim == 5 else "trained"
+    found["sequences"] = _shown(run, np.asarray(result.model_args[0]))
+    found["series"] = tuple(drawn_series(label, tree))
     return found | _margins(margin) | {"margin_stage": stage}
 
 

@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from probattn import certificate, certified_radius, log_det, stability_margin
+from probattn.blocks.geometry import geometry
 from probattn.inference.evaluation.post_hoc import PostHocPrior
+from probattn.inference.pages.page import Past
 from probattn.inference.runs.run import FittedRun, Run
 from probattn.inference.runtime.blas_threads import one_blas_thread
 from probattn.margins import both_margins
@@ -21,10 +23,12 @@ from probattn.models.language import attention_stage
 from probattn.models.networks import Network, Parameters, TransformerNetwork
 from probattn.models.transformer import attention_inputs, rms_normalised
 from probattn.stages.layer import AttentionLayer
+from probattn.stages.stage import prepared
 from probattn.text.batches import map_batches
 
 StageInput = Literal["embeddings", "normalised", "layer"]
 _BATCH = 4  # windows in one call: the bases of 2 r directions take (windows, T, d, 2 r) numbers
+_PAST = 8  # past tokens that are named of each token
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,34 @@ def stage_radii(
     return radius, squares
 
 
+def stage_pasts(
+    run: FittedRun, stage: RunStage, inputs: Int[np.ndarray, "windows T"]
+) -> list[Past]:
+    """Find which past tokens make the covariance of every position, and which it attends to.
+
+    The covariance of position t is that of the values v_s of its past under its attention weights
+    alpha_s, and its trace is the sum over s < t of alpha_s |v_s - mean|^2. The share of token s is
+    its part of this sum. Values are the stage's inputs, moved into its bounded context if it has
+    one.
+
+    Returns:
+        Shares in the covariance, and in attention, each with the axes (windows, T, 8).
+    """
+    with one_blas_thread():
+        pasts = map_batches(
+            lambda _, rows: _pasts(
+                _entering(run, stage, inputs[rows]),
+                stage.w_query,
+                stage.w_key,
+                stage.head,
+                bound=stage.bound,
+            ),
+            len(inputs),
+            _BATCH,
+        )
+    return [Past(*past) for past in pasts]
+
+
 def stage_table(run: FittedRun, stage: RunStage) -> Float[np.ndarray, "V T d"]:
     """Return all that a stage ever sees: each symbol of the vocabulary at each position.
 
@@ -211,6 +243,43 @@ def _embed(parameters: Parameters, tokens: Array, *, network: Network) -> Array:
 def _radii(x: Array, w_query: Array, w_key: Array, *, bound: float | None) -> tuple[Array, Array]:
     radius = certified_radius(x, w_query, w_key, bound=bound, joint=False)
     return radius / math.sqrt(x.shape[-1]), jnp.mean(x**2, axis=-1)
+
+
+@partial(jax.jit, static_argnames="bound")
+def _pasts(
+    x: Array,
+    w_query: Array,
+    w_key: Array,
+    head: AttentionLayer | None,
+    *,
+    bound: float | None,
+) -> list[tuple[Array, Array]]:
+    if head is None:
+        values, _, _, weights = geometry(x, w_query, w_key, bound)
+    else:
+        start, _ = prepared(head.stage(x))
+        values, weights = start.values[:, 0], start.weights[:, 0]
+    length = x.shape[-2]
+    most = min(_PAST, length)
+
+    def largest(parts: Array, position: Array) -> tuple[Array, Array]:
+        share, place = jax.lax.top_k(parts, most)
+        behind = jnp.where(share > 0, position - place, 0)
+        lacking = [(0, 0), (0, _PAST - most)]  # of a window of fewer tokens
+        return jnp.pad(behind, lacking), jnp.pad(share, lacking)
+
+    def at(position: Array) -> list[tuple[Array, Array]]:
+        attention = weights[:, position, :]
+        mean = jnp.einsum("bs,bsd->bd", attention, values, precision=jax.lax.Precision.HIGHEST)
+        # Centred before it is squared: where attention is sharp, little is left.
+        parts = attention * jnp.sum((values - mean[:, None, :]) ** 2, axis=-1)
+        total = jnp.sum(parts, axis=-1, keepdims=True)
+        shares = jnp.where(total > 0, parts / jnp.where(total > 0, total, 1), 0)
+        return [largest(shares, position), largest(attention, position)]
+
+    # Position after position: (windows, T, T, d) numbers would be many.
+    found = jax.lax.map(at, jnp.arange(length, dtype=jnp.int32))
+    return jax.tree.map(lambda each: jnp.swapaxes(each, 0, 1), found)
 
 
 @partial(jax.jit, static_argnames="bound")

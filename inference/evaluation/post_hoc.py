@@ -38,6 +38,9 @@ _MOST_NUMBERS = 2**21  # of all embeddings
 PRIOR_TOKENS = 16  # for which the log prior counts once
 STARTS = 4  # at most
 STEPS = 1000  # most iterations of a start
+NOT_CONVERGED = (
+    "the fit of the post-hoc attention prior has not converged; its margins may be others"
+)
 _MEMORY = 20  # steps that L-BFGS remembers
 _FLAT = 10.0  # relative improvement of an iteration, in rounding errors, at which a fit rests
 _AGREES = 0.02  # most that the margins of the two best ends may differ, relative

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from probattn.inference.evaluation.perturbations import Gaussian, Perturbation
 from probattn.models.networks import Network, Parameters
-from probattn.text.batches import Windows, each_batch, windows
+from probattn.text.batches import Windows, each_batch, map_batches, windows
 from probattn.text.vocabulary import Vocabulary
 
 BATCH = 32  # windows in one call
@@ -64,8 +64,7 @@ class Scorer:
         self._tokens = tokens
         self._of_token = vocabulary.token_characters
         self._network = network
-        # So many windows in a call that the logits of a large vocabulary have room.
-        self._batch = max(1, min(BATCH, _LOGITS // (network.block * vocabulary.size)))
+        self._batch = _windows_together(network.block, vocabulary.size)
 
     @cached_property
     def inputs(self) -> Int[np.ndarray, "windows T"]:
@@ -195,6 +194,37 @@ class Scorer:
             tokens += predicted.size
             characters += int(self._of_token[predicted].sum(dtype=np.int64))
         return tokens, characters
+
+
+def window_losses(
+    network: Network,
+    parameters: Parameters,
+    inputs: Int[np.ndarray, "windows T"],
+    targets: Int[np.ndarray, "windows T"],
+    *,
+    symbols: int,
+) -> Float[np.ndarray, "windows T"]:
+    """Compute the loss of every target of some windows, in nats, without noise.
+
+    Args:
+        network: the network.
+        parameters: its parameters.
+        inputs: tokens of each window.
+        targets: the token after each.
+        symbols: size of the vocabulary.
+    """
+    clean = partial(_losses, _CLEAN, parameters, network=network)
+    key = jax.random.key(0)
+    return map_batches(
+        lambda _, rows: clean(inputs[rows], targets[rows], key),
+        len(inputs),
+        _windows_together(network.block, symbols),
+    )
+
+
+def _windows_together(block: int, symbols: int) -> int:
+    """Return so many windows in a call that the logits of a large vocabulary have room."""
+    return max(1, min(BATCH, _LOGITS // (block * symbols)))
 
 
 @partial(jax.jit, static_argnames="network")

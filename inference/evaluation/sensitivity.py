@@ -29,15 +29,19 @@ from probattn.inference.evaluation.noise_sweeps import (
     training_frequencies,
 )
 from probattn.inference.evaluation.perturbations import NoiseKind, perturbation
-from probattn.inference.evaluation.post_hoc import usual_prior
+from probattn.inference.evaluation.post_hoc import NOT_CONVERGED, usual_prior
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.evaluation.texts import check_seed, text_tokens
 from probattn.inference.evaluation.token_margins import (
     TokenMargins,
     reported_margins,
     stage_columns,
+    stage_series,
 )
+from probattn.inference.pages.notebook import text_in_notebook
+from probattn.inference.pages.page import Page, page_html
 from probattn.inference.runs.csv_tables import write_table
+from probattn.inference.runs.files import check_new, write_text
 from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.progress import progress_bar
 
@@ -78,6 +82,56 @@ class Sensitivity:
     comparisons: tuple[MarginComparison, ...]
     characters: tuple[SupportCharacter, ...]
     post_hoc_converged: bool
+
+    def to_html(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write a page that shows the text, margins and losses in a browser, in one file.
+
+        Args:
+            path: HTML file to write.
+            overwrite: replace a file that is there.
+
+        Raises:
+            ValueError: if something is there, or the text is longer than a page shows.
+            WriteError: if the file cannot be written.
+        """
+        path = Path(path)
+        check_new(path, overwrite=overwrite)
+        losses = {
+            "loss": self.loss,
+            "noisy_loss": self.noisy_loss,
+            "increase": self.noisy_loss - self.loss,
+        }
+        unit = "" if self.kind == "substitution" else " of the embeddings' root mean square"
+        page = Page(
+            title=self.name,
+            tokens=self.tokens,
+            index=self.index,
+            window=self.window,
+            position=self.position,
+            starts=np.flatnonzero(self.position == 0).tolist(),
+            breaks=(1 + np.flatnonzero(np.diff(self.index) != 1)).tolist(),
+            series=[stage_series("run", stage) for stage in self.stages],
+            of_runs={"run": losses},
+            notes=[
+                f"Noise: {self.kind}, {self.level:g}{unit}.",
+                *([] if self.post_hoc_converged else [NOT_CONVERGED]),
+            ],
+        )
+        write_text(path, page_html(page))
+        return path
+
+    def _repr_html_(self) -> str:
+        first, increase = self.stages[0], self.noisy_loss - self.loss
+        margins = {stage.label: stage.margin[self.position >= 2] for stage in self.stages}
+        return text_in_notebook(
+            f"{self.name}: {len(self.tokens):,} tokens, {self.kind} noise of {self.level:g}",
+            self.tokens,
+            first.margin,
+            first.support,
+            f"margin (sigma_min), {first.label}",
+            {**margins, "increase of the loss (nats)": increase},
+            len(self.tokens),
+        )
 
 
 @default_promotion()

@@ -14,13 +14,18 @@ from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import (
     RunStage,
     stage_margins,
+    stage_pasts,
     stage_radii,
     stages,
 )
-from probattn.inference.evaluation.post_hoc import post_hoc_prior, usual_prior
+from probattn.inference.evaluation.post_hoc import NOT_CONVERGED, post_hoc_prior, usual_prior
+from probattn.inference.evaluation.scoring import window_losses
 from probattn.inference.evaluation.stage_certificates import StageCertificate, stage_certificate
 from probattn.inference.evaluation.texts import text_tokens
+from probattn.inference.pages.notebook import MOST_SHOWN, text_in_notebook
+from probattn.inference.pages.page import Page, Past, Series, check_length, page_html
 from probattn.inference.runs.csv_tables import write_columns
+from probattn.inference.runs.files import check_new, write_text
 from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.memory import check_memory
 from probattn.inference.runtime.progress import progress_bar
@@ -71,6 +76,8 @@ class TokenMargins:
     certificate: Float[np.ndarray, " N"]
     support: Bool[np.ndarray, " N"]
     radius: Float[np.ndarray, " N"] | None = None
+    covariance: Past | None = None
+    attention: Past | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class TextMargins:
         certificates: what is proved of each stage for all texts, in the same order.
         post_hoc_converged: whether the fit of the post-hoc attention prior came to rest, if it is
             among the stages.
+        loss: loss of predicting the token after each, in nats, (N,); NaN for the last. None where
+            it was not asked for.
     """
 
     name: str
@@ -99,6 +108,53 @@ class TextMargins:
     stages: tuple[TokenMargins, ...]
     certificates: tuple[StageCertificate, ...]
     post_hoc_converged: bool
+    loss: Float[np.ndarray, " N"] | None = None
+
+    def to_html(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write a page that shows the text and its margins in a browser, in one file.
+
+        Margins with `details` have on it the loss and the past tokens of every token.
+
+        Args:
+            path: HTML file to write.
+            overwrite: replace a file that is there.
+
+        Raises:
+            ValueError: if something is there, or the text is longer than a page shows.
+            WriteError: if the file cannot be written.
+        """
+        path = Path(path)
+        check_new(path, overwrite=overwrite)
+        check_length(self.name, len(self.tokens))
+        write_text(path, page_html(self.page("run")))
+        return path
+
+    def page(self, label: str) -> Page:
+        """Return what a page shows of the text, of a run of this label."""
+        return Page(
+            title=self.name,
+            tokens=list(self.tokens),
+            index=np.arange(len(self.tokens)),
+            window=self.window,
+            position=self.position,
+            starts=self.window_starts.tolist(),
+            series=[stage_series(label, stage) for stage in self.stages],
+            of_runs={} if self.loss is None else {label: {"loss": self.loss}},
+            notes=[] if self.post_hoc_converged else [NOT_CONVERGED],
+            proved=[_proved(each) for each in self.certificates if not math.isnan(each.rho)],
+        )
+
+    def _repr_html_(self) -> str:
+        first = self.stages[0]
+        return text_in_notebook(
+            f"{self.name}: {len(self.tokens):,} tokens",
+            self.tokens[:MOST_SHOWN],  # of a long text they are made as they are asked for
+            first.margin[:MOST_SHOWN],
+            first.support[:MOST_SHOWN],
+            f"margin (sigma_min), {first.label}",
+            {stage.label: stage.margin[self.position >= 2] for stage in self.stages},
+            len(self.tokens),
+        )
 
 
 @default_promotion()
@@ -110,6 +166,7 @@ def text_margins(
     radius: bool = False,
     all_layers: bool = False,
     post_hoc: bool = False,
+    details: bool = False,
     progress: bool = False,
 ) -> TextMargins:
     """Compute margins of every token of a text, for every attention stage of a run.
@@ -132,17 +189,21 @@ def text_margins(
             Corollary 6.1).
         post_hoc: take the post-hoc attention prior of an imported model too, as that of a fit in
             any case. Its own fit, the first time, takes minutes.
+        details: compute the loss, too, and which past tokens make the covariance of each and which
+            it attends to, for a page; of at most 200,000 tokens.
         progress: show progress bars.
 
     Raises:
         ValueError: if the stride is out of range or the text cannot be read, is shorter than
             three tokens or has a character that the vocabulary lacks, or its margins are larger
-            than the memory.
+            than the memory, or it is too long for details.
         OSError: if the user's cache has no room for the margins of a long text.
     """
     tokens, name = text_tokens(run, text)
     if len(tokens) < 3:
         raise ValueError(f"{name}: has {len(tokens)} tokens: expected at least 3")
+    if details:
+        check_length(name, len(tokens))
     block = run.network.block
     plan = windows(
         len(tokens), block=block, stride=max(block // 2, 1) if stride is None else stride
@@ -155,6 +216,9 @@ def text_margins(
     found: list[TokenMargins] = []
     radii: dict[int, np.ndarray] = {}  # by number of the stage
     squares = np.zeros(len(chosen))  # sums of the mean squares of what enters each stage
+    losses: list[np.ndarray] = []
+    pasts: list[list[tuple[Past, Past]]] = [[] for _ in chosen]
+    following = np.append(tokens[1:], tokens[-1:]) if details else tokens
     total, done = len(chosen) * len(plan.numbers), 0
     with progress_bar("margins", total=total, unit="window", visible=progress) as bar:
         for part in plan.parts(_TOGETHER):
@@ -174,8 +238,25 @@ def text_margins(
                     distances, sizes = stage_radii(run, stage, inputs)
                     radii[order][rows] = distances[reported]
                     squares[order] += sizes[reported].sum(dtype=np.float64)
+                if details:
+                    made = stage_pasts(run, stage, inputs)
+                    covariance, attention = (
+                        Past(past.behind[reported], past.share[reported]) for past in made
+                    )
+                    pasts[order].append((covariance, attention))
                 bar.update(len(inputs))
+            if details:
+                targets = part.take(following)
+                of_part = window_losses(
+                    run.network, run.parameters, inputs, targets, symbols=run.vocabulary.size
+                )
+                losses.append(of_part[reported])
             done = rows.stop
+    if details:
+        losses[-1][-1] = np.nan  # nothing comes after the last token
+        for order, parts in enumerate(pasts):
+            covariance, attention = map(_joined, zip(*parts, strict=True))
+            found[order] = replace(found[order], covariance=covariance, attention=attention)
     for order, distances in radii.items():
         np.divide(distances, math.sqrt(squares[order] / length), out=distances)
         found[order] = replace(found[order], radius=distances)
@@ -188,6 +269,7 @@ def text_margins(
         stages=tuple(found),
         certificates=tuple(stage_certificate(run, stage) for stage in chosen),
         post_hoc_converged=prior is None or prior.converged,
+        loss=np.concatenate(losses) if details else None,
     )
 
 
@@ -208,13 +290,31 @@ def reported_margins(
 
 def _empty(values: TokenMargins, length: int, name: str) -> TokenMargins:
     """Return arrays for so many tokens, of the types of the values of some."""
-    return TokenMargins(
-        values.label,
-        *(
-            scratch_array(name, length, getattr(values, column).dtype)
-            for column in _COLUMNS.values()
-        ),
+    margin, log_det, distance, certificate, support = (
+        scratch_array(name, length, getattr(values, column).dtype) for column in _COLUMNS.values()
     )
+    return TokenMargins(values.label, margin, log_det, distance, certificate, support)
+
+
+def _joined(pasts: Sequence[Past]) -> Past:
+    behind, share = (
+        np.concatenate([getattr(past, name) for past in pasts]) for name in ("behind", "share")
+    )
+    return Past(behind, share)
+
+
+def stage_series(label: str, stage: TokenMargins) -> Series:
+    """Return what a page shows of a stage, of a run of this label."""
+    values = {"margin": stage.margin}
+    values |= {name: getattr(stage, name) for name in _NOT_ALWAYS if _has(stage, name)}
+    if stage.radius is not None:
+        values["radius"] = stage.radius
+    return Series(label, stage.label, values, stage.support, stage.covariance, stage.attention)
+
+
+def _proved(certificate: StageCertificate) -> str:
+    said = "no text can" if certificate.rho < 1 else "a text may"
+    return f"{certificate.label}: {said} fold it (rho = {certificate.rho:.2f})."
 
 
 def write_csv(margins: TextMargins, path: Path) -> None:
@@ -235,9 +335,12 @@ def stage_columns(stages: Sequence[TokenMargins]) -> dict[str, np.ndarray]:
     for stage in stages:
         prefix = stage.label.replace(" ", "_")
         for column, name in _COLUMNS.items():
-            values = getattr(stage, name)
-            if name not in _NOT_ALWAYS or not np.isnan(values).all():
-                columns[f"{prefix}_{column}"] = values
+            if _has(stage, name):
+                columns[f"{prefix}_{column}"] = getattr(stage, name)
         if stage.radius is not None:
             columns[f"{prefix}_{_RADIUS}"] = stage.radius
     return columns
+
+
+def _has(stage: TokenMargins, name: str) -> bool:
+    return name not in _NOT_ALWAYS or not np.isnan(getattr(stage, name)).all()

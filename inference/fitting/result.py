@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from probattn.inference.pages.notebook import facts_in_notebook
 from probattn.inference.runs.run import Run
 
 
@@ -29,3 +30,18 @@ class FitResult:
     validation_bpc: float
     metrics: list[dict[str, Any]] = field(repr=False, hash=False)
     table_certificate: float | None = None
+
+    def _repr_html_(self) -> str:
+        objective = self.run.config.objective
+        facts: dict[str, object] = {
+            "objective": objective.name,
+            "best step": self.run.step,
+            "validation cross-entropy (nats per token)": self.validation_cross_entropy,
+            "validation bits per character": self.validation_bpc,
+        }
+        margins = [row["min_margin"] for row in self.metrics if row.get("min_margin") is not None]
+        if margins:
+            facts["smallest margin at the last report"] = margins[-1]
+        if self.table_certificate is not None:
+            facts["certificate over all texts (below 1: no text folds it)"] = self.table_certificate
+        return facts_in_notebook(f"Fit in {self.run.path}", facts)

@@ -87,6 +87,19 @@ def check_outputs(*paths: Path) -> None:
                 probe.unlink()
 
 
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Check that a file can be written which replaces another only on request.
+
+    Raises:
+        ValueError: if a file is there and is not to be replaced, or something else than a file
+            lies there, see `is_written_through`.
+        WriteError: if no file can be made there.
+    """
+    if not is_written_through(path) and path.exists() and not overwrite:
+        raise ValueError(f"{path}: exists: name another file, or replace it with --overwrite")
+    check_outputs(path)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open an output: a file takes its name only when it is whole, anything else is written to.

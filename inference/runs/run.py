@@ -23,6 +23,7 @@ import jax
 from jaxtyping import Array
 
 from probattn.inference.config import ImportConfig, RunConfig, SampleRunConfig
+from probattn.inference.pages.notebook import facts_in_notebook
 from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder
 from probattn.inference.runs.directory import RunDirectory, read_description
 from probattn.inference.runs.files import (
@@ -70,6 +71,22 @@ class Run(RunDirectory):
     """A fitted run, as `load_run` opens it."""
 
     config: RunConfig
+
+    def _repr_html_(self) -> str:
+        model, fit = self.config.model, self.config.fit
+        facts: dict[str, object] = {
+            "corpus": self.data["name"],
+            "symbols": self.vocabulary.size,
+            "network": f"{model.layers} layers, {model.heads} heads, width {model.width}, "
+            f"blocks of {model.block} tokens",
+            "objective": self.config.objective.name,
+            "guide": fit.guide,
+            "step": f"{self.step} of {fit.steps}",
+        }
+        rows = self.metrics("validation_bpc")
+        if rows and rows[-1]["validation_bpc"] is not None:
+            facts["validation bits per character at the last report"] = rows[-1]["validation_bpc"]
+        return facts_in_notebook(f"Run in {self.path}", facts)
 
     @property
     def step(self) -> int | None:

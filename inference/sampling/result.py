@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probattn.inference.config import SampleConfig
+from probattn.inference.pages.notebook import facts_in_notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,17 @@ class PosteriorResult:
             f"PosteriorResult(method={self.method!r}, chains={chains}, draws={draws}, "
             f"divergences={self.divergences}, sites={list(self.draws)})"
         )
+
+    def _repr_html_(self) -> str:
+        chains, draws = self.shape
+        facts: dict[str, object] = {"chains": chains, "draws of each": draws}
+        if "diverging" in self.statistics:
+            facts["divergences"] = self.divergences
+        if not math.isnan(self.seconds):
+            facts["seconds of sampling"] = self.seconds
+        for name, value in self.draws.items():
+            facts[f"site {name}"] = f"{value.shape[2:]}, {value.dtype}"
+        return facts_in_notebook(f"Posterior by {self.method}", facts)
 
     @property
     def shape(self) -> tuple[int, int]:

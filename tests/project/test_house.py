@@ -28,6 +28,7 @@ COLUMN = (
     "config",
     "config_files",
     "config_memory",
+    "pages",
     "pretrained",
     "runs",
     "evaluation",

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import probattn as probattn_package
 from probattn.inference import RunConfig, generate, load_run, sensitivity
-from probattn.inference.cli import commands, console, main, showing_commands
+from probattn.inference.cli import commands, console, main, showing_commands, text_commands
 from probattn.inference.cli import demo as demo_module
 from probattn.inference.config_files import format_config
 from probattn.inference.evaluation.evaluate import EvaluateResult, MarginSummary
@@ -81,7 +81,7 @@ HELP = {
         *("PATH", "--out", "--text", "--noise-kind", "--level", "--draws", "--most-tokens"),
         "--seed",
     },
-    "margins": {"PATH", "--text", "--out", "--stride"},
+    "margins": {"PATH", "--text", "--out", "--html", "--overwrite", "--stride"},
     "generate": {"PATH", "--prompt", "--length", "--temperature", "--top-k", "--seed", "--out"},
     "demo": {"--out"},
 }
@@ -431,7 +431,7 @@ def test_sensitivity_prints_and_writes(probattn, tiny_run, tmp_path, monkeypatch
         assert (options["level"], options["draws"], options["most_tokens"]) == (1, 2, 160)
         return found[-1]
 
-    monkeypatch.setattr(commands, "sensitivity", noting)
+    monkeypatch.setattr(text_commands, "sensitivity", noting)
     flags = ["--level", "1", "--draws", "2", "--most-tokens", "160"]
     status, printed, _ = probattn("sensitivity", tiny_run.path, "--out", out, *flags)
     assert status == 0
@@ -466,6 +466,46 @@ def test_margins_writes_table_and_figures(probattn, tiny_run, tmp_path):
     for label in LABELS:
         assert label in printed
     assert ESCAPE not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["margins", "sensitivity"])
+def test_a_page_needs_no_folder_and_replaces_only_on_request(probattn, tiny_run, tmp_path, command):
+    page = tmp_path / "new" / "page.html"
+    flags = [] if command == "margins" else ["--draws", "1", "--most-tokens", "80"]
+    arguments = [command, tiny_run.path, "--html", page, *flags]
+    status, printed, _ = probattn(*arguments)
+    assert status == 0
+    assert f"wrote {page}" in printed
+    made = page.read_text("ascii")
+    assert made.startswith("<!doctype html>")
+    assert list(page.parent.iterdir()) == [page]
+    page.write_text("mine")
+    status, _, err = probattn(*arguments)
+    assert status == 2
+    assert err == (
+        f"probattn: error: {page}: exists: name another file, or replace it with --overwrite\n"
+    )
+    assert page.read_text() == "mine"
+    assert probattn(*arguments, "--overwrite")[0] == 0
+    assert page.read_text("ascii") == made
+
+
+@pytest.mark.parametrize("command", ["margins", "sensitivity", "compare"])
+def test_pages_that_cannot_be_written_are_refused_before_the_work(
+    probattn, tiny_run, tmp_path, command
+):
+    arguments = [command, tiny_run.path]
+    status, _, err = probattn(*arguments)
+    assert status == 2
+    assert "--out: got none, expected a directory, or a file for --html, or both" in err
+    status, _, err = probattn(*arguments, "--html", tmp_path)
+    assert status == 2
+    assert f"{tmp_path}: is a folder: expected a file" in err
+    status, _, err = probattn(*arguments, "--out", tmp_path / "out", "--overwrite")
+    assert status == 2
+    assert "--overwrite: it replaces the file of --html" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_generate_prints_the_text_as_it_is(probattn, tiny_run, monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ from probattn.inference import (
     post_hoc_prior,
     to_datatree,
 )
-from probattn.inference.cli import commands, console, main
+from probattn.inference.cli import console, main
 from probattn.inference.comparison import predictive
 from probattn.inference.comparison.particle_filter import Filtered
 from probattn.inference.comparison.predictive import (
@@ -288,7 +288,7 @@ def test_the_command(runs, compared, tmp_path, capsys, monkeypatch):
         asked.append(({label: run.path for label, run in runs.items()}, seed))
         return [compared["margin"], compared["nuts"]]
 
-    monkeypatch.setattr(commands, "compare", noting)
+    monkeypatch.setattr(text_commands, "compare", noting)
     paths = [str(runs[label].path) for label in ("margin", "nuts")]
     assert main(["compare", *paths, "--seed", "3", "--out", str(tmp_path / "out")]) == 0
     assert asked == [({Path(path).name: Path(path) for path in paths}, 3)]

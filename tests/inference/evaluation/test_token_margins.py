@@ -30,9 +30,11 @@ from tests.support.tiny_run import (
     LABELS,
     RANK,
     WIDTH,
+    all_logits,
     copy_of,
     files_of,
     fold,
+    log_softmax,
     stage_arguments,
     store_prior,
     tiny_text,
@@ -96,6 +98,35 @@ def test_every_token_is_reported_once_from_the_first_window_that_holds_it(margin
     for index, (window, position) in enumerate(zip(margins.window, margins.position, strict=True)):
         first = next(n for n, start in enumerate(STARTS) if start <= index < start + BLOCK)
         assert (window, position) == (first, index - STARTS[first])
+
+
+@pytest.mark.slow
+def test_details_are_the_loss_and_the_past_by_hand(run, text):
+    found = text_margins(run, text, stride=3, details=True)
+    tokens = run.vocabulary.encode(TEXT)
+    for index, (window, position) in enumerate(zip(found.window, found.position, strict=True)):
+        inputs = tokens[STARTS[window] : STARTS[window] + BLOCK]
+        if index + 1 < len(tokens):
+            expected = -log_softmax(all_logits(run, inputs)[position])[tokens[index + 1]]
+            assert found.loss[index] == pytest.approx(expected, rel=1e-4)
+        arguments = stage_arguments(run, inputs[None])
+        for stage in found.stages:
+            x, w_query, w_key = (np.asarray(each, np.float64) for each in arguments[stage.label])
+            x = x.reshape(BLOCK, WIDTH)
+            scores = x[position] @ w_query @ (x[:position] @ w_key).T / np.sqrt(w_key.shape[1])
+            attention = np.exp(log_softmax(scores)) if position else scores
+            spread = attention * ((x[:position] - attention @ x[:position]) ** 2).sum(-1)
+            shares = spread / spread.sum() if position > 1 else np.zeros(position)
+            for past, whole in ((stage.covariance, shares), (stage.attention, attention)):
+                behind, share = past.behind[index], past.share[index]
+                kept = behind > 0
+                if whole is shares and position and attention.max() > 0.999:
+                    continue  # almost no covariance, of which 32 bits keep few digits
+                assert set(position - np.flatnonzero(whole > 1e-4)) <= set(behind[kept])
+                np.testing.assert_allclose(share[kept], whole[position - behind[kept]], atol=2e-5)
+                assert (np.diff(share) <= 0).all()
+                assert not share[~kept].any()
+    assert np.isnan(found.loss[-1])
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Pages that show a text and its margins in a browser, and what results show in a notebook."""
