@@ -41,7 +41,9 @@ def check_size(config: RunConfig | SampleRunConfig, vocabulary_size: int) -> Non
         assert config.objective is not None
         numbers = _parameters(config.model, config.objective, vocabulary_size)
         _check_chains("[model]", config.sample, numbers, memory)
-        each = _step(config.model, config.objective, config.sample.sequences)
+        sample = config.sample
+        together = sample.batch if sample.is_stochastic else sample.sequences
+        each = _step(config.model, config.objective, together)
         size = config.sample.chains * each * _bytes(config.sample)
         check_memory("a gradient of every chain of [model]", size, memory)
 

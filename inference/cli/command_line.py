@@ -47,6 +47,7 @@ _SHORT = {
     "--data": "--data.source",
     "--objective": "--objective.name",
     "--guide": "--fit.guide",
+    "--method": "--sample.method",
     "--model": "--kind",
 }
 _TABLES = {"latent": ("latent",), "language": ("model", "objective")}  # for `sample`
@@ -156,7 +157,7 @@ def _parse(arguments: list[str]) -> Any:
         if not stop.code:
             raise
         raise ValueError(_unframed(stderr.getvalue())) from None
-    if isinstance(command, Sample) and command.start is None:
+    if isinstance(command, Sample) and not command.start:
         _check_kind(command.kind or "latent", sampled.kind, arguments)
     return command
 
