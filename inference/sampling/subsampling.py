@@ -171,7 +171,6 @@ def _follow(program: Jaxpr, known: dict[Var, bool], sizes: list[int]) -> list[bo
     Returns:
         For each result whether it is of indices; None if it does not depend on them.
     """
-
     known = dict(known)
 
     def state(variable: Any) -> bool | None:

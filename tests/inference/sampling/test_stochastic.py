@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 
 import arviz as az
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
