@@ -20,8 +20,6 @@ from probattn.inference.sampling.kernel import Kernel, Vector, blackjax_module, 
 _MEMORY = 150  # steps that the estimate of the best step size remembers
 _TRUST = 1.5  # how far, as a logarithm, a step may be from the best and count in full
 _REFUSED = 4.0  # what a refused step counts as in units of the wanted error: 1 in 4 may be one
-    4.0  # what a refused step counts as, in units of the wanted energy error: a quarter may be
-)
 _LENGTH = 0.4  # length of decoherence in units of the autocorrelation length
 _COORDINATES = 256  # that the autocorrelation length is averaged over
 _LEAST_WARMUP = 50
