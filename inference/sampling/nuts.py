@@ -32,7 +32,7 @@ from probattn.inference.runtime.signals import Interrupted, deferred_interrupts
 from probattn.inference.sampling.chains import Chains
 from probattn.inference.sampling.initialisation import given_values
 from probattn.inference.sampling.result import PosteriorResult
-from probattn.inference.sampling.subsampling import rows_of
+from probattn.inference.sampling.subsampling import of_all_rows
 
 SAVE_SECONDS = 30.0  # between two segments
 
@@ -110,7 +110,7 @@ def sample(
     return PosteriorResult(
         method=config.method,
         draws=sampler.kept.draws,
-        model=rows_of(model) if config.is_stochastic else model,
+        model=of_all_rows(model) if config.is_stochastic else model,
         model_args=arguments[0],
         model_kwargs=arguments[1],
         statistics=sampler.kept.statistics,

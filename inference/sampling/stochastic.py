@@ -8,7 +8,7 @@ Gaussian, see docs/mathematics.md, and the tests hold it.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from probattn.inference.config import SampleConfig
 from probattn.inference.sampling.kernel import Kernel, Vector, blackjax_module, density
-from probattn.inference.sampling.subsampling import check_rows, contents, rows_of
+from probattn.inference.sampling.subsampling import check_rows, contents, indexable, rows_of
 
 
 class StochasticState(NamedTuple):
@@ -52,7 +52,7 @@ def stochastic_kernel(
             f"sample.warmup is {config.warmup} with sample.preconditioned, which is estimated in "
             "it: expected at least 1, or sample.preconditioned false"
         )
-    args, kwargs = jax.tree.map(_indexable, tuple(arguments))
+    args, kwargs = indexable(tuple(arguments))
     [plate] = contents(model, (args, kwargs)).plates
     first = rows_of(model, plate.name, jnp.arange(plate.batch))
     target = density(first, (args, kwargs), init_values, each_chain=False)
@@ -172,8 +172,3 @@ def stochastic_kernel(
         lambda state: target.constrain(state.position),
         statistics,
     )
-
-
-def _indexable(leaf: Any) -> Any:
-    """Return an array of NumPy as one of JAX: the first cannot be indexed by what JAX traces."""
-    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf

@@ -1,10 +1,12 @@
 """What a model consists of, and plates of it that take a minibatch of the data."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Jaxpr, Var
 from jaxtyping import Array, Float, Int
 from numpyro.handlers import seed, trace
@@ -70,6 +72,24 @@ class rows_of(Messenger):  # noqa: N801, the name of a handler, as NumPyro's are
             size = msg["args"][0]
             rows = jnp.arange(size) if self._rows is None else self._rows
             msg["args"], msg["value"] = (size, rows.shape[0]), rows
+
+
+def of_all_rows(model: Callable) -> Callable:
+    """Return the model whose plates have all of their rows, of data that may be NumPy's."""
+
+    @wraps(model)
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = indexable((args, kwargs))
+        return rows_of(model)(*args, **kwargs)
+
+    return whole
+
+
+def indexable(arguments: Any) -> Any:
+    """Return arguments with JAX's arrays for NumPy's, which what JAX traces cannot index."""
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, arguments
+    )
 
 
 def contents(model: Callable, arguments: Sequence) -> Contents:

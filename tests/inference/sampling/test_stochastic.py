@@ -46,7 +46,7 @@ def test_the_bias_is_the_known_one_of_the_step_and_shrinks_with_it(method, batch
     known = {"batch": batch, "step_size": step_size}
     variance = stationary_variance(method, DATA, **known)
     config = SampleConfig(
-        **PLAIN, method=method, step_size=step_size, chains=4, warmup=200, draws=20_000
+        **PLAIN, method=method, step_size=step_size, chains=4, warmup=200, draws=12_000
     )
     result = sample(partial(location, batch=batch), model_args=(DATA,), config=config)
     assert_moments(result, variance)
@@ -60,7 +60,7 @@ def test_the_bias_is_the_known_one_of_the_step_and_shrinks_with_it(method, batch
 @pytest.mark.parametrize("method", ["sgld", "sghmc"])
 def test_the_temperature_multiplies_the_variance(method):
     config = SampleConfig(
-        **PLAIN, method=method, step_size=0.05, chains=4, warmup=200, draws=20_000, temperature=0.25
+        **PLAIN, method=method, step_size=0.05, chains=4, warmup=200, draws=12_000, temperature=0.25
     )
     result = sample(partial(location, batch=12), model_args=(DATA,), config=config)
     known = stationary_variance(method, DATA, batch=12, step_size=0.05)

@@ -1,0 +1,134 @@
+"""Runs of methods other than NUTS: by the command, from several fits, resumed, compared."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from probattn.inference import compare, load_posterior, load_run, to_datatree
+from probattn.inference.cli import main
+from probattn.inference.config import SampleConfig
+from probattn.inference.export.diagnostics import summarise
+from probattn.inference.sampling.posterior_runs import fitted_starts
+from tests.support.tiny_posterior import fitted_by_hand
+
+CHAINS = ["--sample.chains", "2", "--sample.warmup", "50", "--sample.sequences", "4"]
+SHORT = [*CHAINS, "--sample.draws", "15", "--sample.steps", "4"]
+
+
+@pytest.fixture(scope="module", name="second_fit")
+def second_fit_fixture(tiny_run, tmp_path_factory):
+    """A fit of the same model and text with other parameters."""
+    run = fitted_by_hand(tiny_run, tmp_path_factory.mktemp("fits") / "second")
+    parameters = {name: np.asarray(value) * 0.9 for name, value in run.parameters.items()}
+    shutil.rmtree(run.path / "best")
+    run = load_run(run.path)
+    run.best.save(tiny_run.step, parameters)
+    return run
+
+
+def error_of(capsys, *arguments):
+    assert main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto distribution")
+def test_minibatches_of_a_fitted_network_from_the_command(tiny_run, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["sample", "--from", str(tiny_run.path), "--method", "sghmc", *SHORT]
+    arguments += ["--sample.batch", "2", "--sample.temperature", "0.5", "--out", str(out)]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    run = load_run(out)
+    result = load_posterior(run)
+    assert result.method == "sghmc"
+    assert run.config.sample.batch == 2
+    tree = to_datatree(run)
+    assert tree.attrs["inference_method"] == "sghmc"
+    assert tree.attrs["temperature"] == 0.5
+    assert tree["posterior"]["margin"].sizes["sequence"] == 4  # of all, and of no minibatch
+    [compared] = compare({"run": run})
+    assert compared.inference == "sghmc at temperature 0.5"
+    assert compared.elpd_loo is None
+    # Fewer draws of the same seed are the first of these.
+    other = tmp_path / "other"
+    again = [argument if argument != str(out) else str(other) for argument in arguments]
+    again[again.index("--sample.draws") + 1] = "6"
+    assert main(again) == 0
+    fewer = load_posterior(load_run(other)).draws["token_embedding"]
+    np.testing.assert_array_equal(fewer, result.draws["token_embedding"][:, :6])
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_fits_from_the_command(tiny_run, second_fit, tmp_path, capsys):
+    paths = [str(tiny_run.path), str(second_fit.path)]
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["sample", "--from", *paths, "--method", "ensemble", *SHORT, *out]) == 0
+    assert "draws diverged" in capsys.readouterr().out
+    config, values = fitted_starts(paths, SampleConfig(method="ensemble", chains=2, sequences=4))
+    assert config.model == tiny_run.config.model
+    kept = np.load(tmp_path / "run" / "start.npz")
+    for name, run in (("token_embedding", tiny_run), ("mlp_in", second_fit)):
+        number = int(run is second_fit)
+        np.testing.assert_array_equal(kept[name][number], run.parameters[name])
+        np.testing.assert_array_equal(values[name][number], run.parameters[name])
+
+
+def test_runs_that_chains_cannot_start_from(tiny_run, tmp_path, capsys):
+    paths = [tiny_run.path, tiny_run.path]
+    out = ["--out", tmp_path / "run"]
+    message = error_of(capsys, "sample", "--from", *paths, *out)
+    assert "--from names 2 runs with sample.method nuts" in message
+    message = error_of(capsys, "sample", "--from", *paths, "--method", "ensemble", *out)
+    assert "sample.chains 4: expected a run for each chain" in message
+    other = fitted_by_hand(tiny_run, tmp_path / "other", name="ce")
+    chains = ["--method", "ensemble", "--sample.chains", "2"]
+    message = error_of(capsys, "sample", "--from", tiny_run.path, other.path, *chains, *out)
+    assert "differs from" in message
+    assert "objective.name: margin -> ce" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_latent_embeddings_have_no_minibatches(tiny_run, tmp_path, capsys):
+    data = ["--data", tiny_run.config.data.source, "--data.tokenizer", "character"]
+    message = error_of(capsys, "sample", *data, "--method", "sgld", "--out", tmp_path / "run")
+    assert "the plates of the model with a subsample_size are: none" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "hmc"], "hmc"),
+        (["--method", "mclmc", "--sample.temperature", "0"], "sample.temperature is 0.0: expected"),
+        (["--method", "sgld", "--sample.step-size", "-1"], "sample.step_size is -1.0: expected a"),
+        (["--method", "sgld", "--sample.friction", "2"], "with sample.method sgld, which has none"),
+        (
+            ["--method", "mclmc", "--sample.max-tree-depth", "5"],
+            "leave it out, or take one of",
+        ),
+        (["--sample.temperature", "0.5"], "sample.temperature is 0.5 with sample.method nuts"),
+        (
+            ["--method", "sgld", "--sample.steps", "0"],
+            "sample.steps is 0: expected an integer",
+        ),
+    ],
+)
+def test_settings_that_make_no_sample(tmp_path, capsys, flags, message):
+    assert message in error_of(capsys, "sample", *flags, "--out", tmp_path / "run")
+
+
+def test_one_chain_has_no_r_hat(language_run, capsys):
+    from rich.console import Console
+
+    from probattn.inference.cli.console import print_posterior
+
+    tree = to_datatree(language_run).isel(chain=[0])
+    rows = summarise(tree)
+    assert rows
+    assert all(np.isnan(row.r_hat) for row in rows)
+    print_posterior(Console(), tree)
+    printed = capsys.readouterr().out
+    assert "r_hat compares chains, and there is one" in " ".join(printed.split())
+    assert "nan" not in printed
