@@ -37,7 +37,7 @@ def test_moments_of_a_gaussian_and_the_bias_of_the_step():
     def model():
         numpyro.sample("x", dist.Normal(np.arange(12.0), scales).to_event(1))
 
-    config = SampleConfig(method="mclmc", warmup=1000, draws=8000, chain_method="vectorized")
+    config = SampleConfig(method="mclmc", warmup=600, draws=3000, chain_method="vectorized")
     apart = []
     for wanted in (1e-4, 0.1, 1.0):
         result = sample(model, config=replace(config, energy_variance=wanted))
@@ -56,7 +56,7 @@ def test_moments_of_a_gaussian_and_the_bias_of_the_step():
 @pytest.mark.slow
 @pytest.mark.parametrize("chain_method", ["parallel", "vectorized"])
 def test_moments_of_locations(chain_method):
-    config = replace(FEW, warmup=500, draws=4000, chain_method=chain_method, temperature=4.0)
+    config = replace(FEW, warmup=300, draws=2000, chain_method=chain_method, temperature=4.0)
     result = sample(location, model_args=(DATA,), config=config)
     for axis in range(2):
         draws = result.draws["mean"][..., axis]
@@ -74,7 +74,7 @@ def test_a_wall_is_not_crossed_and_does_not_bend_the_density():
         x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
         numpyro.factor("wall", jnp.where(x[0] > 0.0, 0.0, -jnp.inf))
 
-    config = SampleConfig(method="mclmc", warmup=500, draws=20_000, chain_method="vectorized")
+    config = SampleConfig(method="mclmc", warmup=500, draws=10_000, chain_method="vectorized")
     result = sample(walled, config=config, init_values={"x": np.full(4, 0.5)})
     x = result.draws["x"][..., 0]
     assert x.min() > 0
