@@ -27,7 +27,7 @@ from probattn.inference.sampling.lookahead import run_ahead
 from probattn.inference.sampling.mclmc import mclmc_kernel
 from probattn.inference.sampling.nuts_kernel import nuts_kernel
 from probattn.inference.sampling.stochastic import stochastic_kernel
-from probattn.inference.sampling.subsampling import check_contents, contents
+from probattn.inference.sampling.subsampling import check_contents, contents, indexable
 
 CALL_SECONDS = 2.0  # seconds of all chains between two updates of a progress bar
 _ITERATIONS, _VALUES = 400, 2**24  # most iterations of a call, most numbers in its buffers
@@ -82,6 +82,8 @@ class Chains:
         self, model: Callable, arguments: Sequence, config: SampleConfig, init_values: Mapping
     ) -> None:
         self._config = config
+        if config.is_stochastic:
+            arguments = indexable(tuple(arguments))
         found = contents(model, arguments)
         check_contents(found, config)
         check_initial_values(

@@ -96,9 +96,12 @@ def mclmc_kernel(
         zero, zeros = jnp.zeros((), position.dtype), jnp.zeros_like(position)
         path = jnp.zeros((config.warmup - measured, len(chosen)), position.dtype)
         return MclmcState(
-            jnp.zeros((), jnp.int32),
-            key,
-            *begun,
+            iteration=jnp.zeros((), jnp.int32),
+            rng_key=key,
+            position=begun.position,
+            momentum=begun.momentum,
+            log_density=begun.logdensity,
+            gradient=begun.logdensity_grad,
             length=jnp.full_like(zero, math.sqrt(dimensions)),
             step_size=jnp.full_like(zero, 0.01 * math.sqrt(dimensions)),
             variances=jnp.ones_like(position),

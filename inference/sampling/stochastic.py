@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from probattn.inference.config import SampleConfig
 from probattn.inference.sampling.kernel import Kernel, Vector, blackjax_module, density
-from probattn.inference.sampling.subsampling import check_rows, contents, indexable, rows_of
+from probattn.inference.sampling.subsampling import check_rows, contents, rows_of
 
 
 class StochasticState(NamedTuple):
@@ -52,10 +52,9 @@ def stochastic_kernel(
             f"sample.warmup is {config.warmup} with sample.preconditioned, which is estimated in "
             "it: expected at least 1, or sample.preconditioned false"
         )
-    args, kwargs = indexable(tuple(arguments))
-    [plate] = contents(model, (args, kwargs)).plates
+    [plate] = contents(model, arguments).plates
     first = rows_of(model, plate.name, jnp.arange(plate.batch))
-    target = density(first, (args, kwargs), init_values, each_chain=False)
+    target = density(first, arguments, init_values, each_chain=False)
     diffusions = blackjax_module("sgmcmc.diffusions", config.method)
     langevin, hamiltonian = diffusions.overdamped_langevin(), diffusions.sghmc(config.friction)
     is_hamiltonian = config.method == "sghmc"

@@ -208,8 +208,9 @@ def _follow(program: Jaxpr, known: dict[Var, bool], sizes: list[int]) -> list[bo
         else:
             if name == "gather" and found[1]:
                 axes = equation.params["dimension_numbers"].start_index_map
+                indexed: Any = equation.invars[0].aval
                 if len(axes) == 1:
-                    sizes.append(equation.invars[0].aval.shape[axes[0]])
+                    sizes.append(indexed.shape[axes[0]])
             results = [name in _OF_INDICES and False not in found] * len(equation.outvars)
         pairs = zip(equation.outvars, results, strict=True)
         known |= {variable: result for variable, result in pairs if result is not None}

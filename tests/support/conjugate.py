@@ -12,7 +12,8 @@ def location(observed, *, batch=None):
     with numpyro.plate("axes", 2, dim=-1):
         mean = numpyro.sample("mean", dist.Normal(0.0, PRIOR))
         with numpyro.plate("rows", len(observed), subsample_size=batch, dim=-2) as rows:
-            numpyro.sample("observed", dist.Normal(mean, NOISE), obs=observed[rows])
+            shown = observed if batch is None else observed[rows]
+            numpyro.sample("observed", dist.Normal(mean, NOISE), obs=shown)
 
 
 def precision(observed):

@@ -17,7 +17,7 @@ from probattn.inference import SampleConfig, sample, to_datatree
 from probattn.inference.runtime.signals import Interrupted
 from probattn.inference.sampling import chains as chains_module
 from probattn.inference.sampling import nuts as nuts_module
-from probattn.models import LatentEmbeddingsConfig, latent_embeddings, observed_embeddings
+from probattn.models import LatentEmbeddingsConfig, observed_embeddings
 from tests.support.conjugate import location, posterior_mean, precision
 
 DATA = np.random.default_rng(5).normal([1.0, -2.0], [1.0, 2.0], (12, 2))
@@ -83,29 +83,6 @@ def test_a_wall_is_not_crossed_and_does_not_bend_the_density():
     near = (x < 0.1).astype(float)
     assert abs(near.mean() - 0.0796557) < 3 * float(az.mcse(near))
     assert abs(x.mean() - np.sqrt(2 / np.pi)) < 3 * float(az.mcse(x))
-
-
-def margin_moments(result):
-    margins = to_datatree(result)["posterior"]["margin"].values[..., 2:]
-    return margins.mean((0, 1)), margins.std((0, 1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["latent", "observed"])
-def test_margins_are_those_of_nuts(kind):
-    config = LatentEmbeddingsConfig(width=2, sequences=2, length=5, coupling="bounded")
-    if kind == "latent":
-        model = partial(latent_embeddings, vocabulary_size=4, config=config)
-        data = np.random.default_rng(0).integers(0, 4, (2, 5))
-    else:
-        model = partial(observed_embeddings, config=config)
-        data = np.random.default_rng(0).normal(size=(2, 5, 2))
-    exact = SampleConfig(warmup=500, draws=4000, target_accept=0.9)
-    mean, sd = margin_moments(sample(model, model_args=(data,), config=exact))
-    found = SampleConfig(method="mclmc", warmup=1000, draws=10_000, energy_variance=1e-4, steps=32)
-    own_mean, own_sd = margin_moments(sample(model, model_args=(data,), config=found))
-    np.testing.assert_allclose(own_mean, mean, rtol=0.05)
-    np.testing.assert_allclose(own_sd, sd, rtol=0.05)
 
 
 @pytest.mark.slow

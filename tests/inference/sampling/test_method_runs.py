@@ -8,11 +8,9 @@ import xarray as xr
 from rich.console import Console
 
 from probattn.inference import compare, load_posterior, load_run, to_datatree
-from probattn.inference.cli import main
+from probattn.inference.cli import commands, main
 from probattn.inference.cli.console import print_posterior
-from probattn.inference.config import SampleConfig
 from probattn.inference.export.diagnostics import summarise
-from probattn.inference.sampling.posterior_runs import fitted_starts
 from tests.support.tiny_posterior import fitted_by_hand
 
 CHAINS = ["--sample.chains", "2", "--sample.warmup", "50", "--sample.sequences", "4"]
@@ -66,19 +64,29 @@ def test_minibatches_of_a_fitted_network_from_the_command(tiny_run, tmp_path, ca
     np.testing.assert_array_equal(fewer, result.draws["token_embedding"][:, :6])
 
 
-@pytest.mark.slow
-def test_an_ensemble_of_fits_from_the_command(tiny_run, second_fit, tmp_path, capsys):
-    paths = [str(tiny_run.path), str(second_fit.path)]
-    out = ["--out", str(tmp_path / "run")]
-    assert main(["sample", "--from", *paths, "--method", "ensemble", *SHORT, *out]) == 0
-    assert "draws diverged" in capsys.readouterr().out
-    config, values = fitted_starts(paths, SampleConfig(method="ensemble", chains=2, sequences=4))
+def test_an_ensemble_of_fits_from_the_command(tiny_run, second_fit, tmp_path, capsys, monkeypatch):
+    """What the command samples: the model of the fits, from the parameters of each."""
+    asked = []
+
+    def noting(config, out, *, init_values, **options):
+        asked.append((config, init_values))
+        raise ValueError("noted")
+
+    monkeypatch.setattr(commands, "sample_run", noting)
+    paths = [tiny_run.path, second_fit.path]
+    out = ["--out", tmp_path / "run"]
+    assert "noted" in error_of(
+        capsys, "sample", "--from", *paths, "--method", "ensemble", *SHORT, *out
+    )
+    [(config, values)] = asked
+    assert config.sample.method == "ensemble"
     assert config.model == tiny_run.config.model
-    kept = np.load(tmp_path / "run" / "start.npz")
-    for name, run in (("token_embedding", tiny_run), ("mlp_in", second_fit)):
-        number = int(run is second_fit)
-        np.testing.assert_array_equal(kept[name][number], run.parameters[name])
-        np.testing.assert_array_equal(values[name][number], run.parameters[name])
+    assert config.objective == tiny_run.config.objective
+    assert values.keys() == tiny_run.parameters.keys()
+    for name, value in values.items():
+        np.testing.assert_array_equal(value[0], tiny_run.parameters[name])
+        np.testing.assert_array_equal(value[1], second_fit.parameters[name])
+    assert not np.array_equal(values["mlp_in"][0], values["mlp_in"][1])
 
 
 def test_runs_that_chains_cannot_start_from(tiny_run, tmp_path, capsys):

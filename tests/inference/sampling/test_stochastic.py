@@ -172,7 +172,10 @@ def test_no_draw_has_density_zero(method):
         **PLAIN, method=method, chains=2, warmup=50, draws=400, step_size=0.1, steps=4
     )
     result = sample(
-        partial(wall, batch=2), model_args=(np.zeros(6),), config=config, init_values={"mean": 0.5}
+        partial(wall, batch=2),
+        model_args=(np.zeros(6, int),),
+        config=config,
+        init_values={"mean": 0.5},
     )
     assert result.draws["mean"].min() > 0
     assert result.divergences > 0
@@ -188,7 +191,7 @@ def test_a_start_of_density_zero_for_a_row_of_no_first_minibatch():
     with pytest.raises(SampleError, match=message):
         sample(
             partial(wall, batch=2),
-            model_args=(np.zeros(6),),
+            model_args=(np.zeros(6, int),),
             config=FEW,
             init_values={"mean": -0.5},
         )
