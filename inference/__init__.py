@@ -2,8 +2,9 @@
 
 from probattn.inference.comparison.compare import ComparedRun, compare
 from probattn.inference.comparison.particle_filter import FilterError
-from probattn.inference.config import FitConfig, RunConfig, SampleConfig, SampleRunConfig
+from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.config_files import read_config
+from probattn.inference.config_sampling import SampleConfig, SampleRunConfig
 from probattn.inference.evaluation.evaluate import EvaluateResult, evaluate
 from probattn.inference.evaluation.folding_texts import FoldingText, folding_texts
 from probattn.inference.evaluation.generation import Generated, generate

@@ -8,7 +8,8 @@ import math
 
 import jax
 
-from probattn.inference.config import FitConfig, RunConfig, SampleConfig, SampleRunConfig
+from probattn.inference.config import FitConfig, RunConfig
+from probattn.inference.config_sampling import SampleConfig, SampleRunConfig
 from probattn.inference.runtime.memory import check_memory, host_memory
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.models.language import parameter_shapes
@@ -41,7 +42,9 @@ def check_size(config: RunConfig | SampleRunConfig, vocabulary_size: int) -> Non
         assert config.objective is not None
         numbers = _parameters(config.model, config.objective, vocabulary_size)
         _check_chains("[model]", config.sample, numbers, memory)
-        each = _step(config.model, config.objective, config.sample.sequences)
+        sample = config.sample
+        together = sample.batch if sample.is_stochastic else sample.sequences
+        each = _step(config.model, config.objective, together)
         size = config.sample.chains * each * _bytes(config.sample)
         check_memory("a gradient of every chain of [model]", size, memory)
 

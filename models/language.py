@@ -91,6 +91,7 @@ def language_model(
     config: LanguageModelConfig,
     objective: ObjectiveConfig | None = None,
     num_sequences: int | None = None,
+    minibatch: int | None = None,
     precision: transformer.Precision = "float32",
     margins: bool = False,
     perturb: Callable[[Float[Array, "B T d"]], Float[Array, "B T d"]] | None = None,
@@ -113,6 +114,8 @@ def language_model(
             minibatch; by default B. With minibatches of a text of N tokens it is N // T, so that
             the prior counts once. NumPyro's utilities then want the model seeded, since the plate
             draws indices, although none is used.
+        minibatch: let the plate take so many of the B given, at random, for samplers that draw its
+            rows themselves; num_sequences is then B.
         precision: precision of the network's matrix products. The barrier is float32 at least.
         margins: record the deterministic sites of `attention_sites` for the objective's attention
             stage: margins (B, T), or (B, heads, T) of the first layer, and its couplings.
@@ -121,8 +124,8 @@ def language_model(
 
     Raises:
         ValueError: if inputs are not (B, T) with T <= config.block, targets differ in shape,
-            either holds what is no symbol, num_sequences is no integer or smaller than B, or the
-            precision is unknown.
+            either holds what is no symbol, num_sequences is no integer or smaller than B, minibatch
+            is none from 1 to B, or the precision is unknown.
     """
     objective = ObjectiveConfig("ce") if objective is None else objective
     _check(inputs, targets, vocabulary_size, config)
@@ -134,8 +137,19 @@ def language_model(
             f"num_sequences is {num_sequences!r}: expected an integer, at least the {sequences} of "
             "the minibatch"
         )
+    if minibatch is not None and not (
+        isinstance(minibatch, int | np.integer) and 1 <= minibatch <= sequences == num_sequences
+    ):
+        raise ValueError(
+            f"minibatch is {minibatch!r} of {sequences} sequences, with num_sequences "
+            f"{num_sequences}: expected an integer from 1 to {sequences}, and no num_sequences"
+        )
     parameters = sample_parameters(vocabulary_size, config, objective)
-    with numpyro.plate("sequences", num_sequences, subsample_size=sequences):
+    size = sequences if minibatch is None else minibatch
+    with numpyro.plate("sequences", num_sequences, subsample_size=size) as rows:
+        if minibatch is not None:
+            inputs = jnp.asarray(inputs)[rows]
+            targets = None if targets is None else jnp.asarray(targets)[rows]
         if objective.name == "latent":
             with numpyro.handlers.scale(scale=objective.beta):
                 x = numpyro.sample(

@@ -28,8 +28,9 @@ from probattn.inference.cli.quiet import silence_libraries
 from probattn.inference.cli.showing_commands import Demo, Figures
 from probattn.inference.cli.text_commands import Compare, Margins, MeasureSensitivity
 from probattn.inference.cli.values import PLAIN_VALUES, plain_path
-from probattn.inference.config import SAMPLED_DATA, SAMPLED_OBJECTIVE, RunConfig, SampleRunConfig
+from probattn.inference.config import RunConfig
 from probattn.inference.config_files import read_config, read_tables
+from probattn.inference.config_sampling import SAMPLED_DATA, SAMPLED_OBJECTIVE, SampleRunConfig
 from probattn.inference.runs.folder import enter
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.outputs import keep_outputs_open, lost_output
@@ -45,6 +46,7 @@ _SHORT = {
     "--data": "--data.source",
     "--objective": "--objective.name",
     "--guide": "--fit.guide",
+    "--method": "--sample.method",
     "--model": "--kind",
 }
 _OF_ONE_DEVICE = (Evaluate, Margins, MeasureSensitivity, Generate)
@@ -160,7 +162,7 @@ def _parse(arguments: list[str]) -> Any:
         if not stop.code:
             raise
         raise ValueError(_unframed(stderr.getvalue())) from None
-    if isinstance(command, Sample) and command.start is None:
+    if isinstance(command, Sample) and not command.start:
         _check_kind(command.kind or "latent", sampled.kind, arguments)
     return command
 

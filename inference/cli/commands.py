@@ -8,11 +8,10 @@ import tyro
 from rich.console import Console
 
 from probattn.inference.cli import console
-from probattn.inference.config import (
+from probattn.inference.config import FitConfig, RunConfig
+from probattn.inference.config_sampling import (
     SAMPLED_DATA,
     SAMPLED_OBJECTIVE,
-    FitConfig,
-    RunConfig,
     SampleConfig,
     SampleRunConfig,
 )
@@ -33,9 +32,9 @@ from probattn.inference.figures.report import (
 from probattn.inference.fitting.fit import fit
 from probattn.inference.runs.files import check_new, check_outputs
 from probattn.inference.runs.folder import LOCK_SECONDS
-from probattn.inference.runs.run import Run, load_fit, load_fitted
+from probattn.inference.runs.run import Run, load_fitted
 from probattn.inference.runtime.processes import distributed, is_main_process
-from probattn.inference.sampling.posterior_runs import config_of_fit, sample_run
+from probattn.inference.sampling.posterior_runs import fitted_starts, sample_run
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.text.corpora import DataConfig
 
@@ -82,17 +81,18 @@ class Fit:
 
 @dataclass(frozen=True)
 class Sample:
-    """Sample a posterior by NUTS: of latent embeddings, or of a small language model.
+    """Sample a posterior: of latent embeddings, or of a small language model.
 
-    --data and --model are short for --data.source and --kind.
+    --data, --model and --method are short for --data.source, --kind and --sample.method.
     """
 
     out: Path
     """run directory, new or empty unless --resume or --overwrite is given"""
     kind: Literal["latent", "language"] | None = None
     """which model, by default latent; of a language model, --model.* and --objective.* tell more"""
-    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """run of a fit whose model is sampled, on its text, from its parameters on"""
+    start: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
+    """run of a fit whose model is sampled, on its text, from its parameters on; of the method
+    ensemble a run for each chain"""
     config: Path | None = None
     """TOML file with the tables data, latent or model and objective, and sample; flags win"""
     resume: bool = False
@@ -112,7 +112,7 @@ class Sample:
         if self.html is not None:
             check_new(self.html, overwrite=self.overwrite)
         parameters = None
-        if self.start is not None:
+        if self.start:
             plain = Sample(self.out)
             for name in ("config", "kind", "data", "latent", "model", "objective", "resume"):
                 if getattr(self, name) != getattr(plain, name):
@@ -120,8 +120,7 @@ class Sample:
                         f"--{name} with --from: the run that --from names brings data, model and "
                         "objective, and to resume none is named; leave one of the two out"
                     )
-            fitted = load_fit(self.start)
-            config, parameters = config_of_fit(fitted, self.sample), fitted.parameters
+            config, parameters = fitted_starts(self.start, self.sample)
         elif self.kind != "language":
             config = SampleRunConfig(self.data, self.sample, latent=self.latent)
         else:

@@ -211,8 +211,11 @@ def print_posterior(screen: Console, tree: "xr.DataTree") -> None:
     for row in summarise(tree):
         point = ("-" if np.isnan(value) else f"{value:.4f}" for value in (row.mean, row.sd))
         ess = (f"{value:.0f}" for value in (row.ess_bulk, row.ess_tail))
-        table.add_row(printable(row.name), *point, f"{row.r_hat:.3f}", *ess)
+        r_hat = "-" if np.isnan(row.r_hat) else f"{row.r_hat:.3f}"
+        table.add_row(printable(row.name), *point, r_hat, *ess)
     screen.print(table)
+    if tree["posterior"].sizes["chain"] == 1:
+        screen.print("r_hat compares chains, and there is one: sample 2 or more, better 4")
     diverging = values_of(tree, "sample_stats", "diverging")
     if diverging is not None:
         line = f"{int(diverging.sum())} of {diverging.size} draws diverged"

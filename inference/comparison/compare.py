@@ -54,7 +54,8 @@ class ComparedRun:
         model: "language" or "latent".
         objective: objective of a language model, such as "margin".
         barrier_weight: lambda_m.
-        inference: "map", the name of a guide, or "nuts".
+        inference: "map", the name of a guide, or a method of `sample`, with its temperature if that
+            is not 1.
         predictions: predictions of held-out text.
         smallest_margin: smallest margin over the compared sequences; the median over draws.
         margin_quantiles: quantiles of all positions >= 2, by level; of all draws together.
@@ -64,10 +65,11 @@ class ComparedRun:
             its heads), or "post hoc" for a run whose objective acts on none; "post hoc, not
             converged" if the fit of that stage did not come to rest.
         smallest_margin_draws: smallest margin in every draw, (chain, draw).
-        elpd_loo: expected log predictive density by leave-one-out, nats; where there are draws.
+        elpd_loo: expected log predictive density by leave-one-out, nats; where there are draws of
+            the posterior.
         elpd_loo_se: its standard error.
         pareto_k: the largest Pareto k; above 0.7 the estimate cannot be trusted.
-        divergences: divergent transitions of NUTS.
+        divergences: draws whose iteration diverged or was refused.
         seconds: time that fitting or sampling took.
         sequences: the compared sequences, what is shown of each token; where there are margins.
         series: margins of their tokens, one sequence after the other, stage by stage.
@@ -231,11 +233,11 @@ def _shown(run: RunDirectory, inputs: np.ndarray) -> tuple[tuple[str, ...], ...]
 
 
 def _of_draws(label: str, run: Run | PosteriorRun, result: PosteriorResult) -> dict[str, Any]:
-    tree = to_datatree(result, log_likelihood=True)
+    tree = to_datatree(result, log_likelihood=result.temperature == 1)
     elpd, error, pareto_k = leave_one_out(tree) or (None, None, None)
     margin = values_of(tree, "posterior", "margin")
     found: dict[str, Any] = {
-        "inference": result.method,
+        "inference": result.label,
         "elpd_loo": elpd,
         "elpd_loo_se": error,
         "pareto_k": pareto_k,

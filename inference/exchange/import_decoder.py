@@ -8,7 +8,7 @@ from pathlib import Path
 from numpy.typing import NDArray
 
 from probattn.blocks.promotion import default_promotion
-from probattn.inference.config import ImportConfig, ImportedConfig
+from probattn.inference.config_imported import ImportConfig, ImportedConfig
 from probattn.inference.evaluation.scoring import Score, Scorer
 from probattn.inference.evaluation.texts import text_tokens
 from probattn.inference.exchange.hugging_face_folders import write_folder

@@ -32,7 +32,7 @@ class QuantitySummary:
         name: name of the quantity, with the number of entries where the worst of them is told.
         mean: posterior mean; NaN for the worst of many.
         sd: posterior standard deviation, likewise.
-        r_hat: rank-normalised split R-hat; the largest.
+        r_hat: rank-normalised split R-hat; the largest. NaN of one chain: it compares chains.
         ess_bulk: effective sample size of the bulk; the smallest.
         ess_tail: effective sample size of the tails; the smallest.
     """

@@ -63,7 +63,7 @@ def posterior_groups(
     found = tables.groups
     found["posterior"] = {**result.draws, **found.get("posterior", {})}
     found["sample_stats"] = dict(result.statistics)
-    if "n_steps" in result.statistics:
+    if result.method == "nuts" and "n_steps" in result.statistics:
         depth = np.ceil(np.log2(np.asarray(result.statistics["n_steps"]) + 1)).astype(np.int64)
         found["sample_stats"]["tree_depth"] = depth
     if prior:

@@ -67,12 +67,13 @@ def to_datatree(
             language model whose symbols at all positions are at most 2048 it holds, too, what is
             proved of its stage for all texts: table_certificate, rho, and no_text_folds, 1 where
             rho is below 1, whose mean is the posterior probability of that proof.
-        sample_stats: diverging, acceptance_rate, n_steps, tree_depth, energy, lp, step_size; for
-            a guide, whose draws are one chain, there is none.
+        sample_stats: diverging, n_steps, lp, step_size and what else the sampler tells, see
+            `PosteriorResult`; for a guide, whose draws are one chain, there is none.
         support_tokens: support_probability (sequence, position), the posterior probability that a
             position is its sequence's support token; certified_probability, that its certificate
             is below 1.
-        log_likelihood: one per sequence, on request, for `az.loo` and `az.compare`.
+        log_likelihood: one per sequence, on request, for `az.loo` and `az.compare`; refused for
+            draws of another temperature than 1, which neither can tell from the posterior's.
         posterior_predictive: draws of the observed sites given each draw, on request.
         prior: draws of the prior, on request.
         observed_data: what was observed: of a language model the targets, each a token after the
@@ -169,6 +170,11 @@ def to_datatree(
         else:
             assert isinstance(source, PosteriorResult)
             result = source
+        if log_likelihood and result.temperature != 1:
+            raise ValueError(
+                f"log_likelihood of draws by {result.label}: leave-one-out takes draws of the "
+                "posterior itself; sample with sample.temperature 1, or leave log_likelihood out"
+            )
         attributes = _posterior_attributes(result) | attributes
         groups = posterior_groups(
             result,
@@ -181,7 +187,7 @@ def to_datatree(
             flat=flat,
         )
     tree = xr.DataTree.from_dict({name: located(group) for name, group in groups.items()})
-    tree.attrs = attributes | _versions()
+    tree.attrs = _versions() | attributes
     return tree
 
 
@@ -264,7 +270,10 @@ def _posterior_attributes(result: PosteriorResult) -> dict[str, Any]:
             "configuration": json.dumps(dataclasses.asdict(result.config)),
             "seed": result.config.seed,
             "tuning_steps": result.config.warmup,
+            "temperature": result.temperature,
         }
+        if result.method != "nuts":
+            attributes["inference_library"] = "blackjax"
     return attributes
 
 

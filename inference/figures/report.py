@@ -258,14 +258,16 @@ def compared_row(run: ComparedRun) -> dict[str, Any]:
 
 
 def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
-    """Write posterior.nc, with log likelihoods, and the figures of a sampled posterior.
+    """Write posterior.nc and the figures of a sampled posterior.
+
+    The log likelihoods are in it unless the temperature is another than 1.
 
     Returns:
         The posterior, and the files.
     """
     from probattn.inference.figures.posterior import smallest_margin, support_map
 
-    tree = to_datatree(run, log_likelihood=True)
+    tree = to_datatree(run, log_likelihood=run.config.sample.temperature == 1)
     path = run.path / "posterior.nc"
     with run.lock(wait=LOCK_SECONDS), replacing_path(path) as temporary:
         tree.to_netcdf(temporary)

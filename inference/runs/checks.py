@@ -4,8 +4,9 @@ import dataclasses
 import os
 from typing import Any
 
-from probattn.inference.config import AnyRunConfig, RunConfig
+from probattn.inference.config import RunConfig
 from probattn.inference.config_files import differences
+from probattn.inference.config_imported import AnyRunConfig
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import RunDirectory
 from probattn.messages import legible

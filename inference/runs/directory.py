@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from probattn.inference.config import AnyRunConfig, ImportConfig, RunConfig, SampleRunConfig
+from probattn.inference.config import RunConfig
 from probattn.inference.config_files import read_tables
+from probattn.inference.config_imported import AnyRunConfig, ImportConfig
+from probattn.inference.config_sampling import SampleRunConfig
 from probattn.inference.pretrained.checkpoint import open_checkpoint
 from probattn.inference.pretrained.errors import PretrainedError
 from probattn.inference.runs.files import RunError, WriteError, read_json, write_text

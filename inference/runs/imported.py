@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from probattn.inference.config import ImportConfig
+from probattn.inference.config_imported import ImportConfig
 from probattn.inference.pretrained.checkpoint import Checkpoint, open_checkpoint
 from probattn.inference.runs.directory import MODEL, RunDirectory
 from probattn.models.networks import DecoderNetwork

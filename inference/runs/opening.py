@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from probattn.inference.config import AnyRunConfig, RunConfig, SampleRunConfig
+from probattn.inference.config import RunConfig
 from probattn.inference.config_files import LARGEST, format_config
+from probattn.inference.config_imported import AnyRunConfig
 from probattn.inference.config_memory import check_size
+from probattn.inference.config_sampling import SampleRunConfig
 from probattn.inference.runs.checks import (
     check_same_config,
     check_same_corpus,

@@ -22,7 +22,9 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from probattn.inference.config import ImportConfig, RunConfig, SampleRunConfig
+from probattn.inference.config import RunConfig
+from probattn.inference.config_imported import ImportConfig
+from probattn.inference.config_sampling import SampleRunConfig
 from probattn.inference.pages.notebook import facts_in_notebook
 from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder
 from probattn.inference.runs.directory import RunDirectory, read_description

@@ -1,1 +1,1 @@
-"""Posteriors by NUTS: chains, where they start, their draws, and runs that keep them."""
+"""Posteriors: samplers, chains, where they start, their draws, and runs that keep them."""

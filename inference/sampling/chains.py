@@ -1,4 +1,4 @@
-"""Chains of NumPyro's NUTS, compiled once and advanced by any number of iterations.
+"""Chains of a sampler, compiled once and advanced by any number of iterations.
 
 Where there are several devices, chains run on all of them: chain i of method parallel on device i
 modulo their number, those of method vectorized in equal parts.
@@ -17,32 +17,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
-from numpyro.infer import NUTS
-from numpyro.infer.hmc import HMCState
 
-from probattn.inference.config import SampleConfig
+from probattn.inference.config_sampling import SampleConfig
 from probattn.inference.runs.checkpoints import named_leaves, with_leaves
 from probattn.inference.runtime.memory import gibibytes
-from probattn.inference.sampling.initialisation import (
-    check_initial_values,
-    init_to_given,
-    with_prototypes,
-)
+from probattn.inference.sampling.initialisation import check_initial_values
+from probattn.inference.sampling.kernel import Kernel
 from probattn.inference.sampling.lookahead import run_ahead
+from probattn.inference.sampling.mclmc import mclmc_kernel
+from probattn.inference.sampling.nuts_kernel import nuts_kernel
+from probattn.inference.sampling.stochastic import stochastic_kernel
+from probattn.inference.sampling.subsampling import check_contents, contents, indexable
 
 CALL_SECONDS = 2.0  # seconds of all chains between two updates of a progress bar
 _ITERATIONS, _VALUES = 400, 2**24  # most iterations of a call, most numbers in its buffers
 _CALLS_AHEAD = 4  # calls that a chain may have begun before the caller has the first of them
 _LARGEST = 16 * 2**30  # bytes of all draws
 
-# What ArviZ calls the fields of NumPyro's state.
-_STATISTICS: Mapping[str, Callable[[HMCState], Array]] = {
-    "diverging": lambda state: state.diverging,
-    "acceptance_rate": lambda state: state.accept_prob,
-    "n_steps": lambda state: state.num_steps,
-    "energy": lambda state: state.energy,
-    "lp": lambda state: -state.potential_energy,
-    "step_size": lambda state: state.adapt_state.step_size,
+_KERNELS: Mapping[str, Callable[..., Kernel]] = {
+    "nuts": nuts_kernel,
+    "mclmc": mclmc_kernel,
+    "ensemble": mclmc_kernel,
+    "sghmc": stochastic_kernel,
+    "sgld": stochastic_kernel,
 }
 
 
@@ -60,7 +57,7 @@ class Iterations(NamedTuple):
 class _Call(NamedTuple):
     """What one call gives back; of the compiled program, buffers whose first rows are filled."""
 
-    state: HMCState
+    state: Any
     draws: dict[str, Any]
     statistics: dict[str, Any]
 
@@ -72,8 +69,8 @@ class Chains:
         model: a NumPyro model.
         arguments: its arguments and keyword arguments.
         config: chains, warm-up, seed and method.
-        init_values: values of sample sites that every chain starts from; other sites start from a
-            draw of the prior.
+        init_values: values of sample sites that every chain starts from, of method ensemble those
+            of each chain along a first axis; other sites start from a draw of the prior.
 
     Raises:
         ValueError: if `init_values` names a site that the model lacks, or has density zero, or the
@@ -85,28 +82,27 @@ class Chains:
         self, model: Callable, arguments: Sequence, config: SampleConfig, init_values: Mapping
     ) -> None:
         self._config = config
-        args, kwargs = arguments
-        kernel = NUTS(
+        if config.is_stochastic:
+            arguments = indexable(tuple(arguments))
+        found = contents(model, arguments)
+        check_contents(found, config)
+        check_initial_values(
             model,
-            target_accept_prob=config.target_accept,
-            max_tree_depth=config.max_tree_depth,
-            init_strategy=with_prototypes(partial(init_to_given, init_values)),
+            arguments,
+            {name: site.shape for name, site in found.latent.items()},
+            init_values,
+            chains=config.chains if config.method == "ensemble" else None,
+            density=not config.is_stochastic,  # which is that of all the data, and computed below
         )
-        check_initial_values(model, args, kwargs, init_values)
+        kernel = _KERNELS[config.method](model, arguments, config, init_values)
 
-        def init(rng_key: Array) -> HMCState:
-            return kernel.init(rng_key, config.warmup, model_args=args, model_kwargs=kwargs)
-
-        def advance(state: HMCState, count: Array) -> _Call:
-            constrain = kernel.get_constrain_fn(args, kwargs)
-
-            def recorded(state: HMCState) -> tuple[dict, dict]:
-                values = {name: of(state) for name, of in _STATISTICS.items()}
-                return constrain(state.z), values
+        def advance(state: Any, count: Array) -> _Call:
+            def recorded(state: Any) -> tuple[dict, dict]:
+                return kernel.draw(state), kernel.statistics(state)
 
             def body(i: Array, carry: tuple) -> tuple:
                 state, buffers = carry
-                state = kernel.sample(state, args, kwargs)
+                state = kernel.step(state)
                 buffers = jax.tree.map(
                     lambda rows, row: rows.at[i].set(row), buffers, recorded(state)
                 )
@@ -120,12 +116,13 @@ class Chains:
             return _Call(state, draws, statistics)
 
         keys = jax.random.split(jax.random.key(config.seed), config.chains)
-        starts = jax.jit(jax.vmap(init)).trace(keys)
-        size = sum(leaf.size for leaf in jax.tree.leaves(starts.out_info.z))
+        numbers = jnp.arange(config.chains)
+        starts = jax.jit(jax.vmap(kernel.init)).trace(keys, numbers)
+        size = sum(leaf.size for leaf in jax.tree.leaves(kernel.position(starts.out_info)))
         _check_size(size, config)
         self._most = max(1, min(_ITERATIONS, _VALUES // size))
-        state = jax.block_until_ready(starts.lower().compile()(keys))
-        _check_density(np.asarray(state.potential_energy))
+        state = jax.block_until_ready(starts.lower().compile()(keys, numbers))
+        _check_density(np.asarray(jax.vmap(kernel.statistics)(state)["lp"]), init_values)
         self._each = config.chain_method == "parallel"
         devices = jax.local_devices()[: config.chains]
         self._spread = None if self._each else _spread(config.chains, devices)
@@ -208,7 +205,7 @@ class Chains:
             )
         )
 
-    def _placed(self, state: HMCState) -> list[HMCState]:
+    def _placed(self, state: Any) -> list[Any]:
         """Divide a state of all chains into those that are advanced, on their devices."""
         if not self._each:
             return [state if self._spread is None else jax.device_put(state, self._spread)]
@@ -263,7 +260,7 @@ class CallLength:
 
 
 @partial(jax.jit, static_argnums=1)
-def _each_of(state: HMCState, chains: int) -> list[HMCState]:
+def _each_of(state: Any, chains: int) -> list[Any]:
     return [jax.tree.map(itemgetter(number), state) for number in range(chains)]
 
 
@@ -271,16 +268,17 @@ def _is_key(leaf: Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _plain(state: HMCState) -> HMCState:
+def _plain(state: Any) -> Any:
     """Return the state with its random keys as numbers, which can be saved."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
 
 
-def _check_density(energy: np.ndarray) -> None:
-    if not np.isfinite(energy).all():
-        lost = [str(number) for number in np.flatnonzero(~np.isfinite(energy))]
+def _check_density(lp: np.ndarray, init_values: Mapping) -> None:
+    if not np.isfinite(lp).all():
+        lost = [str(number) for number in np.flatnonzero(~np.isfinite(lp))]
+        rest = " with the initial values" if init_values else ""
         raise SampleError(
-            f"chain {', '.join(lost)}: 100 draws of the prior have no finite log density; "
+            f"chain {', '.join(lost)}: 100 draws of the prior{rest} have no finite log density; "
             "start from given values, such as a coupling of zero, or use a proper coupling"
         )
 

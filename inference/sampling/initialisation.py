@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,39 +80,53 @@ def _with_prototypes(strategy: Callable[[dict], Any], seen: set[str], site: dict
     return to_support(jnp.zeros(shape.shape, shape.dtype))
 
 
-def check_initial_values(model: Callable, args: tuple, kwargs: dict, values: Mapping) -> None:
-    """Refuse initial values of sites that the model lacks, or of density zero."""
+def check_initial_values(
+    model: Callable,
+    arguments: Sequence,
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Mapping,
+    *,
+    chains: int | None = None,
+    density: bool = True,
+) -> None:
+    """Refuse initial values of sites that the model lacks, or of density zero.
+
+    Args:
+        model: a NumPyro model.
+        arguments: its arguments and keyword arguments.
+        shapes: shapes of its latent sites.
+        values: the initial values.
+        chains: number of chains if every one has values of its own, along their first axis.
+        density: whether to compute it.
+    """
     if not values:
         return
-
-    def latent() -> dict[str, Array]:
-        sites = trace(seed(model, jax.random.key(0))).get_trace(*args, **kwargs)
-        return {
-            name: site["value"]
-            for name, site in sites.items()
-            if site["type"] == "sample" and not site["is_observed"]
-        }
-
-    shapes = {name: leaf.shape for name, leaf in jax.eval_shape(latent).items()}
     if unknown := sorted(set(values) - set(shapes)):
         raise ValueError(
             f"init_values names {', '.join(unknown)}: expected sample sites of the model, "
             f"{', '.join(sorted(shapes))}"
         )
     for name, value in values.items():
-        if jnp.shape(value) != shapes[name]:
+        expected = shapes[name] if chains is None else (chains, *shapes[name])
+        if jnp.shape(value) != expected:
+            each = "" if chains is None else f", values for each of {chains} chains"
             raise ValueError(
-                f"init_values has {name} of shape {jnp.shape(value)}: expected {shapes[name]}"
+                f"init_values has {name} of shape {jnp.shape(value)}: expected {expected}{each}"
             )
-    if set(values) != set(shapes):
+    if not density or set(values) != set(shapes):
         return  # the rest is drawn, until the density is positive
-    density = jax.jit(lambda values: log_density(model, args, kwargs, values)[0])(values)
-    if not np.isfinite(density):
-        raise ValueError(
-            f"the initial values have a log density of {float(density)}"
-            f"{_outside(model, args, kwargs, values)}; "
-            "start from smaller couplings or embeddings, or from the prior"
-        )
+    args, kwargs = arguments
+    of_one = jax.jit(lambda values: log_density(model, args, kwargs, values)[0])
+    for chain in range(1 if chains is None else chains):
+        own = values if chains is None else {name: each[chain] for name, each in values.items()}
+        density = of_one(own)
+        if not np.isfinite(density):
+            whose = "" if chains is None else f" of chain {chain}"
+            raise ValueError(
+                f"the initial values{whose} have a log density of {float(density)}"
+                f"{_outside(model, args, kwargs, own)}; "
+                "start from smaller couplings or embeddings, or from the prior"
+            )
 
 
 def _outside(model: Callable, args: tuple, kwargs: dict, values: Mapping) -> str:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probattn.blocks.promotion import default_promotion
-from probattn.inference.config import SampleConfig
+from probattn.inference.config_sampling import SampleConfig
 from probattn.inference.runs.segments import Segment, SegmentError, SegmentFolder
 from probattn.inference.runtime.cores import other_rounding
 from probattn.inference.runtime.memory import check_memory
@@ -32,6 +32,7 @@ from probattn.inference.runtime.signals import Interrupted, deferred_interrupts
 from probattn.inference.sampling.chains import Chains
 from probattn.inference.sampling.initialisation import given_values
 from probattn.inference.sampling.result import PosteriorResult
+from probattn.inference.sampling.subsampling import of_all_rows
 
 SAVE_SECONDS = 30.0  # between two segments
 
@@ -89,6 +90,11 @@ def sample(
             partial(_in_precision, dtype=jnp.dtype(config.precision)),
             (tuple(model_args), dict(model_kwargs or {}), dict(init_values or {})),
         )
+        if config.method == "ensemble" and not init_values:
+            raise ValueError(
+                "sample.method ensemble without initial values: expected init_values with a point "
+                "for each chain along the first axis, such as MAPs, or sample.method mclmc"
+            )
         chains = Chains(model, arguments, config, init_values)
         sampler = _Sampler(chains, config, folder, fingerprint(config, model, arguments))
         with progress_bar(
@@ -102,9 +108,9 @@ def sample(
                 bar.line(f"{out}: {sampler.rounding}")
             sampler.go(bar)
     return PosteriorResult(
-        method="nuts",
+        method=config.method,
         draws=sampler.kept.draws,
-        model=model,
+        model=of_all_rows(model) if config.is_stochastic else model,
         model_args=arguments[0],
         model_kwargs=arguments[1],
         statistics=sampler.kept.statistics,
@@ -274,7 +280,10 @@ def fingerprint(config: SampleConfig, model: Callable, arguments: Sequence) -> n
 
     A model counts by its name and what `functools.partial` binds to it, not by what it does.
     """
-    digest = hashlib.sha256(repr(replace(config, draws=1)).encode())
+    settings = repr(replace(config, draws=1))
+    if config.method == "nuts":  # as they were before there were other methods
+        settings = settings[: settings.index(", method=")] + ")"
+    digest = hashlib.sha256(settings.encode())
     bound = []
     while isinstance(model, partial):
         bound.append((model.args, model.keywords))

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from probattn.blocks.promotion import default_promotion
-from probattn.inference.config import SampleConfig, SampleRunConfig
+from probattn.inference.config_files import differences
+from probattn.inference.config_sampling import SampleConfig, SampleRunConfig
 from probattn.inference.fitting.guide_draws import guide_draws
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.folder import clear
 from probattn.inference.runs.npz import read_arrays
 from probattn.inference.runs.opening import find_run, open_run
-from probattn.inference.runs.run import FittedRun, PosteriorRun, Run
+from probattn.inference.runs.run import FittedRun, PosteriorRun, Run, load_fit
 from probattn.inference.sampling.chains import SampleError
 from probattn.inference.sampling.initialisation import given_values
 from probattn.inference.sampling.nuts import load_draws, sample
@@ -71,7 +73,7 @@ def sample_run(
     with open_run(run, resume=resume, overwrite=overwrite, start=init_values) as run:
         try:
             result = sample(
-                posterior_model(config, run.vocabulary),
+                _sampled_model(config, run.vocabulary),
                 model_args=arguments,
                 config=config.sample,
                 init_values=init_values,
@@ -85,7 +87,46 @@ def sample_run(
                 if made:
                     shutil.rmtree(out)
             raise
+    if config.sample.is_stochastic:  # the draws are of the model of all sequences
+        result = replace(result, model=posterior_model(config, run.vocabulary))
     return run, result
+
+
+def fitted_starts(
+    paths: Sequence[str | os.PathLike[str]], config: SampleConfig
+) -> tuple[SampleRunConfig, dict[str, np.ndarray]]:
+    """Describe the posterior of fitted runs of one model, which chains start from.
+
+    Args:
+        paths: the run; of method ensemble a run for each chain.
+        config: how the posterior is sampled.
+
+    Returns:
+        The configuration, and initial values for `sample_run`.
+
+    Raises:
+        ValueError: if there are more or fewer runs than the method takes, or they are not of the
+            same model and text.
+    """
+    each_chain = config.method == "ensemble"
+    if len(paths) != (config.chains if each_chain else 1):
+        raise ValueError(
+            f"--from names {len(paths)} runs with sample.method {config.method} and sample.chains "
+            f"{config.chains}: expected {'a run for each chain' if each_chain else 'one run'}"
+            f"{'' if each_chain else '; several are for the method ensemble'}"
+        )
+    runs = [load_fit(path) for path in paths]
+    described = [config_of_fit(run, config) for run in runs]
+    for path, other in zip(paths, described, strict=True):
+        if changed := differences(described[0], other):
+            raise ValueError(
+                f"{path}: differs from {paths[0]} in {', '.join(changed)}: expected runs of one "
+                "model, objective and text, such as fits of different seeds"
+            )
+    values = [{n: np.asarray(value) for n, value in run.parameters.items()} for run in runs]
+    if not each_chain:
+        return described[0], values[0]
+    return described[0], {n: np.stack([each[n] for each in values]) for n in values[0]}
 
 
 def config_of_fit(run: Run, config: SampleConfig) -> SampleRunConfig:
@@ -114,7 +155,7 @@ def load_posterior(run: PosteriorRun) -> PosteriorResult:
             f"{run.path}: has {done} of {total} iterations; finish it with sample --resume"
         )
     return PosteriorResult(
-        method="nuts",
+        method=run.config.sample.method,
         draws=draws,
         model=posterior_model(run.config, run.vocabulary),
         model_args=posterior_data(run),
@@ -187,6 +228,14 @@ def posterior_model(config: SampleRunConfig, vocabulary: Vocabulary) -> Callable
         objective=config.objective,
         margins=True,
     )
+
+
+def _sampled_model(config: SampleRunConfig, vocabulary: Vocabulary) -> Callable:
+    """Return the model whose gradients a method takes: of minibatches, or of all sequences."""
+    model = posterior_model(config, vocabulary)
+    if not config.sample.is_stochastic or config.latent is not None:
+        return model
+    return partial(model, minibatch=config.sample.batch)
 
 
 def _tokens(

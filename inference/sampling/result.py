@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probattn.inference.config import SampleConfig
+from probattn.inference.config_sampling import SampleConfig
 from probattn.inference.pages.notebook import facts_in_notebook
 
 
@@ -18,16 +18,18 @@ class PosteriorResult:
     """Draws of a posterior, and the model that they are of.
 
     Attributes:
-        method: how they were made: "nuts", or the name of a guide.
+        method: how they were made: a method of SampleConfig, or the name of a guide.
         draws: values by sample site, (chains, draws, ...).
         model: the NumPyro model.
         model_args: its arguments.
         model_kwargs: its keyword arguments.
-        statistics: what NUTS says of each draw, (chains, draws): diverging, acceptance_rate,
-            n_steps, energy, lp (log density in nats, up to a constant) and step_size. Empty for a
-            guide.
+        statistics: what the sampler says of each draw, (chains, draws): diverging, n_steps, lp (log
+            density in nats, up to a constant) and step_size; of nuts acceptance_rate and energy
+            too; of mclmc and ensemble energy_variance and length. Empty for a guide. Of all but
+            nuts, diverging says that the iteration would have left the region of positive density,
+            and n_steps counts gradients.
         seconds: time of sampling in all sessions together, without compiling; NaN if unknown.
-        config: how NUTS was run; None for a guide.
+        config: how the sampler was run; None for a guide.
     """
 
     method: str
@@ -43,7 +45,7 @@ class PosteriorResult:
         """Name the sites and the size of the draws, and not the draws."""
         chains, draws = self.shape
         return (
-            f"PosteriorResult(method={self.method!r}, chains={chains}, draws={draws}, "
+            f"PosteriorResult(method={self.label!r}, chains={chains}, draws={draws}, "
             f"divergences={self.divergences}, sites={list(self.draws)})"
         )
 
@@ -65,6 +67,17 @@ class PosteriorResult:
         return chains, draws
 
     @property
+    def temperature(self) -> float:
+        """What the log density was divided by; 1 where the draws are of the posterior."""
+        return 1.0 if self.config is None else self.config.temperature
+
+    @property
+    def label(self) -> str:
+        """The method, with its temperature where the draws are not of the posterior."""
+        warm = self.temperature != 1
+        return f"{self.method} at temperature {self.temperature:g}" if warm else self.method
+
+    @property
     def precision(self) -> str:
         """Of the draws: "float32" or "float64"; if all are whole numbers, JAX's default."""
         kinds = [value.dtype for value in self.draws.values()]
@@ -72,7 +85,7 @@ class PosteriorResult:
 
     @property
     def divergences(self) -> int:
-        """How many draws end a trajectory that diverged."""
+        """How many draws end a trajectory that diverged, or an iteration that was refused."""
         return int(np.sum(self.statistics.get("diverging", 0)))
 
 

@@ -5,8 +5,9 @@ import os
 import pytest
 
 from probattn.inference import config_memory
-from probattn.inference.config import FitConfig, RunConfig, SampleConfig, SampleRunConfig
+from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.config_memory import check_size, check_stage
+from probattn.inference.config_sampling import SampleConfig, SampleRunConfig
 from probattn.inference.runtime import memory
 from probattn.inference.sampling.posterior_runs import sample_run
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig

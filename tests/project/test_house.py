@@ -26,6 +26,8 @@ ENTRY = "probattn.__main__"  # `python -m probattn` is the command line, which i
 COLUMN = (
     "runtime",
     "config",
+    "config_sampling",
+    "config_imported",
     "config_files",
     "config_memory",
     "pages",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from probattn.inference.config import SampleRunConfig
+from probattn.inference.config_sampling import SampleRunConfig
 from probattn.inference.exchange.export_decoder import export_decoder
 from probattn.inference.exchange.exported_tokenizers import tokenizer_definition
 from probattn.inference.exchange.import_decoder import import_decoder

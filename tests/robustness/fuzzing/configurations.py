@@ -9,8 +9,9 @@ from typing import Any
 import tomli_w
 from hypothesis import strategies as st
 
-from probattn.inference.config import RunConfig, SampleRunConfig
+from probattn.inference.config import RunConfig
 from probattn.inference.config_files import differences, format_config, read_tables
+from probattn.inference.config_sampling import SampleRunConfig
 from probattn.models import LatentEmbeddingsConfig
 from tests.robustness.fuzzing.material import edited, edits, floats, integers, plain_text, same
 from tests.robustness.fuzzing.target import Target, refused, require
