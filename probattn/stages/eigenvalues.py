@@ -51,7 +51,6 @@ def eigenvalues(
     An eigenvalue is real where its imaginary part is exactly zero. Both parts are NaN for a matrix
     whose eigenvalues are not all found.
     """
-
     real, imaginary = _eigenvalues.bind(blocks)
     return real, imaginary
 
