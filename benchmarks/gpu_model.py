@@ -97,7 +97,7 @@ def count(jaxpr: Jaxpr, *, kernel: bool = False) -> Count:
         kernel: whether all of it is one kernel, whose arrays are never written.
     """
     total = Count()
-    for equation in jaxpr.eqns:
+    for equation in _used(jaxpr):
         name, inner = equation.primitive.name, [*_programs(equation.params)]
         if name == "cond":
             sides = [count(side, kernel=kernel) for side in inner]
@@ -121,6 +121,17 @@ def count(jaxpr: Jaxpr, *, kernel: bool = False) -> Count:
     return total
 
 
+def _used(jaxpr: Jaxpr) -> list[Any]:
+    """Return the operations on which a result depends: XLA drops the others."""
+    wanted = {id(variable) for variable in jaxpr.outvars}
+    kept = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or any(id(variable) in wanted for variable in equation.outvars):
+            kept.append(equation)
+            wanted |= {id(variable) for variable in equation.invars}
+    return kept[::-1]
+
+
 def _operation(equation: Any, kernel: bool) -> Count:
     total, name = Count(), equation.primitive.name
     [*outputs], [*inputs] = equation.outvars, equation.invars
@@ -130,9 +141,12 @@ def _operation(equation: Any, kernel: bool) -> Count:
         length = math.prod(inputs[0].aval.shape[axis] for axis in contracted)
         operations = 2 * length * outputs[0].aval.size
         dtypes = {str(each.aval.dtype) for each in inputs}
-        dtype = "bfloat16" if dtypes == {"bfloat16"} else "float32"
+        dtype = "bfloat16" if dtypes == {"bfloat16"} or kernel else "float32"
+        if kernel:
+            operations //= 2  # it leaves out what lies in the future
         total.products[dtype] += operations
-        total.moved(0 if kernel else size + sum(map(_size, inputs)), operations, dtype)
+        traffic = 0 if kernel else size + sum(map(_size, inputs))
+        total.moved(traffic, operations, dtype)
     elif name == "optimization_barrier" and not kernel:
         total.moved(2 * size)
     elif name in _ARITHMETIC | _REDUCTIONS:

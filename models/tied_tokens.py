@@ -100,10 +100,46 @@ class SlicedTokens(dist.Distribution):
         @partial(jax.checkpoint, prevent_cse=False)
         def one(slices: tuple[Array, Array]) -> Array:
             hidden, value = slices
-            logits = output_logits(hidden, self.table, self.precision)
+            logits = _logits(hidden, self.table, self.precision)
             chosen = jnp.take_along_axis(logits, value[..., None], -1)[..., 0]
             return chosen - logsumexp(logits, axis=-1)
 
         found = jax.lax.map(one, (sliced(hidden), sliced(value)))
         found = jnp.moveaxis(found, 0, 1).reshape(len(hidden), -1)[:, :length]
         return jnp.sum(found, axis=-1).reshape(*samples, sequences)
+
+
+def _logits(
+    hidden: Float[Array, "B T d"], table: Float[Array, "V d"], precision: Precision
+) -> Float[Array, "B T V"]:
+    if precision == "bfloat16":
+        return _logits_in_bfloat16(hidden, table)
+    return output_logits(hidden, table, precision)
+
+
+@jax.custom_vjp
+def _logits_in_bfloat16(
+    hidden: Float[Array, "B T d"], table: Float[Array, "V d"]
+) -> Float[Array, "B T V"]:
+    """Return `output_logits` in bfloat16, whose derivative multiplies numbers of bfloat16 too.
+
+    JAX's own multiplies float32 by bfloat16 there, since the logits are float32: on a GPU at a
+    fraction of the speed.
+    """
+    return output_logits(hidden, table, "bfloat16")
+
+
+def _forward(hidden: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _logits_in_bfloat16(hidden, table), (hidden, table)
+
+
+def _backward(kept: tuple[Array, Array], change: Float[Array, "B T V"]) -> tuple[Array, Array]:
+    hidden, table = kept
+    rounded, rows, matrix = (array.astype(jnp.bfloat16) for array in (change, hidden, table))
+    rounded, rows = (array.reshape(-1, array.shape[-1]) for array in (rounded, rows))
+    of_hidden = jnp.matmul(rounded, matrix, preferred_element_type=hidden.dtype)
+    of_table = jnp.matmul(rounded.T, rows, preferred_element_type=table.dtype)
+    return of_hidden.reshape(hidden.shape), of_table
+
+
+_logits_in_bfloat16.defvjp(_forward, _backward)

@@ -80,6 +80,15 @@ def test_no_array_holds_all_logits_or_their_derivative():
     assert largest(sliced) < WHOLE / 2
 
 
+def test_the_derivative_in_bfloat16_multiplies_no_wider_numbers():
+    text = str(weighted(sliced, "bfloat16").trace(*inputs(np.float32)).jaxpr)
+    products = re.findall(r"= dot_general\[.*?\] (\w+) (\w+)", text, re.DOTALL)
+    assert len(products) == 4  # forward, anew, and one for each derivative
+    for names in products:
+        for name in names:
+            assert re.search(rf"\b{name}:bf16\[", text)
+
+
 def test_draws_are_those_of_all_logits_at_once():
     hidden, table, _ = inputs()
     key = jax.random.key(0)
