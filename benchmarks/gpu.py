@@ -115,7 +115,6 @@ def mathematics(tiny: bool) -> dict[str, Any]:
         ),
         "margin": pa.stability_margin,
         "reduced_margin": partial(pa.stability_margin, kind="reduced"),
-        "certificate": pa.certificate,
     }
     arguments = x, w_query, w_key
     errors = {
@@ -135,7 +134,7 @@ def one_step(tiny: bool) -> dict[str, Any]:
         name: (("norm" in name) + rng.normal(size=leaf.shape) / 8).astype(np.float32)
         for name, leaf in parameter_shapes(65, SMALL, objective).items()
     }
-    inputs, targets = rng.integers(0, 65, (2, 2 if tiny else 12, SMALL.block))
+    inputs, targets = rng.integers(0, 65, (2, 2 if tiny else 12, SMALL.block), np.int32)
 
     def loss(parameters: Any) -> Any:
         options = {"vocabulary_size": 65, "config": SMALL, "objective": objective}

@@ -82,10 +82,11 @@ def eigenvalues_by_steps(
 
     _, state = lax.while_loop(unfinished, body, (jnp.int32(0), state))
     found = (state.end < 0)[:, None]
-    return tuple(
-        jnp.where(found, jnp.ldexp(part, exponent[:, None]), jnp.nan)
-        for part in (state.real, state.imaginary)
-    )
+
+    def unscaled(part: Array) -> Array:
+        return jnp.where(found, jnp.ldexp(part, exponent[:, None]), jnp.nan)
+
+    return unscaled(state.real), unscaled(state.imaginary)
 
 
 def _hessenberg(matrix: Float[Array, "r r"]) -> Float[Array, "r r"]:
