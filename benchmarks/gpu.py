@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,8 +49,11 @@ from probattn.text.corpora import DataConfig
 
 PEAK = 989e12  # operations in a second of a H200 in bfloat16, without sparsity
 VOCABULARY = 50_257
-SMALL = LanguageModelConfig(layers=2, heads=2, width=32, block=32, prior_rank=8)
 # Sizes: (whole, tiny).
+SMALL = (
+    LanguageModelConfig(layers=2, heads=2, width=32, block=32, prior_rank=8),
+    LanguageModelConfig(layers=1, heads=2, width=8, block=8, prior_rank=2),
+)
 MODEL = (
     LanguageModelConfig(layers=12, heads=12, width=768, block=1024),
     LanguageModelConfig(layers=1, heads=2, width=16, block=16),
@@ -72,17 +76,13 @@ def relative(found: Any, true: Any) -> float:
 
 def in_double(function: Callable, *arguments: Any) -> Any:
     """Evaluate a function in double precision on the CPU."""
-    wide = jax.tree.map(
-        lambda leaf: np.asarray(leaf, np.float64) if np.ndim(leaf) and is_real(leaf) else leaf,
-        arguments,
-    )
+
+    def widened(leaf: Any) -> Any:
+        return np.asarray(leaf, np.float64) if np.asarray(leaf).dtype == np.float32 else leaf
+
+    wide = jax.tree.map(widened, arguments)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         return jax.tree.map(np.asarray, jax.jit(function)(*wide))
-
-
-def is_real(leaf: Any) -> bool:
-    """Tell whether an array holds floating-point numbers."""
-    return bool(jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating))
 
 
 def check(errors: dict[str, float], tolerance: float) -> dict[str, Any]:
@@ -128,16 +128,16 @@ def mathematics(tiny: bool) -> dict[str, Any]:
 
 def one_step(tiny: bool) -> dict[str, Any]:
     """Compare what a step minimises, and its gradient, with those in double precision."""
-    objective = ObjectiveConfig("full")
+    model, objective = SMALL[tiny], ObjectiveConfig("full")
     rng = np.random.default_rng(0)
     parameters = {
         name: (("norm" in name) + rng.normal(size=leaf.shape) / 8).astype(np.float32)
-        for name, leaf in parameter_shapes(65, SMALL, objective).items()
+        for name, leaf in parameter_shapes(65, model, objective).items()
     }
-    inputs, targets = rng.integers(0, 65, (2, 2 if tiny else 12, SMALL.block), np.int32)
+    inputs, targets = rng.integers(0, 65, (2, 2 if tiny else 12, model.block), np.int32)
 
     def loss(parameters: Any) -> Any:
-        options = {"vocabulary_size": 65, "config": SMALL, "objective": objective}
+        options = {"vocabulary_size": 65, "config": model, "objective": objective}
         return -log_density(language_model, (inputs, targets), options, parameters)[0]
 
     function = jax.value_and_grad(loss)
@@ -164,7 +164,9 @@ def fitted(tiny: bool, folder: Path) -> dict[str, Any]:
     schedule = FitConfig(
         steps=steps, warmup=5, batch=8, eval_every=steps // 2, checkpoint_every=steps // 4
     )
-    config = RunConfig(DataConfig(text_file(folder)), SMALL, ObjectiveConfig("margin"), schedule)
+    config = RunConfig(
+        DataConfig(text_file(folder)), SMALL[tiny], ObjectiveConfig("margin"), schedule
+    )
     append, half = Run.append_metrics, folder / "half"
 
     def copying(run: Run, line: Any) -> None:
@@ -311,6 +313,8 @@ def main() -> None:
         return
     started = time.perf_counter()
     found: dict[str, Any] = {"environment": environment(), "tiny": tiny, "rows": {}}
+    # Ended by a signal, it ends what it started too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     processes = {part: on_the_cpu(part, tiny) for part in ("fitted", "chains")}
     # What is most wanted comes first; the largest programs take a minute each to compile.
     rows: dict[str, Callable[[], dict[str, Any]]] = {
