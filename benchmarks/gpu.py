@@ -317,7 +317,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     processes = {part: on_the_cpu(part, tiny) for part in ("fitted", "chains")}
     # What is most wanted comes first; the largest programs take a minute each to compile.
-    rows: dict[str, Callable[[], dict[str, Any]]] = {
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
         "mathematics": partial(mathematics, tiny),
         "one_step": partial(one_step, tiny),
         "training_steps": partial(training_steps, tiny),
@@ -325,7 +325,7 @@ def main() -> None:
         "nuts": partial(nuts, tiny, processes["chains"]),
     }
     try:
-        for name, row in rows.items():
+        for name, row in parts.items():
             begun = time.perf_counter()
             if begun - started > options.limit:
                 found["rows"][name] = {"left_out": f"after {options.limit:g} seconds"}
@@ -341,10 +341,9 @@ def main() -> None:
         for process in processes.values():
             process.kill()
             process.wait()
-    failed = [name for name, row in found["rows"].items() if "error" in row]
-    wrong = [name for name, row in found["rows"].items() if not row.get("agrees", True)]
-    if failed or wrong:
-        sys.exit(f"failed: {failed}; does not agree: {wrong}")
+    rows = found["rows"].items()
+    if bad := [name for name, row in rows if "error" in row or not row.get("agrees", True)]:
+        sys.exit(f"failed, or does not agree: {', '.join(bad)}")
 
 
 if __name__ == "__main__":

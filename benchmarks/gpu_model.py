@@ -6,7 +6,7 @@ The step that `fit` takes is traced with shapes alone, so that none of its array
 operations are counted, those of a loop as often as it turns. Memory traffic is counted at products
 of matrices, at arrays that the program itself tells XLA to write, and at parameters and moments;
 what lies between is taken to be fused. So the time of the roofline, the larger of arithmetic and
-traffic at the data sheet's rates, operation by operation, is one that no program undercuts.
+traffic at the data sheet's rates, operation by operation, is a bound for this program.
 """
 
 import argparse
