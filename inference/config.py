@@ -48,6 +48,8 @@ class FitConfig:
             These five change what is fitted, and are for the guide map alone.
         evaluation_tokens: at most so many tokens of the validation text are scored at the end, in
             windows spread evenly over it; by default all.
+        rematerialise: whether the derivative computes each layer anew from its input instead of
+            keeping what the layer computed: less memory, and about a third more work.
     """
 
     steps: int = 2000
@@ -65,6 +67,7 @@ class FitConfig:
     noise_probability: float = 1.0
     sam_rho: float = 0.0
     evaluation_tokens: int | None = None
+    rematerialise: bool = False
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no fit."""

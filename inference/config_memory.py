@@ -7,12 +7,14 @@ it refuses cannot be held, and not all that it lets pass can.
 import math
 
 import jax
+import jax.numpy as jnp
 
 from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.config_sampling import SampleConfig, SampleRunConfig
 from probattn.inference.runtime.memory import check_memory, host_memory
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.models.language import parameter_shapes
+from probattn.models.transformer import attends_by_cudnn
 
 _GUIDE_COPIES = {"map": 1, "laplace": 1, "mean_field": 2, "low_rank": 12}
 """Numbers of each guide by parameter: low_rank has a location, a scale and ten factors."""
@@ -70,7 +72,7 @@ def _check_fit(config: RunConfig, fit: FitConfig, vocabulary_size: int, memory: 
     check_memory("parameters and optimizer state of [model]", size, memory)
     # Of several processes each takes its share of a minibatch, one sequence at the least.
     sequences = 1 if jax.distributed.is_initialized() else fit.batch
-    size = 4 * _step(config.model, config.objective, sequences)
+    size = 4 * _step(config.model, config.objective, sequences, fit)
     check_memory("a step of [model] and fit.batch", size, memory)
 
 
@@ -94,16 +96,26 @@ def _latent_numbers(config: LatentEmbeddingsConfig, vocabulary_size: int) -> int
     return config.width * (embeddings + config.width + vocabulary_size)
 
 
-def _step(config: LanguageModelConfig, objective: ObjectiveConfig, sequences: int) -> int:
+def _step(
+    config: LanguageModelConfig,
+    objective: ObjectiveConfig,
+    sequences: int,
+    fit: FitConfig | None = None,
+) -> int:
     """Count what the derivative of so many sequences keeps, and their determinants need."""
-    weights = config.layers * config.heads * config.block**2
-    activations = 8 * config.layers * config.block * config.width  # queries to the MLP
-    numbers = sequences * (weights + activations)
+    # Of layers that are computed anew it keeps their inputs, and one layer at a time.
+    kept = 1 if fit is not None and fit.rematerialise else config.layers
+    weights = kept * config.heads * config.block**2
+    rank = config.width // config.heads
+    if fit is not None and attends_by_cudnn(jnp.dtype(fit.precision), rank):
+        weights = 0
+    of_layer = 8 * config.block * config.width  # queries to the MLP
+    inputs = (config.layers - kept) * config.block * config.width
+    numbers = sequences * (weights + kept * of_layer + inputs)
     if objective.name == "ce":
         return numbers
-    of_layer = objective.attention == "first_layer"
-    rank = config.width // config.heads if of_layer else config.prior_rank
-    return numbers + _blocks(config.block, rank)
+    first_layer = objective.attention == "first_layer"
+    return numbers + _blocks(config.block, rank if first_layer else config.prior_rank)
 
 
 def _blocks(block: int, rank: int) -> int:

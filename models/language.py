@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
 from probattn import CausalAttention, coupling, relaxed_barrier, residual
@@ -24,6 +23,7 @@ from probattn.models.attention_sites import (
 from probattn.models.checks import check_integers, check_symbols
 from probattn.models.coupling import capped_weights, proper_weights
 from probattn.models.objective import ObjectiveConfig
+from probattn.models.tied_tokens import tied_tokens
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def language_model(
     num_sequences: int | None = None,
     minibatch: int | None = None,
     precision: transformer.Precision = "float32",
+    rematerialise: bool = False,
     margins: bool = False,
     perturb: Callable[[Float[Array, "B T d"]], Float[Array, "B T d"]] | None = None,
 ) -> None:
@@ -117,6 +118,7 @@ def language_model(
         minibatch: let the plate take so many of the B given, at random, for samplers that draw its
             rows themselves; num_sequences is then B.
         precision: precision of the network's matrix products. The barrier is float32 at least.
+        rematerialise: see `transformer.logits`.
         margins: record the deterministic sites of `attention_sites` for the objective's attention
             stage: margins (B, T), or (B, heads, T) of the first layer, and its couplings.
         perturb: function from the embeddings to the network's input, such as noise to add; the
@@ -172,10 +174,16 @@ def language_model(
                     _record_all_texts(parameters, vocabulary_size, config, objective)
         if perturb is not None:
             x = perturb(x)
-        logits = transformer.logits(
-            parameters, x, heads=config.heads, cap=config.spectral_cap, precision=precision
+        hidden = transformer.hidden(
+            parameters,
+            x,
+            heads=config.heads,
+            cap=config.spectral_cap,
+            precision=precision,
+            rematerialise=rematerialise,
         )
-        numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=targets)
+        tokens = tied_tokens(hidden, parameters["token_embedding"], precision=precision)
+        numpyro.sample("tokens", tokens, obs=targets)
 
 
 def sample_parameters(

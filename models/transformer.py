@@ -11,6 +11,8 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import get_backend
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from probattn.models.coupling import capped_weights
@@ -44,6 +46,7 @@ def logits(
     heads: int,
     cap: float | None = None,
     precision: Precision = "float32",
+    rematerialise: bool = False,
 ) -> Float[Array, "B T V"]:
     """Compute next-symbol logits from what enters the stack; the output is tied to the embedding.
 
@@ -55,6 +58,8 @@ def logits(
             are.
         precision: precision of the matrix products; norms, softmax and logits are float32 (or
             wider) in any case.
+        rematerialise: whether the derivative computes each layer anew from its input, of which it
+            then keeps nothing else.
 
     Returns:
         (B, T, V), the logits of the symbol that follows each position.
@@ -62,14 +67,36 @@ def logits(
     Raises:
         ValueError: if the precision is unknown.
     """
+    x = hidden(
+        parameters, x, heads=heads, cap=cap, precision=precision, rematerialise=rematerialise
+    )
+    return output_logits(x, parameters["token_embedding"], precision)
+
+
+def hidden(
+    parameters: Parameters,
+    x: Float[Array, "B T d"],
+    *,
+    heads: int,
+    cap: float | None = None,
+    precision: Precision = "float32",
+    rematerialise: bool = False,
+) -> Float[Array, "B T d"]:
+    """Compute what the output reads: the end of the stack, normalised. Arguments: see `logits`."""
     if precision not in get_args(Precision):
         raise ValueError(
             f"precision is {precision!r}: expected one of {', '.join(get_args(Precision))}"
         )
     parameters = capped(parameters, heads=heads, cap=cap)
-    x = _through(parameters, x, heads, precision)
-    x = _norm(x, parameters["final_norm"])
-    return _product(x, parameters["token_embedding"].T, precision, result=x.dtype)
+    x = _through(parameters, x, heads, precision, rematerialise=rematerialise)
+    return _norm(x, parameters["final_norm"])
+
+
+def output_logits(
+    hidden: Float[Array, "B T d"], table: Float[Array, "V d"], precision: Precision = "float32"
+) -> Float[Array, "B T V"]:
+    """Compute the logits of what the stack gives, by the table of embeddings."""
+    return _product(hidden, jnp.asarray(table).T, precision, result=hidden.dtype)
 
 
 def rms_normalised(x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
@@ -179,13 +206,32 @@ def apply_layer(
 
 
 def _through(
-    parameters: Parameters, x: Float[Array, "B T d"], heads: int, precision: Precision
+    parameters: Parameters,
+    x: Float[Array, "B T d"],
+    heads: int,
+    precision: Precision,
+    *,
+    rematerialise: bool = False,
 ) -> Float[Array, "B T d"]:
     """Return what leaves these layers."""
     stacked = [_unstack(parameters[name]) for name in LAYER_PARAMETERS]
+    apply = jax.checkpoint(apply_layer, static_argnums=(2, 3)) if rematerialise else apply_layer
     for layer in zip(*stacked, strict=True):
-        x = apply_layer(dict(zip(LAYER_PARAMETERS, layer, strict=True)), x, heads, precision)
+        x = apply(dict(zip(LAYER_PARAMETERS, layer, strict=True)), x, heads, precision)
     return x
+
+
+def attends_by_cudnn(dtype: DTypeLike, rank: int) -> bool:
+    """Tell whether attention of these queries runs as one kernel, which keeps no weights.
+
+    cuDNN has it on NVIDIA GPUs of compute capability 8 or more, for bfloat16 and heads of at most
+    128 dimensions, a multiple of 8.
+    """
+    if dtype != jnp.bfloat16 or rank % 8 or rank > 128:
+        return False
+    if "cuda" not in get_backend().platform_version:
+        return False
+    return float(jax.local_devices()[0].compute_capability) >= 8
 
 
 def _norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"]) -> Float[Array, "*batch d"]:
@@ -197,6 +243,10 @@ def _norm(x: Float[Array, "*batch d"], gain: Float[Array, " d"]) -> Float[Array,
 def _attend(
     query: Float[Array, "B T H r"], key: Float[Array, "B T H r"], value: Float[Array, "B T H r"]
 ) -> Float[Array, "B T H r"]:
+    if attends_by_cudnn(query.dtype, query.shape[-1]):
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation="cudnn"
+        )
     # By hand: jax.nn.dot_product_attention takes its softmax in float32 even of float64, whose
     # rounding NUTS would feel as noise, and is no faster here.
     length, rank = query.shape[1], query.shape[-1]

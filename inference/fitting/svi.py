@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import optax
+from jax.stages import Traced
 from jaxtyping import Array, Int
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
@@ -75,6 +76,7 @@ class Trainer:
             objective=config.objective,
             num_sequences=sequences,
             precision=config.fit.precision,
+            rematerialise=config.fit.rematerialise,
         )
         parameters = partial(sample_parameters, vocabulary_size, config.model, config.objective)
         start = jax.jit(partial(starting_point, parameters=parameters))(self._keys.start)
@@ -125,7 +127,11 @@ class Trainer:
         arguments = *placement.shapes((shapes, tokens)), self._keys, np.int32(0), np.int32(0)
         with placement.context():
             program = jax.jit(self._run, donate_argnums=0, out_shardings=(spread, None))
-            self._advance = program.lower(*arguments).compile()
+            self._advance = self._compiled(program.trace(*arguments))
+
+    def _compiled(self, steps: Traced) -> Callable[..., tuple[TrainState, Progress]]:
+        """Compile the program of the steps; another trainer may look at it instead."""
+        return steps.lower().compile()
 
     def init(self) -> TrainState:
         """Return the state before the first step, which is a function of the seed."""

@@ -163,7 +163,12 @@ def _completed[Found](
         def chosen(one: Array, two: Array) -> Array:
             return jnp.where(done.reshape(*done.shape, *[1] * (one.ndim - done.ndim)), one, two)
 
-        return jax.tree.map(chosen, first, decompose(matrices, SvdAlgorithm.QR))
+        # A TPU has one method alone, which is not divide and conquer.
+        return lax.platform_dependent(
+            matrices,
+            tpu=lambda _: first,
+            default=lambda m: jax.tree.map(chosen, first, decompose(m, SvdAlgorithm.QR)),
+        )
 
     return lax.cond(all_in_batch(done), lambda: first, second)
 

@@ -11,6 +11,7 @@ from probattn.blocks.geometry import Start
 from probattn.blocks.inverse_iteration import smallest_triple
 from probattn.blocks.selection import compute_where
 from probattn.blocks.singular_values import finite_blocks, moving_vectors
+from probattn.stages.eigenvalues import eigenvalues
 
 _HIGHEST = lax.Precision.HIGHEST
 _PARTS = 16  # parts of the positions whose eigenvalues may have to be found
@@ -98,9 +99,9 @@ def _surely_positive_real_parts(blocks: Float[Array, "n r r"]) -> Bool[Array, " 
 
 def _has_crossed(blocks: Float[Array, "n r r"]) -> Bool[Array, " n"]:
     finite, whole = finite_blocks(blocks)
-    eigenvalues = jnp.linalg.eigvals(whole)
-    known = finite & jnp.all(jnp.isfinite(eigenvalues), axis=-1)
-    return ~known | jnp.any((eigenvalues.imag == 0) & (eigenvalues.real <= 0), axis=-1)
+    real, imaginary = eigenvalues(whole)
+    known = finite & jnp.all(jnp.isfinite(real) & jnp.isfinite(imaginary), axis=-1)
+    return ~known | jnp.any((imaginary == 0) & (real <= 0), axis=-1)
 
 
 def _bilinear(

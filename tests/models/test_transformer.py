@@ -1,6 +1,7 @@
 """The network against loops in plain NumPy, and what of it the objective may rely on."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -177,3 +178,72 @@ def test_layers_above_the_attention_stage_add_nothing_to_the_log_determinant():
     assert abs(log_abs) > 0.1
     assert sign == np.prod(stage_sign)
     np.testing.assert_allclose(log_abs, np.sum(stage_log_abs), rtol=0, atol=1e-10)
+
+
+def loss_and_gradient(precision="float32", **options):
+    def loss(parameters, x):
+        found = transformer.logits(parameters, x, heads=HEADS, precision=precision, **options)
+        return jnp.sum(jnp.sin(found))
+
+    return jax.jit(jax.value_and_grad(loss))(random_parameters(0, np.float32), random_stream(1))
+
+
+@pytest.mark.slow
+def test_layers_that_are_computed_anew_have_the_same_derivative():
+    found, expected = (loss_and_gradient(rematerialise=anew) for anew in (True, False))
+    for got, true in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, true, rtol=2e-5, atol=2e-5)
+
+
+def test_the_derivative_keeps_of_each_layer_its_input_alone():
+    def kept(**options):
+        def loss(x):
+            return transformer.logits(random_parameters(0), x, heads=HEADS, **options).sum()
+
+        _, pullback = jax.eval_shape(lambda x: jax.vjp(loss, x), random_stream(1))
+        return [leaf.shape for leaf in jax.tree.leaves(pullback)]
+
+    weights = (BATCH, HEADS, BLOCK, BLOCK)
+    assert kept().count(weights) >= LAYERS
+    assert weights not in kept(rematerialise=True)
+
+
+@pytest.mark.slow
+def test_cudnns_attention_is_that_of_the_network(monkeypatch):
+    """Where there is no such device, JAX's own formula stands in for the kernel."""
+    expected = loss_and_gradient("bfloat16")
+    plain, asked = jax.nn.dot_product_attention, []
+
+    def kernel(*args, implementation, **options):
+        asked.append(implementation)
+        return plain(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(transformer, "attends_by_cudnn", lambda dtype, rank: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    found = loss_and_gradient("bfloat16")
+    assert asked == ["cudnn"] * LAYERS
+    largest = max(jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(expected))
+    for got, true in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, true, atol=4 * largest * jnp.finfo(jnp.bfloat16).eps)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "version", "capability", "expected"),
+    [
+        (jnp.bfloat16, 64, "cuda 13000", "9.0", True),
+        (jnp.bfloat16, 128, "cuda 13000", "8.0", True),
+        (jnp.bfloat16, 136, "cuda 13000", "9.0", False),
+        (jnp.bfloat16, 12, "cuda 13000", "9.0", False),
+        (jnp.float32, 64, "cuda 13000", "9.0", False),
+        (jnp.bfloat16, 64, "cuda 13000", "7.5", False),
+        (jnp.bfloat16, 64, "cpu", None, False),
+    ],
+)
+def test_cudnn_attends_where_it_has_the_kernel(
+    monkeypatch, dtype, rank, version, capability, expected
+):
+    backend = SimpleNamespace(platform_version=version)
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(transformer, "get_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert transformer.attends_by_cudnn(dtype, rank) is expected

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from probattn.inference import FitError, load_run
-from probattn.inference.cli import commands, main
+from probattn.inference.cli import commands, main, text_commands
 from probattn.inference.cli import demo as demo_module
 from probattn.inference.figures.report import REPORTS
 from probattn.inference.paper import report as paper_report
@@ -334,7 +334,8 @@ def test_an_output_is_refused_before_the_work(probattn, tiny_run, monkeypatch, a
         raise AssertionError("the work had begun")
 
     for module, function in (
-        *((commands, name) for name in ("generate", "text_margins", "sensitivity", "compare")),
+        (commands, "generate"),
+        *((text_commands, name) for name in ("text_margins", "sensitivity", "compare")),
         (demo_module, "fit"),
         (paper_report.data, "trajectory"),
     ):

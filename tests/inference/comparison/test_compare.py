@@ -24,7 +24,7 @@ from probattn.inference import (
     post_hoc_prior,
     to_datatree,
 )
-from probattn.inference.cli import console, main
+from probattn.inference.cli import console, main, text_commands
 from probattn.inference.comparison import predictive
 from probattn.inference.comparison.particle_filter import Filtered
 from probattn.inference.comparison.predictive import (
