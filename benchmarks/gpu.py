@@ -33,7 +33,8 @@ from numpyro.infer.util import log_density
 
 import probattn as pa
 from probattn.inference import fit
-from probattn.inference.config import FitConfig, RunConfig, SampleConfig
+from probattn.inference.config import FitConfig, RunConfig
+from probattn.inference.config_sampling import SampleConfig
 from probattn.inference.fitting.svi import Trainer
 from probattn.inference.runs.run import Run
 from probattn.inference.sampling.chains import Chains
@@ -271,7 +272,8 @@ def training_steps(tiny: bool) -> dict[str, Any]:
     rows = {}
     for name, figures in timed.items():
         trainer = trainers["ce" if name == CONTROL else name]
-        seconds, memory = figures["seconds"] / steps, trainer._advance.memory_analysis()
+        compiled: Any = trainer._advance
+        seconds, memory = figures["seconds"] / steps, compiled.memory_analysis()
         each = operations_per_token(model, vocabulary)
         rows[name] = figures | {
             "seconds_per_step": seconds,
@@ -279,7 +281,7 @@ def training_steps(tiny: bool) -> dict[str, Any]:
             "utilisation": batch * model.block * each / seconds / PEAK,
             "bytes_of_temporaries": memory.temp_size_in_bytes,
             "bytes_of_arguments": memory.argument_size_in_bytes,
-            "callbacks": trainer._advance.as_text().count("callback"),
+            "callbacks": compiled.as_text().count("callback"),
         }
     stats = jax.local_devices()[0].memory_stats() or {}
     return {"rows": rows, "peak_bytes_of_all": stats.get("peak_bytes_in_use")}

@@ -23,7 +23,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from harness import environment
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr  # type: ignore[attr-defined]
 
 from probattn.blocks import determinants
 from probattn.inference.config import FitConfig, RunConfig
