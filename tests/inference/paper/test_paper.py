@@ -10,7 +10,7 @@ import pytest
 from scipy.integrate import trapezoid
 
 from probattn import _reference as reference
-from probattn.inference.cli import commands, main
+from probattn.inference.cli import main, showing_commands
 from probattn.inference.paper import data
 from probattn.inference.paper.report import paper_report
 from tests.support.small import MAP_SIZE, cheap_figures
@@ -141,7 +141,7 @@ def test_command_prints_the_comparison(report, tmp_path, monkeypatch, capsys):
         asked.append((folder, progress))
         return report
 
-    monkeypatch.setattr(commands, "paper_report", noting)
+    monkeypatch.setattr(showing_commands, "paper_report", noting)
     assert main(["figures", "--out", str(tmp_path)]) == 0
     assert asked == [(tmp_path, True)]
     printed = capsys.readouterr().out
