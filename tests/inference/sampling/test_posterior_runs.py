@@ -439,7 +439,7 @@ def test_a_map_run_has_no_draws(tiny_run, capsys):
 def test_a_posterior_is_no_fit(run, capsys):
     status, line = error_of(capsys, "evaluate", run.path)
     assert status == 2
-    assert line.endswith("is a sampled posterior: expected a run of `probattn fit`")
+    assert line.endswith("is a sampled posterior: expected a run of `probattn fit` or `import`")
 
 
 def test_errors_of_the_command(run, tiny_run, tmp_path, capsys):
