@@ -46,7 +46,7 @@ class Start:
         return self
 
     def compile(self):
-        return lambda _: jax.tree.map(zeros, self.out_info)
+        return lambda *_: jax.tree.map(zeros, self.out_info)
 
 
 def zeros(leaf):
