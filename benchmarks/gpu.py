@@ -3,9 +3,8 @@
     python benchmarks/gpu.py --out gpu.json [--tiny] [--limit 480]
 
 It checks the mathematics and a step against double precision on the CPU, fits and resumes a model,
-and measures what the barrier costs at the size of GPT-2, and chains of NUTS. The file is written
-after every row, so that a run which is cut short keeps what it has. A row that would begin after
-the limit is left out. `--tiny` runs all of it in small, on any device.
+and measures what the barrier costs at the size of GPT-2, and chains of NUTS. Every row is kept when
+it is done, and none begins after the limit. `--tiny` runs all of it in small, on any device.
 """
 
 import argparse
@@ -98,8 +97,7 @@ def check(errors: dict[str, float], tolerance: float) -> dict[str, Any]:
 def mathematics(tiny: bool) -> dict[str, Any]:
     """Compare determinants, their gradient and margins with those in double precision.
 
-    Sizes and tolerance are those of the tests: 64 tokens of 64 dimensions, rank 32, entries of
-    order one; 1e-4 of the largest number, which float32 keeps and rounding to TF32 does not.
+    Sizes and tolerance are those of the tests, 1e-4 of the largest number; rounding to TF32 fails.
     """
     length, width, rank = (16, 8, 4) if tiny else (64, 64, 32)
     rng = np.random.default_rng(90)

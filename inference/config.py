@@ -178,6 +178,3 @@ class RunConfig:
         A run keeps it, so that a later version with another default goes on in the same way.
         """
         return replace(self, fit=replace(self.fit, warmup=self.fit.warmup_steps))
-
-
-SampleMethod = Literal["nuts", "mclmc", "ensemble", "sghmc", "sgld"]

@@ -1,6 +1,6 @@
 """Configuration of a run of a published model, and of a run of any kind."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from probattn.inference.config import RunConfig
 from probattn.inference.config_sampling import SampleRunConfig
@@ -43,8 +43,8 @@ class ImportConfig:
         imported: where the model comes from, and how it is read.
     """
 
-    data: TextConfig
-    imported: ImportedConfig
+    data: TextConfig = field(default_factory=TextConfig)
+    imported: ImportedConfig = field(default_factory=ImportedConfig)
 
 
 AnyRunConfig = RunConfig | SampleRunConfig | ImportConfig

@@ -42,14 +42,9 @@ class TransformerNetwork:
         return self.config.block
 
     @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return self.config.layers
-
-    @property
-    def width(self) -> int:
-        """Embedding dimensions d."""
-        return self.config.width
+    def adds_positions(self) -> bool:
+        """Whether `embed` adds a table of positions: it always does."""
+        return True
 
     def embed(self, parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T d"]:
         """Return what enters the stack: embeddings, with positions where those are added."""
@@ -91,14 +86,9 @@ class DecoderNetwork:
     block: int
 
     @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return self.config.layers
-
-    @property
-    def width(self) -> int:
-        """Embedding dimensions d."""
-        return self.config.width
+    def adds_positions(self) -> bool:
+        """Whether `embed` adds a table of positions; rotary positions turn queries and keys."""
+        return self.config.rotary is None
 
     def embed(self, parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T d"]:
         """Return what enters the stack: embeddings, with positions where those are added."""
@@ -114,7 +104,7 @@ class DecoderNetwork:
 
     def logits(self, parameters: Parameters, x: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
         """Compute the logits of the symbol that follows each position."""
-        for layer in range(self.layers):
+        for layer in range(self.config.layers):
             x = decoder.apply_layer(parameters["layers"][str(layer)], x, self.config, layer)
         return decoder.read_out(parameters, x, self.config)
 

@@ -36,9 +36,9 @@ def print_proved(screen: Console, margins: TextMargins) -> None:
         screen.print(Text(_of_all_texts(found)), soft_wrap=True)
     if others := len(margins.certificates) - len(known):
         screen.print(
-            f"{others} of {len(margins.certificates)} stages: not known whether any text can fold "
-            "them, for their symbols and positions are too many or their logits more than W_Q and "
-            "W_K",
+            f"{others} of {len(margins.certificates)} stages: it is not known whether some text "
+            "folds them. Their symbols and positions are too many to look at all texts, or their "
+            "logits depend on more than W_Q and W_K.",
             soft_wrap=True,
         )
 

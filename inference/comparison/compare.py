@@ -51,7 +51,7 @@ class ComparedRun:
 
     Attributes:
         label: label of the run.
-        model: "language" or "latent".
+        model: "language", "latent", or "imported" for a published model.
         objective: objective of a language model, such as "margin".
         barrier_weight: lambda_m.
         inference: "map", the name of a guide, or a method of `sample`, with its temperature if that

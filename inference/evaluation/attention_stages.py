@@ -1,7 +1,7 @@
 """Attention stages of a run at which margins are taken, and their quantities over a text."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -97,7 +97,7 @@ def stages(
         yield RunStage("post hoc", *matrices, bound=run.bound)
     if isinstance(run, Run) and run.config.objective.trains_attention_prior:
         yield _trained_stage(run)
-    for layer in range(run.network.layers if all_layers else 1):
+    for layer in range(run.network.config.layers if all_layers else 1):
         yield from _heads(run, layer)
 
 
@@ -105,18 +105,12 @@ def stage_margins(
     run: FittedRun, stage: RunStage, inputs: Int[np.ndarray, "windows T"]
 ) -> StageMargins:
     """Compute margins, log determinants and certificates of a stage over windows of tokens."""
-    with one_blas_thread():
-        fields = map_batches(
-            lambda _, rows: _measure(
-                _entering(run, stage, inputs[rows]),
-                stage.w_query,
-                stage.w_key,
-                stage.head,
-                bound=stage.bound,
-            ),
-            len(inputs),
-            _BATCH if stage.head is None else 1,
-        )
+    fields = _of_windows(
+        lambda x: _measure(x, stage.w_query, stage.w_key, stage.head, bound=stage.bound),
+        run,
+        stage,
+        inputs,
+    )
     return StageMargins(stage.label, *fields)
 
 
@@ -129,14 +123,9 @@ def stage_radii(
         The certified radius in the norm of each token, as the root mean square of the coordinates
         of a token's change, and the mean square of the coordinates of each input.
     """
-    with one_blas_thread():
-        radius, squares = map_batches(
-            lambda _, rows: _radii(
-                _entering(run, stage, inputs[rows]), stage.w_query, stage.w_key, bound=stage.bound
-            ),
-            len(inputs),
-            _BATCH,
-        )
+    radius, squares = _of_windows(
+        lambda x: _radii(x, stage.w_query, stage.w_key, bound=stage.bound), run, stage, inputs
+    )
     return radius, squares
 
 
@@ -153,18 +142,12 @@ def stage_pasts(
     Returns:
         Shares in the covariance, and in attention, each with the axes (windows, T, 8).
     """
-    with one_blas_thread():
-        pasts = map_batches(
-            lambda _, rows: _pasts(
-                _entering(run, stage, inputs[rows]),
-                stage.w_query,
-                stage.w_key,
-                stage.head,
-                bound=stage.bound,
-            ),
-            len(inputs),
-            _BATCH,
-        )
+    pasts = _of_windows(
+        lambda x: _pasts(x, stage.w_query, stage.w_key, stage.head, bound=stage.bound),
+        run,
+        stage,
+        inputs,
+    )
     return [Past(*past) for past in pasts]
 
 
@@ -174,14 +157,24 @@ def stage_table(run: FittedRun, stage: RunStage) -> Float[np.ndarray, "V T d"]:
     There is one position where none is added to the embedding.
     """
     symbols = np.arange(run.vocabulary.size, dtype=np.int32)
-    positions = run.network.block if has_positions(run) else 1
+    positions = run.network.block if run.network.adds_positions else 1
     tokens = np.repeat(symbols[:, None], positions, axis=1)
     return np.asarray(_entering(run, stage, tokens))
 
 
-def has_positions(run: FittedRun) -> bool:
-    """Tell whether positions are added to what enters the stack."""
-    return run.network.tables(run.parameters_up_to(0))[1] is not None
+def _of_windows(
+    measure: Callable[[Array], Any],
+    run: FittedRun,
+    stage: RunStage,
+    inputs: Int[np.ndarray, "windows T"],
+) -> Any:
+    """Call a function with what enters a stage (B, T, d), a few windows at a time."""
+    with one_blas_thread():
+        return map_batches(
+            lambda _, rows: measure(_entering(run, stage, inputs[rows])),
+            len(inputs),
+            _BATCH if stage.head is None else 1,
+        )
 
 
 def _trained_stage(run: Run) -> RunStage:

@@ -93,12 +93,12 @@ def post_hoc_prior(run: FittedRun, *, progress: bool = False) -> PostHocPrior:
         return stored
     writable = run.is_writable()  # refused before the work rather than after it
     network = run.network
-    check_stage(width=network.width, rank=run.prior_rank, block=network.block)
+    check_stage(width=network.config.width, rank=run.prior_rank, block=network.block)
     corpus = load_corpus(run.config.data)
     check_same_corpus(run, corpus)
     tokens, _ = corpus_tokens(corpus, run.vocabulary)
     block = min(network.block, _MOST_POSITIONS)
-    most = min(TOKENS, max(_MOST_NUMBERS // network.width, block))
+    most = min(TOKENS, max(_MOST_NUMBERS // network.config.width, block))
     plan = windows(len(tokens), block=block).spread(most)
     prior = fit_attention_prior(
         network.embed(run.parameters_up_to(0), jnp.asarray(plan.take(tokens))),
@@ -263,7 +263,7 @@ def _mean_log_density(
 
 def _read(path: Path, run: FittedRun) -> PostHocPrior | None:
     """Read a stored prior; None if it is of other parameters, or of an earlier version's fit."""
-    shape = (run.network.width, run.prior_rank)
+    shape = (run.network.config.width, run.prior_rank)
     shapes: dict[str, tuple[int, ...]]
     shapes = dict.fromkeys(("of_step", *PostHocPrior.__dataclass_fields__), ())
     shapes |= {"w_query": shape, "w_key": shape}

@@ -179,7 +179,7 @@ def sensitivity(
     if len(reported) < 2:
         raise ValueError(
             f"{name}: {min(len(tokens), most_tokens)} tokens in {len(reported)} window: expected "
-            f"at least 2 windows of {run.network.block} tokens (model.block); "
+            f"at least 2 windows of {run.network.block} tokens, the block of the model; "
             + ("raise most_tokens" if most_tokens < len(tokens) else "give a longer text")
         )
     prior = usual_prior(run, progress=progress)

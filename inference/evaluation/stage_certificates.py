@@ -6,12 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from probattn import table_certificate
-from probattn.inference.evaluation.attention_stages import (
-    RunStage,
-    has_positions,
-    stage_table,
-    stages,
-)
+from probattn.inference.evaluation.attention_stages import RunStage, stage_table, stages
 from probattn.inference.runs.run import FittedRun, Run
 
 MOST_NUMBERS = 2**26  # in the table of all symbols at all positions, of which copies are made
@@ -59,8 +54,8 @@ def trained_certificate(run: FittedRun) -> float | None:
 def stage_certificate(run: FittedRun, stage: RunStage) -> StageCertificate:
     """Bound the certificate of every context that a text can make for a stage."""
     network = run.network
-    positions = network.block if has_positions(run) else 1
-    numbers = run.vocabulary.size * positions * network.width
+    positions = network.block if network.adds_positions else 1
+    numbers = run.vocabulary.size * positions * network.config.width
     if stage.head is not None or numbers > MOST_NUMBERS:
         return StageCertificate(stage.label, math.nan, ("", ""), (0, 0), math.nan)
     table = stage_table(run, stage)

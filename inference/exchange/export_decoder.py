@@ -1,8 +1,8 @@
 """Export a run as a folder that transformers and other libraries load."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,11 @@ def export_decoder(run: RunDirectory, out: str | os.PathLike[str]) -> Path:
     config, tensors = _imported(run) if isinstance(run, ImportedRun) else _fitted(run)
     config = {"architectures": [_CLASSES[config["model_type"]]], **config}
     with write_errors(folder):
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+        made = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        made.mkdir(parents=True)
     try:
         write_folder(made, config, tensors, tokenizer_definition(run.vocabulary))
         with write_errors(folder):
-            made.chmod(0o755)
             made.rename(folder)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)

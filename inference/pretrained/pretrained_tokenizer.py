@@ -37,6 +37,9 @@ class PretrainedTokenizer:
     (NFC), and some write a space before the text, which `decode` takes away again. Names of special
     tokens in a text become these tokens. None is added.
 
+    A long file is encoded in pieces, see `probattn.text.tokens`, and what a tokenizer writes before
+    a text stands before each of them.
+
     Attributes:
         definition: the content of `tokenizer.json`.
         source: what messages call it.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from probattn.inference.config_imported import ImportConfig
@@ -78,7 +79,4 @@ class ImportedRun(RunDirectory):
         return self._read({f"layers.0.{name}" for name in _FIRST} | {"embedding"})
 
     def _read(self, parts: set[str] | None) -> dict[str, Any]:
-        import jax
-
-        tree = self.checkpoint.read_parameters(parts)
-        return jax.tree.map(jnp.asarray, tree)
+        return jax.tree.map(jnp.asarray, self.checkpoint.read_parameters(parts))

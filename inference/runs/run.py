@@ -138,7 +138,7 @@ class Run(RunDirectory):
 
     @property
     def bound(self) -> float | None:
-        """C of the bounded context of that prior's stage, or None."""
+        """Largest norm of a token in the bounded context of that prior's stage, or None."""
         return self.config.model.bound
 
     @property

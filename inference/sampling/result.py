@@ -58,7 +58,7 @@ class PosteriorResult:
             facts["seconds of sampling"] = self.seconds
         for name, value in self.draws.items():
             facts[f"site {name}"] = f"{value.shape[2:]}, {value.dtype}"
-        return facts_in_notebook(f"Posterior by {self.method}", facts)
+        return facts_in_notebook(f"Posterior by {self.label}", facts)
 
     @property
     def shape(self) -> tuple[int, int]:

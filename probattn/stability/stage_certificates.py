@@ -63,15 +63,17 @@ def _of_head(stage: AttentionStage) -> Float[Array, " T"]:
             size = jnp.linalg.norm(transform)
             error = (rank + 16) * eps * size * _largest(key_lengths[:past], seen)
             turned = _matmul(turned, transform)
-            # No less than the squared spectral norm, and 1 of a rotation but for rounding.
-            gram = _matmul(transform.T, transform)
-            stretch = (1 + 4 * rank * eps) * jnp.max(jnp.sum(jnp.abs(gram), axis=-1))
+            stretch = _squared_norm(transform)
         queries = start.queries[:past]
         if stage.cap is not None:
             return _capped_rho(queries, turned, seen, own, error)
         squares = query_squares[:past, :past], stretch * key_squares[:past, :past]
         widest = query_widest[position], stretch * key_widest[position]
-        return _rho(queries, turned, squares, widest, seen, own, error)
+        longest = (
+            _largest(jnp.sum(queries**2, axis=-1), seen),
+            stretch * _largest(key_lengths[:past] ** 2, seen),
+        )
+        return _rho(queries, turned, squares, widest, longest, seen, own, error)
 
     part, found = max(-(-length // _PARTS), _ROWS), []
     for first in range(0, length, part):
@@ -86,6 +88,7 @@ def _rho(
     keys: Float[Array, "N r"],
     squares: tuple[Float[Array, "N N"], Float[Array, "N N"]],
     widest: tuple[Float[Array, ""], Float[Array, ""]],
+    longest: tuple[Float[Array, ""], Float[Array, ""]],
     seen: Bool[Array, " N"],
     query_error: Float[Array, ""],
     key_error: Float[Array, ""],
@@ -93,6 +96,7 @@ def _rho(
     """Return the smallest bound of the tokens that are seen, rounding towards unproved.
 
     The squared distances of queries and of keys are at hand, and the largest of each that is seen.
+    They bound those of the keys as this position sees them, and so do the largest squared lengths.
     What differs from position to position are inner products of both.
     """
     along = jnp.sum(queries * keys, axis=-1)
@@ -102,7 +106,6 @@ def _rho(
         jnp.concatenate([queries, keys], axis=-1), jnp.concatenate([keys, queries], axis=-1).T
     )
     cross = shown[:, None] + shown[None, :] - mixed
-    longest = tuple(_largest(jnp.sum(part**2, axis=-1), seen) for part in (queries, keys))
 
     def farthest(square: Array) -> Array:
         of_queries, of_keys = squares
@@ -175,6 +178,16 @@ def _smallest_bound(
         length = jnp.sqrt(found) / 2 + root * query_error + key_error / root
         bounds.append(length**2)
     return (1 + 16 * eps) * jnp.min(jnp.stack(bounds)) / 4
+
+
+def _squared_norm(transform: Float[Array, "r r"]) -> Float[Array, ""]:
+    """Bound the squared spectral norm from above; the bound is 1 of a rotation but for rounding."""
+    size = jnp.abs(transform)
+    # By how much a row of B^T B may be wrong: each entry is a sum of r products.
+    rounding = (len(size) + 16) * float(jnp.finfo(size.dtype).eps)
+    error = rounding * _matmul(size.T, jnp.sum(size, axis=-1))
+    gram = jnp.abs(_matmul(transform.T, transform))
+    return jnp.max(jnp.sum(gram, axis=-1) + error)
 
 
 def _widest(squares: Float[Array, "T T"], window: int) -> Float[Array, " T"]:

@@ -257,7 +257,8 @@ class UnknownCharacter(ValueError):  # noqa: N818 (the standard name of the thin
     Attributes:
         character: the first such character.
         position: its 0-based position in the text, in characters.
-        distinct: how many distinct characters of the text cannot be encoded.
+        distinct: how many distinct characters of the text cannot be encoded. Of a long file that a
+            published tokenizer reads, they are those of the first piece with any.
     """
 
     def __init__(self, character: str, position: int, distinct: int) -> None:

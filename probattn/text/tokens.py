@@ -2,7 +2,8 @@
 
 An array has the smallest unsigned integers that hold the vocabulary: a byte for each token of up to
 256. Those of a long text are written to a file, piece after piece, and a file is named after the
-checksum of its text and that of its vocabulary, so that the same text is encoded once. Files are
+checksum of its text and that of its vocabulary, so that the same text is encoded once. Where tokens
+are longer than a character, pieces end after a newline or a word: see `Text.paragraphs`. Files are
 removed, those first that were not used for longest, when all take more than 8 GiB. Where the cache
 cannot be written to, arrays are made in memory, at every start.
 """
@@ -22,11 +23,17 @@ from typing import IO
 import numpy as np
 from jaxtyping import UInt
 
-from probattn.text.byte_pairs import BytePairVocabulary, UnknownCharacter
+from probattn.text.byte_pairs import UnknownCharacter
 from probattn.text.corpora import Corpus
 from probattn.text.download import DataError
 from probattn.text.pieces import TEXT_END, Text
-from probattn.text.vocabulary import Vocabulary, build_vocabulary, vocabulary_from_dict
+from probattn.text.vocabulary import (
+    CharacterVocabulary,
+    FrequentVocabulary,
+    Vocabulary,
+    build_vocabulary,
+    vocabulary_from_dict,
+)
 from probattn.user_cache import private_folder
 
 CACHED = 2**22
@@ -121,19 +128,17 @@ def _encode(
         if number:
             digest.update(TEXT_END)
         position = count = 0
-        by_words = isinstance(vocabulary, BytePairVocabulary)
-        for piece in text.paragraphs() if by_words else text.pieces():
+        by_characters = isinstance(vocabulary, CharacterVocabulary | FrequentVocabulary)
+        for piece in text.pieces() if by_characters else text.paragraphs():
             digest.update(piece.encode())
             try:
                 ids = vocabulary.encode(piece)
             except UnknownCharacter as error:
-                unknown = (
-                    set()
-                    .union(*text.pieces())
-                    .difference(vocabulary.decode([i]) for i in range(vocabulary.size))
-                )
+                distinct = error.distinct  # of this piece
+                if isinstance(vocabulary, CharacterVocabulary):
+                    distinct = len(set().union(*text.pieces()).difference(vocabulary.symbols))
                 raise UnknownCharacter(
-                    error.character, position + error.position, len(unknown)
+                    error.character, position + error.position, distinct
                 ) from None
             stream.write(ids.astype(dtype))
             position, count = position + len(piece), count + len(ids)

@@ -49,7 +49,7 @@ def assert_runs_on_accelerators(traced):
             assert f"stablehlo.{transfer}" not in text, (platform, transfer)
 
 
-def lowered(function, *arguments, **options):
+def assert_lowers(function, *arguments, **options):
     """Trace a function in single precision and check it."""
     with jax.enable_x64(False):
         assert_runs_on_accelerators(jax.jit(function).trace(*arguments, **options))

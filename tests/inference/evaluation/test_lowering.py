@@ -14,7 +14,7 @@ from probattn.models.language import parameter_shapes
 from probattn.models.networks import TransformerNetwork
 from probattn.stages.layer import AttentionLayer
 from probattn.stages.projections import Rotary
-from tests.support.lowering import lowered, shape
+from tests.support.lowering import assert_lowers, shape
 
 VOCABULARY = 7
 MODEL = LanguageModelConfig(layers=1, heads=2, width=16, block=8, prior_rank=4)
@@ -32,13 +32,13 @@ def parameters():
 @pytest.mark.slow
 def test_margins_and_certificates_of_a_stage():
     measure = partial(attention_stages._measure, bound=None)
-    lowered(measure, shape(2, MODEL.block, MODEL.width), W, W, None)
+    assert_lowers(measure, shape(2, MODEL.block, MODEL.width), W, W, None)
 
 
 @pytest.mark.slow
 def test_radii_of_a_stage():
     radii = partial(attention_stages._radii, bound=None)
-    lowered(radii, shape(2, MODEL.block, MODEL.width), W, W)
+    assert_lowers(radii, shape(2, MODEL.block, MODEL.width), W, W)
 
 
 @pytest.mark.slow
@@ -47,12 +47,12 @@ def test_margins_of_a_head_with_rotary_positions():
         head = AttentionLayer(w_query[None], w_key[None], rotary=Rotary(frequencies))
         return attention_stages._measure(x, w_query, w_key, head, bound=None)
 
-    lowered(measure, shape(1, MODEL.block, MODEL.width), W, W, shape(MODEL.prior_rank // 2))
+    assert_lowers(measure, shape(1, MODEL.block, MODEL.width), W, W, shape(MODEL.prior_rank // 2))
 
 
 def test_what_enters_a_layer(parameters):
     entering = partial(attention_stages._embed, network=TransformerNetwork(MODEL))
-    lowered(entering, parameters, TOKENS)
+    assert_lowers(entering, parameters, TOKENS)
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_losses_under_noise(parameters, noise, precision):
         key = jax.random.key(0)
         return scoring._losses(noise, parameters, inputs, targets, key, network=network)
 
-    lowered(losses, parameters, TOKENS, TOKENS)
+    assert_lowers(losses, parameters, TOKENS, TOKENS)
 
 
 def test_the_next_token(parameters):
@@ -74,10 +74,10 @@ def test_the_next_token(parameters):
         scores = generation._last_scores(parameters, window, 3, network=TransformerNetwork(MODEL))
         return generation._draw(scores, jnp.float32(0.5), jax.random.key(0), greedy=False, top_k=3)
 
-    lowered(drawn, parameters, shape(1, MODEL.block, dtype=jnp.int32))
+    assert_lowers(drawn, parameters, shape(1, MODEL.block, dtype=jnp.int32))
 
 
 @pytest.mark.slow
 def test_the_objective_of_the_post_hoc_prior():
     objective = partial(post_hoc._value_and_gradient, bound=None, prior_tokens=100.0)
-    lowered(objective, (W, W, shape()), shape(2, MODEL.block, MODEL.width))
+    assert_lowers(objective, (W, W, shape()), shape(2, MODEL.block, MODEL.width))

@@ -331,7 +331,7 @@ def test_other_kinds_of_noise(tiny_run, kind):
         ({"seed": -1}, "seed: got -1, expected an integer from 0"),
         (
             {"most_tokens": BLOCK},
-            "8 tokens in 1 window: expected at least 2 windows of 8 tokens .*; raise most_tokens",
+            "8 tokens in 1 window: expected at least 2 windows of 8 tokens, .*; raise most_tokens",
         ),
     ],
 )

@@ -134,9 +134,9 @@ def test_margins_read_the_tensors_that_they_need(llama, monkeypatch):
 def test_every_layer_of_every_family_has_margins(tmp_path, name):
     run = imported(tmp_path, name).run
     found = text_margins(run, all_layers=True)
-    heads = run.network.layers * run.network.config.heads
-    assert len(found.stages) == heads
-    assert found.stages[-1].label == f"layer {run.network.layers} head {run.network.config.heads}"
+    shape = run.network.config
+    assert len(found.stages) == shape.layers * shape.heads
+    assert found.stages[-1].label == f"layer {shape.layers} head {shape.heads}"
     for stage in found.stages:
         assert np.isfinite(stage.margin).all()
         # A norm of the queries has a derivative without bound, so nothing is proved of every token.
@@ -247,3 +247,14 @@ def test_a_damaged_model_is_refused_when_it_is_opened(llama, tmp_path):
     (run.path / "model/tokenizer.json").unlink()
     with pytest.raises(RunError, match=r"holds no tokenizer\.json"):
         load_run(run.path)
+
+
+def test_a_configuration_without_a_source_is_refused_in_one_line(llama, tmp_path):
+    found, folder = llama
+    run = import_decoder(
+        folder / "source", tmp_path / "run", data=found.run.config.data, block=8
+    ).run
+    (run.path / "config.toml").write_text("# edited\n[imported]\nblock = 8\n")
+    with pytest.raises(RunError, match=r"damaged run: .*imported\.source is empty") as raises:
+        load_run(run.path)
+    assert "\n" not in str(raises.value)

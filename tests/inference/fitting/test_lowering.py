@@ -11,7 +11,7 @@ from probattn.inference import FitConfig, RunConfig
 from probattn.inference.fitting.monitor import _measure
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.models.language import parameter_shapes
-from tests.support.lowering import TracedTrainer, assert_runs_on_accelerators, lowered, shape
+from tests.support.lowering import TracedTrainer, assert_lowers, assert_runs_on_accelerators, shape
 
 VOCABULARY = 7
 MODEL = LanguageModelConfig(layers=1, heads=2, width=16, block=8, prior_rank=4)
@@ -59,4 +59,4 @@ def test_what_a_fit_watches(attention):
     def measure(parameters, inputs):
         return _measure(parameters, inputs, config=config, objective=config.objective)
 
-    lowered(measure, parameters, shape(2, MODEL.block, dtype=jnp.int32))
+    assert_lowers(measure, parameters, shape(2, MODEL.block, dtype=jnp.int32))

@@ -16,6 +16,9 @@ from probattn.inference.pretrained.pretrained_tokenizer import (
     read_tokenizer,
     tokenizer_from_dict,
 )
+from probattn.text import pieces
+from probattn.text.pieces import Text, checksum
+from probattn.text.tokens import token_arrays
 from probattn.text.vocabulary import UnknownCharacter
 from tests.support.gguf_bytes import ARRAY, STRING, gguf, key
 from tests.support.refusals import refusal
@@ -248,6 +251,22 @@ def test_a_text_that_it_cannot_represent_is_refused_and_not_cut():
     assert "it is a lone surrogate" in message
     found = PretrainedTokenizer(characters(["<unk>", "a", "b"], unk_token="<unk>"))
     assert "unknown character 'c'" in refusal(UnknownCharacter, found.encode, "abc")
+
+
+def test_a_long_text_is_encoded_in_pieces_that_cut_no_token(of, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 11)
+    text = Text.of("one two three, four five six\n" * 5)
+    for found in (of["gpt-2"], of["smollm"]):
+        [ids] = token_arrays(found, [text], checksum([text]))
+        np.testing.assert_array_equal(ids, found.encode(text.read()))
+
+
+def test_an_unknown_character_of_a_long_text_is_said_with_its_place(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 11)
+    text = Text.of("ab ba ab\n" * 9 + "abx\n")
+    with pytest.raises(UnknownCharacter) as raises:
+        token_arrays(PretrainedTokenizer(characters("ab \n")), [text], checksum([text]))
+    assert raises.value.args == ("x", 83, 1)
 
 
 def test_a_byte_without_a_token_is_refused():
