@@ -1,8 +1,6 @@
 """Simulation-based calibration, small: the posterior of the process agrees with its simulation."""
 
-import importlib.util
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +9,8 @@ import pytest
 
 from probattn import residual
 from probattn.models.coupling import attention_weights_of
-from tests.support.project import ROOT
+from tests.support.project import BENCHMARKS, benchmark
 
-BENCHMARKS = ROOT / "benchmarks"
 REPLICATIONS = 80
 # Fewer steps than of the benchmark: ranks stay uniform where they should, and others do not.
 STEPS = {"warmup": 200, "thin": 4}
@@ -21,14 +18,8 @@ STEPS = {"warmup": 200, "thin": 4}
 
 @pytest.fixture(scope="module", name="calibration")
 def calibration_fixture():
-    sys.path.insert(0, str(BENCHMARKS))  # for its own imports
-    try:
-        spec = importlib.util.spec_from_file_location("calibration", BENCHMARKS / "calibration.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with benchmark("calibration") as module:
         yield module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 def smallest_p_value(result):

@@ -111,6 +111,22 @@ def test_the_page_on_your_own_model(folder, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_page_on_margin_pages(folder):
+    """Its commands, on small runs."""
+    small = [*("--data", "README.md"), *FLAGS]
+    for name in ("ce", "margin"):
+        assert main(["fit", *small, "--objective", name, "--out", f"runs/{name}"]) == 0
+    assert main(["sample", "--from", "runs/margin", *SAMPLE_FLAGS, "--out", "runs/posterior"]) == 0
+    page = (ROOT / "docs" / "margin-page.md").read_text(encoding="utf-8")
+    lines = "".join(blocks("bash", page)).replace("FILE", "README.md").splitlines()
+    for line in lines:
+        command = shlex.split(line)[1:]
+        assert main(command + SENSITIVITY_FLAGS * (command[0] == "sensitivity")) == 0, command
+    written = {path.name for path in folder.glob("*.html")}
+    assert written == {"page.html", "noise.html", "compared.html", "posterior.html"}
+
+
+@pytest.mark.slow
 def test_how_sure_are_we(folder, capsys):
     commands, names = run_commands(SECTIONS["How sure are we?"])
     assert commands == {"fit", "sample", "compare"}

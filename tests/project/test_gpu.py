@@ -1,6 +1,5 @@
 """The command for a GPU, in small on this machine, and the count of what a step must do there."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,23 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from probattn.models import tied_tokens
-from tests.support.project import ROOT
-
-BENCHMARKS = ROOT / "benchmarks"
+from tests.support.project import BENCHMARKS, ROOT, benchmark
 
 
 @pytest.fixture(scope="module", name="gpu_model")
 def gpu_model_fixture():
-    sys.path.insert(0, str(BENCHMARKS))  # for its own imports
-    try:
-        spec = importlib.util.spec_from_file_location("gpu_model", BENCHMARKS / "gpu_model.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["gpu_model"] = module  # where its dataclass looks for its module
-        spec.loader.exec_module(module)
+    with benchmark("gpu_model") as module:
         yield module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        sys.modules.pop("gpu_model", None)
 
 
 def shape(*sizes, dtype=jnp.float32):

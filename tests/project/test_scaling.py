@@ -1,26 +1,15 @@
 """The exponents that the scaling benchmark states."""
 
-import importlib.util
-import sys
-
 import numpy as np
 import pytest
 
-from tests.support.project import ROOT
-
-BENCHMARKS = ROOT / "benchmarks"
+from tests.support.project import benchmark
 
 
 @pytest.fixture(scope="module", name="scaling")
 def scaling_fixture():
-    sys.path.insert(0, str(BENCHMARKS))  # for its own imports
-    try:
-        spec = importlib.util.spec_from_file_location("scaling", BENCHMARKS / "scaling.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with benchmark("scaling") as module:
         yield module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 def test_exponent_is_that_of_a_power_law_above_a_constant(scaling):

@@ -1,5 +1,20 @@
-"""Where the project lies."""
+"""Where the project lies, and what is imported from its benchmarks."""
 
+import importlib
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@contextmanager
+def benchmark(name):
+    """Import a module of `benchmarks/`; they import each other from there."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        sys.modules.pop(name, None)

@@ -1,6 +1,5 @@
 """MCLMC and its ensembles: moments, the boundary of the feasible region, where chains start."""
 
-import signal
 import sys
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,6 @@ import pytest
 from probattn.inference import SampleConfig, sample, to_datatree
 from probattn.inference.runtime.signals import Interrupted
 from probattn.inference.sampling import chains as chains_module
-from probattn.inference.sampling import nuts as nuts_module
 from probattn.models import LatentEmbeddingsConfig, observed_embeddings
 from tests.support.conjugate import location, posterior_mean, precision
 
@@ -100,19 +98,13 @@ def test_no_draw_of_a_free_coupling_is_infeasible():
 
 
 @pytest.mark.slow
-def test_interrupted_and_resumed_ends_as_uninterrupted(whole, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_ends_as_uninterrupted(
+    whole, tmp_path, monkeypatch, interrupt_after
+):
     """In the warm-up: what it has found so far is in the segments."""
     arguments = {"model_args": (DATA,), "config": FEW, "out": tmp_path}
-    advance = nuts_module.Chains.advance
-
-    def interrupted(self, first, stops):
-        for number, part in enumerate(advance(self, first, stops)):
-            if number == 4:
-                signal.raise_signal(signal.SIGTERM)
-            yield part
-
     with monkeypatch.context() as patch:
-        patch.setattr(nuts_module.Chains, "advance", interrupted)
+        interrupt_after(patch, 5)
         patch.setattr(chains_module, "_ITERATIONS", 7)
         with pytest.raises(Interrupted):
             sample(location, **arguments)

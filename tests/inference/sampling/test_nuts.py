@@ -1,6 +1,5 @@
 """Sampling: right moments, the same draws however a run is cut, and clear refusals."""
 
-import signal
 import time
 from dataclasses import replace
 from functools import partial
@@ -213,19 +212,6 @@ def test_draws_of_a_bounded_coupling_are_proper_and_reach_beyond_its_norm():
 # The same draws however a run is cut
 
 
-def interrupt_after(monkeypatch, calls):
-    """SIGTERM once all chains have ended their call of that number."""
-    advance = nuts_module.Chains.advance
-
-    def counted(self, first, stops):
-        for number, part in enumerate(advance(self, first, stops), 1):
-            if number == calls:
-                signal.raise_signal(signal.SIGTERM)
-            yield part
-
-    monkeypatch.setattr(nuts_module.Chains, "advance", counted)
-
-
 def hold(monkeypatch, chain):
     """Make every call of that chain take longer than several of the others."""
     took = chains_module.CallLength.took
@@ -240,7 +226,9 @@ def hold(monkeypatch, chain):
 @pytest.mark.parametrize(
     "calls", [4, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (1, 6))]
 )
-def test_interrupted_and_resumed_ends_as_uninterrupted(whole, tmp_path, monkeypatch, calls):
+def test_interrupted_and_resumed_ends_as_uninterrupted(
+    whole, tmp_path, monkeypatch, interrupt_after, calls
+):
     arguments = {"model_args": (DATA,), "config": FEW, "out": tmp_path}
     with monkeypatch.context() as patch:
         interrupt_after(patch, calls)
@@ -255,7 +243,7 @@ def test_interrupted_and_resumed_ends_as_uninterrupted(whole, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_draws_are_added_to_a_finished_run_which_is_then_read_and_not_sampled_again(
-    whole, tmp_path, monkeypatch
+    whole, tmp_path, monkeypatch, interrupt_after
 ):
     fewer = replace(FEW, draws=25)
     sample(model, model_args=(DATA,), config=fewer, out=tmp_path)

@@ -1,7 +1,6 @@
 """SGLD and SGHMC: moments with the bias that a step of finite size has, and what is refused."""
 
 import hashlib
-import signal
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +14,6 @@ from numpyro.infer.util import log_density
 
 from probattn.inference import SampleConfig, sample, to_datatree
 from probattn.inference.runtime.signals import Interrupted
-from probattn.inference.sampling import nuts as nuts_module
 from probattn.inference.sampling.chains import SampleError
 from probattn.inference.sampling.nuts import fingerprint
 from tests.support.conjugate import location, posterior_mean, stationary_variance
@@ -124,19 +122,13 @@ def test_lp_is_the_log_density_of_all_the_data(whole):
 
 
 @pytest.mark.slow
-def test_interrupted_and_resumed_ends_as_uninterrupted(whole, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_ends_as_uninterrupted(
+    whole, tmp_path, monkeypatch, interrupt_after
+):
     arguments = {"model_args": (DATA,), "config": FEW, "out": tmp_path}
     model = partial(location, batch=5)
-    advance = nuts_module.Chains.advance
-
-    def interrupted(self, first, stops):
-        for number, part in enumerate(advance(self, first, stops)):
-            if number == 3:
-                signal.raise_signal(signal.SIGTERM)
-            yield part
-
     with monkeypatch.context() as patch:
-        patch.setattr(nuts_module.Chains, "advance", interrupted)
+        interrupt_after(patch, 4)
         with pytest.raises(Interrupted):
             sample(model, **arguments)
     result = sample(model, **arguments, resume=True)

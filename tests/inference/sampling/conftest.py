@@ -1,0 +1,25 @@
+"""What ends a sampler while it works."""
+
+import signal
+
+import pytest
+
+from probattn.inference.sampling import nuts
+
+
+@pytest.fixture
+def interrupt_after():
+    """Function that has a SIGTERM raised once all chains have ended their call of that number."""
+
+    def interrupt(patch, calls):
+        advance = nuts.Chains.advance
+
+        def counted(self, first, stops):
+            for number, part in enumerate(advance(self, first, stops), 1):
+                if number == calls:
+                    signal.raise_signal(signal.SIGTERM)
+                yield part
+
+        patch.setattr(nuts.Chains, "advance", counted)
+
+    return interrupt
