@@ -126,6 +126,31 @@ def test_the_page_on_margin_pages(folder):
     assert written == {"page.html", "noise.html", "compared.html", "posterior.html"}
 
 
+HOW_TO = ("fit", "margins", "posterior", "compare", "devices")
+BEGINNERS = ("start", *(f"how-to-{what}" for what in HOW_TO))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+def test_the_pages_for_beginners():
+    """Their commands and their code, one page after the other in one folder."""
+    texts = [(ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in BEGINNERS]
+    shown = "".join(blocks("bash", "".join(texts))).splitlines()
+    assert {line.split()[0] for line in shown} == {"probattn", "pip"}
+    # One device is enough for a mesh.
+    commands, names = run_commands("".join(texts).replace("--mesh data=4", "--mesh data=1"))
+    assert {
+        "fit",
+        "margins",
+        "generate",
+        "evaluate",
+        "sensitivity",
+        "sample",
+        "compare",
+    } == commands
+    assert names["tree"]["posterior"].sizes["draw"] == 50
+
+
 @pytest.mark.slow
 def test_how_sure_are_we(folder, capsys):
     commands, names = run_commands(SECTIONS["How sure are we?"])
