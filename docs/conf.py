@@ -126,7 +126,6 @@ intersphinx_mapping = {
     for name, (address, names) in _ELSEWHERE.items()
 }
 intersphinx_timeout = 5
-intersphinx_disabled_reftypes = ["*"]  # docs name no pages of others by reference
 
 # The page itself. Everything that it loads lies in the site.
 html_theme = "pydata_sphinx_theme"

@@ -8,9 +8,10 @@ import subprocess
 import jax
 import pytest
 
-from probattn.inference.cli import main
+from probattn.inference.cli import command_line, main
 from probattn.inference.exchange import import_decoder
 from probattn.inference.pretrained.checkpoint import open_checkpoint
+from tests.support.markdown import code_blocks
 from tests.support.project import ROOT
 from tests.support.small import (
     EVALUATE_FLAGS,
@@ -149,6 +150,19 @@ def test_the_pages_for_beginners():
         "compare",
     } == commands
     assert names["tree"]["posterior"].sizes["draw"] == 50
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+def test_the_page_on_running_it():
+    """Its commands are understood; they need several devices, or runs that were interrupted."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    shown = [line for block in code_blocks(page, "", "bash") for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in shown if line.startswith("probattn ")]
+    assert len(commands) >= 6
+    for command in commands:
+        if "--resume" not in command:
+            assert command_line._parse(command_line._lengthened(command))
 
 
 @pytest.mark.slow

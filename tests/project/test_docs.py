@@ -5,6 +5,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 import shlex
 import tomllib
@@ -51,6 +52,51 @@ def test_a_broken_link_is_found(tmp_path, monkeypatch):
         "page.md: #two has no such heading",
         "page.md: other.md is not there",
     ]
+
+
+def extension(name):
+    """Import what the site is made with, from where it lies."""
+    found = importlib.util.spec_from_file_location(name, DOCS / "_extensions" / f"{name}.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_faults_of_a_built_site_are_found(tmp_path):
+    check_site = extension("check_site")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "index.html").write_text(
+        '<p id="here"><a href="sub/page.html#there">a</a> <a href="#here">b</a></p>'
+        '<link rel="canonical" href="https://example.org"><a href="https://example.org">c</a>'
+    )
+    (tmp_path / "sub/page.html").write_text('<p id="there"></p><img src="../index.html">')
+    assert check_site.faults(tmp_path) == []
+    (tmp_path / "sub/other.html").write_text(
+        '<script src="https://example.org/a.js"></script><a href="none.html">a</a>'
+        '<a href="page.html#nowhere">b</a>'
+    )
+    assert sorted(check_site.faults(tmp_path)) == [
+        "sub/other.html links to none.html, which is not there",
+        "sub/other.html links to page.html#nowhere, which has no such place",
+        "sub/other.html loads https://example.org/a.js",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("μ_t = Σ_{s<t} β_ts x_s", "μ[t] = Σ[s<t] β[ts] x[s]"),
+        ("Cov_{β_t}(x_s, k_s) W_Qᵀ", "Cov[β[t]](x[s], k[s]) W[Q]ᵀ"),
+        ("C^{-1/2} + (I + S)^(-1/2)", "C{-1/2} + (I + S){-1/2}"),
+        ("log_det and pair_rho", "log_det and pair_rho"),
+    ],
+)
+def test_scripts_of_formulas(text, expected):
+    pytest.importorskip("sphinx")
+    made = "".join(map(str, extension("formulas").pieces(text)))
+    for tag, (left, right) in {"subscript": "[]", "superscript": "{}"}.items():
+        made = made.replace(f"<{tag}>", left).replace(f"</{tag}>", right)
+    assert made == expected
 
 
 def test_every_page_is_in_the_table_of_contents():
