@@ -40,8 +40,10 @@ nb_execution_cache_path = str(BUILD / "notebooks")
 nb_execution_timeout = 900  # for one cell, on a machine that does other work, too
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
+nb_merge_streams = True
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # nothing is fetched by a page
 os.environ["MATPLOTLIBRC"] = str(HERE / "_static" / "matplotlibrc")
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # of tqdm, in a kernel
 # Compiling takes longer than running here, and half of that is optimising.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
@@ -53,8 +55,8 @@ autodoc_preserve_defaults = True
 autodoc_use_type_comments = False
 autosummary_generate = False
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 napoleon_custom_sections = [
+    ("Attributes", "params_style"),
     ("Kinds", "params_style"),
     ("Groups of a posterior", "params_style"),
     ("Groups of a MAP run", "params_style"),
@@ -83,9 +85,18 @@ def _inside(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((\.\.[^)#]*\.md)[^)]*\)", text_of, source[0])
 
 
+def _short(
+    app: Sphinx, what: str, name: str, value: object, options: object, arguments: str, returns: str
+) -> tuple[str, str]:
+    """Call what JAX takes for an array by its name, and not by all that it stands for."""
+    alike = r"~?jax\.Array \| ~?numpy\.ndarray \|[\w.~ |]*? complex"
+    return re.sub(alike, "ArrayLike", arguments or ""), returns
+
+
 def setup(app: Sphinx) -> None:
     """Let pages be read before MyST reads them, and docstrings before napoleon does."""
     app.connect("source-read", _inside)
+    app.connect("autodoc-process-signature", _short)
     app.connect("autodoc-process-docstring", _plain, priority=100)
 
 
@@ -134,6 +145,9 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
+html_sidebars: dict[str, list[str]] = {
+    page: [] for page in ("index", "start", "idea", "mathematics")
+}
 html_theme_options = {
     "navigation_with_keys": False,
     "show_toc_level": 2,

@@ -17,7 +17,7 @@ _GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 # A letter, perhaps a differential or primed, or one of a few words; then a group in braces, in
 # parentheses as an exponent, or at most three letters and digits.
 SCRIPT = re.compile(
-    rf"((?<![{_LETTER}0-9_])(?:d?[{_LETTER}]|Cov|concat|min|max)[\u0304\u2032*]?|[)‖∫])"
+    rf"((?<![{_LETTER}0-9_])(?:d?[{_LETTER}]|Cov|Var|concat|min|max)[\u0304\u2032*]?|[)‖∫])"
     rf"(?:_(?:{_GROUP}|([{_LETTER}0-9]{{1,3}})(?![{_LETTER}0-9_]))"
     rf"|\^(?:{_GROUP}|\(([^()]*)\)|([{_LETTER}0-9])(?![{_LETTER}0-9_])))"
 )
@@ -40,7 +40,7 @@ def pieces(text: str) -> Iterator[nodes.Node]:
 
 def formula(text: str) -> nodes.Node:
     """Set a block of formulas, in which names of code are between backticks."""
-    made = nodes.container("", classes=["formula"])
+    made = nodes.paragraph("", classes=["formula"])
     for number, part in enumerate(CODE.split(text)):
         made += [nodes.literal("", part)] if number % 2 else list(pieces(part))
     return made

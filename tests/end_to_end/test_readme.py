@@ -55,7 +55,7 @@ def run_commands(section):
 
     The commands run where JAX is told to promote nothing, as some of their users tell it.
     """
-    lines = "".join(blocks("bash", section)).splitlines()
+    lines = "".join(blocks("bash", section)).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("probattn ")]
     for command in commands:
         small = SMALL.get(command[0], [])
@@ -136,7 +136,7 @@ BEGINNERS = ("start", *(f"how-to-{what}" for what in HOW_TO))
 def test_the_pages_for_beginners():
     """Their commands and their code, one page after the other in one folder."""
     texts = [(ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in BEGINNERS]
-    shown = "".join(blocks("bash", "".join(texts))).splitlines()
+    shown = "".join(blocks("bash", "".join(texts))).replace("\\\n", " ").splitlines()
     assert {line.split()[0] for line in shown} == {"probattn", "pip"}
     # One device is enough for a mesh.
     commands, names = run_commands("".join(texts).replace("--mesh data=4", "--mesh data=1"))
