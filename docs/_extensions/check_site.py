@@ -35,6 +35,11 @@ class Page(HTMLParser):
             self.loaded.append(target)
 
 
+def pages(site: Path) -> list[Path]:
+    """Return the pages of a site; what lies in _static belongs to the theme."""
+    return [path for path in sorted(site.rglob("*.html")) if "_static" not in path.parts]
+
+
 @cache
 def read(path: Path) -> Page:
     """Parse a page once."""
@@ -44,7 +49,7 @@ def read(path: Path) -> Page:
 def faults(site: Path) -> list[str]:
     """Return what is wrong with the pages of a site, a line each."""
     found = []
-    for path in sorted(site.rglob("*.html")):
+    for path in pages(site):
         page, name = read(path), path.relative_to(site)
         found += [f"{name} loads {each}" for each in page.loaded if urlsplit(each).netloc]
         for link in {*page.links, *page.loaded}:
@@ -65,5 +70,5 @@ if __name__ == "__main__":
     site = Path(sys.argv[1]).resolve()
     lines = faults(site)
     print(*lines, sep="\n", end="\n" if lines else "")
-    number = sum(1 for _ in site.rglob("*.html"))
+    number = len(pages(site))
     sys.exit(f"{len(lines)} faults in {number} pages" if lines or not number else None)
