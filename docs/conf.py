@@ -5,6 +5,7 @@ import re
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -85,12 +86,11 @@ def _inside(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((\.\.[^)#]*\.md)[^)]*\)", text_of, source[0])
 
 
-def _short(
-    app: Sphinx, what: str, name: str, value: object, options: object, arguments: str, returns: str
-) -> tuple[str, str]:
+def _short(app: Sphinx, *named: Any) -> tuple[str, str] | None:
     """Call what JAX takes for an array by its name, and not by all that it stands for."""
+    *_, arguments, returns = named
     alike = r"~?jax\.Array \| ~?numpy\.ndarray \|[\w.~ |]*? complex"
-    return re.sub(alike, "ArrayLike", arguments or ""), returns
+    return None if arguments is None else (re.sub(alike, "ArrayLike", arguments), returns)
 
 
 def setup(app: Sphinx) -> None:
