@@ -4,74 +4,60 @@ import re
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
-import jax
 import pytest
 
-from probattn.inference.cli import command_line, main
+from probattn.inference.cli import main
 from probattn.inference.exchange import import_decoder
 from probattn.inference.pretrained.checkpoint import open_checkpoint
-from tests.support.markdown import code_blocks
 from tests.support.project import ROOT
+from tests.support.shown import blocks, run_commands
 from tests.support.small import (
-    EVALUATE_FLAGS,
     FLAGS,
-    LATENT_FLAGS,
     SAMPLE_FLAGS,
     SENSITIVITY_FLAGS,
     cheap_figures,
     cheap_post_hoc,
+    quick_compilation,
+    short_reference,
 )
 from tests.support.tiny_decoder import write_folder
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALL = {
-    "fit": FLAGS,
-    "sample": SAMPLE_FLAGS,
-    "evaluate": EVALUATE_FLAGS,
-    "sensitivity": SENSITIVITY_FLAGS,
-}
-
 SECTIONS = {part.partition("\n")[0]: part for part in README.split("\n## ")}
 
 
-def blocks(language, text=README):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+@pytest.fixture(scope="module", name="folder")
+def folder_fixture(tmp_path_factory):
+    """One folder with what the README's paths name, to run its commands in as its reader does.
 
-
-@pytest.fixture(name="folder")
-def folder_fixture(tmp_path, monkeypatch, quick_compilation):
-    """A folder with what the README's paths name, to run its commands in."""
-    shutil.copy(ROOT / "README.md", tmp_path)
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    monkeypatch.chdir(tmp_path)
-    cheap_post_hoc(monkeypatch)
-    cheap_figures(monkeypatch)
-    return tmp_path
-
-
-def run_commands(section):
-    """Run the commands of a section at a tiny size, then its code; the names that the code sets.
-
-    The commands run where JAX is told to promote nothing, as some of their users tell it.
+    A section finds the runs of those before it, and makes by `have` those that it takes for given.
     """
-    lines = "".join(blocks("bash", section)).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("probattn ")]
-    for command in commands:
-        small = SMALL.get(command[0], [])
-        if "latent" in command:
-            small = [*small, *LATENT_FLAGS]
-        with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-            assert main(command + small) == 0, command
-    namespace = {}
-    for block in blocks("python", section):
-        exec(compile(block, "README.md", "exec"), namespace)
-    return {command[0] for command in commands}, namespace
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copy(ROOT / "README.md", folder)
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    with pytest.MonkeyPatch.context() as patch, quick_compilation():
+        patch.chdir(folder)
+        cheap_post_hoc(patch)
+        cheap_figures(patch)
+        yield folder
+
+
+def have(run, *arguments):
+    if not (Path("runs") / run).exists():
+        assert main([*arguments, "--out", f"runs/{run}"]) == 0
+
+
+def have_fit(run):
+    objective = run if run in ("ce", "full") else "margin"
+    have(run, "fit", "--data", "README.md", "--objective", objective, *FLAGS)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
-def test_use_it(capsys):
+def test_use_it(capsys, monkeypatch):
+    short_reference(monkeypatch)
     commands, names = run_commands(SECTIONS["Use it"])
     assert commands == {"fit", "evaluate", "margins", "sensitivity", "generate", "figures"}
     assert "bits per character" in capsys.readouterr().out
@@ -87,7 +73,7 @@ def test_your_own_model(folder, capsys, monkeypatch):
     """With a tiny model in the place of the hub's."""
     tiny = write_folder(folder / "tiny", "smollm")
     monkeypatch.setattr(import_decoder, "open_checkpoint", lambda source: open_checkpoint(tiny))
-    assert main(["fit", "--data", "README.md", "--out", "runs/readme", *FLAGS]) == 0
+    have_fit("readme")
     commands, _ = run_commands(SECTIONS["Your own model"])
     assert commands == {"import", "margins", "generate", "export"}
     assert "bits per character" in capsys.readouterr().out
@@ -112,60 +98,6 @@ def test_the_page_on_your_own_model(folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_page_on_margin_pages(folder):
-    """Its commands, on small runs."""
-    small = [*("--data", "README.md"), *FLAGS]
-    for name in ("ce", "margin"):
-        assert main(["fit", *small, "--objective", name, "--out", f"runs/{name}"]) == 0
-    assert main(["sample", "--from", "runs/margin", *SAMPLE_FLAGS, "--out", "runs/posterior"]) == 0
-    page = (ROOT / "docs" / "margin-page.md").read_text(encoding="utf-8")
-    lines = "".join(blocks("bash", page)).replace("FILE", "README.md").splitlines()
-    for line in lines:
-        command = shlex.split(line)[1:]
-        assert main(command + SENSITIVITY_FLAGS * (command[0] == "sensitivity")) == 0, command
-    written = {path.name for path in folder.glob("*.html")}
-    assert written == {"page.html", "noise.html", "compared.html", "posterior.html"}
-
-
-HOW_TO = ("fit", "margins", "posterior", "compare", "devices")
-BEGINNERS = ("start", *(f"how-to-{what}" for what in HOW_TO))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("folder")
-def test_the_pages_for_beginners():
-    """Their commands and their code, one page after the other in one folder."""
-    texts = [(ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in BEGINNERS]
-    shown = "".join(blocks("bash", "".join(texts))).replace("\\\n", " ").splitlines()
-    assert {line.split()[0] for line in shown} == {"probattn", "pip"}
-    # One device is enough for a mesh.
-    commands, names = run_commands("".join(texts).replace("--mesh data=4", "--mesh data=1"))
-    assert {
-        "fit",
-        "margins",
-        "generate",
-        "evaluate",
-        "sensitivity",
-        "sample",
-        "compare",
-    } == commands
-    assert names["tree"]["posterior"].sizes["draw"] == 50
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("folder")
-def test_the_page_on_running_it():
-    """Its commands are understood; they need several devices, or runs that were interrupted."""
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    shown = [line for block in code_blocks(page, "", "bash") for line in block.splitlines()]
-    commands = [shlex.split(line)[1:] for line in shown if line.startswith("probattn ")]
-    assert len(commands) >= 6
-    for command in commands:
-        if "--resume" not in command:
-            assert command_line._parse(command_line._lengthened(command))
-
-
-@pytest.mark.slow
 def test_how_sure_are_we(folder, capsys):
     commands, names = run_commands(SECTIONS["How sure are we?"])
     assert commands == {"fit", "sample", "compare"}
@@ -178,16 +110,32 @@ def test_how_sure_are_we(folder, capsys):
     assert names["probability"].sum("position").values == pytest.approx(1)
 
 
+@pytest.mark.slow
+def test_the_page_on_margin_pages(folder):
+    """Its commands, on the runs of the README."""
+    for name in ("margin", "ce", "full"):
+        have_fit(name)
+    have("posterior", "sample", "--from", "runs/full", *SAMPLE_FLAGS)
+    page = (ROOT / "docs" / "margin-page.md").read_text(encoding="utf-8")
+    (folder / "text.txt").write_text("The class of an instance is its type.\n" * 20)
+    lines = "".join(blocks("bash", page)).replace("FILE", "text.txt").splitlines()
+    for line in lines:
+        command = shlex.split(line)[1:]
+        assert main(command + SENSITIVITY_FLAGS * (command[0] == "sensitivity")) == 0, command
+    written = {path.name for path in folder.glob("*.html")}
+    assert written == {"page.html", "noise.html", "compared.html", "posterior.html"}
+
+
 def test_every_command_and_all_code_belong_to_a_section_that_is_run():
     shown = "".join(SECTIONS[name] for name in ("Use it", "Your own model", "How sure are we?"))
-    assert blocks("python") == blocks("python", shown)
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert blocks("python", README) == blocks("python", shown)
+    lines = [line for block in blocks("bash", README) for line in block.splitlines()]
     rest = [line for line in lines if line not in shown.splitlines()]
     assert rest == ["make demo", "make test"]
 
 
 def test_make_targets_exist():
-    targets = re.findall(r"^make (\w+)$", "\n".join(blocks("bash")), re.MULTILINE)
+    targets = re.findall(r"^make (\w+)$", "\n".join(blocks("bash", README)), re.MULTILINE)
     assert targets == ["demo", "test"]
     subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
 
