@@ -2,13 +2,14 @@
 
 import shlex
 import shutil
+from pydoc_data import topics
 
 import pytest
 
 from probattn.inference.cli import command_line
 from tests.support.project import ROOT
 from tests.support.shown import blocks, run_commands
-from tests.support.small import cheap_post_hoc
+from tests.support.small import cheap_post_hoc, short_reference
 
 HOW_TO = ("fit", "margins", "posterior", "compare", "devices")
 PAGES = ("start", *(f"how-to-{what}" for what in HOW_TO))
@@ -20,10 +21,14 @@ def text_of(page):
 
 @pytest.fixture(name="folder")
 def folder_fixture(tmp_path, monkeypatch, quick_compilation):
-    """A folder with what the pages name, to run their commands in."""
+    """A folder with what the pages name, and short texts, to run their commands in."""
+    short_reference(monkeypatch)
+    text = topics.topics["all"]
     for name in ("README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
+        (tmp_path / name).write_text(text[:1500])
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    small = tmp_path / "examples/small.toml"
+    small.write_text(small.read_text("utf-8").replace("0.9994", "0.9"))  # of a shorter text
     monkeypatch.chdir(tmp_path)
     cheap_post_hoc(monkeypatch)
     return tmp_path
