@@ -18,6 +18,7 @@ from tests.support.small import (
     LATENT_FLAGS,
     SAMPLE_FLAGS,
     SENSITIVITY_FLAGS,
+    TUNE_FLAGS,
     cheap_figures,
     cheap_post_hoc,
 )
@@ -58,6 +59,8 @@ def run_commands(section):
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("probattn ")]
     for command in commands:
         small = SMALL.get(command[0], [])
+        if command[0] == "fit" and "--from" in command:
+            small = TUNE_FLAGS
         if "latent" in command:
             small = [*small, *LATENT_FLAGS]
         with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
@@ -88,7 +91,7 @@ def test_your_own_model(folder, capsys, monkeypatch):
     monkeypatch.setattr(import_decoder, "open_checkpoint", lambda source: open_checkpoint(tiny))
     assert main(["fit", "--data", "README.md", "--out", "runs/readme", *FLAGS]) == 0
     commands, _ = run_commands(SECTIONS["Your own model"])
-    assert commands == {"import", "margins", "generate", "export"}
+    assert commands == {"import", "margins", "generate", "fit", "export"}
     assert "bits per character" in capsys.readouterr().out
     exported = {path.name for path in (folder / "runs" / "readme-gpt2").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported

@@ -203,7 +203,7 @@ def test_a_configuration_refuses(make, line):
 def test_all_parameters_move_under_the_barrier(tuned):
     """And the commands of any run take it: margins, text, the exported tree."""
     fast = dataclasses.replace(FIT, trainable="all", steps=4, gradient_accumulation=1)
-    margin = ObjectiveConfig("margin", 0.5, attention="first_layer")
+    margin = ObjectiveConfig("margin", 50.0, attention="first_layer")
     config = dataclasses.replace(tuned.config, objective=margin, fit=fast)
     run = fit(config, tuned.folder / "all", base=tuned.base.path).run
     before = dict(leaves(tuned.base.parameters))
