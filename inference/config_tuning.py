@@ -9,7 +9,7 @@ from probattn.models.tuned import Trainable, check_tuned_objective
 from probattn.text.corpora import TextConfig
 
 TUNED_OBJECTIVE = ObjectiveConfig("margin", attention="first_layer")
-"""What is fitted by default: a stage beside the network would change nothing in it."""
+"""What is fitted by default: the heads to be kept from folding are those that the model has."""
 
 
 @dataclass(frozen=True)

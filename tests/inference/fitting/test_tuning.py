@@ -14,6 +14,7 @@ from probattn.inference import (
     RunConfig,
     TuneConfig,
     TuneFitConfig,
+    compare,
     export_decoder,
     fit,
     generate,
@@ -206,12 +207,16 @@ def test_all_parameters_move_under_the_barrier(tuned):
     margin = ObjectiveConfig("margin", 50.0, attention="first_layer")
     config = dataclasses.replace(tuned.config, objective=margin, fit=fast)
     run = fit(config, tuned.folder / "all", base=tuned.base.path).run
-    before = dict(leaves(tuned.base.parameters))
-    assert run.sites.keys() == before.keys()
-    assert all(not np.array_equal(value, before[name]) for name, value in run.sites.items())
+    published = dict(leaves(tuned.base.parameters))
+    assert run.sites.keys() == published.keys()
+    assert all(not np.array_equal(value, published[name]) for name, value in run.sites.items())
     assert run.metrics()[-1]["mean_log_det"] > run.metrics()[0]["mean_log_det"]
     margins = text_margins(run)
     assert [stage.label for stage in margins.stages] == [f"layer 1 head {n}" for n in (1, 2, 3)]
     assert len(generate(run, "the token", length=3).tokens) == 3
     assert "margins" in to_datatree(run, sequences=2)
+    before, after = compare({"before": tuned.base, "after": run})
+    assert (before.model, after.model) == ("imported", "imported")
+    assert after.predictions.bpc != before.predictions.bpc
+    assert after.seconds > 0
     assert jax.tree.structure(run.parameters) == jax.tree.structure(tuned.base.parameters)
