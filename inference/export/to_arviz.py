@@ -25,6 +25,7 @@ from probattn.inference.runs.run import (
     PosteriorRun,
     Run,
     RunDirectory,
+    TunedRun,
 )
 from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.sampling.posterior_runs import guide_posterior, load_posterior
@@ -154,7 +155,7 @@ def to_datatree(
         attributes = _run_attributes(source)
         labels["vocab"] = _symbols(source)
     point = isinstance(source, Run) and source.config.fit.guide == "map"
-    if isinstance(source, ImportedRun) or (isinstance(source, Run) and point):
+    if isinstance(source, ImportedRun | TunedRun) or (isinstance(source, Run) and point):
         if log_likelihood or posterior_predictive or prior:
             raise ValueError(
                 f"{source.path}: is a MAP run, a point without draws: make draws with `probattn "

@@ -75,7 +75,7 @@ def test_your_own_model(folder, capsys, monkeypatch):
     monkeypatch.setattr(import_decoder, "open_checkpoint", lambda source: open_checkpoint(tiny))
     have_fit("readme")
     commands, _ = run_commands(SECTIONS["Your own model"])
-    assert commands == {"import", "margins", "generate", "export"}
+    assert commands == {"import", "margins", "generate", "fit", "export"}
     assert "bits per character" in capsys.readouterr().out
     exported = {path.name for path in (folder / "runs" / "readme-gpt2").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported

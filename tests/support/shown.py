@@ -12,6 +12,7 @@ from tests.support.small import (
     LATENT_FLAGS,
     SAMPLE_FLAGS,
     SENSITIVITY_FLAGS,
+    TUNE_FLAGS,
 )
 
 SMALL = {
@@ -37,6 +38,8 @@ def run_commands(section):
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("probattn ")]
     for command in commands:
         small = SMALL.get(command[0], [])
+        if command[0] == "fit" and "--from" in command:
+            small = TUNE_FLAGS
         if "latent" in command:
             small = [*small, *LATENT_FLAGS]
         with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
