@@ -35,16 +35,17 @@ demo: install  ## fit, evaluate and draw the small example into OUT=demo (about 
 	$(BIN)/probattn demo --out "$(OUT)"
 
 # Most of the time goes into compiling, and half of that into XLA's optimisations.
-test: install  ## run the tests on two processes, without the slow ones (about 11 minutes)
+test: install  ## run the tests on two processes, without the slow ones (about 7 minutes)
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: install  ## run the slow tests, which `make test` leaves out (about an hour)
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m slow $(ARGS)
+test-slow: install  ## run the slow tests, which `make test` leaves out (about half an hour)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m "slow and not nightly" $(ARGS)
 
 test-all: install  ## run all tests in one go, with all optimisations of XLA
 	$(PYTEST) $(ARGS)
 
-nightly: $(VENV)/.installed-bench  ## hostile input and kills in large numbers (hours)
+nightly: $(VENV)/.installed-bench  ## more values, hostile input and kills in large numbers (hours)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -m nightly
 	PROBATTN_HYPOTHESIS=nightly $(PYTEST) tests/probattn tests/models
 	$(BIN)/python -m tests.robustness.fuzz --inputs 100000
 	$(BIN)/python -m tests.robustness.kill --kills 200

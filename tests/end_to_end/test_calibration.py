@@ -22,6 +22,10 @@ def calibration_fixture():
         yield module
 
 
+def level_of_each(result):
+    return 0.05 / len(result["quantities"])
+
+
 def smallest_p_value(result):
     return min(row["p_value"] for row in result["quantities"].values())
 
@@ -32,30 +36,30 @@ def test_ranks_are_uniform_where_the_process_is_proper(calibration):
     result = calibration.calibrate(setting, replications=REPLICATIONS, **STEPS)
     assert result["replications"] == REPLICATIONS
     assert result["diverging_draws"] == 0
-    assert smallest_p_value(result) > calibration.LEVEL / len(result["quantities"])
+    assert smallest_p_value(result) > level_of_each(result)
 
 
 @pytest.mark.slow
 def test_a_simulation_of_another_model_is_noticed(calibration):
-    """Embeddings half as large as the model that is fitted says; half of the replications do."""
+    """Embeddings half as large as the fitted model says; a quarter of the replications do."""
 
     def smaller(model, rng_key):
         sites = calibration.ancestral(model, rng_key)
         return sites | {"embeddings": sites["embeddings"] / 2}
 
     setting = calibration.settings("bounded")["observed bounded"]._replace(simulate=smaller)
-    result = calibration.calibrate(setting, replications=REPLICATIONS // 2, **STEPS)
-    assert result["quantities"]["scale"]["p_value"] < 1e-6
+    result = calibration.calibrate(setting, replications=REPLICATIONS // 4, **STEPS)
+    assert result["quantities"]["scale"]["p_value"] < level_of_each(result)
 
 
 @pytest.mark.slow
 def test_a_density_without_its_log_determinant_is_noticed(calibration):
-    """A quarter of the replications is enough: see docs/calibration.md."""
+    """An eighth of the replications is enough: see docs/calibration.md."""
     setting = calibration.settings("repulsive")["observed repulsive"]
     result = calibration.calibrate(
-        calibration.without_log_det(setting), replications=REPLICATIONS // 4, **STEPS
+        calibration.without_log_det(setting), replications=REPLICATIONS // 8, **STEPS
     )
-    assert result["quantities"]["sum_of_log_dets"]["p_value"] < 1e-6
+    assert result["quantities"]["sum_of_log_dets"]["p_value"] < level_of_each(result)
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ print(json.dumps([child.returncode, child.stderr.splitlines(), list(after)]))
         ["generate", "RUN", "--prompt", "the", "--length", "600", "--out", "DISK/out.csv"],
         ["evaluate", "DISK/run"],
         ["sample", "--data", "TEXT", *LATENT_FLAGS, "--out", "DISK/out"],
-        ["demo", "--out", "DISK/out"],
+        pytest.param(["demo", "--out", "DISK/out"], marks=pytest.mark.nightly),
         ["figures", "--out", "DISK/out"],
     ],
     ids=lambda command: command[0],

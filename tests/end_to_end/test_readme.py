@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import pytest
@@ -20,6 +21,8 @@ from tests.support.small import (
     SENSITIVITY_FLAGS,
     cheap_figures,
     cheap_post_hoc,
+    quick_compilation,
+    short_reference,
 )
 from tests.support.tiny_decoder import write_folder
 
@@ -38,15 +41,30 @@ def blocks(language, text=README):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(name="folder")
-def folder_fixture(tmp_path, monkeypatch, quick_compilation):
-    """A folder with what the README's paths name, to run its commands in."""
-    shutil.copy(ROOT / "README.md", tmp_path)
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    monkeypatch.chdir(tmp_path)
-    cheap_post_hoc(monkeypatch)
-    cheap_figures(monkeypatch)
-    return tmp_path
+@pytest.fixture(scope="module", name="folder")
+def folder_fixture(tmp_path_factory):
+    """One folder with what the README's paths name, to run its commands in as its reader does.
+
+    A section finds the runs of those before it, and makes by `have` those that it takes for given.
+    """
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copy(ROOT / "README.md", folder)
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    with pytest.MonkeyPatch.context() as patch, quick_compilation():
+        patch.chdir(folder)
+        cheap_post_hoc(patch)
+        cheap_figures(patch)
+        yield folder
+
+
+def have(run, *arguments):
+    if not (Path("runs") / run).exists():
+        assert main([*arguments, "--out", f"runs/{run}"]) == 0
+
+
+def have_fit(run):
+    objective = run if run in ("ce", "full") else "margin"
+    have(run, "fit", "--data", "README.md", "--objective", objective, *FLAGS)
 
 
 def run_commands(section):
@@ -70,7 +88,8 @@ def run_commands(section):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
-def test_use_it(capsys):
+def test_use_it(capsys, monkeypatch):
+    short_reference(monkeypatch)
     commands, names = run_commands(SECTIONS["Use it"])
     assert commands == {"fit", "evaluate", "margins", "sensitivity", "generate", "figures"}
     assert "bits per character" in capsys.readouterr().out
@@ -86,7 +105,7 @@ def test_your_own_model(folder, capsys, monkeypatch):
     """With a tiny model in the place of the hub's."""
     tiny = write_folder(folder / "tiny", "smollm")
     monkeypatch.setattr(import_decoder, "open_checkpoint", lambda source: open_checkpoint(tiny))
-    assert main(["fit", "--data", "README.md", "--out", "runs/readme", *FLAGS]) == 0
+    have_fit("readme")
     commands, _ = run_commands(SECTIONS["Your own model"])
     assert commands == {"import", "margins", "generate", "export"}
     assert "bits per character" in capsys.readouterr().out
@@ -111,22 +130,6 @@ def test_the_page_on_your_own_model(folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_page_on_margin_pages(folder):
-    """Its commands, on small runs."""
-    small = [*("--data", "README.md"), *FLAGS]
-    for name in ("ce", "margin"):
-        assert main(["fit", *small, "--objective", name, "--out", f"runs/{name}"]) == 0
-    assert main(["sample", "--from", "runs/margin", *SAMPLE_FLAGS, "--out", "runs/posterior"]) == 0
-    page = (ROOT / "docs" / "margin-page.md").read_text(encoding="utf-8")
-    lines = "".join(blocks("bash", page)).replace("FILE", "README.md").splitlines()
-    for line in lines:
-        command = shlex.split(line)[1:]
-        assert main(command + SENSITIVITY_FLAGS * (command[0] == "sensitivity")) == 0, command
-    written = {path.name for path in folder.glob("*.html")}
-    assert written == {"page.html", "noise.html", "compared.html", "posterior.html"}
-
-
-@pytest.mark.slow
 def test_how_sure_are_we(folder, capsys):
     commands, names = run_commands(SECTIONS["How sure are we?"])
     assert commands == {"fit", "sample", "compare"}
@@ -137,6 +140,22 @@ def test_how_sure_are_we(folder, capsys):
     assert names["likely"].sizes == {"sequence": 2, "position": 6}
     assert names["probability"].sizes == {"sequence": 4, "position": 8}
     assert names["probability"].sum("position").values == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_the_page_on_margin_pages(folder):
+    """Its commands, on the runs of the README."""
+    for name in ("margin", "ce", "full"):
+        have_fit(name)
+    have("posterior", "sample", "--from", "runs/full", *SAMPLE_FLAGS)
+    page = (ROOT / "docs" / "margin-page.md").read_text(encoding="utf-8")
+    (folder / "text.txt").write_text("The class of an instance is its type.\n" * 20)
+    lines = "".join(blocks("bash", page)).replace("FILE", "text.txt").splitlines()
+    for line in lines:
+        command = shlex.split(line)[1:]
+        assert main(command + SENSITIVITY_FLAGS * (command[0] == "sensitivity")) == 0, command
+    written = {path.name for path in folder.glob("*.html")}
+    assert written == {"page.html", "noise.html", "compared.html", "posterior.html"}
 
 
 def test_every_command_and_all_code_belong_to_a_section_that_is_run():

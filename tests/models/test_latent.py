@@ -212,11 +212,19 @@ def test_recorded_margins_are_those_of_the_public_functions(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["bounded", *(pytest.param(k, marks=pytest.mark.slow) for k in ("repulsive", "free"))]
-)
-@pytest.mark.parametrize(
-    "form",
-    ["latent", *(pytest.param(f, marks=pytest.mark.slow) for f in ("residuals", "observed"))],
+    ("kind", "form"),
+    [
+        ("bounded", "latent"),
+        ("repulsive", "residuals"),
+        ("free", "observed"),
+        *(
+            pytest.param(kind, form, marks=pytest.mark.nightly)
+            for kind, form in (
+                *(("bounded", "residuals"), ("bounded", "observed"), ("repulsive", "latent")),
+                *(("repulsive", "observed"), ("free", "latent"), ("free", "residuals")),
+            )
+        ),
+    ],
 )
 def test_draws_of_the_prior_record_their_margins(kind, form):
     config = replace(SMALL, coupling=kind, centred=form != "residuals")

@@ -53,7 +53,7 @@ def test_complex_steps_are_the_derivatives_of_the_bounded_definition(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
-@pytest.mark.parametrize("bound", [None, 0.3])
+@pytest.mark.parametrize("bound", [None, pytest.param(0.3, marks=pytest.mark.nightly)])
 def test_complex_steps_are_the_derivatives_of_every_definition(name, bound):
     compare(name, bound)
 

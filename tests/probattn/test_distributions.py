@@ -24,6 +24,7 @@ from tests.support.cases import BY_NAME, Case, every_shape, make, of_shape, shap
 from tests.support.dense import quick_jit
 
 LENGTH, WIDTH, RANK = 5, 3, 2
+NIGHTLY = pytest.mark.nightly
 SLOW = pytest.mark.slow
 KEY = jax.random.key(0)
 
@@ -390,7 +391,7 @@ SCANNED = {
         pytest.param(
             name,
             bound,
-            marks=[] if (name, repr(bound)) in (("plate", "0.5"), ("scale", "None")) else SLOW,
+            marks=[] if (name, repr(bound)) in (("plate", "0.5"), ("scale", "None")) else NIGHTLY,
             id=f"{name}-{bound!r}",
         )
         for name in SCANNED

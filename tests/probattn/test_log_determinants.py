@@ -173,7 +173,7 @@ def at_positions(*inputs, positions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_float32_at_training_size_matches_float64_oracle(every):
     """Value and derivative at r = 32, early and late in the sequence."""
     positions = (2, 10, 63)
@@ -219,10 +219,10 @@ def test_long_sequence_matches_dense_jacobian():
 @pytest.mark.parametrize(
     ("function", "heads", "summed"),
     [
-        (pa.log_det, (), False),
+        pytest.param(pa.log_det, (), False, marks=pytest.mark.nightly),
         (pa.log_det, (2,), True),
         (pa.relaxed_barrier, (2,), False),
-        (pa.relaxed_barrier, (), True),
+        pytest.param(pa.relaxed_barrier, (), True, marks=pytest.mark.nightly),
     ],
 )
 def test_many_large_blocks_are_taken_in_turns(function, heads, summed):

@@ -332,7 +332,9 @@ def test_embedding_margin_matches_oracle(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bound", [None, 2.0])
-@pytest.mark.parametrize("name", ["thin", "square", "wide"])
+@pytest.mark.parametrize(
+    "name", ["thin", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("square", "wide"))]
+)
 def test_the_derivative_of_the_embedding_margin_matches_finite_differences(name, bound):
     """Singular vectors move too. Infinite margins, which are left out here, add no NaN to it."""
     inputs = [jnp.asarray(array) for array in make(BY_NAME[name])]

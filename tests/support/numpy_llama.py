@@ -14,13 +14,15 @@ class NumpyLlama:
     """
 
     def __init__(self, config, tensors):
-        self.config, self.tensors = config, tensors
+        self.config, self.tensors, self.known = config, tensors, {}
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
         self.width = config.get("head_dim") or config["hidden_size"] // self.heads
         self.embedding = self.read("model.embed_tokens.weight")
 
     def read(self, name):
-        return np.asarray(self.tensors[name]).astype(np.float64)
+        if name not in self.known:
+            self.known[name] = np.asarray(self.tensors[name]).astype(np.float64)
+        return self.known[name]
 
     def norm(self, x, name):
         root = np.sqrt(np.mean(x**2, -1, keepdims=True) + self.config["rms_norm_eps"])

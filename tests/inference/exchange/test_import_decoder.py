@@ -130,7 +130,14 @@ def test_margins_read_the_tensors_that_they_need(llama, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        "gemma3_text",
+        *(pytest.param(n, marks=pytest.mark.nightly) for n in ("gpt_neox", "qwen3")),
+    ],
+)
 def test_every_layer_of_every_family_has_margins(tmp_path, name):
     run = imported(tmp_path, name).run
     found = text_margins(run, all_layers=True)

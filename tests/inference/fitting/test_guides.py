@@ -53,7 +53,7 @@ def config_of(folder, guide, objective="margin", **schedule):
 # The barrier triples what a guide takes to compile.
 # Where a fit of ce ends depends on the processor, and is not always a mode.
 objectives = [pytest.param("margin", marks=pytest.mark.slow)]
-slow_objectives = [pytest.param(name, marks=pytest.mark.slow) for name in ("ce", "margin")]
+slow_objectives = [pytest.param("ce", marks=pytest.mark.nightly), *objectives]
 
 
 @pytest.fixture(scope="module", params=objectives)

@@ -37,7 +37,11 @@ def assert_moments(result, variance):
 @pytest.mark.parametrize("method", ["sgld", "sghmc"])
 @pytest.mark.parametrize(
     ("batch", "step_size"),
-    [(12, 0.1), (12, 0.025), (3, 0.1), (3, 0.025)],
+    [
+        (12, 0.1),
+        (3, 0.025),
+        *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in ((12, 0.025), (3, 0.1))),
+    ],
 )
 def test_the_bias_is_the_known_one_of_the_step_and_shrinks_with_it(method, batch, step_size):
     """A minibatch of all rows is the limit of the whole batch, whose gradients have no noise."""

@@ -15,7 +15,12 @@ both_dtypes = pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f
 SLOW = pytest.mark.slow
 # A few pivots at a time: 9 needs two turns.
 ranks = pytest.mark.parametrize(
-    "rank", [1, 3, 9, *(pytest.param(rank, marks=SLOW) for rank in (2, 8, 21, 64))]
+    "rank",
+    [
+        *(1, 3, 9),
+        *(pytest.param(rank, marks=SLOW) for rank in (2, 8, 21)),
+        pytest.param(64, marks=pytest.mark.nightly),
+    ],
 )
 ways = pytest.mark.parametrize("pivoting", [False, True], ids=["guarded", "pivoting"])
 

@@ -117,7 +117,9 @@ def test_few_numbers_take_one_way_with_the_same_result(scale, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [7, pytest.param(130, marks=SLOW)])
-@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=SLOW) for n in INPUTS[1:])])
+@pytest.mark.parametrize(
+    "number", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in INPUTS[1:])]
+)
 def test_derivative_in_one_input_alone(number, length):
     """As where a matrix is fixed: forward and reverse mode agree, and with the definition."""
     arguments = list(inputs(length, SHORT))

@@ -204,7 +204,11 @@ def least_eigenvalue_at_certificate(point, unit, rho, w_query, w_key, bound):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bound", [None, 0.7], ids=str)
-@pytest.mark.parametrize("shape", [(4, 2), (1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 2), *(pytest.param(s, marks=pytest.mark.nightly) for s in ((1, 1), (2, 4)))],
+    ids=str,
+)
 def test_no_context_with_a_certificate_below_one_folds(shape, bound):
     """The eigenvalues keep real parts of 1 - rho, which the search reaches."""
     weights = of_norm(1.0, shape)

@@ -66,8 +66,15 @@ def test_refusals_name_what_was_given(given, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("bound", [None, 1.5])
+@pytest.mark.parametrize(
+    ("bound", "dtype"),
+    [
+        (None, np.float64),
+        (1.5, np.float32),
+        pytest.param(None, np.float32, marks=pytest.mark.nightly),
+        pytest.param(1.5, np.float64, marks=pytest.mark.nightly),
+    ],
+)
 def test_what_is_found_is_on_the_boundary(bound, dtype):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 6, 3))
