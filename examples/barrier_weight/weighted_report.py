@@ -33,18 +33,27 @@ Rows = list[dict[str, str]]
 
 
 def write_report(folder: Path) -> list[Path]:
-    """Write table.md and weights.png into a folder that has the CSV files."""
-    names = ("posterior", "maps", "runs")
-    tables = [read_results(folder, name) for name in names]
-    whole = set.intersection(*({row["data"] for row in table} for table in tables))
-    posterior, maps, runs = ([r for r in table if r["data"] in whole] for table in tables)
+    """Write table.md and weights.png into a folder that has those of the data sets."""
+    posterior, maps, runs = read_whole(folder)
+    write_text(folder / "table.md", tables(posterior, maps, runs))
+    figure = weights_figure(posterior, maps)
+    return [folder / "table.md", save_figure(figure, folder / "weights.png")]
+
+
+def tables(posterior: Rows, maps: Rows, runs: Rows) -> str:
+    """Return the text of table.md."""
     parts = ["# Which weights lie inside\n", answers_table(posterior, maps)]
     parts += ["# How far the chains and the searches converged\n"]
     parts += [convergence_table(posterior, maps, runs), "# The data\n"]
     parts += [f"- {row['data']}: {row['note']}" for row in runs]
-    write_text(folder / "table.md", "\n".join(parts) + "\n")
-    figure = weights_figure(posterior, maps)
-    return [folder / "table.md", save_figure(figure, folder / "weights.png")]
+    return "\n".join(parts) + "\n"
+
+
+def read_whole(folder: Path) -> list[Rows]:
+    """Read the tables posterior, maps and runs of every data set that has all three."""
+    read = [read_results(folder, name) for name in ("posterior", "maps", "runs")]
+    whole = set.intersection(*({row["data"] for row in table} for table in read))
+    return [[row for row in table if row["data"] in whole] for table in read]
 
 
 def answers_table(posterior: Rows, maps: Rows) -> str:
