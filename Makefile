@@ -24,7 +24,7 @@ SCRIPTS = --no-error-summary --no-warn-unused-ignores --allow-untyped-defs \
 
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all nightly lint format bench clean
+.PHONY: help install demo test test-slow test-all nightly lint format docs bench clean
 
 help:  ## list the targets
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,11 @@ format: install  ## let ruff repair what it can
 	$(BIN)/ruff check --fix --quiet
 	$(BIN)/ruff format --quiet
 
+docs: $(VENV)/.installed-docs  ## build the site into build/docs, notebooks executed (about 4 minutes)
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs $(ARGS)
+	$(BIN)/python docs/_extensions/check_site.py build/docs
+	echo "the site is build/docs/index.html"
+
 bench: $(VENV)/.installed-bench  ## run the benchmarks
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
@@ -74,6 +79,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-bench: pyproject.toml | $(VENV)/.installed
 	$(PIP) install --editable '.[bench]'
+	touch $@
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/.installed
+	$(PIP) install --editable '.[docs]'
 	touch $@
 
 # Tried in turn: python3.12 (of .python-version), python3, newer ones by name, and pyenv's, whose

@@ -5,6 +5,7 @@ from probattn.inference.comparison.particle_filter import FilterError
 from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.config_files import read_config
 from probattn.inference.config_sampling import SampleConfig, SampleRunConfig
+from probattn.inference.config_tuning import PriorConfig, TuneConfig, TuneFitConfig
 from probattn.inference.evaluation.evaluate import EvaluateResult, evaluate
 from probattn.inference.evaluation.folding_texts import FoldingText, folding_texts
 from probattn.inference.evaluation.generation import Generated, generate
@@ -21,7 +22,7 @@ from probattn.inference.fitting.guide_draws import guide_draws
 from probattn.inference.fitting.laplace import LaplaceError
 from probattn.inference.fitting.result import FitError, FitResult
 from probattn.inference.pretrained.errors import PretrainedError
-from probattn.inference.runs.run import ImportedRun, PosteriorRun, Run, load_run
+from probattn.inference.runs.run import ImportedRun, PosteriorRun, Run, TunedRun, load_run
 from probattn.inference.sampling.chains import SampleError
 from probattn.inference.sampling.nuts import sample
 from probattn.inference.sampling.posterior_runs import load_posterior, sample_run
@@ -43,6 +44,7 @@ __all__ = [
     "PosteriorResult",
     "PosteriorRun",
     "PretrainedError",
+    "PriorConfig",
     "Run",
     "RunConfig",
     "SampleConfig",
@@ -51,6 +53,9 @@ __all__ = [
     "Sensitivity",
     "StageCertificate",
     "TextMargins",
+    "TuneConfig",
+    "TuneFitConfig",
+    "TunedRun",
     "compare",
     "comparison_page",
     "evaluate",

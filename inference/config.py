@@ -50,6 +50,8 @@ class FitConfig:
             windows spread evenly over it; by default all.
         rematerialise: whether the derivative computes each layer anew from its input instead of
             keeping what the layer computed: less memory, and about a third more work.
+        gradient_accumulation: parts that a minibatch is taken in, one after the other, a divisor of
+            `batch`: the gradient is that of all of it, and the memory that of a part.
     """
 
     steps: int = 2000
@@ -68,6 +70,7 @@ class FitConfig:
     sam_rho: float = 0.0
     evaluation_tokens: int | None = None
     rematerialise: bool = False
+    gradient_accumulation: int = 1
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no fit."""
@@ -100,11 +103,26 @@ class FitConfig:
                     f"expected one of {', '.join(typing.get_args(choices))}"
                 )
         self._check_regularisers()
+        self._check_accumulation()
 
     @property
     def warmup_steps(self) -> int:
         """Steps of the warm-up: those given, or by default as many as suit the steps."""
         return min(self.steps // 10, 100) if self.warmup is None else self.warmup
+
+    def _check_accumulation(self) -> None:
+        check_integers(self, "fit", gradient_accumulation=1)
+        parts = self.gradient_accumulation
+        if self.batch % parts:
+            raise ValueError(
+                f"fit.gradient_accumulation is {parts} and fit.batch {self.batch}: expected a "
+                "divisor, so that all parts of a minibatch are alike"
+            )
+        if parts > 1 and (self.embedding_noise > 0 or self.neftune_alpha > 0):
+            raise ValueError(
+                f"fit.gradient_accumulation is {parts} with noise on the embeddings, which is "
+                "drawn for a whole minibatch: expected 1, or no noise"
+            )
 
     def _check_regularisers(self) -> None:
         for name in ("weight_decay", "embedding_noise", "neftune_alpha", "sam_rho"):

@@ -28,6 +28,14 @@ def read_config(path: str | os.PathLike[str]) -> RunConfig:
     return read_tables(path, RunConfig)
 
 
+def is_tuned(path: Path) -> bool:
+    """Tell whether a file is the configuration of a run that began with a published model."""
+    try:
+        return "\n[base]\n" in path.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # which `read_tables` explains
+        return False
+
+
 def read_tables[C](
     path: str | os.PathLike[str], kind: type[C], defaults: Mapping[str, Any] | None = None
 ) -> C:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from probattn.inference.config import RunConfig
 from probattn.inference.config_sampling import SampleRunConfig
+from probattn.inference.config_tuning import TuneConfig
 from probattn.models.checks import check_integers
 from probattn.text.corpora import TextConfig
 
@@ -47,5 +48,5 @@ class ImportConfig:
     imported: ImportedConfig = field(default_factory=ImportedConfig)
 
 
-AnyRunConfig = RunConfig | SampleRunConfig | ImportConfig
+AnyRunConfig = RunConfig | SampleRunConfig | ImportConfig | TuneConfig
 """The configuration of a run of any kind."""

@@ -11,10 +11,14 @@ import jax.numpy as jnp
 
 from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.config_sampling import SampleConfig, SampleRunConfig
+from probattn.inference.config_tuning import TuneConfig
 from probattn.inference.runtime.memory import check_memory, host_memory
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.models.language import parameter_shapes
+from probattn.models.networks import DecoderNetwork
+from probattn.models.tied_tokens import LARGEST
 from probattn.models.transformer import attends_by_cudnn
+from probattn.models.tuned import tuned_numbers
 
 _GUIDE_COPIES = {"map": 1, "laplace": 1, "mean_field": 2, "low_rank": 12}
 """Numbers of each guide by parameter: low_rank has a location, a scale and ten factors."""
@@ -49,6 +53,35 @@ def check_size(config: RunConfig | SampleRunConfig, vocabulary_size: int) -> Non
         each = _step(config.model, config.objective, together)
         size = config.sample.chains * each * _bytes(config.sample)
         check_memory("a gradient of every chain of [model]", size, memory)
+
+
+def check_tuned_size(config: TuneConfig, network: DecoderNetwork, stored: int) -> int:
+    """Refuse a fit of a published model that is larger than the memory, and tell what it takes.
+
+    Args:
+        config: configuration of the fit.
+        network: the decoder.
+        stored: bytes of the published parameters.
+
+    Returns:
+        Bytes that it takes at the least: the published parameters, those that move with their
+        gradient and optimizer state, and the activations of a part of a minibatch.
+
+    Raises:
+        ValueError: if there is less memory: the message says which part, and how large it is.
+    """
+    memory, decoder, fit = _memory(), network.config, config.fit
+    moving = tuned_numbers(decoder, config.tuning)
+    copies = _ADAM * _GUIDE_COPIES[fit.guide] + 1
+    size = stored + 4 * copies * moving
+    check_memory("parameters and optimizer state of the published model", size, memory)
+    kept = 1 if fit.rematerialise else decoder.layers
+    of_layer = 8 * network.block * decoder.width + decoder.heads * network.block**2
+    numbers = kept * of_layer + (decoder.layers - kept) * network.block * decoder.width
+    logits = min(LARGEST, network.block * decoder.vocabulary)
+    step = 4 * (fit.batch // fit.gradient_accumulation * numbers + logits)
+    check_memory("a step of the published model and fit.batch", step, memory)
+    return size + step
 
 
 def check_stage(*, width: int, rank: int, block: int) -> None:

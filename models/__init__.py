@@ -8,13 +8,16 @@ from probattn.models.latent import (
 )
 from probattn.models.latent_language_guide import latent_guide
 from probattn.models.objective import ObjectiveConfig
+from probattn.models.tuned import TuningConfig, tuned_decoder
 
 __all__ = [
     "LanguageModelConfig",
     "LatentEmbeddingsConfig",
     "ObjectiveConfig",
+    "TuningConfig",
     "language_model",
     "latent_embeddings",
     "latent_guide",
     "observed_embeddings",
+    "tuned_decoder",
 ]

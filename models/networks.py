@@ -12,12 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
 from probattn.models import transformer
+from probattn.models.decoder import layers
 from probattn.models.decoder import network as decoder
 from probattn.models.decoder.config import DecoderConfig
 from probattn.models.language import LanguageModelConfig
+from probattn.models.tied_tokens import tied_tokens
 from probattn.models.transformer import Precision
 
 Parameters = Mapping[str, Any]
@@ -80,10 +83,12 @@ class DecoderNetwork:
     Attributes:
         config: the decoder.
         block: positions that are read at once, at most its context.
+        precision: precision of the products with weights.
     """
 
     config: DecoderConfig
     block: int
+    precision: Precision = "float32"
 
     @property
     def adds_positions(self) -> bool:
@@ -104,9 +109,30 @@ class DecoderNetwork:
 
     def logits(self, parameters: Parameters, x: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
         """Compute the logits of the symbol that follows each position."""
-        for layer in range(self.config.layers):
-            x = decoder.apply_layer(parameters["layers"][str(layer)], x, self.config, layer)
-        return decoder.read_out(parameters, x, self.config)
+        return decoder.read_out(
+            parameters, self._through(parameters, x), self.config, self.precision
+        )
+
+    def tokens(
+        self, parameters: Parameters, x: Float[Array, "B T d"], *, rematerialise: bool = False
+    ) -> dist.Distribution:
+        """Return the distribution of the token that follows each position, an event per sequence.
+
+        Args:
+            parameters: a tree in the layout of `decoder.shapes`.
+            x: what enters the stack.
+            rematerialise: whether the derivative computes each layer anew from its input.
+        """
+        config, x = self.config, self._through(parameters, x, rematerialise=rematerialise)
+        if config.logit_cap is not None:  # of which slices of the table know nothing
+            logits = decoder.read_out(parameters, x, config, self.precision)
+            return dist.Categorical(logits=logits).to_event(1)
+        x = layers.normalise(parameters["final_norm"], x, config)
+        if config.tied:
+            table = jnp.asarray(parameters["embedding"]["tokens"])
+        else:
+            table = jnp.asarray(parameters["output"]["weights"]).T
+        return tied_tokens(x, table.astype(x.dtype), precision=self.precision)
 
     def stream(
         self, parameters: Parameters, x: Float[Array, "B T d"], layer: int
@@ -114,6 +140,15 @@ class DecoderNetwork:
         """Return what enters a layer; each layer before it is a program of its own."""
         for before in range(layer):
             x = _apply_layer(parameters["layers"][str(before)], x, config=self.config, layer=before)
+        return x
+
+    def _through(self, parameters: Parameters, x: Array, *, rematerialise: bool = False) -> Array:
+        apply = decoder.apply_layer
+        if rematerialise:
+            apply = jax.checkpoint(apply, static_argnums=(2, 3, 4))
+        for layer in range(self.config.layers):
+            own = parameters["layers"][str(layer)]
+            x = apply(own, x, self.config, layer, self.precision)
         return x
 
 

@@ -34,7 +34,7 @@ _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors
 
 
 def attention_weights(queries: ArrayLike, keys: ArrayLike) -> Float[Array, "*batch T T"]:
-    """Compute the strictly causal softmax weights alpha_ts of logits q_t . k_s / sqrt(r), s < t.
+    """Compute the strictly causal softmax weights alpha_ts of logits q_t · k_s / sqrt(r), s < t.
 
     Args:
         queries: (..., T, r).

@@ -23,14 +23,15 @@ from probattn.inference.cli.commands import (
     Sample,
 )
 from probattn.inference.cli.console import printable
-from probattn.inference.cli.exchange_commands import Export, Import
+from probattn.inference.cli.exchange_commands import Export, Import, Tune
 from probattn.inference.cli.quiet import silence_libraries
 from probattn.inference.cli.showing_commands import Demo, Figures
 from probattn.inference.cli.text_commands import Compare, Margins, MeasureSensitivity
 from probattn.inference.cli.values import PLAIN_VALUES, plain_path
 from probattn.inference.config import RunConfig
-from probattn.inference.config_files import read_config, read_tables
+from probattn.inference.config_files import is_tuned, read_config, read_tables
 from probattn.inference.config_sampling import SAMPLED_DATA, SAMPLED_OBJECTIVE, SampleRunConfig
+from probattn.inference.config_tuning import TuneConfig
 from probattn.inference.runs.folder import enter
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.outputs import keep_outputs_open, lost_output
@@ -41,6 +42,7 @@ from probattn.inference.runtime.signals import (
     ended_by_signals,
     ignore_signals,
 )
+from probattn.models import ObjectiveConfig
 
 _SHORT = {
     "--data": "--data.source",
@@ -49,6 +51,7 @@ _SHORT = {
     "--method": "--sample.method",
     "--model": "--kind",
 }
+_OF_BASE = ("--model.", "--data.tokenizer")  # which --from brings
 _OF_ONE_DEVICE = (Evaluate, Margins, MeasureSensitivity, Generate)
 _TABLES = {"latent": ("latent",), "language": ("model", "objective")}  # for `sample`
 _DESCRIPTION = (
@@ -133,8 +136,9 @@ def _print_what_the_encoding_holds() -> None:
 
 def _parse(arguments: list[str]) -> Any:
     sampled = _sample_defaults(arguments)
+    fitted = _fit_defaults(arguments)
     commands: Any = (
-        Annotated[Fit, tyro.conf.subcommand("fit", default=_fit_defaults(arguments))]
+        Annotated[type(fitted), tyro.conf.subcommand("fit", default=fitted)]
         | Annotated[Sample, tyro.conf.subcommand("sample", default=sampled)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Margins, tyro.conf.subcommand("margins")]
@@ -167,11 +171,24 @@ def _parse(arguments: list[str]) -> Any:
     return command
 
 
-def _fit_defaults(arguments: list[str]) -> Fit:
+def _fit_defaults(arguments: list[str]) -> Fit | Tune:
     """Return the defaults of `fit`: those of the configuration file or of the run to resume."""
     path = _configuration(arguments, "fit")
-    config = RunConfig() if path is None else read_config(path)
-    return Fit(out=tyro.MISSING, **_tables(config))
+    names = [argument.partition("=")[0] for argument in arguments]
+    named = arguments[:1] == ["fit"] and "--from" in names
+    if not named and (path is None or not is_tuned(path)):
+        config = RunConfig() if path is None else read_config(path)
+        return Fit(out=tyro.MISSING, **_tables(config))
+    if given := [name for name in names if name.startswith(_OF_BASE)]:
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(given))} with --from: the run that --from names brings "
+            f"network, block and tokenizer; leave {'it' if len(given) == 1 else 'them'} out"
+        )
+    tables = {} if path is None else _tables(read_tables(path, TuneConfig))
+    tables.pop("base", None)
+    if path is None and _value_of(arguments, "--objective.name") not in (None, "margin"):
+        tables["objective"] = ObjectiveConfig("ce")  # without the placement of a barrier
+    return Tune(out=tyro.MISSING, **tables)
 
 
 def _sample_defaults(arguments: list[str]) -> Sample:
@@ -221,7 +238,7 @@ def _configuration(arguments: list[str], command: str) -> Path | None:
     return None
 
 
-def _tables(config: RunConfig | SampleRunConfig) -> dict[str, Any]:
+def _tables(config: RunConfig | SampleRunConfig | TuneConfig) -> dict[str, Any]:
     parts = {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
     return {name: value for name, value in parts.items() if value is not None}
 

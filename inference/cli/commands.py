@@ -44,7 +44,8 @@ class Fit:
     """Fit a language model by MAP, or with another variational guide.
 
     --data, --objective and --guide are short for --data.source, --objective.name and --fit.guide.
-    Several processes, on one host or several, are given the same command, but for --process-id.
+    With --from RUN a published model is fitted on: `probattn fit --from RUN --help`. Several
+    processes, on one host or several, are given the same command, but for --process-id.
     """
 
     out: Path
@@ -72,9 +73,15 @@ class Fit:
     def __call__(self, screen: Console) -> None:
         """Run the command."""
         config = RunConfig(self.data, self.model, self.objective, self.fit)
-        modes = {"resume": self.resume, "overwrite": self.overwrite}
         with distributed(self.coordinator, self.num_processes, self.process_id):
-            result = fit(config, self.out, **modes, mesh=self.mesh, progress=True)
+            result = fit(
+                config,
+                self.out,
+                resume=self.resume,
+                overwrite=self.overwrite,
+                mesh=self.mesh,
+                progress=True,
+            )
             if is_main_process():
                 console.print_fit(screen, self.out, result)
 

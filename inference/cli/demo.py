@@ -11,7 +11,7 @@ from probattn.inference.figures.report import check_report, comparison_figures, 
 from probattn.inference.fitting.fit import fit
 from probattn.inference.runs.files import check_outputs, write_text
 from probattn.inference.runs.folder import check_target
-from probattn.inference.runs.run import Run
+from probattn.inference.runs.run import Run, require_fit
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.models.objective import ObjectiveName
 from probattn.text.corpora import DataConfig, load_corpus
@@ -63,7 +63,8 @@ def demo(out: Path, *, config: RunConfig = DEMO_CONFIG, progress: bool = False) 
     evaluations: dict[str, EvaluateResult] = {}
     for name in _OBJECTIVES:
         chosen = RunConfig(config.data, config.model, ObjectiveConfig(name), config.fit)
-        runs[name] = fit(chosen, out / name, overwrite=True, progress=progress).run
+        found = fit(chosen, out / name, overwrite=True, progress=progress)
+        runs[name] = require_fit(found.run)
         evaluations[name] = evaluate(runs[name], progress=progress)
     figures = comparison_figures(runs, evaluations, out / "figures")
     write_text(excerpt, load_corpus(config.data).validation[:_EXCERPT])

@@ -24,7 +24,14 @@ from probattn.inference.export.to_arviz import to_datatree
 from probattn.inference.pages.page import Series
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError
-from probattn.inference.runs.run import FittedRun, ImportedRun, PosteriorRun, Run, RunDirectory
+from probattn.inference.runs.run import (
+    FittedRun,
+    ImportedRun,
+    PosteriorRun,
+    Run,
+    RunDirectory,
+    TunedRun,
+)
 from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.runtime.progress import progress_bar
 from probattn.inference.sampling.posterior_runs import (
@@ -134,7 +141,7 @@ def compare(
             _, held_out = corpus_tokens(corpus, run.vocabulary)
             if isinstance(run, PosteriorRun):
                 compared.append(_sampled(label, run, held_out, seed))
-            elif isinstance(run, ImportedRun):
+            elif isinstance(run, ImportedRun | TunedRun):
                 compared.append(_imported(label, run, held_out, seed))
             else:
                 compared.append(_fitted(label, run, held_out, sequences, seed))
@@ -192,12 +199,18 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
     return ComparedRun(label, "language", **found)
 
 
-def _imported(label: str, run: ImportedRun, held_out: np.ndarray, seed: int) -> ComparedRun:
+def _imported(
+    label: str, run: ImportedRun | TunedRun, held_out: np.ndarray, seed: int
+) -> ComparedRun:
     inputs, _ = training_sequences(run, _OF_IMPORTED)
     members = jax.tree.map(lambda value: value[None], run.parameters)
+    fitted: dict[str, Any] = {}
+    if isinstance(run, TunedRun):
+        fitted = {"seconds": _fit_seconds(run), **_objective(run.config.objective)}
     return ComparedRun(
         label,
         "imported",
+        **fitted,
         margin_stage="first layer",
         predictions=predictions(run.vocabulary, run.network, members, held_out, seed=seed),
         **_of_stages(label, run, list(stages(run, None)), inputs),
@@ -285,7 +298,7 @@ def _check_same_data(runs: Mapping[str, FittedRun | PosteriorRun]) -> None:
 
     Margins are compared among language models, and among latent models.
     """
-    own = {label: run for label, run in runs.items() if not isinstance(run, ImportedRun)}
+    own = {label: run for label, run in runs.items() if not isinstance(run, ImportedRun | TunedRun)}
     for what, values in (
         ("corpus", {label: run.data["sha256"] for label, run in runs.items()}),
         ("vocabulary", {label: run.vocabulary for label, run in own.items()}),
@@ -326,12 +339,12 @@ def _sizes(run: FittedRun | PosteriorRun, kind: str) -> tuple[int, int] | None:
     return (run.config.sample.sequences, model.block) if kind == "language" else None
 
 
-def _fit_seconds(run: Run) -> float:
+def _fit_seconds(run: Run | TunedRun) -> float:
     """Return the seconds of steps, from the rate in every report."""
     fit, done, seconds = run.config.fit, 0, 0.0
     for row in run.metrics("tokens_per_s"):
         if row["tokens_per_s"]:
-            tokens = (row["step"] - done) * fit.batch * run.config.model.block
+            tokens = (row["step"] - done) * fit.batch * run.network.block
             seconds += tokens / row["tokens_per_s"]
         done = row["step"]
     return seconds

@@ -15,7 +15,8 @@ from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from probattn.inference.evaluation.post_hoc import PostHocPrior, usual_prior
 from probattn.inference.evaluation.texts import check_seed
 from probattn.inference.runs.csv_tables import write_table
-from probattn.inference.runs.run import FittedRun, ImportedRun, Run, require_fitted
+from probattn.inference.runs.imported import DecoderRun
+from probattn.inference.runs.run import FittedRun, Run, require_fitted
 from probattn.inference.runtime.progress import progress_bar
 from probattn.models.decoder.config import DecoderConfig
 from probattn.models.decoder.network import Cache, extend, init_cache
@@ -97,7 +98,7 @@ def generate(
         greedy=temperature == 0,
         top_k=None if top_k is None else min(top_k, run.vocabulary.size),
     )
-    reader = _CachedReader(run) if isinstance(run, ImportedRun) else _WindowReader(run)
+    reader = _CachedReader(run) if isinstance(run, DecoderRun) else _WindowReader(run)
     block, given = run.network.block, len(tokens)
     key = jax.random.key(seed)
     start = max(given - (block - 1), 0)
@@ -172,7 +173,7 @@ class _WindowReader:
 class _CachedReader:
     """The same by a decoder that keeps the keys and values of the tokens it has read."""
 
-    def __init__(self, run: ImportedRun) -> None:
+    def __init__(self, run: DecoderRun) -> None:
         self._run, self._start = run, -1
 
     def scores(self, tokens: list[int], start: int) -> Float[Array, " V"]:

@@ -24,8 +24,9 @@ from probattn.inference.config_memory import check_stage
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError, replacing
 from probattn.inference.runs.folder import LOCK_SECONDS
+from probattn.inference.runs.imported import DecoderRun
 from probattn.inference.runs.npz import read_arrays
-from probattn.inference.runs.run import FittedRun, ImportedRun
+from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.progress import progress_bar
 from probattn.models.priors import WIDTH, attention_prior
 from probattn.text.batches import windows
@@ -119,11 +120,11 @@ def post_hoc_prior(run: FittedRun, *, progress: bool = False) -> PostHocPrior:
 
 
 def usual_prior(run: FittedRun, *, progress: bool = False) -> PostHocPrior | None:
-    """Return the post-hoc attention prior of a fit; None for an imported model.
+    """Return the post-hoc attention prior of a fit; None for a published model.
 
     Of a published model the heads themselves are what one asks about, and a fit takes minutes.
     """
-    return None if isinstance(run, ImportedRun) else post_hoc_prior(run, progress=progress)
+    return None if isinstance(run, DecoderRun) else post_hoc_prior(run, progress=progress)
 
 
 def fit_attention_prior(

@@ -15,7 +15,13 @@ from probattn.inference.exchange.exported_tokenizers import tokenizer_definition
 from probattn.inference.exchange.hugging_face_folders import write_folder
 from probattn.inference.pretrained.parameter_names import ParameterNames
 from probattn.inference.runs.files import RunError, write_errors
-from probattn.inference.runs.run import ImportedRun, Run, RunDirectory, require_fitted
+from probattn.inference.runs.run import (
+    ImportedRun,
+    Run,
+    RunDirectory,
+    TunedRun,
+    require_fitted,
+)
 from probattn.models.transformer_decoder import as_decoder
 
 # The classes of transformers, by the model_type of their config.json.
@@ -37,7 +43,8 @@ def export_decoder(run: RunDirectory, out: str | os.PathLike[str]) -> Path:
 
     The network of a fit becomes a GPT-2 whose biases are zero, with the same logits. What is beside
     the network, such as a separate attention stage, has no place there and is left out. A model
-    that was imported is written as it is.
+    that was imported is written as it is; one that was fitted on in float32, with its adapters
+    worked into the matrices.
 
     Args:
         run: a run of a fit or of a published model.
@@ -54,7 +61,10 @@ def export_decoder(run: RunDirectory, out: str | os.PathLike[str]) -> Path:
     run, folder = require_fitted(run), Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: exists: expected a new or an empty folder; choose another name")
-    config, tensors = _imported(run) if isinstance(run, ImportedRun) else _fitted(run)
+    if isinstance(run, ImportedRun):
+        config, tensors = _imported(run)
+    else:
+        config, tensors = _tuned(run) if isinstance(run, TunedRun) else _fitted(run)
     config = {"architectures": [_CLASSES[config["model_type"]]], **config}
     with write_errors(folder):
         made = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
@@ -72,6 +82,13 @@ def export_decoder(run: RunDirectory, out: str | os.PathLike[str]) -> Path:
 def _imported(run: ImportedRun) -> tuple[dict[str, Any], Iterator[tuple[str, NDArray]]]:
     found = run.checkpoint
     return dict(found.config), ((name, found.tensors[name]) for name in found.names.shapes)
+
+
+def _tuned(run: TunedRun) -> tuple[dict[str, Any], Iterator[tuple[str, NDArray]]]:
+    found = run.checkpoint
+    config = {**found.config, "torch_dtype": "float32"}
+    written = found.names.write(run.parameters)
+    return config, ((name, np.asarray(part, np.float32)) for name, part in written)
 
 
 def _fitted(run: Run) -> tuple[dict[str, Any], Iterator[tuple[str, NDArray]]]:

@@ -25,6 +25,7 @@ from probattn.inference.runs.run import (
     PosteriorRun,
     Run,
     RunDirectory,
+    TunedRun,
 )
 from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.sampling.posterior_runs import guide_posterior, load_posterior
@@ -78,9 +79,8 @@ def to_datatree(
         prior: draws of the prior, on request.
         observed_data: what was observed: of a language model the targets, each a token after the
             one whose embedding has the margin. Factors are none, and are left out.
-        In a name, such as that of a scope, "." stands for "/", which a DataTree does not take.
 
-    Groups of a MAP run, and but for the first and the last of an imported model:
+    Groups of a MAP run:
         point_estimate: the parameters. Not called posterior, and without chain and draw, so that
             no diagnostic of draws (r_hat, ess, loo) can be computed of a point.
         margins: margin (kind "sigma_min"), log_det, the first-order embedding_margin, certificate
@@ -89,6 +89,9 @@ def to_datatree(
         observed_data: the tokens of these windows, (sequence, position).
         constant_data: W_Q, W_K and sigma of the post-hoc attention prior, and whether its fit
             converged; if it did not, its margins may be others.
+
+    An imported model has the groups of a MAP run but for the first and the last. In a name, such as
+    that of a scope, "." stands for "/", which a DataTree does not take.
 
     Dimensions have the names of `dims`, else those that this package's models have, else those of
     plates and of `infer={"event_dims": [...]}`, as in `az.from_numpyro`; others are numbered.
@@ -152,7 +155,7 @@ def to_datatree(
         attributes = _run_attributes(source)
         labels["vocab"] = _symbols(source)
     point = isinstance(source, Run) and source.config.fit.guide == "map"
-    if isinstance(source, ImportedRun) or (isinstance(source, Run) and point):
+    if isinstance(source, ImportedRun | TunedRun) or (isinstance(source, Run) and point):
         if log_likelihood or posterior_predictive or prior:
             raise ValueError(
                 f"{source.path}: is a MAP run, a point without draws: make draws with `probattn "

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 from numpyro.handlers import replay, seed
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.util import log_density
@@ -36,3 +37,61 @@ class OrderedELBO(ELBO):
         replayed = replay(seed(model, model_key), trace)
         model_log, _ = log_density(replayed, args, kwargs, param_map)
         return {"loss": guide_log - model_log, "mutable_state": None}
+
+
+class AccumulatedELBO(OrderedELBO):
+    """The same bound of a minibatch whose parts are taken one after the other.
+
+    The bound is the mean of those of the parts, since each counts as the whole text. Value and
+    derivative of a part are computed together, and the next one takes its memory.
+
+    Args:
+        parts: number of parts, a divisor of the sequences of a minibatch.
+    """
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def loss_with_mutable_state(
+        self,
+        rng_key: Array,
+        param_map: dict[str, Array],
+        model: Callable,
+        guide: Callable,
+        inputs: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Return the negative bound under "loss"; every part has random numbers of its own."""
+        keys = jax.random.split(rng_key, self._parts)
+        # Part i has the sequences i, i + parts and so on.
+        batches = (
+            jnp.swapaxes(each.reshape(-1, self._parts, each.shape[-1]), 0, 1)
+            for each in (inputs, targets)
+        )
+        whole = super().loss_with_mutable_state
+
+        def loss(params: dict[str, Array], part: tuple[Array, ...]) -> Array:
+            key, *batch = part
+            return whole(key, params, model, guide, *batch, **options)["loss"] / self._parts
+
+        @jax.custom_vjp
+        def summed(params: dict[str, Array], parts: tuple[Array, ...]) -> Array:
+            return jax.lax.map(lambda part: loss(params, part), parts).sum()
+
+        def forward(params: dict[str, Array], parts: tuple[Array, ...]) -> tuple[Array, Any]:
+            def add(found: Any, part: tuple[Array, ...]) -> tuple[Any, None]:
+                of_part = jax.value_and_grad(loss)(params, part)
+                return jax.tree.map(jnp.add, found, of_part), None
+
+            first = jax.tree.map(lambda leaf: leaf[0], parts)
+            shapes = jax.eval_shape(jax.value_and_grad(loss), params, first)
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            return jax.lax.scan(add, nothing, parts)[0]
+
+        def backward(gradient: Any, change: Array) -> tuple[Any, None]:
+            return jax.tree.map(lambda leaf: change * leaf, gradient), None
+
+        summed.defvjp(forward, backward)
+        return {"loss": summed(param_map, (keys, *batches)), "mutable_state": None}

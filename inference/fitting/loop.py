@@ -12,7 +12,7 @@ from probattn.inference.fitting.result import FitError
 from probattn.inference.fitting.sharding import Placement
 from probattn.inference.fitting.svi import Trainer
 from probattn.inference.runs.folder import is_replacing
-from probattn.inference.runs.run import Run
+from probattn.inference.runs.run import Run, TunedRun
 from probattn.inference.runtime.cores import other_rounding
 from probattn.inference.runtime.processes import (
     agree_on,
@@ -43,7 +43,7 @@ class Loop:
 
     def __init__(
         self,
-        run: Run,
+        run: Run | TunedRun,
         train: np.ndarray,
         validation: np.ndarray,
         optimizer: optax.GradientTransformation | None,
@@ -59,7 +59,9 @@ class Loop:
         )
         # On a CPU no copy: what is mapped from a file is read only where minibatches are.
         tokens = jax.device_put(train, may_alias=True)
-        self._trainer = Trainer(config, tokens, run.vocabulary.size, optimizer, placement)
+        base = run.base if isinstance(run, TunedRun) else None
+        size = run.vocabulary.size
+        self._trainer = Trainer(config, tokens, size, optimizer, placement, base)
         self._reports = Reports(run, train, validation)
         self._state = self._trainer.init()
         # An optimizer of the user's may start from infinities, such as a best loss so far.
@@ -121,7 +123,7 @@ class Loop:
         if not finite:
             self._fail(int(progress.step), f"the loss is {float(progress.loss)}")
         fit = self.run.config.fit
-        rate = steps * fit.batch * self.run.config.model.block / seconds
+        rate = steps * fit.batch * self.run.network.block / seconds
         bar.show(loss=f"{float(progress.loss):.3f}", tokens=f"{rate:,.0f}/s", **self._shown)
         return seconds
 
@@ -137,7 +139,7 @@ class Loop:
 
     def _write_report(self, bar: Bar, guide_params: dict[str, jax.Array]) -> None:
         parameters = self._trainer.guide.median(guide_params)
-        fit, block = self.run.config.fit, self.run.config.model.block
+        fit, block = self.run.config.fit, self.run.network.block
         tokens = (self.step - self._reported_step) * fit.batch * block
         row = self._reports.measure(
             parameters,

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 
 from probattn.inference.config import RunConfig
+from probattn.inference.config_tuning import TuneConfig
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.evaluation.stage_certificates import trained_certificate
 from probattn.inference.fitting.guides import OWN_PARAMS
 from probattn.inference.fitting.latent_metrics import latent_metrics
-from probattn.inference.fitting.monitor import Monitor
+from probattn.inference.fitting.monitor import DecoderMonitor, Monitor
 from probattn.inference.runs.files import RunError
-from probattn.inference.runs.run import Run
-from probattn.models.networks import TransformerNetwork
+from probattn.inference.runs.run import Run, TunedRun
 
 REPORT_TOKENS = 16_384  # tokens of training and of validation text for each line of metrics.jsonl
 
@@ -28,13 +28,18 @@ class Reports:
         validation: validation tokens, (M,).
     """
 
-    def __init__(self, run: Run, train: np.ndarray, validation: np.ndarray) -> None:
+    def __init__(self, run: Run | TunedRun, train: np.ndarray, validation: np.ndarray) -> None:
         self._run = run
         self._scorers = {
             prefix: _scorer(run, tokens, most_tokens=REPORT_TOKENS)
             for prefix, tokens in (("", train), ("validation_", validation))
         }
-        self._monitor = Monitor(run.config, self._scorers[""].inputs)
+        inputs = self._scorers[""].inputs
+        self._monitor: Monitor | DecoderMonitor
+        if isinstance(run, TunedRun):
+            self._monitor = DecoderMonitor(run.network, inputs)
+        else:
+            self._monitor = Monitor(run.config, inputs)
         self._best = math.inf
 
     def resume(self, step: int) -> None:
@@ -48,11 +53,12 @@ class Reports:
         self._best = min((row["validation_cross_entropy"] for row in rows), default=math.inf)
         if (self._run.best.step or 0) > step:  # its steps are taken again
             kept = self._run.best.load(self._run.parameter_shapes())
+            kept = self._run.network_parameters(kept)
             self._best = self._scorers["validation_"].score(kept).cross_entropy
 
     def measure(
         self,
-        parameters: dict[str, jax.Array],
+        sites: dict[str, jax.Array],
         guide_params: dict[str, jax.Array],
         *,
         step: int,
@@ -62,6 +68,7 @@ class Reports:
     ) -> dict[str, Any]:
         """Return a line of metrics.jsonl: scores and margins of parameters, and what is given."""
         row: dict[str, Any] = {"step": step}
+        parameters = self._run.network_parameters(sites)
         for prefix, scorer in self._scorers.items():
             score = scorer.score(parameters)
             row |= {f"{prefix}cross_entropy": score.cross_entropy, f"{prefix}bpc": score.bpc}
@@ -70,7 +77,11 @@ class Reports:
             "loss": loss,
             "tokens_per_s": tokens_per_s,
             **self._monitor(parameters),
-            **latent_metrics(config, self._scorers, parameters, guide_params),
+            **(
+                latent_metrics(config, self._scorers, parameters, guide_params)
+                if isinstance(config, RunConfig)
+                else {}
+            ),
             "rejected_steps": rejected_steps,
             "embedding_rms": self._scorers[""].embedding_rms(parameters),
         }
@@ -104,7 +115,7 @@ class Reports:
         return rows
 
 
-def summarise_fit(run: Run, validation: np.ndarray) -> None:
+def summarise_fit(run: Run | TunedRun, validation: np.ndarray) -> None:
     """Score and certify the best parameters, and store the result in summary.json."""
     fit = run.config.fit
     score = _scorer(run, validation, most_tokens=fit.evaluation_tokens).score(run.parameters)
@@ -119,21 +130,16 @@ def summarise_fit(run: Run, validation: np.ndarray) -> None:
             "validation_tokens": score.tokens,
             "rejected_steps": rows[-1]["rejected_steps"],
             "table_certificate": trained_certificate(run),
-            "parameters": sum(leaf.size for leaf in run.parameters.values()),
+            "parameters": sum(math.prod(leaf.shape) for leaf in run.parameter_shapes().values()),
         }
     )
 
 
-def _scorer(run: Run, tokens: np.ndarray, *, most_tokens: int | None) -> Scorer:
-    return Scorer(
-        TransformerNetwork(run.config.model, run.config.fit.precision),
-        run.vocabulary,
-        tokens,
-        most_tokens=most_tokens,
-    )
+def _scorer(run: Run | TunedRun, tokens: np.ndarray, *, most_tokens: int | None) -> Scorer:
+    return Scorer(run.fitted_network, run.vocabulary, tokens, most_tokens=most_tokens)
 
 
-def _report_steps(config: RunConfig, step: int) -> list[int]:
+def _report_steps(config: RunConfig | TuneConfig, step: int) -> list[int]:
     """Return the steps up to this one that have a report."""
     fit = config.fit
     steps = list(range(fit.eval_every, step + 1, fit.eval_every))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from probattn.inference.pages.notebook import facts_in_notebook
-from probattn.inference.runs.run import Run
+from probattn.inference.runs.run import Run, TunedRun
 
 
 class FitError(RuntimeError):
@@ -25,7 +25,7 @@ class FitResult:
             below 1 no text can fold it. None for other objectives.
     """
 
-    run: Run
+    run: Run | TunedRun
     validation_cross_entropy: float
     validation_bpc: float
     metrics: list[dict[str, Any]] = field(repr=False, hash=False)

@@ -6,7 +6,9 @@ its minibatch non-positive is taken back and tried again at half its size.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,13 @@ import optax
 from jax.stages import Traced
 from jaxtyping import Array, Int
 from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
 
 from probattn.inference.config import FitConfig, RunConfig
+from probattn.inference.config_tuning import TuneConfig
 from probattn.inference.fitting.backtracking import backtrack
-from probattn.inference.fitting.elbo import OrderedELBO
+from probattn.inference.fitting.elbo import AccumulatedELBO, OrderedELBO
 from probattn.inference.fitting.guides import make_guide
 from probattn.inference.fitting.optimizers import check_step, default_optimizer, svi_optimizer
 from probattn.inference.fitting.sharding import PlacedOptimizer, Placement
@@ -33,13 +37,10 @@ from probattn.inference.fitting.train_state import (
     with_keys,
 )
 from probattn.inference.runs.checkpoints import named_leaves, with_leaves
-from probattn.log_determinants import log_det
-from probattn.models import language_model, latent_guide
+from probattn.inference.runs.imported import DecoderRun
+from probattn.models import latent_guide
 from probattn.models.embedding_noise import gaussian_noise, neftune_noise, some_of
-from probattn.models.language import AttentionInputs, attention_stage, sample_parameters
-from probattn.models.priors import starting_point
-from probattn.models.transformer import embed
-from probattn.positivity import certainly_positive
+from probattn.models.subjects import DecoderSubject, LanguageSubject, Subject
 from probattn.text.batches import random_blocks
 
 Perturb = Callable[[Array], Array]
@@ -54,33 +55,37 @@ class Trainer:
         vocabulary_size: number of symbols.
         optimizer: any optax transformation; by default `default_optimizer(config.fit)`.
         placement: placement of parameters and minibatches; by default on one device.
+        base: the published decoder that is fitted on, where there is one.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        config: RunConfig | TuneConfig,
         tokens: Int[Array, " N"],
         vocabulary_size: int,
         optimizer: optax.GradientTransformation | None = None,
         placement: Placement | None = None,
+        base: DecoderRun | None = None,
     ) -> None:
         self.config = config
+        self._subject = subject = _subject(config, vocabulary_size, base)
+        self._fixed: dict[str, Any] = {} if base is None else base.parameters
         self._placement = placement = Placement() if placement is None else placement
         self._keys = training_keys(np.uint32(config.fit.seed))
-        sequences = tokens.shape[0] // config.model.block
-        count = sequences * config.model.block
-        model = partial(
-            language_model,
-            vocabulary_size=vocabulary_size,
-            config=config.model,
-            objective=config.objective,
-            num_sequences=sequences,
-            precision=config.fit.precision,
-            rematerialise=config.fit.rematerialise,
-        )
-        parameters = partial(sample_parameters, vocabulary_size, config.model, config.objective)
-        start = jax.jit(partial(starting_point, parameters=parameters))(self._keys.start)
-        self.guide = make_guide(config.fit.guide, parameters, start)
+        sequences = tokens.shape[0] // subject.block
+        count = sequences * subject.block
+        model = partial(subject.model, num_sequences=sequences)
+        drawn = subject.draw(self._keys.start)
+
+        def guide_at(drawn: Any, fixed: dict[str, Any]) -> AutoGuide:
+            parameters = partial(subject.sample_sites, fixed)
+            return make_guide(config.fit.guide, parameters, subject.start(drawn, fixed))
+
+        def prototype(drawn: Any, fixed: dict[str, Any]) -> None:
+            self.guide = guide_at(drawn, fixed)
+            numpyro.handlers.seed(self.guide, rng_seed=0)()  # sets its prototype up
+
+        jax.eval_shape(prototype, drawn, self._fixed)
 
         def guide_of(parameters_guide: Callable) -> Callable:
             if config.fit.guide == "map":
@@ -102,32 +107,33 @@ class Trainer:
         plain = svi_optimizer(optimizer, config.fit)
         optim = plain if placement.mesh is None else PlacedOptimizer(plain, placement)
         scaled = numpyro.handlers.scale(model, 1 / count)
-        self._svi = SVI(scaled, guide_of(self.guide), optim, OrderedELBO())
+        parts = config.fit.gradient_accumulation
+        elbo = OrderedELBO() if parts == 1 else AccumulatedELBO(parts)
+        self._svi = SVI(scaled, guide_of(self.guide), optim, elbo)
         self._tokens = placement.put(tokens)
 
-        def init(start: dict[str, Array], keys: Keys, tokens: Array) -> TrainState:
+        def init(drawn: Any, keys: Keys, tokens: Array, fixed: dict[str, Any]) -> TrainState:
             # The priors say what there is to learn: tracing all of the model takes long. The guide
             # is one of its own, so that where it starts is an argument.
-            guide = guide_of(make_guide(config.fit.guide, parameters, start))
-            starting = SVI(lambda *_: parameters(), guide, optim, OrderedELBO())
+            guide = guide_of(guide_at(drawn, fixed))
+            starting = SVI(lambda *_: subject.sample_sites(fixed), guide, optim, OrderedELBO())
             # Each a buffer of its own, since all are donated.
             counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
             svi = starting.init(keys.init, *self.minibatch(tokens, 0, keys))
             self._svi.constrain_fn = starting.constrain_fn
             return TrainState(svi, jnp.zeros(()), *counts)
 
-        shapes = jax.eval_shape(init, start, self._keys, tokens)
+        shapes = jax.eval_shape(init, drawn, self._keys, tokens, self._fixed)
         check_step(plain, plain.get_params(shapes.svi.optim_state))
-        jax.eval_shape(numpyro.handlers.seed(self.guide, rng_seed=0))  # sets its prototype up
         spread = placement.shardings(shapes)
-        starting_from = start, self._keys, self._tokens
+        starting_from = drawn, self._keys, self._tokens, self._fixed
         self._init = partial(jax.jit(init, out_shardings=spread), *starting_from)
         # Compiled here, so that a rate of steps is one. Donated: the old parameters and moments
         # make room for the new. Of any seed it is the same program, which is compiled but once.
         arguments = *placement.shapes((shapes, tokens)), self._keys, np.int32(0), np.int32(0)
         with placement.context():
             program = jax.jit(self._run, donate_argnums=0, out_shardings=(spread, None))
-            self._advance = self._compiled(program.trace(*arguments))
+            self._advance = self._compiled(program.trace(*arguments, self._fixed))
 
     def _compiled(self, steps: Traced) -> Callable[..., tuple[TrainState, Progress]]:
         """Compile the program of the steps; another trainer may look at it instead."""
@@ -142,7 +148,8 @@ class Trainer:
 
         Every length runs the same compiled code, so cutting a fit elsewhere changes no digit.
         """
-        return self._advance(state, self._tokens, self._keys, np.int32(step), np.int32(stop))
+        steps = np.int32(step), np.int32(stop)
+        return self._advance(state, self._tokens, self._keys, *steps, self._fixed)
 
     def guide_params(self, state: TrainState) -> dict[str, Array]:
         """Return the guide's own parameters, by NumPyro's names for them, on one device."""
@@ -183,7 +190,7 @@ class Trainer:
             jax.random.fold_in((keys or self._keys).data, step),
             tokens,
             batch=self.config.fit.batch,
-            block=self.config.model.block,
+            block=self._subject.block,
         )
         # The tokens of a text are of the smallest type that holds its vocabulary.
         return self._placement.sequences((inputs.astype(jnp.int32), targets.astype(jnp.int32)))
@@ -200,11 +207,17 @@ class Trainer:
         return self.guide.median(self._placement.gathered(params))
 
     def _run(
-        self, state: TrainState, tokens: Array, keys: Keys, step: Array, stop: Array
+        self,
+        state: TrainState,
+        tokens: Array,
+        keys: Keys,
+        step: Array,
+        stop: Array,
+        fixed: dict[str, Any],
     ) -> tuple[TrainState, Progress]:
         def body(carry: tuple[TrainState, Progress]) -> tuple[TrainState, Progress]:
             state, progress = carry
-            state, loss = self._step(state, tokens, keys, progress.step)
+            state, loss = self._step(state, tokens, keys, progress.step, fixed)
             return state, Progress(progress.step + 1, loss, jnp.isfinite(loss))
 
         def unfinished(carry: tuple[TrainState, Progress]) -> Array:
@@ -215,13 +228,14 @@ class Trainer:
         return jax.lax.while_loop(unfinished, body, (state, start))
 
     def _step(
-        self, state: TrainState, tokens: Array, keys: Keys, step: Array
+        self, state: TrainState, tokens: Array, keys: Keys, step: Array, fixed: dict[str, Any]
     ) -> tuple[TrainState, Array]:
         inputs, targets = self.minibatch(tokens, step, keys)
-        svi, loss = self._svi.update(state.svi, inputs, targets, **self.noise(step, keys))
+        options = self._subject.options(fixed) | self.noise(step, keys)
+        svi, loss = self._svi.update(state.svi, inputs, targets, **options)
         rejected = jnp.bool_(False)
         if self.config.objective.has_barrier:
-            svi, rejected = self._backtrack(state.svi, svi, inputs)
+            svi, rejected = self._backtrack(state.svi, svi, inputs, fixed)
         return (
             TrainState(
                 svi,
@@ -232,23 +246,32 @@ class Trainer:
             loss,
         )
 
-    def _backtrack(self, old: SVIState, new: SVIState, inputs: Array) -> tuple[SVIState, Array]:
+    def _backtrack(
+        self, old: SVIState, new: SVIState, inputs: Array, fixed: dict[str, Any]
+    ) -> tuple[SVIState, Array]:
         """Shorten a step until it makes no positive determinant of the minibatch non-positive."""
-
-        def stage(params: dict[str, Array]) -> AttentionInputs:
-            config, parameters = self.config, self._gathered_sites(params)
-            x = embed(parameters, inputs)
-            return attention_stage(parameters, x, config=config.model, objective=config.objective)
-
         start, stop = (self._svi.optim.get_params(each.optim_state) for each in (old, new))
+        subject, sites = self._subject, self._gathered_sites
         params, fraction = backtrack(
             start,
             stop,
-            certainly_inside=lambda params: certainly_positive(**stage(params)),
-            inside=lambda params: log_det(**stage(params))[0] > 0,
+            certainly_inside=lambda params: subject.certainly_inside(sites(params), fixed, inputs),
+            inside=lambda params: subject.inside(sites(params), fixed, inputs),
         )
         count, (_, moments) = new.optim_state
         return new._replace(optim_state=(count, (params, moments))), fraction < 1
+
+
+def _subject(
+    config: RunConfig | TuneConfig, vocabulary_size: int, base: DecoderRun | None
+) -> Subject:
+    fit = config.fit
+    if isinstance(config, RunConfig):
+        own = vocabulary_size, config.model, config.objective
+        return LanguageSubject(*own, fit.precision, fit.rematerialise)
+    assert base is not None  # `fit` finds it
+    network = replace(base.network, precision=fit.precision)
+    return DecoderSubject(network, config.tuning, config.objective, fit.rematerialise)
 
 
 def training_noise(config: FitConfig, rng_key: Array) -> dict[str, Perturb]:

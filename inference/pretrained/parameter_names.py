@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from probattn.messages import legible
 from probattn.models.decoder.config import DecoderConfig
-from probattn.models.decoder.shapes import parameter_shapes
+from probattn.models.decoder.shapes import leaves, parameter_shapes
 
 Row = tuple[str, str, tuple[str, ...]]
 
@@ -141,13 +141,13 @@ class ParameterNames:
         sizes = {"d": config.width, "h": config.heads, "k": config.key_heads}
         sizes |= {"r": config.head_width, "m": config.hidden, "v": config.vocabulary}
         sizes |= {"c": config.context, "3": 3}
-        leaves = dict(_leaves(parameter_shapes(config)))
+        shapes = dict(leaves(parameter_shapes(config)))
         self._places: dict[str, tuple[_Axes, tuple[str, ...]]] = {}
         for name, axes, places in _all_rows(family, prefix, config.layers):
-            if all(place in leaves for place in places):
+            if all(place in shapes for place in places):
                 self._places[name] = (_Axes(axes, sizes), places)
         held = {place for _, places in self._places.values() for place in places}
-        for leaf in leaves:
+        for leaf in shapes:
             if leaf not in held:
                 raise ValueError(
                     f"{leaf} is a part of this decoder: {model_type} has no tensor for it"
@@ -230,9 +230,9 @@ class ParameterNames:
 
     def write(self, parameters: Mapping[str, Any]) -> Iterator[tuple[str, NDArray]]:
         """Yield the tensors of a parameter tree by name, as `read` takes them, bit for bit."""
-        leaves = dict(_leaves(parameters))
+        found = dict(leaves(parameters))
         for name, (axes, places) in self._places.items():
-            yield name, axes.join([np.asarray(leaves[place]) for place in places])
+            yield name, axes.join([np.asarray(found[place]) for place in places])
 
     @staticmethod
     def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -273,14 +273,6 @@ def _all_rows(family: _Family, prefix: str, layers: int) -> Iterator[Row]:
             inside = tuple(f"layers.{layer}.{place}" for place in places)
             yield f"{prefix}{family.layers}.{layer}.{name}", axes, inside
     yield _HEAD
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _within(place: str, parts: Collection[str]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from probattn.inference.config import RunConfig
 from probattn.inference.config_files import differences
 from probattn.inference.config_imported import AnyRunConfig
+from probattn.inference.config_tuning import TuneConfig
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import RunDirectory
 from probattn.messages import legible
@@ -41,7 +42,7 @@ def check_same_config(run: RunDirectory, config: AnyRunConfig) -> None:
 
 
 def _resolved(config: AnyRunConfig) -> AnyRunConfig:
-    return config.resolved() if isinstance(config, RunConfig) else config
+    return config.resolved() if isinstance(config, RunConfig | TuneConfig) else config
 
 
 def check_same_corpus(run: RunDirectory, corpus: Corpus) -> None:

@@ -15,6 +15,7 @@ from probattn.inference.config import RunConfig
 from probattn.inference.config_files import read_tables
 from probattn.inference.config_imported import AnyRunConfig, ImportConfig
 from probattn.inference.config_sampling import SampleRunConfig
+from probattn.inference.config_tuning import TuneConfig
 from probattn.inference.pretrained.checkpoint import open_checkpoint
 from probattn.inference.pretrained.errors import PretrainedError
 from probattn.inference.runs.files import RunError, WriteError, read_json, write_text
@@ -25,7 +26,11 @@ from probattn.text.vocabulary import Vocabulary, vocabulary_from_dict
 MODEL = "model"
 """Where a run of a published model keeps it: a folder as Hugging Face has them."""
 
-_TABLES: dict[str, type[AnyRunConfig]] = {"sample": SampleRunConfig, "imported": ImportConfig}
+_TABLES: dict[str, type[AnyRunConfig]] = {
+    "sample": SampleRunConfig,
+    "imported": ImportConfig,
+    "base": TuneConfig,
+}
 _DATA_FIELDS = {
     "name": str,
     "description": str,
@@ -138,6 +143,8 @@ def read_description(path: Path) -> tuple[AnyRunConfig, dict[str, Any], Vocabula
             raise ValueError(f"sha256 is {describe(described['sha256'])}, expected 64 hex digits")
     except PretrainedError as error:
         raise RunError(f"{path}: damaged: {error}") from None
+    except RunError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path / 'data.json'}: damaged: {error}") from None
     return config, described, vocabulary
@@ -146,6 +153,14 @@ def read_description(path: Path) -> tuple[AnyRunConfig, dict[str, Any], Vocabula
 def _vocabulary(path: Path, config: AnyRunConfig, data: Mapping[str, Any]) -> Vocabulary:
     if isinstance(config, ImportConfig):
         return open_checkpoint(path / MODEL).tokenizer
+    if isinstance(config, TuneConfig):
+        base = Path(config.base.run)
+        if not (base / MODEL).is_dir():
+            raise RunError(
+                f"{path}: was fitted from {base}, which holds no imported model any more; put it "
+                "back there"
+            )
+        return open_checkpoint(base / MODEL).tokenizer
     return vocabulary_from_dict(data["vocabulary"])
 
 
@@ -153,6 +168,6 @@ def _has_bounded_coupling(config: AnyRunConfig) -> bool:
     """Tell whether the coupling is made by `sample_coupling` or `proper_weights` with a bound."""
     if isinstance(config, SampleRunConfig):
         return config.latent is not None and config.latent.context_bound is not None
-    if isinstance(config, ImportConfig):
+    if isinstance(config, ImportConfig | TuneConfig):
         return False
     return config.objective.name == "latent" and config.model.bound is not None

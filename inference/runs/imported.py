@@ -1,5 +1,7 @@
 """Runs of published models: the model as it was published, and what is measured of it."""
 
+import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 
 from probattn.inference.config_imported import ImportConfig
 from probattn.inference.pretrained.checkpoint import Checkpoint, open_checkpoint
+from probattn.inference.runs.checkpoints import checksums
 from probattn.inference.runs.directory import MODEL, RunDirectory
 from probattn.models.networks import DecoderNetwork
 
@@ -18,8 +21,37 @@ MOST_BLOCK = 1024
 _FIRST = ("attention_norm", "query", "key", "query_norm", "key_norm")
 
 
+class DecoderRun(RunDirectory):
+    """What runs whose network is a published decoder have."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The published model as Hugging Face has it; its tensors are read when asked for."""
+        raise NotImplementedError
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the published parameters."""
+        entries = self.checkpoint.tensors.entries.values()
+        return sum(each.dtype.itemsize * math.prod(each.shape) for each in entries)
+
+    @property
+    def network(self) -> DecoderNetwork:
+        """The network."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All parameters, in the layout of `models.decoder.shapes`."""
+        raise NotImplementedError
+
+    @property
+    def bound(self) -> None:
+        """None: the context of the post-hoc prior's stage is not bounded."""
+
+
 @dataclass(frozen=True)
-class ImportedRun(RunDirectory):
+class ImportedRun(DecoderRun):
     """A published model that was imported, as `load_run` opens it."""
 
     config: ImportConfig
@@ -28,6 +60,11 @@ class ImportedRun(RunDirectory):
     def checkpoint(self) -> Checkpoint:
         """The model as Hugging Face has it; its tensors are read when they are asked for."""
         return open_checkpoint(self.path / MODEL)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the model's files and their names; all of them are read."""
+        return hashlib.sha256(checksums(self.path / MODEL).encode()).hexdigest()
 
     @cached_property
     def network(self) -> DecoderNetwork:
@@ -64,10 +101,6 @@ class ImportedRun(RunDirectory):
     def prior_rank(self) -> int:
         """Rank of the post-hoc attention prior."""
         return self.config.imported.prior_rank
-
-    @property
-    def bound(self) -> None:
-        """None: the context of that prior's stage is not bounded."""
 
     @property
     def seed(self) -> int:

@@ -11,8 +11,9 @@ import numpy as np
 from probattn.inference.config import RunConfig
 from probattn.inference.config_files import LARGEST, format_config
 from probattn.inference.config_imported import AnyRunConfig
-from probattn.inference.config_memory import check_size
+from probattn.inference.config_memory import check_size, check_tuned_size
 from probattn.inference.config_sampling import SampleRunConfig
+from probattn.inference.config_tuning import TuneConfig
 from probattn.inference.runs.checks import (
     check_same_config,
     check_same_corpus,
@@ -20,7 +21,8 @@ from probattn.inference.runs.checks import (
 )
 from probattn.inference.runs.files import RunError, replacing, write_text
 from probattn.inference.runs.folder import FORMAT, check_target, enter, locked, replacement
-from probattn.inference.runs.run import ImportedRun, Run, RunDirectory, load_run
+from probattn.inference.runs.imported import DecoderRun
+from probattn.inference.runs.run import ImportedRun, Run, RunDirectory, TunedRun, load_run
 from probattn.inference.runtime.processes import (
     check_same_everywhere,
     is_main_process,
@@ -34,11 +36,12 @@ from probattn.text.vocabulary import Vocabulary
 def find_run[R: RunDirectory](
     kind: type[R],
     path: Path,
-    config: RunConfig | SampleRunConfig,
+    config: RunConfig | SampleRunConfig | TuneConfig,
     *,
     resume: bool,
     overwrite: bool,
     agreed: tuple[Any, ...] = (),
+    base: ImportedRun | None = None,
 ) -> tuple[R, Corpus]:
     """Find the run to go on with, or describe a new one; write nothing yet.
 
@@ -49,6 +52,7 @@ def find_run[R: RunDirectory](
         resume: go on with the run that is there.
         overwrite: replace the run that is there.
         agreed: what else all processes must be told alike.
+        base: of a new run that begins with a published model, the run of that model.
 
     Returns:
         The run, and its corpus.
@@ -62,8 +66,13 @@ def find_run[R: RunDirectory](
     corpus = load_corpus(config.data)
     check_same_everywhere("the options", format_config(config), corpus.sha256, resume, *agreed)
     if not resume:
-        vocabulary = corpus_vocabulary(corpus, config.data.tokenizer)
-        check_size(config, vocabulary.size)
+        if isinstance(config, TuneConfig):
+            assert base is not None  # `fit` finds it
+            vocabulary: Vocabulary = base.vocabulary
+            check_tuned_size(config, base.network, base.stored)
+        else:
+            vocabulary = corpus_vocabulary(corpus, config.data.tokenizer)
+            check_size(config, vocabulary.size)
         config = with_absolute_paths(config)
         if len(format_config(config)) > LARGEST:  # else the run could not be opened
             raise ValueError(
@@ -73,11 +82,14 @@ def find_run[R: RunDirectory](
         return new_run(kind, path, config, corpus, vocabulary), corpus
     run = load_run(path)
     if not isinstance(run, kind):
-        other = "sample" if kind is Run else "fit"
+        other = {Run: "fit", TunedRun: "fit --from"}.get(type(run), "sample")
         raise RunError(f"{path}: is a run of `probattn {other}`: resume it with that command")
     check_same_config(run, config)
     check_same_corpus(run, corpus)
-    check_size(config, run.vocabulary.size)
+    if isinstance(run, TunedRun):
+        check_tuned_size(run.config, run.network, run.stored)
+    elif not isinstance(config, TuneConfig):
+        check_size(config, run.vocabulary.size)
     return run, corpus
 
 
@@ -149,7 +161,7 @@ def _check_options(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 def _write_description(run: RunDirectory, start: Mapping[str, Any] | None) -> None:
     description = {"format": FORMAT, **run.data}
-    if not isinstance(run, ImportedRun):  # whose tokenizer is beside its model
+    if not isinstance(run, DecoderRun):  # whose tokenizer is beside its model
         description["vocabulary"] = run.vocabulary.to_dict()
     write_text(run.path / "data.json", json.dumps(description, ensure_ascii=False) + "\n")
     if start is not None:

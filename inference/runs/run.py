@@ -11,13 +11,11 @@ start.npz        what chains start from, if not draws of the prior
 lock             held by the process that writes (lock.owner where a file system has no locks)
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -25,20 +23,14 @@ from jaxtyping import Array
 from probattn.inference.config import RunConfig
 from probattn.inference.config_imported import ImportConfig
 from probattn.inference.config_sampling import SampleRunConfig
+from probattn.inference.config_tuning import TuneConfig
 from probattn.inference.pages.notebook import facts_in_notebook
-from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder
 from probattn.inference.runs.directory import RunDirectory, read_description
-from probattn.inference.runs.files import (
-    RunError,
-    fsync,
-    read_bytes,
-    write_errors,
-    write_text,
-)
-from probattn.inference.runs.folder import put_aside
+from probattn.inference.runs.files import RunError
+from probattn.inference.runs.fit_directory import FitDirectory
 from probattn.inference.runs.imported import ImportedRun
 from probattn.inference.runs.segments import SegmentFolder
-from probattn.messages import describe, legible
+from probattn.inference.runs.tuned import TunedRun
 from probattn.models.language import parameter_shapes
 from probattn.models.networks import TransformerNetwork
 
@@ -48,6 +40,7 @@ __all__ = [
     "PosteriorRun",
     "Run",
     "RunDirectory",
+    "TunedRun",
     "load_fit",
     "load_fitted",
     "load_run",
@@ -69,7 +62,7 @@ class PosteriorRun(RunDirectory):
 
 
 @dataclass(frozen=True)
-class Run(RunDirectory):
+class Run(FitDirectory):
     """A fitted run, as `load_run` opens it."""
 
     config: RunConfig
@@ -109,13 +102,7 @@ class Run(RunDirectory):
 
     @cached_property
     def _point(self) -> tuple[int, dict[str, Array]]:
-        if self.best.step is None:
-            before = put_aside(self.path)
-            raise CheckpointError(
-                f"{self.path}: the fit has not reached its first report, so it has no parameters "
-                "yet; finish it with fit --resume"
-                + (f"; the run that it replaces lies in {before}" if before else "")
-            )
+        self.check_reported()
         return self.best.load_with_step(self.parameter_shapes())
 
     def parameter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -125,6 +112,15 @@ class Run(RunDirectory):
     def parameters_up_to(self, layer: int) -> dict[str, Array]:
         """Return the parameters: a fitted network is small."""
         return self.parameters
+
+    def network_parameters(self, sites: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the network's parameters at values of the sites: they are the same."""
+        return dict(sites)
+
+    @property
+    def fitted_network(self) -> TransformerNetwork:
+        """The network in the precision of the fit."""
+        return TransformerNetwork(self.config.model, self.config.fit.precision)
 
     @property
     def network(self) -> TransformerNetwork:
@@ -146,84 +142,12 @@ class Run(RunDirectory):
         """Seed of the fit."""
         return self.config.fit.seed
 
-    @property
-    def best(self) -> CheckpointFolder:
-        """Checkpoint of the best validation."""
-        return CheckpointFolder(self.path / "checkpoints" / "best")
 
-    @property
-    def latest(self) -> CheckpointFolder:
-        """Checkpoint to resume from."""
-        return CheckpointFolder(self.path / "checkpoints" / "latest")
-
-    def metrics(self, *required: str) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, one per report.
-
-        A last line without its end, which is what a kill leaves, is none: resuming repeats it. Nor
-        is the line that says why a fit stopped, see `stopped`.
-
-        Args:
-            required: names of values that every line must have.
-
-        Raises:
-            RunError: if a line is damaged, or lacks one of them.
-        """
-        rows = [row for row in self._lines() if "stopped" not in row]
-        for row in rows:
-            if missing := [name for name in required if name not in row]:
-                raise RunError(
-                    f"{self.path / 'metrics.jsonl'}: the line of step {row['step']} lacks "
-                    f"{', '.join(missing)}; restore the file from a copy"
-                )
-        return rows
-
-    @property
-    def stopped(self) -> tuple[int, str] | None:
-        """Step at which the fit could not go on, and why; None if there is no such step."""
-        last: dict[str, Any] = next(reversed(self._lines()), {})
-        return (last["step"], last["stopped"]) if "stopped" in last else None
-
-    def _lines(self) -> list[dict[str, Any]]:
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return []
-        rows = []
-        lines = read_bytes(path).split(b"\n")[:-1]
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
-                raise RunError(f"{path}, line {number}: expected JSON: {error}") from None
-            if not isinstance(row, dict) or type(row.get("step")) is not int:
-                raise RunError(f"{path}, line {number}: expected an object with an integer step")
-            if not isinstance(row.get("stopped", ""), str):
-                raise RunError(f"{path}, line {number}: expected a text for why the fit stopped")
-            if wrong := [name for name, value in row.items() if not _is_metric(name, value)]:
-                raise RunError(
-                    f"{path}, line {number}: {legible(wrong[0])} is {describe(row[wrong[0]])}: "
-                    f"expected {'a text' if wrong[0] in _TEXTS else 'a number'}"
-                )
-            rows.append(row)
-        return rows
-
-    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Replace metrics.jsonl, at once or not at all."""
-        write_text(self.path / "metrics.jsonl", "".join(_json_line(row) for row in rows))
-
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
-        line, path = _json_line(row), self.path / "metrics.jsonl"
-        with write_errors(path):
-            with path.open("a", encoding="utf-8") as stream:
-                stream.write(line)
-            fsync(path)
-
-
-FittedRun = Run | ImportedRun
+FittedRun = Run | ImportedRun | TunedRun
 """What a text can be read by: one network with one set of parameters."""
 
 
-def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun | ImportedRun:
+def load_run(path: str | os.PathLike[str]) -> FittedRun | PosteriorRun:
     """Open a run directory for reading; parameters and draws are loaded when they are asked for.
 
     Raises:
@@ -237,6 +161,8 @@ def load_run(path: str | os.PathLike[str]) -> Run | PosteriorRun | ImportedRun:
         return PosteriorRun(path, config, data, vocabulary)
     if isinstance(config, ImportConfig):
         return ImportedRun(path, config, data, vocabulary)
+    if isinstance(config, TuneConfig):
+        return TunedRun(path, config, data, vocabulary)
     return Run(path, config, data, vocabulary)
 
 
@@ -265,7 +191,8 @@ def require_fit(run: RunDirectory) -> Run:
         RunError: if it is not.
     """
     if not isinstance(run, Run):
-        what = "an imported model" if isinstance(run, ImportedRun) else "a sampled posterior"
+        kinds = {ImportedRun: "an imported model", TunedRun: "a published model, fitted on"}
+        what = kinds.get(type(run), "a sampled posterior")
         raise RunError(f"{run.path}: is {what}: expected a run of `probattn fit`")
     return run
 
@@ -276,25 +203,8 @@ def require_fitted(run: RunDirectory) -> FittedRun:
     Raises:
         RunError: if it is a posterior.
     """
-    if not isinstance(run, Run | ImportedRun):
+    if not isinstance(run, FittedRun):
         raise RunError(
             f"{run.path}: is a sampled posterior: expected a run of `probattn fit` or `import`"
         )
     return run
-
-
-_TEXTS = ("stopped", "min_margin_kind")
-_MEASURED = ("cross_entropy", "bpc", "rejected_steps")  # in every report; others may be None
-
-
-def _is_metric(name: str, value: Any) -> bool:
-    """Tell whether a value is one that a report has under this name."""
-    if value is None:
-        return not name.endswith(_MEASURED)
-    if name in _TEXTS:
-        return isinstance(value, str)
-    return type(value) is float or (type(value) is int and value.bit_length() < 64)
-
-
-def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"

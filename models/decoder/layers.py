@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from probattn.models.decoder.config import DecoderConfig
+from probattn.models.decoder.config import DecoderConfig, Precision
 from probattn.models.decoder.rotations import rotate
 
 Parameters = Mapping[str, Any]
@@ -32,11 +32,14 @@ def project(
     positions: Int[Array, " T"],
     config: DecoderConfig,
     layer: int,
+    precision: Precision = "float32",
 ) -> tuple[
     Float[Array, "*batch T H r"], Float[Array, "*batch T G r"], Float[Array, "*batch T G r"]
 ]:
     """Make queries, keys and values of normalised tokens: bias, norm and rotation included."""
-    query, key, value = (linear(parameters[name], n) for name in ("query", "key", "value"))
+    query, key, value = (
+        linear(parameters[name], n, precision=precision) for name in ("query", "key", "value")
+    )
     if config.query_norm:
         query = normalise(parameters["query_norm"], query, config)
         key = normalise(parameters["key_norm"], key, config)
@@ -70,30 +73,48 @@ def attend(
 
 
 def gather(
-    parameters: Parameters, attended: Float[Array, "*batch T H r"], config: DecoderConfig
+    parameters: Parameters,
+    attended: Float[Array, "*batch T H r"],
+    config: DecoderConfig,
+    precision: Precision = "float32",
 ) -> Float[Array, "*batch T d"]:
     """Return what a layer's attention adds to the stream."""
-    added = linear(parameters["out"], attended, inputs=2)
+    added = linear(parameters["out"], attended, inputs=2, precision=precision)
     return _post_norm(parameters, "attention_post_norm", added, config)
 
 
 def mlp(
-    parameters: Parameters, x: Float[Array, "*batch d"], config: DecoderConfig
+    parameters: Parameters,
+    x: Float[Array, "*batch d"],
+    config: DecoderConfig,
+    precision: Precision = "float32",
 ) -> Float[Array, "*batch d"]:
     """Return what a layer's MLP adds to the stream."""
     n = normalise(parameters["mlp_norm"], x, config)
-    up = linear(parameters["up"], n)
+    up = linear(parameters["up"], n, precision=precision)
     if config.gated:
-        hidden = _activated(linear(parameters["gate"], n), config) * up
+        gate = linear(parameters["gate"], n, precision=precision)
+        hidden = _activated(gate, config) * up
     else:
         hidden = _activated(up, config)
-    return _post_norm(parameters, "mlp_post_norm", linear(parameters["down"], hidden), config)
+    added = linear(parameters["down"], hidden, precision=precision)
+    return _post_norm(parameters, "mlp_post_norm", added, config)
 
 
-def linear(parameters: Parameters, x: Float[Array, "..."], *, inputs: int = 1) -> Array:
-    """Multiply the last axes of x, as many as `inputs`, by weights, and add the bias if any."""
-    weights = jnp.asarray(parameters["weights"]).astype(x.dtype)
-    product = jnp.tensordot(x, weights, inputs)
+def linear(
+    parameters: Parameters,
+    x: Float[Array, "..."],
+    *,
+    inputs: int = 1,
+    precision: Precision = "float32",
+) -> Array:
+    """Multiply the last axes of x, as many as `inputs`, by weights, and add the bias if any.
+
+    In bfloat16 both factors are rounded, and products are summed in the dtype of x.
+    """
+    narrow = jnp.bfloat16 if precision == "bfloat16" else x.dtype
+    weights = jnp.asarray(parameters["weights"]).astype(narrow)
+    product = jnp.tensordot(x.astype(narrow), weights, inputs, preferred_element_type=x.dtype)
     if "bias" not in parameters:
         return product
     return product + _like(parameters["bias"], product)

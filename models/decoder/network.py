@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from probattn.models.checks import check_symbols
 from probattn.models.decoder import layers
-from probattn.models.decoder.config import DecoderConfig
+from probattn.models.decoder.config import DecoderConfig, Precision
 from probattn.models.decoder.layers import Parameters
 
 
@@ -65,7 +65,11 @@ def embed(
 
 
 def apply_layer(
-    parameters: Parameters, x: Float[Array, "*batch T d"], config: DecoderConfig, layer: int
+    parameters: Parameters,
+    x: Float[Array, "*batch T d"],
+    config: DecoderConfig,
+    layer: int,
+    precision: Precision = "float32",
 ) -> Float[Array, "*batch T d"]:
     """Add one layer's attention and MLP to the stream.
 
@@ -74,24 +78,28 @@ def apply_layer(
         x: the stream in front of it (..., T, d).
         config: the decoder.
         layer: its number, from 0: windows and rotations may differ.
+        precision: of the factors of products with weights.
     """
     positions = jnp.arange(x.shape[-2])
     n = layers.normalise(parameters["attention_norm"], x, config)
-    query, key, value = layers.project(parameters, n, positions, config, layer)
+    query, key, value = layers.project(parameters, n, positions, config, layer, precision)
     attended = layers.attend(query, key, value, positions, config, layer)
-    return _add(parameters, x, attended, config)
+    return _add(parameters, x, attended, config, precision)
 
 
 def read_out(
-    parameters: Parameters, x: Float[Array, "*batch T d"], config: DecoderConfig
+    parameters: Parameters,
+    x: Float[Array, "*batch T d"],
+    config: DecoderConfig,
+    precision: Precision = "float32",
 ) -> Float[Array, "*batch T V"]:
     """Compute logits from what leaves the stack."""
     x = layers.normalise(parameters["final_norm"], x, config)
     if config.tied:
-        weights = jnp.asarray(parameters["embedding"]["tokens"]).astype(x.dtype).T
-        z = jnp.matmul(x, weights)
+        table = jnp.asarray(parameters["embedding"]["tokens"])
+        z = layers.linear({"weights": table.T}, x, precision=precision)
     else:
-        z = layers.linear(parameters["output"], x)
+        z = layers.linear(parameters["output"], x, precision=precision)
     return layers.soft_cap(z, config.logit_cap)
 
 
@@ -176,10 +184,16 @@ def _embed(
     return x + added.reshape((1,) * (x.ndim - 2) + added.shape)
 
 
-def _add(parameters: Parameters, x: Array, attended: Array, config: DecoderConfig) -> Array:
+def _add(
+    parameters: Parameters,
+    x: Array,
+    attended: Array,
+    config: DecoderConfig,
+    precision: Precision = "float32",
+) -> Array:
     """Add attention and MLP to the stream."""
-    after = x + layers.gather(parameters, attended, config)
-    return after + layers.mlp(parameters, x if config.parallel else after, config)
+    after = x + layers.gather(parameters, attended, config, precision)
+    return after + layers.mlp(parameters, x if config.parallel else after, config, precision)
 
 
 def _insert(cached: Array, new: Array, position: Array) -> Array:

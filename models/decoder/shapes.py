@@ -1,5 +1,6 @@
 """The parameter tree of a decoder: which arrays it has, and their shapes."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from probattn.models.decoder.config import DecoderConfig
@@ -56,6 +57,21 @@ def layer_shapes(config: DecoderConfig) -> Shapes:
     if config.post_norms:
         tree |= {"attention_post_norm": _norm(config, d), "mlp_post_norm": _norm(config, d)}
     return tree
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a tree of dictionaries by name, such as `layers.0.query.weights`."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def with_leaf(tree: Mapping[str, Any], name: str, leaf: Any) -> dict[str, Any]:
+    """Return the tree with another leaf of this name; branches that it is not in are shared."""
+    first, _, rest = name.partition(".")
+    return {**tree, first: with_leaf(tree[first], rest, leaf) if rest else leaf}
 
 
 def _norm(config: DecoderConfig, width: int) -> Shapes:

@@ -38,7 +38,7 @@ def certificate(
     *,
     bound: ArrayLike | None = None,
 ) -> Float[Array, "*batch T"]:
-    """Compute rho_t of the context x_0 .. x_{t-1}: below 1 it proves position t invertible.
+    """Compute rho_t of the context of position t: below 1 it proves the position invertible.
 
     For every matrix F = G G^T that is at least (A + A^T) / 2 in the order of symmetric matrices,
     the eigenvalues of Sigma_t A have real parts of at most lambda_max(G^T Sigma_t G), and by

@@ -38,7 +38,7 @@ def nearest_fold(
     joint: bool = True,
     starts: int = 16,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch n d"]]:
-    """Search for the nearest embeddings x_0 .. x_t at which det D_t of one position changes sign.
+    """Search for the nearest embeddings x_0 to x_t at which det D_t of one position changes sign.
 
     Sequential quadratic programming on the signed smallest singular value: each step goes to the
     nearest point at which its linearisation vanishes. It starts from x itself, from pairs of tokens

@@ -38,7 +38,7 @@ def certified_radius(
     bound: ArrayLike | None = None,
     joint: bool = True,
 ) -> Float[Array, "*batch T"]:
-    """Compute a distance within which no change of x_0 .. x_t makes D_t singular, by proof.
+    """Compute a distance within which no change of x_0 to x_t makes D_t singular, by proof.
 
     The query x_t moves too. `nearest_fold` searches for the boundary from the other side, and
     `embedding_margin` is the first-order guess, which proves nothing.

@@ -6,17 +6,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import jax
 import pytest
 
 from probattn.inference.cli import main
 from probattn.inference.exchange import import_decoder
 from probattn.inference.pretrained.checkpoint import open_checkpoint
 from tests.support.project import ROOT
+from tests.support.shown import blocks, run_commands
 from tests.support.small import (
-    EVALUATE_FLAGS,
     FLAGS,
-    LATENT_FLAGS,
     SAMPLE_FLAGS,
     SENSITIVITY_FLAGS,
     cheap_figures,
@@ -27,18 +25,7 @@ from tests.support.small import (
 from tests.support.tiny_decoder import write_folder
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALL = {
-    "fit": FLAGS,
-    "sample": SAMPLE_FLAGS,
-    "evaluate": EVALUATE_FLAGS,
-    "sensitivity": SENSITIVITY_FLAGS,
-}
-
 SECTIONS = {part.partition("\n")[0]: part for part in README.split("\n## ")}
-
-
-def blocks(language, text=README):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module", name="folder")
@@ -67,25 +54,6 @@ def have_fit(run):
     have(run, "fit", "--data", "README.md", "--objective", objective, *FLAGS)
 
 
-def run_commands(section):
-    """Run the commands of a section at a tiny size, then its code; the names that the code sets.
-
-    The commands run where JAX is told to promote nothing, as some of their users tell it.
-    """
-    lines = "".join(blocks("bash", section)).splitlines()
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("probattn ")]
-    for command in commands:
-        small = SMALL.get(command[0], [])
-        if "latent" in command:
-            small = [*small, *LATENT_FLAGS]
-        with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-            assert main(command + small) == 0, command
-    namespace = {}
-    for block in blocks("python", section):
-        exec(compile(block, "README.md", "exec"), namespace)
-    return {command[0] for command in commands}, namespace
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_use_it(capsys, monkeypatch):
@@ -107,7 +75,7 @@ def test_your_own_model(folder, capsys, monkeypatch):
     monkeypatch.setattr(import_decoder, "open_checkpoint", lambda source: open_checkpoint(tiny))
     have_fit("readme")
     commands, _ = run_commands(SECTIONS["Your own model"])
-    assert commands == {"import", "margins", "generate", "export"}
+    assert commands == {"import", "margins", "generate", "fit", "export"}
     assert "bits per character" in capsys.readouterr().out
     exported = {path.name for path in (folder / "runs" / "readme-gpt2").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
@@ -160,14 +128,14 @@ def test_the_page_on_margin_pages(folder):
 
 def test_every_command_and_all_code_belong_to_a_section_that_is_run():
     shown = "".join(SECTIONS[name] for name in ("Use it", "Your own model", "How sure are we?"))
-    assert blocks("python") == blocks("python", shown)
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert blocks("python", README) == blocks("python", shown)
+    lines = [line for block in blocks("bash", README) for line in block.splitlines()]
     rest = [line for line in lines if line not in shown.splitlines()]
     assert rest == ["make demo", "make test"]
 
 
 def test_make_targets_exist():
-    targets = re.findall(r"^make (\w+)$", "\n".join(blocks("bash")), re.MULTILINE)
+    targets = re.findall(r"^make (\w+)$", "\n".join(blocks("bash", README)), re.MULTILINE)
     assert targets == ["demo", "test"]
     subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
 

@@ -19,7 +19,11 @@ OTHER = RunConfig(
         layers=2, heads=3, width=12, block=5, prior_rank=1, bound=0.5, spectral_cap=0.9
     ),
     ObjectiveConfig("full", 0.5, 1e-30, 2.0, 1e-9, "first_layer"),
-    FitConfig(7, 3, 1e-300, 6, 2**32 - 1, 5, 2, "bfloat16", "low_rank", rematerialise=True),
+    FitConfig(
+        *(7, 3, 1e-300, 6, 2**32 - 1, 5, 2, "bfloat16", "low_rank"),
+        rematerialise=True,
+        gradient_accumulation=3,
+    ),
 )
 # What does not go with the guide above, or with its objective, or with each other.
 MAP = RunConfig(

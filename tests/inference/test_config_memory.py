@@ -6,11 +6,14 @@ import pytest
 
 from probattn.inference import config_memory
 from probattn.inference.config import FitConfig, RunConfig
-from probattn.inference.config_memory import check_size, check_stage
+from probattn.inference.config_memory import check_size, check_stage, check_tuned_size
 from probattn.inference.config_sampling import SampleConfig, SampleRunConfig
+from probattn.inference.config_tuning import TuneConfig, TuneFitConfig
 from probattn.inference.runtime import memory
 from probattn.inference.sampling.posterior_runs import sample_run
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
+from probattn.models.decoder.config import DecoderConfig
+from probattn.models.networks import DecoderNetwork
 
 GIB = 2**30
 
@@ -97,3 +100,19 @@ def test_the_memory_is_that_of_the_container(tmp_path, monkeypatch, written, exp
     assert memory.host_memory() == (machine if expected is None else expected)
     with pytest.raises(ValueError, match=r"arrays would take .* of this machine's memory"):
         memory.check_memory("arrays", 2**60)
+
+
+def test_what_a_published_model_takes_is_counted(monkeypatch):
+    """The published parameters, what moves with gradient and two moments, and a part of a step."""
+    sizes = {"width": 6, "layers": 2, "heads": 2, "key_heads": 1, "head_width": 4, "hidden": 5}
+    network = DecoderNetwork(DecoderConfig(vocabulary=7, context=8, tied=True, **sizes), 8)
+    fit = TuneFitConfig(
+        trainable="adapters", adapter_rank=3, batch=4, gradient_accumulation=2, rematerialise=True
+    )
+    moving = 2 * ((6 + 8) * 3 + (6 + 4) * 3)
+    step = 2 * ((8 * 8 * 6 + 2 * 8**2) + 8 * 6) + 8 * 7
+    expected = 1000 + 4 * (4 * moving + step)
+    assert check_tuned_size(TuneConfig(fit=fit), network, 1000) == expected
+    monkeypatch.setattr(config_memory, "_memory", lambda: 1000)
+    with pytest.raises(ValueError, match="optimizer state of the published model would take"):
+        check_tuned_size(TuneConfig(fit=fit), network, 1000)

@@ -27,6 +27,7 @@ COLUMN = (
     "runtime",
     "config",
     "config_sampling",
+    "config_tuning",
     "config_imported",
     "config_files",
     "config_memory",

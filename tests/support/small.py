@@ -18,6 +18,7 @@ FLAGS = [
     *("--model.prior-rank", "2", "--fit.steps", "8", "--fit.warmup", "2", "--fit.batch", "4"),
     *("--fit.eval-every", "4"),
 ]
+TUNE_FLAGS = ["--fit.steps", "2", "--fit.batch", "2", "--fit.evaluation-tokens", "256"]
 SAMPLE_FLAGS = [
     *("--sample.chains", "1", "--sample.warmup", "8", "--sample.draws", "6"),
     *("--sample.max-tree-depth", "3"),

@@ -22,8 +22,8 @@ def compiled_once():
     several devices, makes its own.
     """
 
-    def trainer(config, tokens, size, optimizer, placement):
-        arguments = config, tokens, size, optimizer, placement
+    def trainer(config, tokens, size, optimizer, placement, base=None):
+        arguments = config, tokens, size, optimizer, placement, base
         if optimizer is not None or placement.mesh is not None:
             return Trainer(*arguments)
         key = same_program(config), np.asarray(tokens).tobytes(), size
