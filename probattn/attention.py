@@ -28,6 +28,7 @@ from probattn.arguments import (
 from probattn.blocks.geometry import bounded, causal_softmax, geometry
 from probattn.blocks.nonfinite import zero_nonfinite
 from probattn.blocks.promotion import with_rank
+from probattn.one_program import one_program
 from probattn.stages.stage import AttentionStage, weights_alone
 
 _HIGHEST = lax.Precision.HIGHEST  # on a GPU the default would round the factors to TF32
@@ -59,6 +60,7 @@ def attention_weights(queries: ArrayLike, keys: ArrayLike) -> Float[Array, "*bat
     return causal_softmax(queries, keys)
 
 
+@one_program()
 def conditional_mean(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T d"]:
@@ -82,6 +84,7 @@ def conditional_mean(
     return jnp.matmul(weights, zero_nonfinite(bounded(x, bound)), precision=_HIGHEST)
 
 
+@one_program()
 def residual(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T d"]:

@@ -18,6 +18,7 @@ from probattn.arguments import is_positive
 from probattn.blocks.covariance import attention_covariance, identity_less
 from probattn.blocks.determinants import block_values, determinant_values
 from probattn.blocks.moments import Pointwise
+from probattn.one_program import one_program
 from probattn.stages.stage import (
     AttentionStage,
     Tokens,
@@ -31,6 +32,7 @@ from probattn.stages.stage import (
 _QUADRATIC_DEPTH = 10.0
 
 
+@one_program()
 def reduced_blocks(
     x: Tokens,
     w_query: ArrayLike | None = None,
@@ -60,6 +62,7 @@ def reduced_blocks(
     return identity_less(covariance / math.sqrt(w_query.shape[-1]))
 
 
+@one_program()
 def jacobian_blocks(
     x: Tokens,
     w_query: ArrayLike | None = None,
@@ -92,6 +95,7 @@ def jacobian_blocks(
     return identity_less(jnp.matmul(covariance, transposed, precision=lax.Precision.HIGHEST))
 
 
+@one_program("summed")
 def log_det(
     x: Tokens,
     w_query: ArrayLike | None = None,
@@ -126,6 +130,7 @@ def log_det(
     return _values(lambda _, log_abs: log_abs, x, w_query, w_key, bound, summed)
 
 
+@one_program("delta", "summed")
 def relaxed_barrier(
     x: Tokens,
     w_query: ArrayLike | None = None,

@@ -23,6 +23,7 @@ from probattn.blocks.nonfinite import zero_nonfinite
 from probattn.blocks.promotion import with_rank
 from probattn.blocks.singular_values import smallest_singular_value
 from probattn.log_determinants import log_det, reduced_blocks
+from probattn.one_program import one_program
 from probattn.stages.block_margins import infeasible_blocks, smallest_singular_value_of
 from probattn.stages.stage import (
     AttentionStage,
@@ -39,6 +40,7 @@ MarginKind = Literal["sigma_min", "reduced", "det", "log_det"]
 _HIGHEST = lax.Precision.HIGHEST
 
 
+@one_program("kind")
 def stability_margin(
     x: Tokens,
     w_query: ArrayLike | None = None,
@@ -98,6 +100,7 @@ def stability_margin(
     return jnp.where(sign <= 0, jnp.full_like(log_abs, -jnp.inf), log_abs)
 
 
+@one_program()
 def infeasible(
     x: Tokens,
     w_query: ArrayLike | None = None,
@@ -157,6 +160,7 @@ def support_tokens(margin: ArrayLike, k: int = 1) -> Int[Array, "*batch k"]:
     return jnp.argsort(inner, axis=-1, stable=True)[..., :k] + 2
 
 
+@one_program()
 def embedding_margin(
     x: Tokens,
     w_query: ArrayLike | None = None,
@@ -194,6 +198,7 @@ def embedding_margin(
     return both_margins(x, w_query, w_key, bound=bound)[1]
 
 
+@one_program()
 def both_margins(
     x: Tokens,
     w_query: ArrayLike | None = None,

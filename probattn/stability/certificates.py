@@ -24,6 +24,7 @@ from probattn.blocks.majorants import (
     projected,
 )
 from probattn.blocks.promotion import with_rank
+from probattn.one_program import one_program
 from probattn.stability.stage_certificates import stage_certificate
 from probattn.stages.stage import AttentionStage, Tokens, checked, checked_arrays
 
@@ -31,6 +32,7 @@ _HIGHEST = lax.Precision.HIGHEST
 _ROWS = 64  # of pairs that are held at a time
 
 
+@one_program()
 def certificate(
     x: Tokens,
     w_query: ArrayLike | None = None,
@@ -94,6 +96,7 @@ def context_squares(
     return _largest_before(projected(values, factors), largest_squares), reach
 
 
+@one_program()
 def margin_lower_bound(
     x: ArrayLike, w_query: ArrayLike, w_key: ArrayLike, *, bound: ArrayLike | None = None
 ) -> Float[Array, "*batch T"]:
