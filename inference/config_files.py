@@ -31,9 +31,29 @@ def read_config(path: str | os.PathLike[str]) -> RunConfig:
 def is_tuned(path: Path) -> bool:
     """Tell whether a file is the configuration of a run that began with a published model."""
     try:
-        return "\n[base]\n" in path.read_text(encoding="utf-8")
-    except (OSError, ValueError):  # which `read_tables` explains
+        return "base" in read_toml(path)
+    except ValueError:  # which `read_tables` raises again
         return False
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a small TOML file as it stands.
+
+    Raises:
+        ValueError: if it cannot be read, is too large or is no TOML.
+    """
+    try:
+        if not (stat.S_ISREG(path.stat().st_mode) or path.is_dir()):
+            raise ValueError("got a device or a pipe")  # it could be read for ever
+        with path.open(encoding="utf-8-sig") as stream:  # editors add a byte-order mark
+            text = stream.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} characters")
+        return tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # as above, or no UTF-8, no TOML, too deep
+        raise ValueError(f"{path}: expected a TOML file: {one_line(error)}") from None
 
 
 def read_tables[C](
@@ -50,19 +70,7 @@ def read_tables[C](
         ValueError: if the file cannot be read, is too large, is no TOML, or names an unknown or
             ill-typed field.
     """
-    path = Path(path)
-    try:
-        if not (stat.S_ISREG(path.stat().st_mode) or path.is_dir()):
-            raise ValueError("got a device or a pipe")  # it could be read for ever
-        with path.open(encoding="utf-8-sig") as stream:  # editors add a byte-order mark
-            text = stream.read(LARGEST + 1)
-        if len(text) > LARGEST:
-            raise ValueError(f"it has more than {LARGEST} characters")
-        tables = tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # as above, or no UTF-8, no TOML, too deep
-        raise ValueError(f"{path}: expected a TOML file: {one_line(error)}") from None
+    tables = read_toml(Path(path))
     try:
         return _from_tables(tables, kind, defaults or {})
     except ValueError as error:  # names in the file may hold line ends

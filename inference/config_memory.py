@@ -80,7 +80,7 @@ def check_tuned_size(config: TuneConfig, network: DecoderNetwork, stored: int) -
     numbers = kept * of_layer + (decoder.layers - kept) * network.block * decoder.width
     logits = min(LARGEST, network.block * decoder.vocabulary)
     step = 4 * (fit.batch // fit.gradient_accumulation * numbers + logits)
-    check_memory("a step of the published model and fit.batch", step, memory)
+    check_memory("the published model and a step of fit.batch", size + step, memory)
     return size + step
 
 

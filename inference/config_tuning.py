@@ -65,10 +65,10 @@ class TuneFitConfig(FitConfig):
     def __post_init__(self) -> None:
         """Refuse numbers that make no fit of a published model."""
         super().__post_init__()
-        if self.guide == "laplace":
+        if self.guide != "map":
             raise ValueError(
-                "fit.guide is laplace of a published model, whose Hessian is too large: expected "
-                "map, mean_field or low_rank"
+                f"fit.guide is {self.guide} of a published model: expected map; other guides take "
+                "`tuned_decoder`, which is a NumPyro model"
             )
         if self.weight_decay:
             raise ValueError(

@@ -3,7 +3,7 @@
 The prior of a tensor is Normal(w0, s RMS(w0)), w0 being its published value (L2-SP: Li,
 Grandvalet and Davoine 2018, arXiv:1802.01483). An adapter adds c U V to a matrix (LoRA: Hu et al.
 2021, arXiv:2106.09685), and the priors of its factors are such that an entry of what it adds has
-the same standard deviation, s RMS(w0).
+the same prior standard deviation, s RMS(w0). Its MAP prefers low rank: docs/mathematics.md, 11.
 """
 
 import math

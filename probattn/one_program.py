@@ -39,6 +39,8 @@ def one_program[**P, R](*static: str) -> Callable[[Callable[P, R]], Callable[P, 
                 and not isinstance(bound, jax.core.Tracer)
             ):
                 check_bound(bound)  # inside of a program it would be taken at its word
+                if isinstance(bound, int):
+                    named["bound"] = float(bound)  # an integer of any size
                 try:
                     return program(*args, **kwargs)
                 except (TypeError, ValueError):  # the function says it without JAX's own remarks

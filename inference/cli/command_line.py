@@ -29,9 +29,9 @@ from probattn.inference.cli.showing_commands import Demo, Figures
 from probattn.inference.cli.text_commands import Compare, Margins, MeasureSensitivity
 from probattn.inference.cli.values import PLAIN_VALUES, plain_path
 from probattn.inference.config import RunConfig
-from probattn.inference.config_files import is_tuned, read_config, read_tables
+from probattn.inference.config_files import is_tuned, read_config, read_tables, read_toml
 from probattn.inference.config_sampling import SAMPLED_DATA, SAMPLED_OBJECTIVE, SampleRunConfig
-from probattn.inference.config_tuning import TuneConfig
+from probattn.inference.config_tuning import TUNED_OBJECTIVE, TuneConfig
 from probattn.inference.runs.folder import enter
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.outputs import keep_outputs_open, lost_output
@@ -184,10 +184,17 @@ def _fit_defaults(arguments: list[str]) -> Fit | Tune:
             f"{', '.join(dict.fromkeys(given))} with --from: the run that --from names brings "
             f"network, block and tokenizer; leave {'it' if len(given) == 1 else 'them'} out"
         )
-    tables = {} if path is None else _tables(read_tables(path, TuneConfig))
-    tables.pop("base", None)
-    if path is None and _value_of(arguments, "--objective.name") not in (None, "margin"):
-        tables["objective"] = ObjectiveConfig("ce")  # without the placement of a barrier
+    name = _value_of(arguments, "--objective.name")
+    in_file = None if path is None else read_toml(path).get("objective")
+    without = ObjectiveConfig("ce")  # and so without the placement of a barrier
+    of_ce = isinstance(in_file, dict) and in_file.get("name") == "ce"
+    defaults = {"objective": without if of_ce else TUNED_OBJECTIVE}
+    tables = _tables(TuneConfig() if path is None else read_tables(path, TuneConfig, defaults))
+    tables.pop("base")
+    if name not in (None, "margin"):
+        tables["objective"] = without
+    elif name == "margin" and of_ce:
+        tables["objective"] = TUNED_OBJECTIVE
     return Tune(out=tyro.MISSING, **tables)
 
 

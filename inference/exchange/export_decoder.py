@@ -86,7 +86,8 @@ def _imported(run: ImportedRun) -> tuple[dict[str, Any], Iterator[tuple[str, NDA
 
 def _tuned(run: TunedRun) -> tuple[dict[str, Any], Iterator[tuple[str, NDArray]]]:
     found = run.checkpoint
-    config = {**found.config, "torch_dtype": "float32"}
+    # A loader takes either name for the precision, and the newer one first.
+    config = {**found.config, "torch_dtype": "float32", "dtype": "float32"}
     written = found.names.write(run.parameters)
     return config, ((name, np.asarray(part, np.float32)) for name, part in written)
 

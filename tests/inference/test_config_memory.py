@@ -116,3 +116,7 @@ def test_what_a_published_model_takes_is_counted(monkeypatch):
     monkeypatch.setattr(config_memory, "_memory", lambda: 1000)
     with pytest.raises(ValueError, match="optimizer state of the published model would take"):
         check_tuned_size(TuneConfig(fit=fit), network, 1000)
+    # Each part has room, and both have not.
+    monkeypatch.setattr(config_memory, "_memory", lambda: expected - 4)
+    with pytest.raises(ValueError, match=r"model and a step of fit\.batch would take"):
+        check_tuned_size(TuneConfig(fit=fit), network, 1000)

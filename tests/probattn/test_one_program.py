@@ -47,6 +47,12 @@ def test_a_number_for_the_bound_keeps_the_precision_of_the_arrays():
     assert pa.residual(*single, bound=1.5).dtype == jnp.float32
 
 
+def test_a_bound_is_any_number_above_zero():
+    expected = pa.residual(X, W_QUERY, W_KEY, bound=1e10)
+    np.testing.assert_array_equal(pa.residual(X, W_QUERY, W_KEY, bound=10**10), expected)
+    np.testing.assert_array_equal(pa.residual(X, W_QUERY, W_KEY, bound=np.float64(1e10)), expected)
+
+
 def test_a_refusal_is_one_line():
     with pytest.raises(ValueError, match="expected both as") as raised:
         pa.log_det(X, W_QUERY, W_KEY[:2])

@@ -53,6 +53,23 @@ def test_the_cross_entropy_alone(probattn, tuned):
     assert tuned[0][0].objective == ObjectiveConfig("ce")
 
 
+@pytest.mark.parametrize(
+    ("written", "flags", "expected"),
+    [
+        ("[objective]\nbarrier_weight = 0.1", [], ("margin", 0.1, "first_layer")),
+        ("[prior]\nscale = 0.2", ["--objective", "ce"], ("ce", None, "separate")),
+        ('[objective]\nname = "ce"', [], ("ce", None, "separate")),
+        ('[objective]\nname = "ce"', ["--objective", "margin"], ("margin", None, "first_layer")),
+    ],
+)
+def test_a_file_names_what_it_changes(probattn, tuned, tmp_path, written, flags, expected):
+    (tmp_path / "tune.toml").write_text(written)
+    given = ["--config", str(tmp_path / "tune.toml"), *flags]
+    assert probattn("fit", "--from", "base", "--out", "run", *given)[0] == 0
+    objective = tuned[0][0].objective
+    assert (objective.name, objective.barrier_weight, objective.attention) == expected
+
+
 def test_a_run_is_continued_with_its_own_configuration(probattn, tuned, tmp_path):
     objective = ObjectiveConfig("margin", 0.2, attention="first_layer")
     base = BaseConfig("/models/base", "0" * 64, 16)

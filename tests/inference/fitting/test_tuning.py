@@ -1,6 +1,7 @@
 """Published models that are fitted on: the run, its resumption, its export, and refusals."""
 
 import dataclasses
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -114,6 +115,8 @@ def test_a_fit_that_was_cut_off_ends_as_one_that_was_not(tuned):
 
 def test_an_exported_fit_is_the_same_network(tuned):
     folder = export_decoder(tuned.run, tuned.folder / "exported")
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["dtype"], written["torch_dtype"]) == ("float32", "float32")
     again = import_decoder(folder, tuned.folder / "again", data=tuned.config.data, block=16).run
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
     logits = [
@@ -191,7 +194,7 @@ def test_a_fit_refuses(tuned, tmp_path, case):
     [
         (lambda: TuneConfig(objective=ObjectiveConfig("full")), "objective.name is full"),
         (lambda: TuneConfig(prior=PriorConfig(-1.0)), "prior_scale is -1.0"),
-        (lambda: TuneFitConfig(guide="laplace"), "fit.guide is laplace of a published model"),
+        (lambda: TuneFitConfig(guide="mean_field"), "fit.guide is mean_field of a published model"),
         (lambda: TuneFitConfig(weight_decay=0.1), "fit.weight_decay is 0.1 of a published model"),
     ],
 )
