@@ -60,7 +60,7 @@ format: install  ## let ruff repair what it can
 	$(BIN)/ruff check --fix --quiet
 	$(BIN)/ruff format --quiet
 
-docs: $(VENV)/.installed-docs  ## build the site into build/docs, notebooks executed (about 4 minutes)
+docs: $(VENV)/.installed-docs  ## build the site into build/docs, notebooks executed (about 3 minutes)
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs $(ARGS)
 	$(BIN)/python docs/_extensions/check_site.py build/docs
 	echo "the site is build/docs/index.html"

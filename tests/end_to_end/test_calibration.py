@@ -39,7 +39,7 @@ def test_ranks_are_uniform_where_the_process_is_proper(calibration):
     assert smallest_p_value(result) > level_of_each(result)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_simulation_of_another_model_is_noticed(calibration):
     """Embeddings half as large as the fitted model says; a quarter of the replications do."""
 

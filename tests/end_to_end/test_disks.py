@@ -102,13 +102,15 @@ print(json.dumps([child.returncode, child.stderr.splitlines(), list(after)]))
     "command",
     [
         ["margins", "RUN", "--out", "DISK/out"],
-        ["sensitivity", "RUN", "--draws", "2", "--out", "DISK/out"],
-        ["compare", "RUN", "--out", "DISK/out"],
+        pytest.param(
+            ["sensitivity", "RUN", "--draws", "2", "--out", "DISK/out"], marks=pytest.mark.nightly
+        ),
+        pytest.param(["compare", "RUN", "--out", "DISK/out"], marks=pytest.mark.nightly),
         ["generate", "RUN", "--prompt", "the", "--length", "600", "--out", "DISK/out.csv"],
         ["evaluate", "DISK/run"],
         ["sample", "--data", "TEXT", *LATENT_FLAGS, "--out", "DISK/out"],
         pytest.param(["demo", "--out", "DISK/out"], marks=pytest.mark.nightly),
-        ["figures", "--out", "DISK/out"],
+        pytest.param(["figures", "--out", "DISK/out"], marks=pytest.mark.nightly),
     ],
     ids=lambda command: command[0],
 )

@@ -42,7 +42,7 @@ sample(model, config=SampleConfig(chains=2, warmup=5, draws=5))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_posteriors_are_drawn_and_exported_where_promotion_is_forbidden(tmp_path):
     (tmp_path / "corpus.txt").write_text(tiny_text(), encoding="utf-8")
     sizes = {"layers": 1, "heads": HEADS, "width": WIDTH, "block": BLOCK, "prior-rank": RANK}

@@ -113,7 +113,10 @@ def test_how_sure_are_we(folder, capsys):
 @pytest.mark.slow
 def test_the_page_on_margin_pages(folder):
     """Its commands, on the runs of the README."""
-    for name in ("margin", "ce", "full"):
+    small = ["--data", "README.md", "--objective", "margin", *FLAGS]
+    # Of a text that is still there, and not of the short one that "Use it" was given.
+    assert main(["fit", *small, "--out", "runs/margin", "--overwrite"]) == 0
+    for name in ("ce", "full"):
         have_fit(name)
     have("posterior", "sample", "--from", "runs/full", *SAMPLE_FLAGS)
     page = (ROOT / "docs" / "margin-page.md").read_text(encoding="utf-8")

@@ -221,7 +221,7 @@ def test_long_sequence_matches_dense_jacobian():
     [
         pytest.param(pa.log_det, (), False, marks=pytest.mark.nightly),
         (pa.log_det, (2,), True),
-        (pa.relaxed_barrier, (2,), False),
+        pytest.param(pa.relaxed_barrier, (2,), False, marks=pytest.mark.nightly),
         pytest.param(pa.relaxed_barrier, (), True, marks=pytest.mark.nightly),
     ],
 )

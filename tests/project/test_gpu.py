@@ -77,7 +77,7 @@ def test_the_step_of_a_fit_in_small(gpu_model, monkeypatch):
     assert anew["operations_of_products"]["bfloat16"] > ce["operations_of_products"]["bfloat16"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_in_small(tmp_path):
     out = tmp_path / "gpu.json"
     command = [sys.executable, BENCHMARKS / "gpu.py", "--tiny", "--out", out]

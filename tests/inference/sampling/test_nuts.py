@@ -125,7 +125,10 @@ def test_a_gaussian_of_known_posterior(chain_method, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("coupling", ["bounded", "repulsive", "free"])
+@pytest.mark.parametrize(
+    "coupling",
+    ["bounded", *(pytest.param(c, marks=pytest.mark.nightly) for c in ("repulsive", "free"))],
+)
 def test_moments_agree_with_quadrature(coupling):
     """Observed embeddings, d = 1, T = 4: the posterior of a and sigma by a grid over both."""
     config = LatentEmbeddingsConfig(width=1, coupling=coupling, sequences=2, length=4)

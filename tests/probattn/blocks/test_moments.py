@@ -86,7 +86,14 @@ def test_second_moments_everywhere_would_lose_some(monkeypatch):
 
 
 @scales
-@pytest.mark.parametrize("length", [7, *(pytest.param(n, marks=SLOW) for n in (70, 130, 300))])
+@pytest.mark.parametrize(
+    "length",
+    [
+        7,
+        pytest.param(130, marks=SLOW),
+        *(pytest.param(n, marks=pytest.mark.nightly) for n in (70, 300)),
+    ],
+)
 def test_value_and_derivative_match_the_definition(length, scale):
     arguments = inputs(length, scale)
     value = value_and_slopes(*arguments)
