@@ -45,11 +45,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         if not (stat.S_ISREG(path.stat().st_mode) or path.is_dir()):
             raise ValueError("got a device or a pipe")  # it could be read for ever
-        with path.open(encoding="utf-8-sig") as stream:  # editors add a byte-order mark
-            text = stream.read(LARGEST + 1)
-        if len(text) > LARGEST:
-            raise ValueError(f"it has more than {LARGEST} characters")
-        return tomllib.loads(text)
+        with path.open("rb") as stream:
+            content = stream.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
+        # Editors add a byte-order mark. A stream would take a part of one for an empty file.
+        text = content.decode("utf-8-sig")
+        return tomllib.loads(text.replace("\r\n", "\n").replace("\r", "\n"))
     except OSError as error:
         raise ValueError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # as above, or no UTF-8, no TOML, too deep

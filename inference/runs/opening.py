@@ -74,9 +74,9 @@ def find_run[R: RunDirectory](
             vocabulary = corpus_vocabulary(corpus, config.data.tokenizer)
             check_size(config, vocabulary.size)
         config = with_absolute_paths(config)
-        if len(format_config(config)) > LARGEST:  # else the run could not be opened
+        if len(format_config(config).encode()) > LARGEST:  # else the run could not be opened
             raise ValueError(
-                f"the configuration has more than {LARGEST} characters: expected fewer; name a "
+                f"the configuration has more than {LARGEST} bytes: expected fewer; name a "
                 "folder or a pattern in data.source instead of every file"
             )
         return new_run(kind, path, config, corpus, vocabulary), corpus

@@ -145,7 +145,7 @@ def test_a_device_a_pipe_and_a_huge_file_are_not_read(tmp_path):
     (tmp_path / "huge.toml").touch()
     os.truncate(tmp_path / "huge.toml", 2**40)
     message = refusal(tmp_path / "huge.toml")
-    assert message == "expected a TOML file: it has more than 16384 characters"
+    assert message == "expected a TOML file: it has more than 16384 bytes"
 
 
 @pytest.mark.parametrize(

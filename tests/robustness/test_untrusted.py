@@ -105,7 +105,7 @@ def test_a_configuration_of_many_dots_is_not_read(run):
     config.write_text("a." * 100_000 + "a = 1\n")
     assert refusal(RunError, load_run, run.path).startswith(f"{config}: has 200006 bytes")
     message = refusal(ValueError, read_config, config)
-    assert message == f"{config}: expected a TOML file: it has more than 16384 characters"
+    assert message == f"{config}: expected a TOML file: it has more than 16384 bytes"
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' * 100_000, b"9" * 10_000, b"\xff"])

@@ -99,9 +99,12 @@ def configuration(folder: Path) -> Target:
 
 
 def _read(data: bytes) -> dict[str, Any] | None:
-    """The tables of a file, None where it has none. A text file may end its lines in other ways."""
+    """The tables of a file, None where it has none.
+
+    A text file may end its lines in other ways, and begin with a byte-order mark.
+    """
     try:
-        return tomllib.loads(data.decode().replace("\r\n", "\n").replace("\r", "\n"))
+        return tomllib.loads(data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n"))
     except (ValueError, RecursionError):
         return None
 
