@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.models.checks import check_integers
-from probattn.models.transformer import Precision
+from probattn.models.decoder.config import Precision
 from probattn.text.corpora import DataConfig
 
 GuideName = Literal["map", "laplace", "mean_field", "low_rank"]

@@ -22,6 +22,7 @@ from probattn.models.attention_sites import (
 )
 from probattn.models.checks import check_integers, check_symbols
 from probattn.models.coupling import capped_weights, proper_weights
+from probattn.models.decoder.config import Precision
 from probattn.models.objective import ObjectiveConfig
 from probattn.models.tied_tokens import tied_tokens
 
@@ -92,7 +93,7 @@ def language_model(
     objective: ObjectiveConfig | None = None,
     num_sequences: int | None = None,
     minibatch: int | None = None,
-    precision: transformer.Precision = "float32",
+    precision: Precision = "float32",
     rematerialise: bool = False,
     margins: bool = False,
     perturb: Callable[[Float[Array, "B T d"]], Float[Array, "B T d"]] | None = None,

@@ -18,10 +18,9 @@ from jaxtyping import Array, Float, Int
 from probattn.models import transformer
 from probattn.models.decoder import layers
 from probattn.models.decoder import network as decoder
-from probattn.models.decoder.config import DecoderConfig
+from probattn.models.decoder.config import DecoderConfig, Precision
 from probattn.models.language import LanguageModelConfig
 from probattn.models.tied_tokens import tied_tokens
-from probattn.models.transformer import Precision
 
 Parameters = Mapping[str, Any]
 """A dictionary of arrays, or of a decoder a tree in the layout of `decoder.shapes`."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from probattn.log_determinants import log_det
 from probattn.models import priors, transformer
+from probattn.models.decoder.config import Precision
 from probattn.models.language import (
     AttentionInputs,
     LanguageModelConfig,
@@ -24,7 +25,6 @@ from probattn.models.language import (
 )
 from probattn.models.networks import DecoderNetwork
 from probattn.models.objective import ObjectiveConfig
-from probattn.models.transformer import Precision
 from probattn.models.tuned import (
     TuningConfig,
     changes_at_start,
@@ -125,6 +125,8 @@ class DecoderSubject:
     objective: ObjectiveConfig
     rematerialise: bool = False
 
+    certainly_inside = None  # of heads as they are no condition is cheaper than `inside`
+
     @property
     def block(self) -> int:
         """Positions of a sequence."""
@@ -158,12 +160,6 @@ class DecoderSubject:
     def options(self, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of `model` that the fixed numbers are."""
         return {"start": fixed}
-
-    def certainly_inside(
-        self, sites: Sites, fixed: Mapping[str, Any], inputs: Int[Array, "B T"]
-    ) -> Bool[Array, "*batch T"]:
-        """Return `inside`: of heads as they are no cheaper condition is known."""
-        return self.inside(sites, fixed, inputs)
 
     def inside(
         self, sites: Sites, fixed: Mapping[str, Any], inputs: Int[Array, "B T"]

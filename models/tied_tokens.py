@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
-from probattn.models.transformer import Precision, output_logits
+from probattn.models.decoder.config import Precision
+from probattn.models.transformer import output_logits
 
 LARGEST = 2**26  # logits that are made at once, and kept for the derivative
 

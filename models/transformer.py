@@ -7,7 +7,7 @@ stack faster, and compiling a few layers takes seconds either way.
 
 import math
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from probattn.models.coupling import capped_weights
+from probattn.models.decoder.config import Precision
 
 Parameters = Mapping[str, Array]
-Precision = Literal["float32", "bfloat16"]
 
 LAYER_PARAMETERS = (
     "attention_norm",

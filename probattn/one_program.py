@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from probattn.arguments import check_bound
 
@@ -43,8 +44,9 @@ def one_program[**P, R](*static: str) -> Callable[[Callable[P, R]], Callable[P, 
                     named["bound"] = float(bound)  # an integer of any size
                 try:
                     return program(*args, **kwargs)
-                except (TypeError, ValueError):  # the function says it without JAX's own remarks
-                    pass
+                except (TypeError, ValueError):
+                    function(*args, **kwargs)  # refuses the same, without JAX's own remarks
+                    raise
             return function(*args, **kwargs)
 
         return call
@@ -53,4 +55,5 @@ def one_program[**P, R](*static: str) -> Callable[[Callable[P, R]], Callable[P, 
 
 
 def _is_array(value: object) -> bool:
-    return hasattr(value, "dtype") and not isinstance(value, jax.core.Tracer)
+    is_number = isinstance(value, bool | int | float | complex | jax.core.Tracer)
+    return isinstance(value, ArrayLike) and not is_number

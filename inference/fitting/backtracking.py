@@ -34,7 +34,7 @@ def backtrack[Point](
     start: Point,
     stop: Point,
     *,
-    certainly_inside: Callable[[Point], Bool[Array, "*batch T"]],
+    certainly_inside: Callable[[Point], Bool[Array, "*batch T"]] | None,
     inside: Callable[[Point], Bool[Array, "*batch T"]],
 ) -> tuple[Point, Float[Array, ""]]:
     """Go from a point towards another, as far as no position that was inside gets outside.
@@ -45,7 +45,8 @@ def backtrack[Point](
     Args:
         start: a tree of arrays.
         stop: point of the same shapes.
-        certainly_inside: a cheap sufficient condition: most steps pay for nothing else.
+        certainly_inside: a cheap sufficient condition: most steps pay for nothing else. None if
+            there is none.
         inside: function that tells which positions are inside.
 
     Returns:
@@ -71,9 +72,9 @@ def backtrack[Point](
     def unfinished(trial: _Trial) -> Array:
         return ~trial.accepted & (trial.number <= _FRACTIONS)
 
-    sure = certainly_inside(stop)
-    everywhere = jnp.ones_like(sure)
-    trial = _Trial(jnp.int32(0), everywhere, everywhere, jnp.all(sure))
+    everywhere = jnp.ones(jax.eval_shape(inside, stop).shape, bool)
+    sure = jnp.bool_(False) if certainly_inside is None else jnp.all(certainly_inside(stop))
+    trial = _Trial(jnp.int32(0), everywhere, everywhere, sure)
     trial = jax.lax.while_loop(unfinished, body, trial)
     fraction = jnp.where(trial.accepted, _fraction(trial.number - 1), 0.0)
     return at(fraction), fraction

@@ -251,12 +251,17 @@ class Trainer:
     ) -> tuple[SVIState, Array]:
         """Shorten a step until it makes no positive determinant of the minibatch non-positive."""
         start, stop = (self._svi.optim.get_params(each.optim_state) for each in (old, new))
-        subject, sites = self._subject, self._gathered_sites
+        subject = self._subject
+
+        def of_params(tell: Callable[..., Array]) -> Callable[[dict[str, Array]], Array]:
+            return lambda params: tell(self._gathered_sites(params), fixed, inputs)
+
+        cheaply = subject.certainly_inside
         params, fraction = backtrack(
             start,
             stop,
-            certainly_inside=lambda params: subject.certainly_inside(sites(params), fixed, inputs),
-            inside=lambda params: subject.inside(sites(params), fixed, inputs),
+            certainly_inside=None if cheaply is None else of_params(cheaply),
+            inside=of_params(subject.inside),
         )
         count, (_, moments) = new.optim_state
         return new._replace(optim_state=(count, (params, moments))), fraction < 1

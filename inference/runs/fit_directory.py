@@ -1,9 +1,14 @@
 """What fits leave in their run directories: checkpoints, and a line for every report."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import jax
+from jaxtyping import Array
 
 from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder
 from probattn.inference.runs.directory import RunDirectory
@@ -19,14 +24,27 @@ from probattn.messages import describe, legible
 
 
 @dataclass(frozen=True)
-class FitDirectory(RunDirectory):
+class FitDirectory(RunDirectory, ABC):
     """What runs of fits of every kind have."""
 
-    def check_reported(self) -> None:
-        """Refuse a run without parameters.
+    @abstractmethod
+    def parameter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every site of the parameters."""
+
+    @property
+    def step(self) -> int | None:
+        """Step at which the parameters were saved, None before the first report.
+
+        Once these are read it does not change, though a fit that goes on may save better ones.
+        """
+        return self.point[0] if "point" in vars(self) else self.best.step
+
+    @cached_property
+    def point(self) -> tuple[int, dict[str, Array]]:
+        """Step and sites of the best validation.
 
         Raises:
-            CheckpointError: if there are none yet.
+            CheckpointError: if there are none yet or they are damaged.
         """
         if self.best.step is None:
             before = put_aside(self.path)
@@ -35,6 +53,7 @@ class FitDirectory(RunDirectory):
                 "yet; finish it with fit --resume"
                 + (f"; the run that it replaces lies in {before}" if before else "")
             )
+        return self.best.load_with_step(self.parameter_shapes())
 
     @property
     def best(self) -> CheckpointFolder:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,13 +22,13 @@ MOST_BLOCK = 1024
 _FIRST = ("attention_norm", "query", "key", "query_norm", "key_norm")
 
 
-class DecoderRun(RunDirectory):
+class DecoderRun(RunDirectory, ABC):
     """What runs whose network is a published decoder have."""
 
     @property
+    @abstractmethod
     def checkpoint(self) -> Checkpoint:
         """The published model as Hugging Face has it; its tensors are read when asked for."""
-        raise NotImplementedError
 
     @property
     def stored(self) -> int:
@@ -36,14 +37,14 @@ class DecoderRun(RunDirectory):
         return sum(each.dtype.itemsize * math.prod(each.shape) for each in entries)
 
     @property
+    @abstractmethod
     def network(self) -> DecoderNetwork:
         """The network."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def parameters(self) -> dict[str, Any]:
         """All parameters, in the layout of `models.decoder.shapes`."""
-        raise NotImplementedError
 
     @property
     def bound(self) -> None:

@@ -82,7 +82,10 @@ def find_run[R: RunDirectory](
         return new_run(kind, path, config, corpus, vocabulary), corpus
     run = load_run(path)
     if not isinstance(run, kind):
-        other = {Run: "fit", TunedRun: "fit --from"}.get(type(run), "sample")
+        if isinstance(run, ImportedRun):
+            raise RunError(f"{path}: is a run of `probattn import`: expected one to be resumed")
+        commands: dict[type, str] = {Run: "fit", TunedRun: "fit --from"}
+        other = commands.get(type(run), "sample")
         raise RunError(f"{path}: is a run of `probattn {other}`: resume it with that command")
     check_same_config(run, config)
     check_same_corpus(run, corpus)

@@ -14,7 +14,6 @@ lock             held by the process that writes (lock.owner where a file system
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -84,26 +83,13 @@ class Run(FitDirectory):
         return facts_in_notebook(f"Run in {self.path}", facts)
 
     @property
-    def step(self) -> int | None:
-        """Step at which `parameters` were saved, None before the first report.
-
-        Once these are read it does not change, though a fit that goes on may save better ones.
-        """
-        return self._point[0] if "_point" in vars(self) else self.best.step
-
-    @property
     def parameters(self) -> dict[str, Array]:
         """Parameters of the best validation, by site name: a point estimate (of MAP, the mode).
 
         Raises:
             CheckpointError: if there are none yet or they are damaged.
         """
-        return self._point[1]
-
-    @cached_property
-    def _point(self) -> tuple[int, dict[str, Array]]:
-        self.check_reported()
-        return self.best.load_with_step(self.parameter_shapes())
+        return self.point[1]
 
     def parameter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every parameter."""
@@ -191,7 +177,10 @@ def require_fit(run: RunDirectory) -> Run:
         RunError: if it is not.
     """
     if not isinstance(run, Run):
-        kinds = {ImportedRun: "an imported model", TunedRun: "a published model, fitted on"}
+        kinds: dict[type, str] = {
+            ImportedRun: "an imported model",
+            TunedRun: "a published model that was fine-tuned",
+        }
         what = kinds.get(type(run), "a sampled posterior")
         raise RunError(f"{run.path}: is {what}: expected a run of `probattn fit`")
     return run

@@ -66,18 +66,13 @@ class TunedRun(FitDirectory, DecoderRun):
         return replace(self.network, precision=self.config.fit.precision)
 
     @property
-    def step(self) -> int | None:
-        """Step at which `sites` were saved, None before the first report: see `Run.step`."""
-        return self._point[0] if "_point" in vars(self) else self.best.step
-
-    @property
     def sites(self) -> dict[str, Array]:
         """Values of what moves, by site name, of the best validation.
 
         Raises:
             CheckpointError: if there are none yet or they are damaged.
         """
-        return self._point[1]
+        return self.point[1]
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
@@ -116,8 +111,3 @@ class TunedRun(FitDirectory, DecoderRun):
     def seed(self) -> int:
         """Seed of the fit."""
         return self.config.fit.seed
-
-    @cached_property
-    def _point(self) -> tuple[int, dict[str, Array]]:
-        self.check_reported()
-        return self.best.load_with_step(self.parameter_shapes())

@@ -10,7 +10,7 @@ NormKind = Literal["layer", "rms", "rms_plus_one"]
 Activation = Literal["gelu", "gelu_tanh", "silu"]
 Scaling = Literal["none", "linear", "llama3"]
 Precision = Literal["float32", "bfloat16"]
-"""Of the factors of matrix products; all else has the dtype of the stream."""
+"""Precision of the factors of matrix products; all else has the dtype of the stream."""
 
 
 def _check_choice(table: str, name: str, value: Any, choices: Any) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import probattn as pa
+from probattn.one_program import one_program
 
 RNG = np.random.default_rng(0)
 # A shape of which no other test has programs.
@@ -51,6 +52,15 @@ def test_a_bound_is_any_number_above_zero():
     expected = pa.residual(X, W_QUERY, W_KEY, bound=1e10)
     np.testing.assert_array_equal(pa.residual(X, W_QUERY, W_KEY, bound=10**10), expected)
     np.testing.assert_array_equal(pa.residual(X, W_QUERY, W_KEY, bound=np.float64(1e10)), expected)
+
+
+def test_a_fault_of_the_program_alone_is_raised():
+    @one_program()
+    def not_traceable(x):
+        return float(x.sum())
+
+    with pytest.raises(jax.errors.ConcretizationTypeError):
+        not_traceable(X)
 
 
 def test_a_refusal_is_one_line():
