@@ -41,7 +41,7 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class TuneFitConfig(FitConfig):
-    """How a published model is fitted on: see `FitConfig`, and what moves.
+    """How a published model is fine-tuned: see `FitConfig`, and what moves.
 
     Attributes:
         trainable: `all` parameters, `first_attention` (the attention of the first layer), or

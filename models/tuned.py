@@ -1,4 +1,4 @@
-"""Published decoders that are fitted on: priors centred at their weights, and low-rank adapters.
+"""Published decoders that are fine-tuned: priors centred at their weights, and low-rank adapters.
 
 The prior of a tensor is Normal(w0, s RMS(w0)), w0 being its published value (L2-SP: Li,
 Grandvalet and Davoine 2018, arXiv:1802.01483). An adapter adds c U V to a matrix (LoRA: Hu et al.
@@ -63,17 +63,19 @@ class TuningConfig:
         """Refuse what moves nothing, or has no prior."""
         if self.trainable not in get_args(Trainable):
             raise ValueError(
-                f"trainable is {self.trainable!r}: expected one of {', '.join(get_args(Trainable))}"
+                f"fit.trainable is {self.trainable!r}: expected one of "
+                f"{', '.join(get_args(Trainable))}"
             )
         check_integers(self, "fit", adapter_rank=1)
-        for name in ("adapter_scale", "prior_scale"):
-            if not is_positive(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a finite number > 0")
+        scales = {"fit.adapter_scale": self.adapter_scale, "prior.scale": self.prior_scale}
+        for name, value in scales.items():
+            if not is_positive(value):
+                raise ValueError(f"{name} is {value!r}: expected a finite number > 0")
         try:
             re.compile(self.adapter_matrices)
         except (re.error, TypeError) as error:
             raise ValueError(
-                f"adapter_matrices is {self.adapter_matrices!r}: expected a regular expression "
+                f"fit.adapter_matrices is {self.adapter_matrices!r}: expected a regular expression "
                 f"({error})"
             ) from None
 
@@ -98,7 +100,7 @@ def moving_leaves(config: DecoderConfig, tuning: TuningConfig) -> dict[str, tupl
     if not found:
         known = ", ".join(dict.fromkeys(map(_projection, matrices)))
         raise ValueError(
-            f"adapter_matrices is {tuning.adapter_matrices!r}, the name of no matrix: expected "
+            f"fit.adapter_matrices is {tuning.adapter_matrices!r}, the name of no matrix: expected "
             f"some of {known}, or of the parameters, such as {matrices[0]}"
         )
     return found

@@ -44,7 +44,7 @@ class Fit:
     """Fit a language model by MAP, or with another variational guide.
 
     --data, --objective and --guide are short for --data.source, --objective.name and --fit.guide.
-    With --from RUN a published model is fitted on: `probattn fit --from RUN --help`. Several
+    With --from RUN a published model is fine-tuned: `probattn fit --from RUN --help`. Several
     processes, on one host or several, are given the same command, but for --process-id.
     """
 

@@ -1,4 +1,4 @@
-"""The commands that bring published models in and out, and fit them on."""
+"""The commands that bring published models in and out, and fine-tune them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Tune:
-    """Fit a published model on, under priors centred at its weights.
+    """Fine-tune a published model under priors centred at its weights.
 
     Network, tokenizer and block are those of the run that --from names. --data, --objective and
     --guide are short for --data.source, --objective.name and --fit.guide.

@@ -43,8 +43,8 @@ def export_decoder(run: RunDirectory, out: str | os.PathLike[str]) -> Path:
 
     The network of a fit becomes a GPT-2 whose biases are zero, with the same logits. What is beside
     the network, such as a separate attention stage, has no place there and is left out. A model
-    that was imported is written as it is; one that was fitted on in float32, with its adapters
-    worked into the matrices.
+    that was imported is written as it is. One that was fine-tuned is written in float32, with its
+    adapters worked into the matrices.
 
     Args:
         run: a run of a fit or of a published model.

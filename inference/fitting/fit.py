@@ -50,7 +50,7 @@ def fit(
     Minibatches and initial parameters are functions of the seed, so a run that was interrupted and
     resumed ends as one that was not. The parameters of the best validation are kept.
 
-    A published model that was imported is fitted on under priors centred at its weights: see
+    A published model that was imported is fine-tuned under priors centred at its weights: see
     `tuned_decoder`. The run then holds what has moved, and reads the rest from `base`.
 
     Args:

@@ -55,7 +55,7 @@ class Trainer:
         vocabulary_size: number of symbols.
         optimizer: any optax transformation; by default `default_optimizer(config.fit)`.
         placement: placement of parameters and minibatches; by default on one device.
-        base: the published decoder that is fitted on, where there is one.
+        base: the published decoder that is fine-tuned, where there is one.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Runs of published models that were fitted on: what has moved, and where the rest lies."""
+"""Runs of published models that were fine-tuned: what has moved, and where the rest lies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from probattn.models.tuned import sample_changes, tuned_parameters
 
 @dataclass(frozen=True)
 class TunedRun(FitDirectory, DecoderRun):
-    """A published model that was fitted on, as `load_run` opens it.
+    """A published model that was fine-tuned, as `load_run` opens it.
 
     It holds what has moved. The rest is read from the run of the published model.
     """

@@ -222,7 +222,7 @@ REFUSED = {
     "too few": ({"num_sequences": 2}, "num_sequences is 2: expected an integer, at least the 3"),
     "no matrix": (
         {"tuning": TuningConfig("adapters", adapter_matrices="mlp")},
-        "adapter_matrices is 'mlp', the name of no matrix: expected some of query, key, value",
+        "fit.adapter_matrices is 'mlp', the name of no matrix: expected some of query, key, value",
     ),
 }
 
@@ -239,11 +239,11 @@ def test_the_model_refuses(case):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"trainable": "some"}, "trainable is 'some': expected one of all, first_attention"),
+        ({"trainable": "some"}, "fit.trainable is 'some': expected one of all, first_attention"),
         ({"adapter_rank": 0}, "fit.adapter_rank is 0: expected an integer >= 1"),
-        ({"adapter_scale": -1.0}, "adapter_scale is -1.0: expected a finite number > 0"),
-        ({"prior_scale": 0.0}, "prior_scale is 0.0: expected a finite number > 0"),
-        ({"adapter_matrices": "("}, "adapter_matrices is '(': expected a regular expression"),
+        ({"adapter_scale": -1.0}, "fit.adapter_scale is -1.0: expected a finite number > 0"),
+        ({"prior_scale": 0.0}, "prior.scale is 0.0: expected a finite number > 0"),
+        ({"adapter_matrices": "("}, "fit.adapter_matrices is '(': expected a regular expression"),
     ],
 )
 def test_a_configuration_refuses(changes, line):

@@ -193,7 +193,7 @@ def test_a_fit_refuses(tuned, tmp_path, case):
     ("make", "line"),
     [
         (lambda: TuneConfig(objective=ObjectiveConfig("full")), "objective.name is full"),
-        (lambda: TuneConfig(prior=PriorConfig(-1.0)), "prior_scale is -1.0"),
+        (lambda: TuneConfig(prior=PriorConfig(-1.0)), "prior.scale is -1.0"),
         (lambda: TuneFitConfig(guide="mean_field"), "fit.guide is mean_field of a published model"),
         (lambda: TuneFitConfig(weight_decay=0.1), "fit.weight_decay is 0.1 of a published model"),
     ],
