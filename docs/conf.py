@@ -7,14 +7,13 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from sphinx.application import Sphinx
+
+import probattn
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-BUILD = ROOT / "build"
+BUILD = HERE.parent / "build"
 sys.path.insert(0, str(HERE / "_extensions"))
-
-from sphinx.application import Sphinx  # noqa: E402
-
-import probattn  # noqa: E402
 
 project = "probattn"
 author = "the authors of probattn"
