@@ -1,6 +1,5 @@
 """The comparison of weighted MAPs with the posterior: its parts against oracles, then all of it."""
 
-import importlib
 import math
 import sys
 from functools import partial
@@ -15,7 +14,7 @@ from scipy.stats import lognorm, norm
 from probattn import _reference
 from probattn.models import LatentEmbeddingsConfig, observed_embeddings
 from probattn.models.coupling import attention_weights_of
-from tests.support.project import ROOT
+from tests.support.project import ROOT, scripts
 from tests.support.tiny_run import tiny_text
 
 FOLDER = ROOT / "examples" / "barrier_weight"
@@ -24,12 +23,8 @@ NAMES = ("compare_weights", "measured", "observed", "weighted_maps", "weighted_r
 
 @pytest.fixture(scope="module", name="scripts")
 def scripts_fixture():
-    """The modules of the folder by name, as its own scripts import them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield {name: importlib.import_module(name) for name in NAMES}
-        for name in NAMES:
-            sys.modules.pop(name, None)
+    with scripts(FOLDER, NAMES) as modules:
+        yield modules
 
 
 def model_of(width, sequences, length):

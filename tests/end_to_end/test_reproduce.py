@@ -1,13 +1,11 @@
 """The paper's experiments end to end at a tiny size: interrupted, carried on, drawn from tables."""
 
 import csv
-import importlib
 import itertools
 import math
 import os
 import shutil
 import signal
-import sys
 
 import jax
 import numpy as np
@@ -19,7 +17,7 @@ from probattn.inference.evaluation.perturbations import Gaussian
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.fitting.svi import Trainer
 from tests.support import tiny_run
-from tests.support.project import ROOT
+from tests.support.project import ROOT, scripts
 from tests.support.tiny_run import tiny_text
 
 FOLDER = ROOT / "examples" / "reproduce"
@@ -67,12 +65,8 @@ COMMAND_SEEDS = 2
 
 @pytest.fixture(scope="module", name="scripts")
 def scripts_fixture():
-    """The modules of the folder by name, as its own scripts import them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield {name: importlib.import_module(name) for name in NAMES}
-        for name in NAMES:
-            sys.modules.pop(name, None)
+    with scripts(FOLDER, NAMES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module", name="command")
