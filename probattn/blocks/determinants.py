@@ -31,7 +31,7 @@ _ROWS, _PARTS = 64, 4
 # Positions to be centred at once, mostly few: so many, or of short sequences so many numbers.
 _CENTRED, _CENTRED_NUMBERS = 16, 2**15
 FEW = 2**14  # products of queries and keys that are not worth the compilation of two ways
-_ALL = 2**22  # products that are centred at every position where one needs it: a smaller program
+ALL = 2**22  # products that are centred at every position where one needs it: a smaller program
 
 
 def determinant_values(
@@ -141,7 +141,7 @@ def _of_sequences(
         sign, value, accurate = _by_moments(pointwise, *kept)
     accurate = finite & (lax.stop_gradient(accurate) > 0)
     by_centring: Callable = partial(_by_centring, pointwise, accurate)
-    if math.prod(keys.shape) * math.prod(keys.shape[-2:]) <= _ALL:
+    if math.prod(keys.shape) * math.prod(keys.shape[-2:]) <= ALL:
         # Else the derivative would keep its arrays, and those of the fast way zeros in their place.
         by_centring = jax.checkpoint(partial(_directly, pointwise))
 
