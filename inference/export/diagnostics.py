@@ -89,6 +89,76 @@ def summarise(tree: "xr.DataTree") -> list[QuantitySummary]:
     return rows
 
 
+@dataclass(frozen=True)
+class ChainWeight:
+    """What stacking makes of one chain.
+
+    Attributes:
+        chain: number of the chain.
+        weight: its weight in the mixture of all chains; the weights sum to one.
+        elpd: expected log predictive density of the chain's own draws, by PSIS-LOO, nats.
+        se: standard error of that.
+        pareto_k: the largest Pareto k; above 0.7 the estimate cannot be trusted.
+    """
+
+    chain: int
+    weight: float
+    elpd: float
+    se: float
+    pareto_k: float
+
+
+def stack_chains(tree: "xr.DataTree") -> list[ChainWeight]:
+    """Weigh chains that do not mix, by stacking their leave-one-out predictive densities.
+
+    Where each chain stays in a mode of its own, their numbers say nothing of the modes' masses.
+    Stacking takes the mixture of chains that predicts best what is left out (Yao, Vehtari and
+    Gelman 2022, Stacking for non-mixing Bayesian computations). These weights are not the
+    posterior's masses of the modes. PSIS-LOO and the weights are ArviZ's.
+
+    Args:
+        tree: tree with log likelihoods of one site, from `to_datatree`.
+
+    Returns:
+        One weight for each chain, in the order of the chains.
+
+    Raises:
+        ValueError: if the tree has no log likelihood, one chain, or fewer than 25 draws of each.
+    """
+    import arviz as az
+    import xarray as xr
+
+    if "log_likelihood" not in tree.children:
+        raise ValueError(
+            "the tree has no log_likelihood: expected one from to_datatree(..., "
+            "log_likelihood=True)"
+        )
+    groups = {name: tree[name].to_dataset() for name in ("posterior", "log_likelihood")}
+    sizes = groups["log_likelihood"].sizes
+    if sizes["chain"] < 2 or sizes["draw"] < 25:
+        raise ValueError(
+            f"the tree has {sizes['chain']} chains of {sizes['draw']} draws: expected two chains "
+            "or more to weigh, of 25 draws or more; sample more of them"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of a large Pareto k, which is returned
+        found = {}
+        for chain in range(sizes["chain"]):
+            own = {name: group.isel(chain=[chain]) for name, group in groups.items()}
+            found[str(chain)] = az.loo(xr.DataTree.from_dict(own), pointwise=True)
+        weights = az.compare(found, method="stacking", round_to="none")["weight"]
+    return [
+        ChainWeight(
+            int(name),
+            float(weights[name]),
+            float(one.elpd),
+            float(one.se),
+            float(np.max(one.pareto_k)),
+        )
+        for name, one in found.items()
+    ]
+
+
 def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
     """Estimate the expected log predictive density by PSIS-LOO, its error, and the largest k.
 

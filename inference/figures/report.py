@@ -191,7 +191,7 @@ def compared_report(compared: Sequence[ComparedRun], folder: Path) -> list[Path]
     }
     if curves:
         figures["reliability"] = reliability_diagram(curves)
-    sampled = [run for run in compared if run.inference == "nuts" and run.smallest_margin]
+    sampled = [run for run in compared if run.divergences is not None and run.smallest_margin]
     if sampled:
         # Point estimates are of language models: a posterior of one, if there is any.
         posterior = min(sampled, key=lambda run: run.model != "language")

@@ -110,16 +110,16 @@ def test_posterior_text_names_support_tokens(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.slow
-def test_posterior_language_model_puts_point_estimates_into_the_posterior(
-    monkeypatch, tmp_path, capsys
-):
+def test_posterior_language_model_weighs_the_modes_of_its_posterior(monkeypatch, tmp_path, capsys):
     cheap_post_hoc(monkeypatch)
-    few = ["--steps", "60", "--warmup", "8", "--draws", "6", "--weights", "0.1"]
+    few = ["--steps", "60", "--warmup", "50", "--draws", "25", "--weights", "0.1"]
+    few += ["--starts", "2"]
     names = run(monkeypatch, "posterior_language_model.py", *few, "--out", str(tmp_path))
     assert set(names["runs"]) == {"ce", "full", "margin 0.1"}
     printed = capsys.readouterr().out
     assert printed.count("bits per character, smallest margin") == 4
-    assert {"comparison.csv", "reliability.png", "smallest_margin.png"} <= {
+    assert sum(names["weights"]) == pytest.approx(1)
+    assert {"modes.csv", "modes.png", "comparison.csv", "smallest_margin.png"} <= {
         path.name for path in tmp_path.iterdir()
     }
 
