@@ -26,9 +26,9 @@ from probattn.inference import (
     load_run,
     read_config,
     sample_run,
+    stack_chains,
     to_datatree,
 )
-from probattn.inference.export.diagnostics import stack_chains
 from probattn.inference.figures import save_figure, smallest_margin
 from probattn.inference.figures.report import compared_report
 from probattn.inference.runs.csv_tables import write_table

@@ -15,6 +15,7 @@ from probattn.inference.evaluation.stage_certificates import StageCertificate
 from probattn.inference.evaluation.token_margins import TextMargins, text_margins
 from probattn.inference.exchange.export_decoder import export_decoder
 from probattn.inference.exchange.import_decoder import Imported, import_decoder
+from probattn.inference.export.diagnostics import ChainWeight, stack_chains
 from probattn.inference.export.to_arviz import to_datatree
 from probattn.inference.figures.pages import comparison_page, posterior_page
 from probattn.inference.fitting.fit import fit
@@ -29,6 +30,7 @@ from probattn.inference.sampling.posterior_runs import load_posterior, sample_ru
 from probattn.inference.sampling.result import PosteriorResult
 
 __all__ = [
+    "ChainWeight",
     "ComparedRun",
     "EvaluateResult",
     "FilterError",
@@ -73,6 +75,7 @@ __all__ = [
     "sample",
     "sample_run",
     "sensitivity",
+    "stack_chains",
     "text_margins",
     "to_datatree",
 ]
