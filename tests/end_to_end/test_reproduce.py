@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from probattn.inference import load_run, sensitivity
+from probattn.inference.evaluation import intervals
 from probattn.inference.evaluation.perturbations import Gaussian
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.fitting.svi import Trainer
@@ -425,7 +426,7 @@ def test_the_weight_decay_that_was_chosen_is_the_best_by_the_tuning_rule():
 def test_intervals_over_seeds_are_those_of_scipy(scripts):
     summary, rng = scripts["summary"], np.random.default_rng(0)
     a, b = rng.normal(2, 0.1, (2, 5))
-    found = summary.interval(a)
+    found = intervals.interval(a)
     low, high = stats.ttest_1samp(a, 0).confidence_interval(0.95)
     assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(
         (low, high), rel=1e-12
@@ -438,12 +439,12 @@ def test_intervals_over_seeds_are_those_of_scipy(scripts):
     assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(
         (low, high), rel=1e-12
     )
-    cost = summary.paired_cost(values, reference)
+    cost = intervals.paired_cost(values, reference)
     low, high = stats.ttest_1samp(100 * (a / b - 1), 0).confidence_interval(0.95)
     assert (cost.mean - cost.half_width, cost.mean + cost.half_width) == pytest.approx(
         (low, high), rel=1e-12
     )
-    assert math.isnan(summary.interval([1.0]).half_width)
+    assert math.isnan(intervals.interval([1.0]).half_width)
 
 
 def test_tuning_looks_at_clean_and_noisy_text_of_its_own_half(scripts):
