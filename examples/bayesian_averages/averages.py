@@ -11,11 +11,9 @@ are its own. The same command goes on where it was interrupted. Leaves tables an
 
 import argparse
 import dataclasses
-import multiprocessing
 import platform
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +23,10 @@ from one_average import MARGIN_LEVELS, measured, work
 from probattn.inference.config_files import format_config
 from probattn.inference.runs.csv_tables import write_table
 from probattn.inference.runs.files import write_text
+from probattn.inference.runtime.signals import Ended
+from probattn.inference.runtime.task_processes import run_apart, tell
 
+_NAME = "averages.py"
 RUN = ("objective", "method", "seed")
 NUMBERS = (
     *("gradients", "members", "bpc", "accuracy", "calibration_error", "area", "noise"),
@@ -51,8 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
         failed = _run(wanted)
         write_results(every, scale, out)
+    except Ended as ended:
+        tell(_NAME, f"{ended}; the same command goes on from here")
+        return 128 + ended.signum
     except (OSError, ValueError) as error:
-        print(f"averages.py: {error}", file=sys.stderr)
+        tell(_NAME, str(error))
         return 2
     # Not above: the processes of the runs import this file, and need no Matplotlib.
     from averages_report import write_report
@@ -77,26 +81,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(wanted: Sequence[Task]) -> int:
     """Make what is not there yet, with a line for each; returns how many failed."""
-    failed = 0
-    for number, task in enumerate(wanted, start=1):
-        if measured(task) is not None:
-            continue
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as process:
-            try:
-                process.submit(work, task).result()
-            except (OSError, RuntimeError, ValueError) as error:
-                failed += 1
-                print(f"[{number}/{len(wanted)}] {task.title}: {error}", flush=True)
-                continue
-        found = measured(task)
-        assert found is not None
-        print(
-            f"[{number}/{len(wanted)}] {task.title}: {found['bpc']:.4f} bits per character, "
-            f"{found['gradients']} gradients, {found['cpu_seconds']:.0f} s",
-            flush=True,
-        )
-    return failed
+    left, failures = [task for task in wanted if measured(task) is None], 0
+    print(f"{len(wanted)} runs, {len(wanted) - len(left)} of them done before", flush=True)
+    made = run_apart(left, work, jobs=1, command=_NAME)
+    for number, (task, seconds, failed) in enumerate(made, start=1):
+        failures += bool(failed)
+        found = measured(task) or {}
+        said = failed or f"{found['bpc']:.4f} bits per character, {seconds:.0f} s"
+        print(f"[{number}/{len(left)}] {task.title}: {said}", flush=True)
+    return failures
 
 
 def write_results(every: Sequence[Task], scale: Scale, out: Path) -> None:

@@ -19,7 +19,6 @@ from probattn.inference.comparison.predictive import MEMBERS, Predictions, predi
 from probattn.inference.export.site_values import site_values
 from probattn.inference.runs.files import write_text
 from probattn.inference.runs.run import load_fit
-from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.sampling.posterior_runs import fitted_starts, training_sequences
 from probattn.models import ObjectiveConfig, language_model
 from probattn.text.corpora import load_corpus
@@ -60,7 +59,6 @@ def work(task: Task) -> None:
     Raises:
         ValueError: see `fit` and `sample_run`.
     """
-    keep_compiled_programs(lambda line: None)
     clocks = (time.process_time(), time.monotonic())
     made = _sampled(task) if task.method.sample else _fitted(task)
     results = {

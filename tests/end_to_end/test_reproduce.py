@@ -17,12 +17,13 @@ from probattn.inference.evaluation import intervals
 from probattn.inference.evaluation.perturbations import Gaussian
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.fitting.svi import Trainer
+from probattn.inference.runtime.task_processes import run_apart
 from tests.support import tiny_run
 from tests.support.project import ROOT, scripts
 from tests.support.tiny_run import tiny_text
 
 FOLDER = ROOT / "examples" / "reproduce"
-NAMES = ("collect", "figures", "measure", "plan", "pool", "run", "summary", "table")
+NAMES = ("collect", "figures", "measure", "plan", "run", "summary", "table")
 SCALE = """
 [model]
 layers = 1
@@ -291,7 +292,7 @@ def test_two_processes_do_tasks_and_tell_why_one_failed(history, command, script
     data, _ = plan.choose_data(*texts)
     done, changed = plan.every_task(methods, [0], scale, data, folder / "runs")
     elsewhere = plan.dataclasses.replace(changed, out=done.out)
-    tasks = scripts["pool"].run_tasks([done, elsewhere], 2)
+    tasks = run_apart([done, elsewhere], scripts["measure"].work, jobs=2, command="run.py")
     outcomes = {task.setting.method: why for task, _, why in tasks}
     assert outcomes.keys() == {"ce", "margin"}
     assert outcomes["ce"] == ""
