@@ -60,7 +60,8 @@ class Trainer:
         config: model, objective and fit.
         tokens: training text, (N,).
         vocabulary_size: number of symbols.
-        optimizer: any optax transformation; by default `default_optimizer(config.fit)`.
+        optimizer: any optax transformation; by default `default_optimizer(config.fit)`. The guide
+            ivon has its own, whatever is given.
         placement: placement of parameters and minibatches; by default on one device.
         base: the published decoder that is fine-tuned, where there is one.
     """

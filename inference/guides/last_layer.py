@@ -26,7 +26,7 @@ from probattn.inference.runtime.progress import progress_bar
 from probattn.models import LanguageModelConfig, transformer
 from probattn.models.priors import sample_output_table, site_priors
 
-_MOST_TOKENS = 2**17
+_MOST_TOKENS = 2**17  # of a text, in its Hessian
 
 
 class LastLayer(NamedTuple):
