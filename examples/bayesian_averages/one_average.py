@@ -61,13 +61,21 @@ def work(task: Task) -> None:
     """
     clocks = (time.process_time(), time.monotonic())
     made = _sampled(task) if task.method.sample else _fitted(task)
-    results = {
-        "gradients": made.gradients,
-        "divergences": made.divergences,
+    costs = {
         "cpu_seconds": time.process_time() - clocks[0],
         "wall_seconds": time.monotonic() - clocks[1],
         "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    for folder in task.others:  # an average of runs costs what they cost
+        theirs = json.loads((folder / "measured.json").read_text(encoding="utf-8"))["results"]
+        costs["memory_mib"] = max(costs["memory_mib"], theirs["memory_mib"])
+        for name in ("cpu_seconds", "wall_seconds"):
+            costs[name] += theirs[name]
+    results = {
+        "gradients": made.gradients,
+        "divergences": made.divergences,
         "load": os.getloadavg()[1],
+        **costs,
         **_measure(task, made.members),
     }
     text = json.dumps({"plan": _plan(task), "results": results}, indent=1)
