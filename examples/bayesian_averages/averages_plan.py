@@ -76,6 +76,7 @@ class Method:
         warmup: share of a sampler's iterations that are not kept.
         sample: fields of `SampleConfig`, None for a fit.
         pooled: method whose runs of all other seeds are averaged, which costs nothing further.
+        learning_rate: of its fits, None for that of the file.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Method:
     warmup: float = 0.5
     sample: Mapping[str, Any] | None = None
     pooled: str | None = None
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class Task:
         fit: FitConfig = replace(
             given,
             steps=steps,
+            learning_rate=self.method.learning_rate or given.learning_rate,
             warmup=min(given.warmup_steps, steps // 10),
             seed=self.method.members * self.seed + number,
             eval_every=steps,

@@ -85,7 +85,8 @@ def work(task: Task) -> None:
 def _plan(task: Task) -> dict[str, Any]:
     """Return what results depend on, as JSON gives it back; not where the text and runs lie."""
     plan = dataclasses.asdict(task)
-    del plan["out"], plan["config"]["data"]["source"], plan["method"]["label"]
+    del plan["out"], plan["config"]["data"]["source"]
+    del plan["method"]["label"], plan["method"]["objectives"]
     return json.loads(json.dumps(plan | {"others": len(task.others)}))
 
 
