@@ -74,21 +74,30 @@ def read_results(folder: Path) -> dict[str, Measured]:
 def tables(found: Mapping[str, Measured]) -> str:
     """Return the text of table.md."""
     parts = ["# Bayesian averages\n", _NOTE + "\n"]
-    for scale, measured in found.items():
+    for scale in SCALES:
+        if scale not in found:
+            parts += [f"## {scale}\n", f"Not measured: `averages.py {scale}` does it.\n"]
+            continue
+        measured = found[scale]
         for objective in _distinct(measured.runs, "objective"):
             parts += [f"## {scale}, {objective}\n", methods_table(measured, objective)]
-        if missing := missing_methods(scale, measured):
-            command = f"averages.py {scale} --only {' '.join(missing)}"
-            parts += [f"Not measured: {', '.join(missing)} (`{command}`).\n"]
         if barrier := barrier_table(measured.runs):
             parts += [f"## {scale}, what the barrier changes\n", barrier]
+        if left := missing_runs(scale, measured):
+            listed = ", ".join(f"{' '.join(name)} ({count})" for name, count in left.items())
+            parts += [f"Seeds not measured, which `averages.py {scale}` does: {listed}.\n"]
     return "\n".join(parts)
 
 
-def missing_methods(scale: str, measured: Measured) -> list[str]:
-    """Return the methods of a scale that have no row."""
-    there = _distinct(measured.runs, "method")
-    return [n for n in read_methods() if n not in there and n not in SCALES[scale].skipped]
+def missing_runs(scale: str, measured: Measured) -> dict[tuple[str, str], int]:
+    """Return how many seeds of a scale are not measured, by objective and method."""
+    of_scale, left = SCALES[scale], {}
+    for method in read_methods().values():
+        for objective in method.objectives or of_scale.objectives:
+            found = by_seed(measured.runs, "bpc", objective, method.name)
+            if method.name not in of_scale.skipped and len(found) < of_scale.seeds:
+                left[objective, method.name] = of_scale.seeds - len(found)
+    return left
 
 
 def methods_table(measured: Measured, objective: str) -> str:
