@@ -50,8 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for task in tasks(scale, text=options.text, out=out, only=options.only)
             if options.objectives is None or task.config.objective.name in options.objectives
         ]
-        failed = _run(wanted)
-        write_results(every, scale, out)
+        try:
+            failed = _run(wanted)
+        finally:  # an interrupted command leaves what it has
+            write_results(every, scale, out)
     except Ended as ended:
         tell(_NAME, f"{ended}; the same command goes on from here")
         return 128 + ended.signum
@@ -112,7 +114,7 @@ def write_results(every: Sequence[Task], scale: Scale, out: Path) -> None:
     write_text(
         out / "setting.txt",
         f"{scale.gradients} gradients of {config.fit.batch} x {config.model.block} tokens; "
-        f"{scale.margin_sequences} sequences for margins.\n"
+        f"{scale.margin_sequences} sequences for margins. Objective, guide, seed: see a row.\n"
         f"Python {platform.python_version()}, {versions}.\n\n"
         f"{format_config(dataclasses.replace(config, data=named))}",
     )

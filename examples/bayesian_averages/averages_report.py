@@ -61,13 +61,16 @@ def read_results(folder: Path) -> dict[str, Measured]:
     Raises:
         ValueError: if there are none.
     """
-    found = {
-        scale: Measured(*(read_table(folder / scale / f"{n}.csv") for n in ("runs", "coverage")))
-        for scale in SCALES
-        if (folder / scale / "runs.csv").exists()
-    }
+    found = {}
+    for scale in SCALES:
+        if (folder / scale / "runs.csv").exists():
+            both = (read_table(folder / scale / f"{name}.csv") for name in ("runs", "coverage"))
+            found[scale] = Measured(*both)
+    found = {scale: measured for scale, measured in found.items() if measured.runs}
     if not found:
-        raise ValueError(f"{folder}: has no */runs.csv; expected the folder of a comparison")
+        raise ValueError(
+            f"{folder}: has no */runs.csv with a run; expected the folder of a comparison"
+        )
     return found
 
 
