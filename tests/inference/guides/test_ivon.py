@@ -94,6 +94,7 @@ def test_steps_are_those_of_the_paper():
     assert np.abs(np.log(h / h0)).max() > 0.3
 
 
+@pytest.mark.slow
 def test_a_conjugate_posterior_is_met():
     """Linear regression: the posterior's mean, and variances 1 / diag of its precision.
 
