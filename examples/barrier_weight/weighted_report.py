@@ -3,7 +3,6 @@
 python examples/barrier_weight/weighted_report.py examples/barrier_weight/results
 """
 
-import csv
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from probattn.inference.figures.style import (
     save_figure,
     styled,
 )
+from probattn.inference.runs.csv_tables import markdown_table, read_table
 from probattn.inference.runs.files import write_text
 
 _DRAWN = (QUANTITIES[0], QUANTITIES[2], QUANTITIES[3])
@@ -76,7 +76,7 @@ def answers_table(posterior: Rows, maps: Rows) -> str:
             shown = (", ".join(f"{w:g}" for w in found) or "none" for found in inside)
             rows.append((data, quantity, numbers, f"{exact:.3f}", *shown))
     heads = ("data", "quantity", "posterior mean (90 %)", "MAP, lambda = 1")
-    return _markdown((*heads, "full: lambda inside", "margin only: lambda inside"), rows)
+    return markdown_table((*heads, "full: lambda inside", "margin only: lambda inside"), rows)
 
 
 def weights_inside(
@@ -116,7 +116,7 @@ def convergence_table(posterior: Rows, maps: Rows, runs: Rows) -> str:
         )
     heads = ("data", "smallest margin: r_hat, ess bulk, tail", "every margin, the worst")
     heads += ("largest r_hat", "divergences", "steps per draw", "largest gradient norm")
-    return _markdown((*heads, "MAPs that two starts found", "sampling"), rows)
+    return markdown_table((*heads, "MAPs that two starts found", "sampling"), rows)
 
 
 @styled
@@ -166,18 +166,12 @@ def _of(posterior: Rows, data: str, quantity: str) -> dict[str, str]:
     return next(row for row in posterior if (row["data"], row["quantity"]) == (data, quantity))
 
 
-def _markdown(heads: tuple, rows: list) -> str:
-    lines = [heads, ("---",) * len(heads), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def read_results(folder: Path, name: str) -> Rows:
     """Read a table of every data set in a folder: the known ones in their order, then others."""
     paths = sorted(folder.glob(f"*/{name}.csv"), key=lambda path: (_rank(path.parent.name), path))
     rows: Rows = []
     for path in paths:
-        with path.open(encoding="utf-8", newline="") as stream:
-            rows += csv.DictReader(stream)
+        rows += read_table(path)
     if not rows:
         raise ValueError(f"{folder}: has no */{name}.csv; expected the folder of a comparison")
     return rows

@@ -18,21 +18,19 @@ from plan import TUNING_SEEDS, read_labels
 from summary import (
     PAPER,
     REFERENCE,
-    Interval,
     Results,
     Row,
     by_seed,
     curves_of,
-    interval,
     numbers,
     of_stages,
-    paired_cost,
     read_results,
     settings_of,
     tuned_settings,
 )
 from table import write_tables
 
+from probattn.inference.evaluation.intervals import Interval, interval, paired_cost
 from probattn.inference.figures.style import (
     DOUBLE,
     add_legend,

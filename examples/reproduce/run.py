@@ -12,12 +12,13 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import figures
 from collect import write_results
-from measure import is_done
+from measure import is_done, work
 from plan import (
     METHODS,
     PARTS,
@@ -31,27 +32,29 @@ from plan import (
     read_scale,
     tuned_tasks,
 )
-from pool import run_tasks, tell
 from summary import read_results, tuned_settings
 
 from probattn.inference.config_files import format_config
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.signals import Ended, ended_by_signals
+from probattn.inference.runtime.task_processes import run_apart, run_here, tell
 from probattn.text.corpora import NAMED_SOURCES, Corpus, DataConfig
+
+_NAME = "run.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names; the exit status is 0 only when all of it is done."""
     options = _parser().parse_args(arguments)
-    keep_compiled_programs(tell)
+    keep_compiled_programs(partial(tell, _NAME))
     try:
         with ended_by_signals():
             return _run(options)
     except Ended as ended:
-        tell(f"{ended}; the same command goes on from here")
+        tell(_NAME, f"{ended}; the same command goes on from here")
         return 128 + ended.signum
     except (OSError, ValueError) as error:
-        tell(str(error))
+        tell(_NAME, str(error))
         return 2
 
 
@@ -111,7 +114,9 @@ def _do(tasks: Sequence[Task], jobs: int) -> int:
     left = [task for task in tasks if not is_done(task)]
     print(f"{len(tasks)} runs, {len(tasks) - len(left)} of them done before", flush=True)
     started, failures = time.monotonic(), 0
-    for number, (task, seconds, failed) in enumerate(run_tasks(left, jobs), start=1):
+    apart = jobs > 1
+    made = run_apart(left, work, jobs=jobs, command=_NAME) if apart else run_here(left, work)
+    for number, (task, seconds, failed) in enumerate(made, start=1):
         per_run = (time.monotonic() - started) / number
         rest = f"{per_run * (len(left) - number) / 60:.0f} min left"
         failures += bool(failed)

@@ -1,15 +1,14 @@
 """Statistics over seeds of the tables that `collect` writes."""
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
-LEVEL = 0.95
+from probattn.inference.evaluation.intervals import Interval, interval
+from probattn.inference.runs.csv_tables import read_table
+
 REFERENCE = ("ce", "learning_rate=1x")
 PAPER = (REFERENCE, ("margin", "barrier_weight=0.05"))
 """Methods and settings of the paper's Figs 7.4 and 7.5; costs are over the first."""
@@ -21,20 +20,6 @@ TEXT = {
 }
 
 Row = dict[str, str | float]
-
-
-class Interval(NamedTuple):
-    """Mean over seeds, and half the width of its 95 % interval: NaN of a single seed.
-
-    Attributes:
-        mean: over seeds.
-        half_width: half-width of the interval of Student's t.
-        seeds: how many.
-    """
-
-    mean: float
-    half_width: float
-    seeds: int
 
 
 @dataclass(frozen=True)
@@ -68,31 +53,6 @@ def read_results(folder: Path) -> Results:
     paths = (folder / f"{name}.csv" for name in optional)
     margins, comparisons, further = (_read(path) if path.exists() else [] for path in paths)
     return Results(runs, curves, noise, setting, margins, comparisons, further)
-
-
-def interval(values: Iterable[float]) -> Interval:
-    """Return mean and 95 % interval of Student's t over seeds."""
-    found = np.array(list(values), float)
-    if len(found) < 2:
-        return Interval(float(found.mean()) if len(found) else np.nan, np.nan, len(found))
-    error = found.std(ddof=1) / np.sqrt(len(found))
-    reach = stats.t.ppf((1 + LEVEL) / 2, len(found) - 1) * error
-    return Interval(float(found.mean()), float(reach), len(found))
-
-
-def paired_cost(values: dict[int, float], reference: dict[int, float]) -> Interval:
-    """Return the increase over a reference in per cent, paired by seed.
-
-    Runs of a seed share their initial network and minibatches, so that the differences spread less
-    than the values.
-
-    Args:
-        values: values by seed.
-        reference: values by seed; seeds that only one of the two has are left out.
-    """
-    return interval(
-        100 * (values[seed] / reference[seed] - 1) for seed in sorted(values.keys() & reference)
-    )
 
 
 def paired_difference(values: dict[int, float], reference: dict[int, float]) -> Interval:
@@ -184,11 +144,10 @@ def curves_of(noise: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def _read(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as stream:
-        return [
-            {
-                name: value if name in TEXT else (float(value) if value else np.nan)
-                for name, value in row.items()
-            }
-            for row in csv.DictReader(stream)
-        ]
+    return [
+        {
+            name: value if name in TEXT else (float(value) if value else np.nan)
+            for name, value in row.items()
+        }
+        for row in read_table(path)
+    ]

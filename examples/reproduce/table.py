@@ -1,6 +1,5 @@
 """Tables in Markdown: the paper's numbers beside those here, all methods, and kinds of noise."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,19 +7,18 @@ from plan import TUNING_SEEDS, read_labels
 from summary import (
     PAPER,
     REFERENCE,
-    Interval,
     Results,
     Row,
     by_seed,
     curves_of,
-    interval,
     of_stages,
-    paired_cost,
     paired_difference,
     settings_of,
     tuned_settings,
 )
 
+from probattn.inference.evaluation.intervals import Interval, interval, paired_cost, shown
+from probattn.inference.runs.csv_tables import markdown_table
 from probattn.inference.runs.files import write_text
 
 _POINTS = (("absolute", 0.5), ("relative", 0.5), ("relative", 1.0))
@@ -89,17 +87,17 @@ def paper_table(results: Results) -> str:
         for name in PAPER
     ]
     rows = [
-        ("ce, clean BPC", "2.122", _shown(interval(whole[0].values()), 3)),
-        ("margin, clean BPC", "2.158", _shown(interval(whole[1].values()), 3)),
+        ("ce, clean BPC", "2.122", shown(interval(whole[0].values()), 3)),
+        ("margin, clean BPC", "2.158", shown(interval(whole[1].values()), 3)),
         ("margin, clean cost", "+1.7 %", _percent(paired_cost(whole[1], whole[0]))),
     ]
     for unit, level in _POINTS:
         found = [
             by_seed(noise, "degradation", *name, unit=unit, level=level) for name in (ce, margin)
         ]
-        paper = ("2.58", "2.46", f"{_signed(-0.12, 2)}") if unit == "absolute" else (_MISSING,) * 3
-        of_both = [_shown(interval(values.values()), 3) for values in found]
-        difference = _difference(paired_difference(found[1], found[0]))
+        paper = ("2.58", "2.46", f"{_MINUS}0.12") if unit == "absolute" else (_MISSING,) * 3
+        of_both = [shown(interval(values.values()), 3) for values in found]
+        difference = shown(paired_difference(found[1], found[0]), 3, signed=True)
         at = f"degradation at {_noise(unit, level)}"
         rows += [
             (f"ce, {at}", paper[0], of_both[0]),
@@ -112,9 +110,9 @@ def paper_table(results: Results) -> str:
         )
         for name in PAPER
     }
-    rows += [(f"{name[0]}, embedding RMS", _MISSING, _shown(sizes[name], 4)) for name in PAPER]
+    rows += [(f"{name[0]}, embedding RMS", _MISSING, shown(sizes[name], 4)) for name in PAPER]
     seeds = interval(whole[1].values()).seeds
-    return _markdown(("what", "paper", f"here, {seeds} seeds"), rows)
+    return markdown_table(("what", "paper", f"here, {seeds} seeds"), rows)
 
 
 def methods_table(noise: Sequence[Row]) -> str:
@@ -144,14 +142,14 @@ def pairs_table(
             {seed: 100 * (bpc / clean[seed] - 1) for seed, bpc in found.items() if seed in clean}
             for found in (by_seed(noise, "bpc", *name) for name in pair)
         ]
-        shown = [_difference(paired_difference(*costs), 1)]
+        cells = [shown(paired_difference(*costs), 1, signed=True)]
         for unit, level in _POINTS:
             found = [by_seed(noise, "degradation", *n, unit=unit, level=level) for n in pair]
-            shown.append(_difference(paired_difference(*found)))
+            cells.append(shown(paired_difference(*found), 3, signed=True))
         names = (", ".join(_named(*name)) for name in pair)
-        rows.append((" less ".join(names), *shown))
+        rows.append((" less ".join(names), *cells))
     heads = ("what", "clean cost, points", *(f"at {_noise(*point)}" for point in _POINTS))
-    return _markdown(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def further_tables(noise: Sequence[Row], further: Sequence[Row]) -> list[str]:
@@ -182,12 +180,12 @@ def _of_settings(noise: Sequence[Row], settings: Sequence[tuple[str, str]]) -> s
         excess = interval(
             (found[seed] - 1) / (at_half[seed] - 1) for seed in found.keys() & at_half
         )
-        shown = (*(_shown(each, 3) for each in worse), "" if is_reference else _shown(excess, 3))
+        cells = (*(shown(each, 3) for each in worse), "" if is_reference else shown(excess, 3))
         name = (*_named(method, setting), str(len(bpc)))
-        rows.append((*name, _shown(interval(bpc.values()), 3), cost, *shown))
+        rows.append((*name, shown(interval(bpc.values()), 3), cost, *cells))
     heads = ("method", "setting", "seeds", "clean BPC", "cost over ce")
     noises = (f"at {_noise(*point)}" for point in _POINTS)
-    return _markdown((*heads, *noises, "excess at 0.5 RMS, of ce's"), rows)
+    return markdown_table((*heads, *noises, "excess at 0.5 RMS, of ce's"), rows)
 
 
 def kinds_table(noise: Sequence[Row]) -> str:
@@ -207,8 +205,8 @@ def kinds_table(noise: Sequence[Row]) -> str:
             interval(by_seed(noise, "degradation", method, setting, **at).values())
             for method, setting in tuned.items()
         )
-        rows.append((kind, _noise(unit, level), *(_shown(each, 3) for each in worse)))
-    return _markdown(("noise", "level", *(labels.get(each, each) for each in tuned)), rows)
+        rows.append((kind, _noise(unit, level), *(shown(each, 3) for each in worse)))
+    return markdown_table(("noise", "level", *(labels.get(each, each) for each in tuned)), rows)
 
 
 def sensitivity_table(results: Results) -> str:
@@ -238,9 +236,9 @@ def sensitivity_table(results: Results) -> str:
             Interval(unit * found[name].mean, unit * found[name].half_width, found[name].seeds)
             for name in columns
         )
-        rows.append((described, *(_shown(each, 2 if unit > 1 else 3) for each in scaled)))
+        rows.append((described, *(shown(each, 2 if unit > 1 else 3) for each in scaled)))
     heads = (f"{labels.get(method, method)}, {stage}" for method, _, stage in columns)
-    return _markdown(("what", *heads), rows)
+    return markdown_table(("what", *heads), rows)
 
 
 def heads_table(margins: Sequence[Row]) -> str:
@@ -268,39 +266,15 @@ def heads_table(margins: Sequence[Row]) -> str:
             paired_difference(of_head(*margin, head, *figure), of_head(*ce, head, *figure))
             for head in heads
         )
-        rows.append((described, *(_difference(each, 2 if figure[1] > 1 else 3) for each in found)))
-    return _markdown(("what", *heads), rows) if heads else ""
+        digits = 2 if figure[1] > 1 else 3
+        rows.append((described, *(shown(each, digits, signed=True) for each in found)))
+    return markdown_table(("what", *heads), rows) if heads else ""
 
 
 def _noise(unit: str, level: float) -> str:
     return {"absolute": f"sigma {level:g}", "relative": f"{level:g} RMS"}.get(unit, f"{level:g}")
 
 
-def _shown(found: Interval, digits: int) -> str:
-    if math.isnan(found.mean):
-        return _MISSING
-    reach = "" if math.isnan(found.half_width) else f" ± {found.half_width:.{digits}f}"
-    return f"{found.mean:.{digits}f}".replace("-", _MINUS) + reach
-
-
 def _percent(found: Interval) -> str:
-    if math.isnan(found.mean):
-        return _MISSING
-    reach = "" if math.isnan(found.half_width) else f" ± {found.half_width:.1f}"
-    return f"{_signed(found.mean, 1)} %{reach}"
-
-
-def _difference(found: Interval, digits: int = 3) -> str:
-    if math.isnan(found.mean):
-        return _MISSING
-    reach = "" if math.isnan(found.half_width) else f" ± {found.half_width:.{digits}f}"
-    return f"{_signed(found.mean, digits)}{reach}"
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", _MINUS)
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """Return a cost with its unit between the mean and the interval."""
+    return shown(found, 1, signed=True, unit=" %")

@@ -27,7 +27,8 @@ from probattn.text.batches import Windows, map_batches, windows
 from probattn.text.vocabulary import Vocabulary
 
 BINS = 10  # bins of the reliability diagram, equally wide in predicted probability
-_NOISE_ABSOLUTE, _NOISE_RELATIVE = 0.5, 1.0  # the paper's, and one root mean square
+_NOISE_ABSOLUTE, NOISE_RELATIVE = 0.5, 1.0  # the paper's, and one root mean square
+COVERAGES = tuple(part / 10 for part in range(1, 11))  # shares of the tokens that are predicted
 MEMBERS = 32  # members of an ensemble, spread evenly over its draws
 
 _TOKENS = 8192  # tokens of the held-out text, in windows spread evenly
@@ -58,6 +59,25 @@ class Reliability:
 
 
 @dataclass(frozen=True)
+class Selective:
+    """Predictions of the tokens alone that an ensemble is surest of.
+
+    A token is the surer the more probable its most probable symbol is held.
+
+    Attributes:
+        coverage: shares of the tokens that are predicted, `COVERAGES`.
+        bpc: bits per character of the tokens that are, for each share.
+        accuracy: fraction of them whose most probable symbol is right, likewise.
+        area: mean of the bits per character over all coverages, one for each number of tokens.
+    """
+
+    coverage: Float[np.ndarray, " coverages"]
+    bpc: Float[np.ndarray, " coverages"]
+    accuracy: Float[np.ndarray, " coverages"]
+    area: float
+
+
+@dataclass(frozen=True)
 class Predictions:
     """How an ensemble predicts a text; what does not apply to its model is None.
 
@@ -66,10 +86,12 @@ class Predictions:
         log_predictive_density: mean over tokens, in nats.
         bpc: the same as bits per character.
         reliability: calibration of the most probable token.
+        selective: predictions of the tokens that it is surest of; those of all are the last.
         noise_absolute: bits per character at noise of standard deviation 0.5 on what enters the
             stack, over those without; of a language model. All members see the same noise.
-        noise_relative: the same at noise of one root mean square of what enters the stack, of each
-            member its own; in that unit the noise is the same.
+        noise_relative: the same at noise of one root mean square of what enters the stack, or as
+            many as `predictions` was given, of each member its own; in that unit the noise is the
+            same.
         unconverged: fraction of a latent model's particles that were left out because their
             equation was not solved, see `particle_filter.filter_tokens`.
     """
@@ -78,6 +100,7 @@ class Predictions:
     log_predictive_density: float
     bpc: float
     reliability: Reliability
+    selective: Selective
     noise_absolute: float | None = None
     noise_relative: float | None = None
     unconverged: float | None = None
@@ -90,6 +113,7 @@ def predictions(
     held_out: Int[np.ndarray, " N"],
     *,
     seed: int,
+    relative: float = NOISE_RELATIVE,
 ) -> Predictions:
     """Score an ensemble of networks on a text, on at most 8192 tokens.
 
@@ -103,6 +127,7 @@ def predictions(
             axis; at most `MEMBERS` are taken.
         held_out: tokens of the text, at least 2.
         seed: seed of the noise.
+        relative: standard deviation of the noise of `noise_relative`, in root mean squares.
     """
     plan = _plan(held_out, network.block)
     inputs, targets = plan.take(held_out), plan.take(held_out[1:])
@@ -134,7 +159,7 @@ def predictions(
         float(np.log(predicted(sigmas).target).mean()) / scored.log_predictive_density
         for sigmas in (
             [_NOISE_ABSOLUTE] * len(chosen),
-            [_NOISE_RELATIVE * deviation for deviation in deviations],
+            [relative * deviation for deviation in deviations],
         )
     )
     return replace(scored, noise_absolute=absolute, noise_relative=relative)
@@ -217,13 +242,37 @@ def _scored(
     vocabulary: Vocabulary, predicted: _Predicted, targets: Int[np.ndarray, " tokens"], members: int
 ) -> Predictions:
     density = float(np.log(predicted.target).mean())
-    characters = int(vocabulary.token_characters[targets].sum())
+    characters = vocabulary.token_characters[targets]
     return Predictions(
         members=members,
         log_predictive_density=density,
-        bpc=-density * len(targets) / math.log(2) / characters,
+        bpc=-density * len(targets) / math.log(2) / int(characters.sum()),
         reliability=_reliability(predicted),
+        selective=selective(*predicted, characters),
     )
+
+
+def selective(
+    target: Float[np.ndarray, " tokens"],
+    confidence: Float[np.ndarray, " tokens"],
+    right: Bool[np.ndarray, " tokens"],
+    characters: Int[np.ndarray, " tokens"],
+) -> Selective:
+    """Predict the tokens alone that are surest, for every share of them.
+
+    Args:
+        target: probability of the token that came.
+        confidence: probability of the most probable one.
+        right: whether it was the one that came.
+        characters: how many characters the token has.
+    """
+    surest = np.argsort(-confidence, kind="stable")
+    count = np.arange(1, len(surest) + 1)
+    bpc = np.cumsum(-np.log2(target[surest])) / np.cumsum(characters[surest])
+    accuracy = np.cumsum(right[surest]) / count
+    # At least one token, and no more than the share of them.
+    last = np.maximum([int(round(share * len(surest), 6)) for share in COVERAGES], 1) - 1
+    return Selective(np.array(COVERAGES), bpc[last], accuracy[last], float(bpc.mean()))
 
 
 def reliability(

@@ -1,12 +1,13 @@
-"""Estimates with 95 % intervals over the windows of a text.
+"""Estimates with 95 % intervals: over the windows of a text, and over seeds.
 
 The losses within a window depend on each other, so windows, not tokens, are what is independent
 (up to what neighbouring windows of one text share, which the intervals leave out). They speak of
 other text of the same kind, under one model; how models differ between seeds is another matter.
 """
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,20 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class Interval(NamedTuple):
+    """Mean over seeds, and half the width of its 95 % interval: NaN of a single seed.
+
+    Attributes:
+        mean: over seeds.
+        half_width: half-width of the interval of Student's t.
+        seeds: how many.
+    """
+
+    mean: float
+    half_width: float
+    seeds: int
 
 
 def ratio(
@@ -55,6 +70,49 @@ def ratio(
         error = np.sqrt(count / (count - 1) * np.sum(residuals**2, dtype=np.float64)) / total
         reach = stats.t.ppf((1 + LEVEL) / 2, count - 1) * error
         return Estimate(float(value), float(value - reach), float(value + reach))
+
+
+def interval(values: Iterable[float]) -> Interval:
+    """Return mean and 95 % interval of Student's t over seeds."""
+    from scipy import stats
+
+    found = np.array(list(values), float)
+    if len(found) < 2:
+        return Interval(float(found.mean()) if len(found) else np.nan, np.nan, len(found))
+    error = found.std(ddof=1) / np.sqrt(len(found))
+    reach = stats.t.ppf((1 + LEVEL) / 2, len(found) - 1) * error
+    return Interval(float(found.mean()), float(reach), len(found))
+
+
+def paired_cost(values: Mapping[int, float], reference: Mapping[int, float]) -> Interval:
+    """Return the increase over a reference in per cent, paired by seed.
+
+    Runs of a seed share their initial network and minibatches, so that the differences spread less
+    than the values.
+
+    Args:
+        values: values by seed.
+        reference: values by seed; seeds that only one of the two has are left out.
+    """
+    return interval(
+        100 * (values[seed] / reference[seed] - 1) for seed in sorted(values.keys() & reference)
+    )
+
+
+def shown(found: Interval, digits: int, *, signed: bool = False, unit: str = "") -> str:
+    """Return a mean with its interval, if it has one, as tables show it.
+
+    Args:
+        found: the interval.
+        digits: after the point.
+        signed: show a plus sign before a positive mean.
+        unit: what follows the mean.
+    """
+    if math.isnan(found.mean):
+        return "\N{EM DASH}"
+    reach = "" if math.isnan(found.half_width) else f" ± {found.half_width:.{digits}f}"
+    mean = f"{found.mean:{'+' if signed else ''}.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{mean}{unit}{reach}"
 
 
 def bootstrap(

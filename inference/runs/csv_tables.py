@@ -1,4 +1,4 @@
-"""Tables as CSV files."""
+"""Tables as CSV files, and in Markdown."""
 
 import csv
 import io
@@ -40,6 +40,22 @@ def write_columns(path: Path, columns: Mapping[str, Sequence | np.ndarray]) -> P
             writer.writerows(zip(*parts, strict=True))
             file.write(stream.getvalue().encode())
     return path
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a table, as text by column.
+
+    Raises:
+        OSError: if there is no such file, or it cannot be read.
+    """
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def markdown_table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table in Markdown, a line for each row."""
+    lines = [heads, ("---",) * len(heads), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def _cells(values: Sequence | np.ndarray) -> Sequence:

@@ -13,15 +13,17 @@ import pytest
 from scipy import stats
 
 from probattn.inference import load_run, sensitivity
+from probattn.inference.evaluation import intervals
 from probattn.inference.evaluation.perturbations import Gaussian
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.fitting.svi import Trainer
+from probattn.inference.runtime.task_processes import run_apart
 from tests.support import tiny_run
 from tests.support.project import ROOT, scripts
 from tests.support.tiny_run import tiny_text
 
 FOLDER = ROOT / "examples" / "reproduce"
-NAMES = ("collect", "figures", "measure", "plan", "pool", "run", "summary", "table")
+NAMES = ("collect", "figures", "measure", "plan", "run", "summary", "table")
 SCALE = """
 [model]
 layers = 1
@@ -290,7 +292,7 @@ def test_two_processes_do_tasks_and_tell_why_one_failed(history, command, script
     data, _ = plan.choose_data(*texts)
     done, changed = plan.every_task(methods, [0], scale, data, folder / "runs")
     elsewhere = plan.dataclasses.replace(changed, out=done.out)
-    tasks = scripts["pool"].run_tasks([done, elsewhere], 2)
+    tasks = run_apart([done, elsewhere], scripts["measure"].work, jobs=2, command="run.py")
     outcomes = {task.setting.method: why for task, _, why in tasks}
     assert outcomes.keys() == {"ce", "margin"}
     assert outcomes["ce"] == ""
@@ -425,7 +427,7 @@ def test_the_weight_decay_that_was_chosen_is_the_best_by_the_tuning_rule():
 def test_intervals_over_seeds_are_those_of_scipy(scripts):
     summary, rng = scripts["summary"], np.random.default_rng(0)
     a, b = rng.normal(2, 0.1, (2, 5))
-    found = summary.interval(a)
+    found = intervals.interval(a)
     low, high = stats.ttest_1samp(a, 0).confidence_interval(0.95)
     assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(
         (low, high), rel=1e-12
@@ -438,12 +440,12 @@ def test_intervals_over_seeds_are_those_of_scipy(scripts):
     assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(
         (low, high), rel=1e-12
     )
-    cost = summary.paired_cost(values, reference)
+    cost = intervals.paired_cost(values, reference)
     low, high = stats.ttest_1samp(100 * (a / b - 1), 0).confidence_interval(0.95)
     assert (cost.mean - cost.half_width, cost.mean + cost.half_width) == pytest.approx(
         (low, high), rel=1e-12
     )
-    assert math.isnan(summary.interval([1.0]).half_width)
+    assert math.isnan(intervals.interval([1.0]).half_width)
 
 
 def test_tuning_looks_at_clean_and_noisy_text_of_its_own_half(scripts):

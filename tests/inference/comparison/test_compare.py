@@ -100,6 +100,23 @@ def test_a_map_predicts_as_its_network_by_hand(tiny_run, compared):
     assert accuracy == pytest.approx(np.mean(right), abs=0.02)
 
 
+def test_the_surest_tokens_are_scored_alone():
+    rng = np.random.default_rng(0)
+    target, confidence = rng.uniform(0.01, 1, (2, 25))
+    right, characters = rng.random(25) < 0.5, rng.integers(1, 4, 25)
+    found = predictive.selective(target, confidence, right, characters)
+    bpc = {}
+    for count in range(1, 26):
+        kept = sorted(range(25), key=lambda token: -confidence[token])[:count]
+        bits = -sum(math.log2(target[token]) for token in kept)
+        bpc[count] = bits / sum(characters[token] for token in kept)
+        for number in np.flatnonzero((25 * found.coverage).astype(int) == count):
+            assert found.bpc[number] == pytest.approx(bpc[count])
+            assert found.accuracy[number] == pytest.approx(np.mean(right[kept]))
+    assert found.area == pytest.approx(np.mean(list(bpc.values())))
+    assert found.coverage[[4, 9]].tolist() == [0.5, 1]
+
+
 def test_an_ensemble_predicts_with_the_mean_of_probabilities(tiny_run):
     tokens = held_out(tiny_run)[: BLOCK + 1]
     one = {name: np.asarray(value) for name, value in tiny_run.parameters.items()}
@@ -122,6 +139,9 @@ def test_an_ensemble_predicts_with_the_mean_of_probabilities(tiny_run):
     assert again.noise_absolute == both.noise_absolute
     noisier = predictions(tiny_run.vocabulary, network, members, tokens, seed=1)
     assert noisier.noise_absolute != both.noise_absolute
+    assert both.selective.bpc[-1] == pytest.approx(both.bpc)
+    weaker = predictions(tiny_run.vocabulary, network, members, tokens, seed=0, relative=0.1)
+    assert abs(weaker.noise_relative - 1) < abs(both.noise_relative - 1)
 
 
 @pytest.mark.parametrize("copies", [2, 7])

@@ -8,19 +8,20 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-
-from measure import work
-from plan import Task
+from typing import Any
 
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.signals import Ended, ended_by_signals
 
 
-def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, float, str]]:
-    """Run the tasks, so many at a time; with one job, in this process.
+def run_here[Task](
+    tasks: Sequence[Task], work: Callable[[Task], None]
+) -> Iterator[tuple[Task, float, str]]:
+    """Run tasks one after the other in this process.
 
     Yields:
         A task that has ended, the seconds that it took, and why it failed, "" if it did not.
@@ -28,10 +29,6 @@ def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, float, s
     Raises:
         Ended: on SIGINT or SIGTERM, after the state of every run was saved.
     """
-    yield from _here(tasks) if jobs == 1 else _apart(tasks, jobs)
-
-
-def _here(tasks: Sequence[Task]) -> Iterator[tuple[Task, float, str]]:
     with ended_by_signals():
         for task in tasks:
             started, failed = time.monotonic(), ""
@@ -42,10 +39,27 @@ def _here(tasks: Sequence[Task]) -> Iterator[tuple[Task, float, str]]:
             yield task, time.monotonic() - started, failed
 
 
-def _apart(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, float, str]]:
+def run_apart[Task](
+    tasks: Sequence[Task], work: Callable[[Task], None], *, jobs: int, command: str
+) -> Iterator[tuple[Task, float, str]]:
+    """Run each task in a process of its own, so many at a time, each on a core.
+
+    Args:
+        tasks: the tasks, which a process can be given.
+        work: does one; a function of a module.
+        jobs: how many at a time, at least 1.
+        command: what the processes call themselves where they print a line that is no result.
+
+    Yields:
+        As `run_here`.
+
+    Raises:
+        Ended: on SIGINT or SIGTERM, after the state of every run was saved.
+    """
     processes = multiprocessing.get_context("spawn")
     cores = _cores()
-    waiting, busy = list(reversed(tasks)), {}
+    waiting = list(reversed(tasks))
+    busy: dict[Any, tuple[BaseProcess, Connection, int, Task, float]] = {}
     free = list(range(jobs))
     with ended_by_signals():
         try:
@@ -54,15 +68,17 @@ def _apart(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, float, str]
                     slot, task = free.pop(), waiting.pop()
                     core = cores[slot % len(cores)] if cores else None
                     reader, writer = processes.Pipe(duplex=False)
-                    process = processes.Process(target=_child, args=(task, core, writer))
+                    process = processes.Process(
+                        target=_child, args=(task, work, core, command, writer)
+                    )
                     process.start()
                     writer.close()
                     busy[process.sentinel] = (process, reader, slot, task, time.monotonic())
                 for sentinel in wait(list(busy)):
-                    process, reader, slot, task, started = busy.pop(sentinel)
-                    process.join()
+                    ended, reader, slot, task, started = busy.pop(sentinel)
+                    ended.join()
                     free.append(slot)
-                    yield task, time.monotonic() - started, _failure(process, reader)
+                    yield task, time.monotonic() - started, _failure(ended, reader)
         finally:
             _end([process for process, *_ in busy.values()])
 
@@ -75,7 +91,7 @@ def _end(processes: Sequence[BaseProcess]) -> None:
         process.join()
 
 
-def _failure(process: BaseProcess, reader: multiprocessing.connection.Connection) -> str:
+def _failure(process: BaseProcess, reader: Connection) -> str:
     with reader:
         try:
             return reader.recv()
@@ -83,13 +99,15 @@ def _failure(process: BaseProcess, reader: multiprocessing.connection.Connection
             return f"its process ended with exit status {process.exitcode}"
 
 
-def _child(task: Task, core: int | None, writer: multiprocessing.connection.Connection) -> None:
+def _child[Task](
+    task: Task, work: Callable[[Task], None], core: int | None, command: str, writer: Connection
+) -> None:
     # Out of the terminal's process group: the parent passes signals on, each of them once.
     if hasattr(os, "setsid"):
         os.setsid()
     if core is not None:
         os.sched_setaffinity(0, {core})  # before JAX counts the cores
-    keep_compiled_programs(tell)
+    keep_compiled_programs(partial(tell, command))
     failed = ""
     try:
         with ended_by_signals():
@@ -101,9 +119,9 @@ def _child(task: Task, core: int | None, writer: multiprocessing.connection.Conn
     writer.send(failed)
 
 
-def tell(line: str) -> None:
+def tell(command: str, line: str) -> None:
     """Print a line that is no result, in the name of the command."""
-    print(f"run.py: {line}", file=sys.stderr)
+    print(f"{command}: {line}", file=sys.stderr)
 
 
 def _cores() -> list[int]:
