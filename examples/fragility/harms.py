@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from plan import ASCENT_LEVEL, ASCENT_STEPS, DROPPED, SCOPES
 from predictors import Found, Measure
+from questions import ASCENT_LEVEL, ASCENT_STEPS, DROPPED, SCOPES
 from replaced import MOST_PIECES, losses_after, misspelling
 from sample import Subject
 

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import harms
 import numpy as np
 import predictors
-from plan import (
+from predictors import Found, Measure
+from questions import (
     ASCENT_LEVEL,
     ASCENT_STEPS,
     BITS,
@@ -27,7 +29,6 @@ from plan import (
     PRIMARY,
     SCOPES,
 )
-from predictors import Found, Measure
 from replaced import mean_ahead
 from sample import Subject
 
@@ -36,6 +37,13 @@ from probattn.inference.runtime.progress import progress_bar
 
 AHEAD = ("likely_other", "misspelt")  # harms of what follows
 _FIRST_PLACES = 2  # positions without a spread in their past, which have no margin
+
+
+class Seconds(NamedTuple):
+    """Seconds that passed, and those that all cores together worked."""
+
+    wall: float
+    cpu: float
 
 
 @dataclass(frozen=True)
@@ -100,8 +108,8 @@ def check_folder(subject: Subject, folder: Path, description: dict[str, str]) ->
             )
 
 
-def measure(subject: Subject, folder: Path, *, progress: bool) -> dict[str, float]:
-    """Measure what is not measured yet; returns the seconds that each pass took in all."""
+def measure(subject: Subject, folder: Path, *, progress: bool) -> dict[str, Seconds]:
+    """Measure what is not measured yet; returns the time that each pass took in all."""
     chunks = list(_chunks(subject))
     passes = every_pass(subject, folder)
     todo = {
@@ -119,14 +127,15 @@ def measure(subject: Subject, folder: Path, *, progress: bool) -> dict[str, floa
                 continue
             function = each.prepare()
             for number in todo[each.name]:
-                started = time.monotonic()
+                started = time.monotonic(), time.process_time()
                 found = function(chunks[number])
-                seconds = np.array(time.monotonic() - started)
+                ended = time.monotonic(), time.process_time()
+                seconds = np.subtract(ended, started)
                 with replacing(_path(folder, each.name, number)) as file:
                     np.savez_compressed(file, seconds=seconds, **found)
                 bar.update(1)
             taken = joined_seconds(folder, each.name, len(chunks))
-            bar.line(f"{each.name}: {taken:.0f} s, {subject.inputs.size / taken:.0f} tokens/s")
+            bar.line(f"{each.name}: {taken.wall:.0f} s, of CPUs {taken.cpu:.0f} s")
     return {each.name: joined_seconds(folder, each.name, len(chunks)) for each in passes}
 
 
@@ -167,9 +176,10 @@ def joined(subject: Subject, folder: Path, name: str) -> Found:
     return {each: np.concatenate([part[each] for part in parts]) for each in order}
 
 
-def joined_seconds(folder: Path, name: str, chunks: int) -> float:
-    """Return the seconds that a pass took."""
-    return sum(float(_load(_path(folder, name, n))["seconds"]) for n in range(chunks))
+def joined_seconds(folder: Path, name: str, chunks: int) -> Seconds:
+    """Return the time that a pass took."""
+    parts = [_load(_path(folder, name, number))["seconds"] for number in range(chunks)]
+    return Seconds(*map(float, np.sum(parts, axis=0)))
 
 
 def _chunks(subject: Subject) -> Iterator[np.ndarray]:

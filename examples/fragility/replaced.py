@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from plan import FOLLOWING
+from questions import FOLLOWING
 from sample import Subject
 
 from probattn.models.decoder.network import Cache, extend, init_cache

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from plan import Scale
+from questions import Scale
 
 from probattn.inference.evaluation.perturbations import Gaussian, Perturbation
 from probattn.inference.evaluation.scoring import Scorer, perturbed_losses

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +19,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from passes import check_folder, measure, table
-from plan import SCALES
+from passes import Seconds, check_folder, measure, table
+from questions import SCALES
 from sample import Subject, open_subject
 from summarise import summarise
 
@@ -131,17 +132,24 @@ def _fingerprint(subject: Subject) -> str:
     return digest.hexdigest()[:12]
 
 
-def _setting(text: str, subject: Subject, seconds: dict[str, float]) -> str:
+def _setting(text: str, subject: Subject, seconds: dict[str, Seconds]) -> str:
     tokens, full = subject.inputs.size, SCALES["full"]
     decomposed = min(tokens, subject.scale.spectrum_tokens)  # which is of fewer tokens
-    spectrum = seconds["spectrum"] * full.spectrum_tokens / decomposed
-    total = sum(seconds.values())
-    hours = (spectrum + (total - seconds["spectrum"]) * full.tokens / tokens) / 3600
-    lines = [f"{name}: {taken:.0f} s" for name, taken in seconds.items()]
-    return (
-        f"{text}, {tokens} tokens read, {total / 60:.1f} minutes with compilation.\n"
-        f"At this speed {full.tokens} tokens take {hours:.1f} hours.\n\n" + "\n".join(lines) + "\n"
-    )
+    share = dict.fromkeys(seconds, full.tokens / tokens)
+    share["spectrum"] = full.spectrum_tokens / decomposed
+    lines = [f"{text}, {tokens} tokens read, {os.cpu_count()} cores; compilation is counted."]
+    for field, what in (("wall", "passed"), ("cpu", "of CPUs")):
+        taken = {name: getattr(each, field) for name, each in seconds.items()}
+        whole = sum(share[name] * value for name, value in taken.items())
+        lines.append(
+            f"{sum(taken.values()) / 60:.1f} minutes {what}; "
+            f"{full.tokens} tokens would take {whole / 3600:.1f} hours"
+        )
+    lines += [
+        "",
+        *(f"{name}: {each.wall:.0f} s, of CPUs {each.cpu:.0f} s" for name, each in seconds.items()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _tell(text: str) -> None:

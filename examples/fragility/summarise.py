@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from associations import STATISTICS, Association, associations
 from matplotlib.axes import Axes
-from plan import CONTROLS, HARM, PERMUTED, PLACES, PRIMARY, RIVALS, WORST
+from questions import CONTROLS, HARM, PERMUTED, PLACES, PRIMARY, RIVALS, WORST
 
 from probattn.inference.figures.style import (
     DOUBLE,
