@@ -1,4 +1,4 @@
-"""Make `table.csv` and `fragility.png` of the `tokens.csv.gz` in a folder, and of nothing else.
+"""Make table, answers and figure of the `tokens.csv.gz` in a folder, and of nothing else.
 
 python examples/fragility/summarise.py examples/fragility/results
 """
@@ -13,8 +13,10 @@ from associations import STATISTICS, Association, associations
 from matplotlib.axes import Axes
 from questions import CONTROLS, HARM, PERMUTED, PLACES, PRIMARY, RIVALS, WORST
 
+from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.figures.style import (
     DOUBLE,
+    TYPE_SIZE,
     label_axes,
     line_style,
     new_figure,
@@ -22,15 +24,17 @@ from probattn.inference.figures.style import (
     styled,
 )
 from probattn.inference.runs.csv_tables import write_table
+from probattn.inference.runs.files import write_text
 
 RESAMPLES = 1000
+_MINUS = "\N{MINUS SIGN}"
 _SHOWN_HARMS = {
-    "noise_0.25": "noise, 0.25 RMS",
-    "rounding_all_3": "3 bits, all weights",
-    "dropped": "attention dropped",
-    "ascent": "worst direction",
-    "likely_other": "likely other token",
-    "misspelt": "misspelt token",
+    "noise_0.25": "noise 0.25",
+    "rounding_all_3": "3 bits",
+    "dropped": "dropped",
+    "ascent": "ascent",
+    "likely_other": "replaced",
+    "misspelt": "misspelt",
 }
 _SHOWN = {
     PRIMARY: "margin, worst head",
@@ -62,10 +66,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def summarise(folder: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Path]:
-    """Write the table and the figure beside a table of tokens; returns the files."""
+    """Write tables and figure beside a table of tokens; returns the files."""
     found = compute(read_tokens(folder / "tokens.csv.gz"), resamples=resamples, seed=seed)
-    written = write_associations(found, folder / "table.csv")
-    return [written, draw(found, folder / "fragility.png")]
+    table = write_associations(found, folder / "table.csv")
+    answers = folder / "answers.md"
+    write_text(answers, answers_table(found))
+    return [table, answers, draw(found, folder / "fragility.png")]
 
 
 def read_tokens(path: Path) -> dict[str, np.ndarray]:
@@ -128,6 +134,28 @@ def write_associations(found: Sequence[Association], path: Path) -> Path:
     return write_table(path, columns, rows)
 
 
+def answers_table(found: Sequence[Association]) -> str:
+    """Return a Markdown table with a row per harm: the margin, and the best of its rivals."""
+    by_name = {(each.harm, each.predictor): each for each in found}
+    heads = ("harm", "rank correlation", "within a type", "partial", "AUC", "best rival", "beyond")
+    lines = [heads, ("---",) * len(heads)]
+    for harm in dict.fromkeys(each.harm for each in found):
+        margin = by_name[harm, PRIMARY]
+        rival = max(
+            (by_name[harm, name] for name in RIVALS),
+            key=lambda each: abs(each.rank_correlation.value),
+        )
+        own = (margin.rank_correlation, margin.within_type, margin.partial, margin.auc)
+        best = f"{rival.predictor}: {_interval(rival.rank_correlation)}"
+        lines.append((harm, *map(_interval, own), best, _interval(margin.beyond)))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _interval(found: Estimate) -> str:
+    value, low, high = (f"{each:.2f}".replace("-", _MINUS) for each in found)
+    return f"{value} ({low} to {high})"
+
+
 @styled
 def draw(found: Sequence[Association], path: Path) -> Path:
     """Draw rank correlations with their intervals, a panel for each kind of harm."""
@@ -135,16 +163,16 @@ def draw(found: Sequence[Association], path: Path) -> Path:
     there = {each.predictor for each in found}
     rows = [name for name in _SHOWN if name in there]
     harms = [name for name in _SHOWN_HARMS if (name, rows[0]) in by_name]
-    figure = new_figure(DOUBLE, 0.6 + 0.34 * len(rows), layout="constrained")
+    figure = new_figure(DOUBLE, 0.6 + 0.24 * len(rows), layout="constrained")
     panels = figure.subplots(1, len(harms), sharey=True, squeeze=False)[0]
     for number, (axes, harm) in enumerate(zip(panels, harms, strict=True)):
         chosen = [by_name.get((harm, name)) for name in rows]
         _panel(axes, chosen)
-        label_axes(axes, number, "", "", title="\n" + _SHOWN_HARMS[harm].replace(", ", ",\n"))
+        label_axes(axes, number, "", "", title=_SHOWN_HARMS[harm])
         axes.set_xlim(-1, 1)
     panels[0].set_yticks(range(len(rows)), [_SHOWN[name] for name in rows])
     panels[0].invert_yaxis()
-    figure.supxlabel("rank correlation with the increase of the loss")
+    figure.supxlabel("rank correlation with the increase of the loss", fontsize=TYPE_SIZE)
     return save_figure(figure, path)
 
 

@@ -225,6 +225,9 @@ def test_a_study_is_a_table_of_numbers_and_what_is_computed_of_it(studied):
     rows = table_of(out / "table.csv")
     assert ("noise_0.25", "permuted_sigma_min_worst") in rows
     assert ("likely_other", "sigma_min_head_1") in rows
+    lines = (out / "answers.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 + len({harm for harm, _ in rows})
+    assert all(line.count("|") == 8 for line in lines)
     assert (out / "fragility.png").stat().st_size > 1000
     assert "51200 tokens would take" in (out / "setting.txt").read_text()
     shuffled = columns["permuted_sigma_min_worst"]
