@@ -6,8 +6,9 @@
 Samples the posterior of the coupling A and of sigma for three data sets: simulated, Python's
 language reference, and the text given with --text under the name tinyshakespeare; with --run also
 the embeddings of a run, fitted or imported. Beside it stand the points that maximise the same
-density with the barrier weighted by lambda, with the residual and without. Leaves tables and a
-figure in --out; `weighted_report.py` makes them again from the CSV files alone.
+density with the barrier weighted by lambda, with the residual and without. Of a text it also writes
+how often each token is the support token of its sequence. Leaves tables and a figure in --out;
+`weighted_report.py` makes them again from the CSV files alone.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from observed import Observed, model_of, of_run, of_text, simulated
 from weighted_maps import STARTS, WeightedDensity, residual_scale
 from weighted_report import write_report
 
+from probattn import support_tokens
 from probattn.inference import SampleConfig, sample
 from probattn.inference.runs.csv_tables import write_table
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
@@ -34,6 +36,7 @@ WEIGHTS = (0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 10.0)
 DATA_SETS = ("simulated", "pydoc", "tinyshakespeare", "run")
 _COUPLING_SITES = ("repulsion", "rotation", "free_coupling")
 POSTERIOR = ("data", "quantity", "mean", "low", "high", "r_hat", "ess_bulk", "ess_tail")
+SUPPORT = ("sequence", "position", "token", "mean margin", "support probability")
 RUNS = ("data", "note", "divergences", "leapfrog_steps", "sampling_seconds")
 MAPS = (
     *("data", "kind", "weight", *QUANTITIES, "coupling norm", "largest eigenvalue", "scale"),
@@ -44,14 +47,14 @@ MAPS = (
 def main() -> None:
     options = _parser().parse_args()
     keep_compiled_programs(print)
-    columns = {"posterior": POSTERIOR, "maps": MAPS, "runs": RUNS}
+    columns = {"posterior": POSTERIOR, "maps": MAPS, "runs": RUNS, "support": SUPPORT}
     with jax.enable_x64(True):
         for observed in _data_sets(options):
             tables = {}
             if "maps" in options.parts:
                 tables["maps"] = _points(observed, options)
             if "posterior" in options.parts:
-                tables["posterior"], tables["runs"] = _posterior(observed, options)
+                tables |= _posterior(observed, options)
             for name, rows in tables.items():
                 write_table(options.out / observed.name / f"{name}.csv", columns[name], rows)
     for path in write_report(options.out):
@@ -121,8 +124,8 @@ def _points(observed: Observed, options: argparse.Namespace) -> list[tuple]:
     ]
 
 
-def _posterior(observed: Observed, options: argparse.Namespace) -> tuple[list, list]:
-    """Sample the posterior and measure its draws; returns rows of POSTERIOR and of RUNS."""
+def _posterior(observed: Observed, options: argparse.Namespace) -> dict[str, list]:
+    """Sample the posterior and measure its draws; returns rows by the name of their table."""
     model, x = model_of(observed, options.coupling), jnp.asarray(observed.train)
     config = SampleConfig(warmup=options.warmup, draws=options.draws)
     result = sample(model, model_args=(x,), config=config, progress=True)
@@ -143,7 +146,29 @@ def _posterior(observed: Observed, options: argparse.Namespace) -> tuple[list, l
     steps = float(result.statistics["n_steps"].mean())
     note = f"{observed.note}; coupling {options.coupling}"
     run = (observed.name, note, result.divergences, steps, result.seconds)
-    return [(observed.name, *row) for row in rows], [run]
+    tables = {"posterior": [(observed.name, *row) for row in rows], "runs": [run]}
+    if observed.shown is not None:
+        tables["support"] = support_rows(observed.shown, of_draws.margins)
+    return tables
+
+
+def support_rows(shown: np.ndarray, margins: np.ndarray) -> list[tuple]:
+    """Say of every token how often it is the support token of its sequence; rows of SUPPORT.
+
+    Args:
+        shown: the tokens (N, T).
+        margins: margins at the positions >= 2 of all sequences, (chains, draws, N (T - 2)).
+    """
+    sequences, length = shown.shape
+    margins = margins.reshape(-1, sequences, length - 2)
+    whole = np.concatenate([np.ones((*margins.shape[:2], 2)), margins], -1)
+    chosen = np.arange(length) == np.asarray(support_tokens(whole))
+    return [
+        (*place, shown[place], mean, probability)
+        for (place, mean), probability in zip(
+            np.ndenumerate(whole.mean(0)), chosen.mean(0).flat, strict=True
+        )
+    ]
 
 
 def coupling_of(

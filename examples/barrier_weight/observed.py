@@ -23,6 +23,7 @@ from probattn.models import (
 )
 from probattn.text.batches import windows
 from probattn.text.corpora import DataConfig, load_corpus
+from probattn.text.displayed import DisplayedTokens
 from probattn.text.tokens import corpus_tokens
 
 NETWORK_WIDTH = 16  # of the character models that are fitted here
@@ -39,6 +40,8 @@ class Observed:
         held_out: sequences (N, T, d) that are predicted.
         note: what they are, for the reader of a table.
         truth: values of the sample sites that made them, None if nobody knows them.
+        shown: the tokens of the training sequences as they are shown, (N, T); None if there are
+            none.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Observed:
     held_out: np.ndarray
     note: str
     truth: dict[str, np.ndarray] | None = None
+    shown: np.ndarray | None = None
 
 
 def model_of(observed: Observed, coupling: str) -> partial:
@@ -100,12 +104,16 @@ def of_run(
     """
     run = load_fitted(path)
     texts = corpus_tokens(load_corpus(run.config.data), run.vocabulary)
+    tokens, others = (_taken(text, sequences, length) for text in texts)
+    parameters = run.parameters_up_to(0)
     train, held_out = (
-        _embedded(run, tokens, sequences, length).astype(np.float64) for tokens in texts
+        np.asarray(run.network.embed(parameters, jnp.asarray(each)), np.float64)
+        for each in (tokens, others)
     )
+    shown = np.array([list(DisplayedTokens(run.vocabulary, row)) for row in tokens])
     train, held_out, share = project(train, held_out, width)
     note += f"; {width} of {run.network.config.width} directions, {100 * share:.0f} % of variance"
-    return Observed(name, train, held_out, note)
+    return Observed(name, train, held_out, note, shown=shown)
 
 
 def project(
@@ -138,9 +146,9 @@ def _config(
     )
 
 
-def _embedded(run, tokens: np.ndarray, sequences: int, length: int) -> np.ndarray:
+def _taken(tokens: np.ndarray, sequences: int, length: int) -> np.ndarray:
     plan = windows(len(tokens), block=length).spread(sequences * length)
     taken = plan.take(tokens)[:sequences]
     if taken.shape != (sequences, length):
         raise ValueError(f"a text has {len(taken)} windows: expected at least {sequences}")
-    return np.asarray(run.network.embed(run.parameters_up_to(0), jnp.asarray(taken)))
+    return taken

@@ -145,7 +145,7 @@ def weights_figure(posterior: Rows, maps: Rows) -> Figure:
             label_axes(
                 axes,
                 line * len(names) + column,
-                "weight of the barrier, lambda" if line == len(_DRAWN) - 1 else "",
+                "barrier weight, lambda" if line == len(_DRAWN) - 1 else "",
                 _UNITS[quantity] if column == 0 else "",
                 title=data if line == 0 else "",
             )

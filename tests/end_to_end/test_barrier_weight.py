@@ -174,10 +174,27 @@ def test_whole_comparison_leaves_tables_and_a_figure(scripts, monkeypatch, tmp_p
     rows = {(row["data"], row["quantity"]): row for row in posterior}
     assert ("simulated", "truth, smallest margin") in rows
     assert ("tinyshakespeare", "every margin, the worst of 8") in rows
+    support = scripts["weighted_report"].read_results(out, "support")
+    assert len(support) == 2 * 6  # of the text alone
+    assert sum(float(row["support probability"]) for row in support) == pytest.approx(2)
     for row in rows.values():
         if row["low"] != "nan":
             assert float(row["low"]) <= float(row["mean"]) <= float(row["high"]), row
     assert "| simulated | smallest margin |" in (out / "table.md").read_text(encoding="utf-8")
+
+
+def test_the_support_token_of_a_sequence_is_counted_in_every_draw(scripts):
+    margins = np.random.default_rng(3).random((2, 7, 3 * 4))  # chains, draws, 3 sequences of 6
+    shown = np.array([list("abcdef"), list("ghijkl"), list("mnopqr")])
+    rows = scripts["compare_weights"].support_rows(shown, margins)
+    counts = np.zeros(shown.shape)
+    for draw in margins.reshape(14, 3, 4):
+        for sequence, of_tokens in enumerate(draw):
+            counts[sequence, 2 + list(of_tokens).index(min(of_tokens))] += 1
+    places = list(np.ndindex(3, 6))
+    assert [row[:3] for row in rows] == [(*place, shown[place]) for place in places]
+    np.testing.assert_allclose([row[4] for row in rows], counts.ravel() / 14)
+    np.testing.assert_allclose(rows[2][3], margins[..., 0].mean())
 
 
 def test_command_knows_its_couplings(scripts):
