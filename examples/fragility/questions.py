@@ -26,6 +26,7 @@ PRIMARY = "sigma_min_worst"
 PRIMARY_HARM = "noise_0.25"
 PERMUTED = f"permuted_{PRIMARY}"
 HARM = "harm_"  # what names of harms begin with in a table of tokens
+SIZE = "abs_"  # what names of the sizes of harms begin with
 PLACES = ("document", "window", "position", "type")
 
 NOISE = (0.1, 0.25, 0.5)  # of the embeddings' root mean square

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from associations import STATISTICS, Association, associations
 from matplotlib.axes import Axes
-from questions import CONTROLS, HARM, PERMUTED, PLACES, PRIMARY, RIVALS, WORST
+from questions import CONTROLS, HARM, PERMUTED, PLACES, PRIMARY, RIVALS, SIZE, WORST
 
 from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.figures.style import (
@@ -94,10 +94,12 @@ def read_tokens(path: Path) -> dict[str, np.ndarray]:
 def compute(
     columns: dict[str, np.ndarray], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Association]:
-    """Compute the associations of a table of tokens."""
+    """Compute the associations of a table of tokens, those of the sizes of harms among them."""
     harms = {
         name.removeprefix(HARM): values for name, values in columns.items() if name.startswith(HARM)
     }
+    # A harm that hardly raises losses in the mean may yet move them far, up or down.
+    harms |= {SIZE + name: abs(values) for name, values in harms.items()}
     places = set(PLACES) - set(RIVALS)
     predictors = {
         name: values
@@ -139,7 +141,7 @@ def answers_table(found: Sequence[Association]) -> str:
     by_name = {(each.harm, each.predictor): each for each in found}
     heads = ("harm", "rank correlation", "within a type", "partial", "AUC", "best rival", "beyond")
     lines = [heads, ("---",) * len(heads)]
-    for harm in dict.fromkeys(each.harm for each in found):
+    for harm in dict.fromkeys(each.harm for each in found if not each.harm.startswith(SIZE)):
         margin = by_name[harm, PRIMARY]
         rival = max(
             (by_name[harm, name] for name in RIVALS),

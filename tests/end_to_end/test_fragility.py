@@ -226,7 +226,13 @@ def test_a_study_is_a_table_of_numbers_and_what_is_computed_of_it(studied):
     assert ("noise_0.25", "permuted_sigma_min_worst") in rows
     assert ("likely_other", "sigma_min_head_1") in rows
     lines = (out / "answers.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 2 + len({harm for harm, _ in rows})
+    harms = {harm for harm, _ in rows}
+    signed = {harm for harm in harms if not harm.startswith("abs_")}
+    assert harms == signed | {f"abs_{harm}" for harm in signed}
+    assert len(lines) == 2 + len(signed)
+    expected = stats.spearmanr(columns["loss_slope"], abs(columns["harm_noise_0.5"])).statistic
+    found = float(rows["abs_noise_0.5", "loss_slope"]["rank_correlation"])
+    assert found == pytest.approx(expected, abs=1e-4)
     assert all(line.count("|") == 8 for line in lines)
     assert (out / "fragility.png").stat().st_size > 1000
     assert "51200 tokens would take" in (out / "setting.txt").read_text()
