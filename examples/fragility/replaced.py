@@ -20,7 +20,7 @@ from probattn.text.batches import map_batches
 from probattn.text.vocabulary import Vocabulary
 
 MOST_PIECES = 4  # tokens that a misspelt one may become
-_BRANCHES = 32  # in a call: each holds a copy of the cache
+_BRANCHES = 16  # in a call: each holds a copy of the cache
 
 
 def losses_after(

@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.tokens is not None:
         if options.tokens < 1:
             raise ValueError(f"--tokens: got {options.tokens}, expected an integer >= 1")
-        fewer = min(scale.spectrum_tokens, -(-options.tokens // 4))
+        fewer = min(scale.spectrum_tokens, -(-options.tokens // 8))
         scale = replace(scale, tokens=options.tokens, spectrum_tokens=fewer)
     parts = options.parts or options.out / "parts"
     run = require_fitted(load_run(options.run)) if options.run else _smollm2(options, parts)
