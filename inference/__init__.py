@@ -18,9 +18,9 @@ from probattn.inference.exchange.import_decoder import Imported, import_decoder
 from probattn.inference.export.to_arviz import to_datatree
 from probattn.inference.figures.pages import comparison_page, posterior_page
 from probattn.inference.fitting.fit import fit
-from probattn.inference.fitting.guide_draws import guide_draws
-from probattn.inference.fitting.laplace import LaplaceError
 from probattn.inference.fitting.result import FitError, FitResult
+from probattn.inference.guides.guide_draws import guide_draws
+from probattn.inference.guides.laplace import LaplaceError
 from probattn.inference.pretrained.errors import PretrainedError
 from probattn.inference.runs.run import ImportedRun, PosteriorRun, Run, TunedRun, load_run
 from probattn.inference.sampling.chains import SampleError

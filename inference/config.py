@@ -10,7 +10,7 @@ from probattn.models.checks import check_integers
 from probattn.models.decoder.config import Precision
 from probattn.text.corpora import DataConfig
 
-GuideName = Literal["map", "laplace", "mean_field", "low_rank"]
+GuideName = Literal["map", "laplace", "mean_field", "low_rank", "ivon", "last_layer"]
 
 
 MOST_REPORTS = 20_000
@@ -34,8 +34,16 @@ class FitConfig:
         checkpoint_every: steps between checkpoints to resume from.
         precision: precision of the network's matrix products; the determinant is always float32.
         guide: family that approximates the posterior: map is a point; laplace a Gaussian at that
-            point, of the curvature there; mean_field independent Gaussians; low_rank a Gaussian
+            point, of the curvature there; last_layer the same for the output's table alone, of a
+            model whose output has one of its own; mean_field independent Gaussians; ivon the same,
+            by an optimizer that learns their precisions (Shen et al. 2024); low_rank a Gaussian
             whose covariance is diagonal plus low-rank.
+        hessian_init: curvature h_0 that ivon starts from, of the loss in nats per token, > 0: every
+            standard deviation starts at 1 / sqrt(N (h_0 + delta)) for N tokens and a prior of
+            precision N delta. Only of ivon, as is the next.
+        hessian_decay: decay beta_2 of that curvature from step to step, between 0 and 1; by default
+            1 - 10 / steps, but at least 0.9. The learning rate of ivon is a fraction of Newton's
+            step.
         weight_decay: decoupled weight decay (AdamW) of all matrices, per unit of the learning
             rate, on top of the priors.
         embedding_noise: standard deviation of Gaussian noise on what enters the network in
@@ -68,6 +76,8 @@ class FitConfig:
     neftune_alpha: float = 0.0
     noise_probability: float = 1.0
     sam_rho: float = 0.0
+    hessian_init: float = 0.1
+    hessian_decay: float | None = None
     evaluation_tokens: int | None = None
     rematerialise: bool = False
     gradient_accumulation: int = 1
@@ -103,12 +113,40 @@ class FitConfig:
                     f"expected one of {', '.join(typing.get_args(choices))}"
                 )
         self._check_regularisers()
+        self._check_ivon()
         self._check_accumulation()
 
     @property
     def warmup_steps(self) -> int:
         """Steps of the warm-up: those given, or by default as many as suit the steps."""
         return min(self.steps // 10, 100) if self.warmup is None else self.warmup
+
+    @property
+    def ivon_decay(self) -> float:
+        """Decay of the curvature of ivon: that given, or by default one that suits the steps."""
+        if self.hessian_decay is None:
+            return max(0.9, 1 - 10 / self.steps)
+        return self.hessian_decay
+
+    def resolved(self) -> Self:
+        """Return the same with each default that depends on other fields as a value."""
+        decay = self.ivon_decay if self.guide == "ivon" else None
+        return replace(self, warmup=self.warmup_steps, hessian_decay=decay)
+
+    def _check_ivon(self) -> None:
+        for name, most in (("hessian_init", math.inf), ("hessian_decay", 1)):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value is None:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 < value < most):
+                expected = "a finite number > 0" if most > 1 else "a number between 0 and 1"
+                raise ValueError(f"fit.{name} is {value!r}: expected {expected}")
+            if value != default and self.guide != "ivon":
+                raise ValueError(
+                    f"fit.{name} is {value} with the guide {self.guide}, which has no use for it: "
+                    f"expected the default, {default}, or fit.guide ivon"
+                )
 
     def _check_accumulation(self) -> None:
         check_integers(self, "fit", gradient_accumulation=1)
@@ -195,4 +233,4 @@ class RunConfig:
 
         A run keeps it, so that a later version with another default goes on in the same way.
         """
-        return replace(self, fit=replace(self.fit, warmup=self.fit.warmup_steps))
+        return replace(self, fit=self.fit.resolved())

@@ -20,8 +20,18 @@ from probattn.models.tied_tokens import LARGEST
 from probattn.models.transformer import attends_by_cudnn
 from probattn.models.tuned import tuned_numbers
 
-_GUIDE_COPIES = {"map": 1, "laplace": 1, "mean_field": 2, "low_rank": 12}
-"""Numbers of each guide by parameter: low_rank has a location, a scale and ten factors."""
+_GUIDE_COPIES = {
+    "map": 1,
+    "laplace": 1,
+    "last_layer": 1,
+    "mean_field": 2,
+    "low_rank": 12,
+    "ivon": 1,
+}
+"""Numbers of each guide by parameter: low_rank has a location, a scale and ten factors.
+
+The location, scale and momentum of ivon are as many as Adam keeps of one number.
+"""
 _ADAM = 3  # a number and its two moments
 _NUTS = 8  # vectors of a chain: both ends of a tree and its proposal, and the mass matrix
 _ROWS = 64  # least positions of a sequence whose r x r blocks are made at once

@@ -117,4 +117,4 @@ class TuneConfig:
 
         See `RunConfig.resolved`.
         """
-        return replace(self, fit=replace(self.fit, warmup=self.fit.warmup_steps))
+        return replace(self, fit=self.fit.resolved())

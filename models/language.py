@@ -96,6 +96,7 @@ def language_model(
     precision: Precision = "float32",
     rematerialise: bool = False,
     margins: bool = False,
+    own_output: bool = False,
     perturb: Callable[[Float[Array, "B T d"]], Float[Array, "B T d"]] | None = None,
 ) -> None:
     """Model token sequences, in NumPyro: priors, attention factor, transformer, tokens.
@@ -122,6 +123,8 @@ def language_model(
         rematerialise: see `transformer.logits`.
         margins: record the deterministic sites of `attention_sites` for the objective's attention
             stage: margins (B, T), or (B, heads, T) of the first layer, and its couplings.
+        own_output: give the output a table of its own, the sample site "output_embedding", in place
+            of the table of embeddings; draws of the guide last_layer are of that model.
         perturb: function from the embeddings to the network's input, such as noise to add; the
             factors are those of the embeddings themselves.
 
@@ -148,6 +151,8 @@ def language_model(
             f"{num_sequences}: expected an integer from 1 to {sequences}, and no num_sequences"
         )
     parameters = sample_parameters(vocabulary_size, config, objective)
+    if own_output:
+        parameters |= priors.sample_output_table(vocabulary_size, config.width)
     size = sequences if minibatch is None else minibatch
     with numpyro.plate("sequences", num_sequences, subsample_size=size) as rows:
         if minibatch is not None:
@@ -183,7 +188,7 @@ def language_model(
             precision=precision,
             rematerialise=rematerialise,
         )
-        tokens = tied_tokens(hidden, parameters["token_embedding"], precision=precision)
+        tokens = tied_tokens(hidden, transformer.output_table(parameters), precision=precision)
         numpyro.sample("tokens", tokens, obs=targets)
 
 

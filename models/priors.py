@@ -78,6 +78,22 @@ def sample_transformer(
     return parameters
 
 
+def sample_output_table(vocabulary_size: int, width: int) -> dict[str, Array]:
+    """Sample site output_embedding (vocabulary, width), a table of the output's own.
+
+    Its prior is that of token_embedding, in whose place it stands there.
+    """
+    prior = _normal((vocabulary_size, width), scale=WIDTH * EMBEDDING_START)
+    return {"output_embedding": numpyro.sample("output_embedding", prior)}
+
+
+def site_priors(parameters: Callable[[], object]) -> dict[str, dist.Distribution]:
+    """Return the priors of a NumPyro model of sample sites alone, by site name."""
+    with numpyro.handlers.trace() as trace, numpyro.handlers.seed(rng_seed=0):
+        parameters()
+    return {name: site["fn"] for name, site in trace.items() if site["type"] == "sample"}
+
+
 def starting_point(rng_key: Array, parameters: Callable[[], dict[str, Array]]) -> dict[str, Array]:
     """Draw the start of a fit, a third as wide as the priors of its parameters.
 
@@ -85,9 +101,7 @@ def starting_point(rng_key: Array, parameters: Callable[[], dict[str, Array]]) -
         rng_key: key of the draw.
         parameters: a NumPyro model of sample sites alone, all of them Normal.
     """
-    with numpyro.handlers.trace() as trace, numpyro.handlers.seed(rng_seed=0):
-        parameters()
-    priors = {name: site["fn"] for name, site in trace.items() if site["type"] == "sample"}
+    priors = site_priors(parameters)
     means, unravel = ravel_pytree({name: prior.mean for name, prior in priors.items()})
     deviations, _ = ravel_pytree({name: jnp.sqrt(prior.variance) for name, prior in priors.items()})
     # One draw for all sites: XLA compiles a generator anew for every shape.

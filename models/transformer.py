@@ -48,7 +48,7 @@ def logits(
     precision: Precision = "float32",
     rematerialise: bool = False,
 ) -> Float[Array, "B T V"]:
-    """Compute next-symbol logits from what enters the stack; the output is tied to the embedding.
+    """Compute next-symbol logits from what enters the stack, by the table of the output.
 
     Args:
         parameters: see the module.
@@ -70,7 +70,15 @@ def logits(
     x = hidden(
         parameters, x, heads=heads, cap=cap, precision=precision, rematerialise=rematerialise
     )
-    return output_logits(x, parameters["token_embedding"], precision)
+    return output_logits(x, output_table(parameters), precision)
+
+
+def output_table(parameters: Parameters) -> Float[Array, "V d"]:
+    """Return the output's matrix: the table of embeddings, or "output_embedding" if it is there.
+
+    Only draws of the guide last_layer have a table of the output's own.
+    """
+    return parameters.get("output_embedding", parameters["token_embedding"])
 
 
 def hidden(
@@ -95,7 +103,7 @@ def hidden(
 def output_logits(
     hidden: Float[Array, "B T d"], table: Float[Array, "V d"], precision: Precision = "float32"
 ) -> Float[Array, "B T V"]:
-    """Compute the logits of what the stack gives, by the table of embeddings."""
+    """Compute the logits of what the stack gives, by the table of the output."""
     return _product(hidden, jnp.asarray(table).T, precision, result=hidden.dtype)
 
 

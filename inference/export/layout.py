@@ -18,6 +18,7 @@ from probattn.inference.sampling.result import PosteriorResult
 
 DIMS: Mapping[str, tuple[str, ...]] = {
     "token_embedding": ("vocab", "embed"),
+    "output_embedding": ("vocab", "embed"),
     "position_embedding": ("position", "embed"),
     "final_norm": ("embed",),
     "attention_norm": ("layer", "embed"),

@@ -1,1 +1,1 @@
-"""MAP and variational guides: the SVI step, the loop around it, and draws from a guide."""
+"""Fits by SVI: the step, the loop around it, and what it leaves in a run."""

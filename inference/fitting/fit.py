@@ -14,12 +14,12 @@ from probattn.blocks.promotion import default_promotion
 from probattn.inference.config import RunConfig
 from probattn.inference.config_memory import check_tuned_size
 from probattn.inference.config_tuning import BaseConfig, TuneConfig
-from probattn.inference.fitting.guides import check_guide
 from probattn.inference.fitting.loop import Loop
 from probattn.inference.fitting.optimizers import check_optimizer
 from probattn.inference.fitting.reports import summarise_fit
 from probattn.inference.fitting.result import FitResult
 from probattn.inference.fitting.sharding import Placement
+from probattn.inference.guides.guides import check_guide
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.folder import clear
 from probattn.inference.runs.opening import find_run, open_run

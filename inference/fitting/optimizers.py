@@ -1,6 +1,6 @@
 """Optimizers of a fit: the default one, and sharpness-aware minimisation around any."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array
 from numpyro.optim import _NumPyroOptim, optax_to_numpyro
 
 from probattn.inference.config import FitConfig
+from probattn.inference.guides.ivon import Prior, ivon
 from probattn.messages import one_line
 
 
@@ -18,24 +19,41 @@ def default_optimizer(config: FitConfig) -> optax.GradientTransformation:
 
     By default not AdamW: the priors already regularise, and decoupled decay on top is not the MAP.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
+    schedule = learning_rate(config)
+    if config.weight_decay == 0:
+        return optax.adam(schedule, b1=0.9, b2=0.99)
+    return optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=config.weight_decay, mask=_matrices)
+
+
+def ivon_optimizer(
+    config: FitConfig, priors: Callable[[], Mapping[str, Prior]], numbers: int
+) -> optax.GradientTransformation:
+    """Make the optimizer of the guide ivon. Arguments: see `ivon`."""
+    return ivon(learning_rate(config), priors, numbers=numbers, beta2=config.ivon_decay)
+
+
+def learning_rate(config: FitConfig) -> optax.Schedule:
+    """Return the learning rate of every step: a linear warm-up, and a cosine decay to a tenth."""
+    return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / max(config.warmup_steps, 1),
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=config.steps,
         end_value=config.learning_rate / 10,
     )
-    if config.weight_decay == 0:
-        return optax.adam(schedule, b1=0.9, b2=0.99)
-    return optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=config.weight_decay, mask=_matrices)
 
 
 def check_optimizer(config: FitConfig, optimizer: optax.GradientTransformation | None) -> None:
     """Refuse settings of the default optimizer where it is not used.
 
     Raises:
-        ValueError: if an optimizer is given and so is a weight decay.
+        ValueError: if an optimizer is given and so is a weight decay, or the guide is ivon.
     """
+    if optimizer is not None and config.guide == "ivon":
+        raise ValueError(
+            "fit.guide is ivon and an optimizer is given: expected none, since ivon is an "
+            "optimizer itself; give another guide, or fit.learning_rate"
+        )
     if optimizer is not None and config.weight_decay > 0:
         raise ValueError(
             f"fit.weight_decay is {config.weight_decay} and an optimizer is given, which does not "

@@ -10,9 +10,9 @@ from probattn.inference.config import RunConfig
 from probattn.inference.config_tuning import TuneConfig
 from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.evaluation.stage_certificates import trained_certificate
-from probattn.inference.fitting.guides import OWN_PARAMS
 from probattn.inference.fitting.latent_metrics import latent_metrics
 from probattn.inference.fitting.monitor import DecoderMonitor, Monitor
+from probattn.inference.guides.guides import OWN_PARAMS
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.run import Run, TunedRun
 

@@ -25,8 +25,12 @@ from probattn.inference.config import FitConfig, RunConfig
 from probattn.inference.config_tuning import TuneConfig
 from probattn.inference.fitting.backtracking import backtrack
 from probattn.inference.fitting.elbo import AccumulatedELBO, OrderedELBO
-from probattn.inference.fitting.guides import make_guide
-from probattn.inference.fitting.optimizers import check_step, default_optimizer, svi_optimizer
+from probattn.inference.fitting.optimizers import (
+    check_step,
+    default_optimizer,
+    ivon_optimizer,
+    svi_optimizer,
+)
 from probattn.inference.fitting.sharding import PlacedOptimizer, Placement
 from probattn.inference.fitting.train_state import (
     Keys,
@@ -36,10 +40,13 @@ from probattn.inference.fitting.train_state import (
     with_key_data,
     with_keys,
 )
+from probattn.inference.guides.guides import POINTS, make_guide
+from probattn.inference.guides.ivon import Prior, ivon_priors, ivon_scales
 from probattn.inference.runs.checkpoints import named_leaves, with_leaves
 from probattn.inference.runs.imported import DecoderRun
 from probattn.models import latent_guide
 from probattn.models.embedding_noise import gaussian_noise, neftune_noise, some_of
+from probattn.models.priors import site_priors
 from probattn.models.subjects import DecoderSubject, LanguageSubject, Subject
 from probattn.text.batches import random_blocks
 
@@ -53,7 +60,8 @@ class Trainer:
         config: model, objective and fit.
         tokens: training text, (N,).
         vocabulary_size: number of symbols.
-        optimizer: any optax transformation; by default `default_optimizer(config.fit)`.
+        optimizer: any optax transformation; by default `default_optimizer(config.fit)`. The guide
+            ivon has its own, whatever is given.
         placement: placement of parameters and minibatches; by default on one device.
         base: the published decoder that is fine-tuned, where there is one.
     """
@@ -88,7 +96,7 @@ class Trainer:
         jax.eval_shape(prototype, drawn, self._fixed)
 
         def guide_of(parameters_guide: Callable) -> Callable:
-            if config.fit.guide == "map":
+            if config.fit.guide in POINTS:
                 # Its log density is 0. NumPyro finds that by comparing every parameter with itself.
                 parameters_guide = numpyro.handlers.mask(parameters_guide, mask=False)
             if config.objective.name == "latent":
@@ -102,13 +110,17 @@ class Trainer:
 
         # The loss is -ELBO / N, of a point -log joint / N: nats per token, whatever the size of
         # the corpus.
-        if optimizer is None:
+        is_ivon = config.fit.guide == "ivon"
+        priors = partial(_priors, partial(subject.sample_sites, self._fixed), count)
+        if is_ivon:
+            optimizer = ivon_optimizer(config.fit, priors, count)
+        elif optimizer is None:
             optimizer = default_optimizer(config.fit)
         plain = svi_optimizer(optimizer, config.fit)
         optim = plain if placement.mesh is None else PlacedOptimizer(plain, placement)
         scaled = numpyro.handlers.scale(model, 1 / count)
         parts = config.fit.gradient_accumulation
-        elbo = OrderedELBO() if parts == 1 else AccumulatedELBO(parts)
+        elbo = OrderedELBO(exact=is_ivon) if parts == 1 else AccumulatedELBO(parts, exact=is_ivon)
         self._svi = SVI(scaled, guide_of(self.guide), optim, elbo)
         self._tokens = placement.put(tokens)
 
@@ -119,7 +131,9 @@ class Trainer:
             starting = SVI(lambda *_: subject.sample_sites(fixed), guide, optim, OrderedELBO())
             # Each a buffer of its own, since all are donated.
             counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-            svi = starting.init(keys.init, *self.minibatch(tokens, 0, keys))
+            widths = ivon_scales(priors(), count, config.fit.hessian_init) if is_ivon else None
+            batch = self.minibatch(tokens, 0, keys)
+            svi = starting.init(keys.init, *batch, init_params=widths)
             self._svi.constrain_fn = starting.constrain_fn
             return TrainState(svi, jnp.zeros(()), *counts)
 
@@ -265,6 +279,10 @@ class Trainer:
         )
         count, (_, moments) = new.optim_state
         return new._replace(optim_state=(count, (params, moments))), fraction < 1
+
+
+def _priors(parameters: Callable[[], Any], numbers: int) -> dict[str, Prior]:
+    return ivon_priors(site_priors(parameters), numbers)
 
 
 def _subject(

@@ -34,7 +34,7 @@ _ITERATIONS, _VALUES = 400, 2**24  # most iterations of a call, most numbers in 
 _CALLS_AHEAD = 4  # calls that a chain may have begun before the caller has the first of them
 _LARGEST = 16 * 2**30  # bytes of all draws
 
-_KERNELS: Mapping[str, Callable[..., Kernel]] = {
+KERNELS: Mapping[str, Callable[..., Kernel]] = {
     "nuts": nuts_kernel,
     "mclmc": mclmc_kernel,
     "ensemble": mclmc_kernel,
@@ -94,7 +94,7 @@ class Chains:
             chains=config.chains if config.method == "ensemble" else None,
             density=not config.is_stochastic,  # which is that of all the data, and computed below
         )
-        kernel = _KERNELS[config.method](model, arguments, config, init_values)
+        kernel = KERNELS[config.method](model, arguments, config, init_values)
 
         def advance(state: Any, count: Array) -> _Call:
             def recorded(state: Any) -> tuple[dict, dict]:

@@ -13,7 +13,7 @@ import numpy as np
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.config_files import differences
 from probattn.inference.config_sampling import SampleConfig, SampleRunConfig
-from probattn.inference.fitting.guide_draws import guide_draws
+from probattn.inference.guides.guide_draws import guide_draws
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.files import RunError
 from probattn.inference.runs.folder import clear
@@ -183,10 +183,11 @@ def guide_posterior(
     """
     found = guide_draws(run, draws=draws, seed=seed, progress=progress)
     config = config_of_fit(run, SampleConfig(sequences=sequences))
+    model = posterior_model(config, run.vocabulary)
     return PosteriorResult(
         method=run.config.fit.guide,
         draws=found,
-        model=posterior_model(config, run.vocabulary),
+        model=partial(model, own_output=True) if "output_embedding" in found else model,
         model_args=training_sequences(run, sequences),
     )
 

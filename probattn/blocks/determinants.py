@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from probattn.blocks.covariance import centred_covariance, identity_less
-from probattn.blocks.elimination import determinant
+from probattn.blocks.elimination import Pivoting, determinant
 from probattn.blocks.geometry import Projections, causal_softmax
 from probattn.blocks.moments import Pointwise, representable, row_values, slope_of, summed_over_rows
 from probattn.blocks.nonfinite import after_nonfinite, zero_nonfinite
@@ -31,6 +31,7 @@ _ROWS, _PARTS = 64, 4
 # Positions to be centred at once, mostly few: so many, or of short sequences so many numbers.
 _CENTRED, _CENTRED_NUMBERS = 16, 2**15
 FEW = 2**14  # products of queries and keys that are not worth the compilation of two ways
+ALL = 2**22  # products that are centred at every position where one needs it: a smaller program
 
 
 def determinant_values(
@@ -63,7 +64,7 @@ def block_values(
     pointwise: Pointwise, blocks: Float[Array, "T r r"], *, summed: bool = False
 ) -> tuple[Float[Array, " T"], Float[Array, "..."]]:
     """Return what `determinant_values` does, of blocks that are at hand."""
-    sign, value = _of_blocks(pointwise, False, jnp.moveaxis(blocks, 0, -1))
+    sign, value = _of_blocks(pointwise, "where needed", jnp.moveaxis(blocks, 0, -1))
     return sign, jnp.sum(value, axis=-1) if summed else value
 
 
@@ -76,7 +77,7 @@ def _in_groups(
 ) -> tuple[Array, Array]:
     sequences, length, rank = keys.shape
     if math.prod(keys.shape) * length * rank <= FEW:
-        sign, value = _directly(pointwise, own, queries, keys)
+        sign, value = _where_whole(partial(_directly, pointwise), own, queries, keys)
         return sign, jnp.sum(value, axis=-1) if summed else value
     of = partial(_of_sequences, pointwise, summed)
     together = _together(sequences, length * rank**2)
@@ -105,15 +106,11 @@ def _directly(
     keys: Float[Array, "N T r"],
 ) -> tuple[Array, Array]:
     """Centre at every position: accurate everywhere, and compiled in a third of the time."""
-
-    def centred(own: Array, queries: Array, keys: Array) -> tuple[Array, Array]:
-        *batch, rank = keys.shape
-        weights = causal_softmax(own, keys, jnp.arange(batch[1]))
-        covariance = centred_covariance(weights, queries, keys).reshape(-1, rank, rank)
-        sign, value = _of_covariances(pointwise, covariance)
-        return sign.reshape(batch), value.reshape(batch)
-
-    return _where_whole(centred, own, queries, keys)
+    *batch, rank = keys.shape
+    weights = causal_softmax(own, keys, jnp.arange(batch[1]))
+    covariance = centred_covariance(weights, queries, keys).reshape(-1, rank, rank)
+    sign, value = _of_covariances(pointwise, covariance)
+    return sign.reshape(batch), value.reshape(batch)
 
 
 def _where_whole(
@@ -143,9 +140,13 @@ def _of_sequences(
     else:
         sign, value, accurate = _by_moments(pointwise, *kept)
     accurate = finite & (lax.stop_gradient(accurate) > 0)
+    by_centring: Callable = partial(_by_centring, pointwise, accurate)
+    if math.prod(keys.shape) * math.prod(keys.shape[-2:]) <= ALL:
+        # Else the derivative would keep its arrays, and those of the fast way zeros in their place.
+        by_centring = jax.checkpoint(partial(_directly, pointwise))
 
     def corrected() -> tuple[Array, Array]:
-        centred = _where_whole(partial(_by_centring, pointwise, accurate), own, queries, keys)
+        centred = _where_whole(by_centring, own, queries, keys)
         signs = jnp.where(accurate, sign, centred[0])
         if summed:
             return signs, value + jnp.sum(jnp.where(accurate, 0.0, centred[1]), axis=-1)
@@ -220,22 +221,22 @@ def _of_covariances(
     pointwise: Pointwise, covariance: Float[Array, "n r r"]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     blocks = identity_less(covariance / math.sqrt(covariance.shape[-1]))
-    return _of_blocks(pointwise, True, jnp.moveaxis(blocks, 0, -1))
+    return _of_blocks(pointwise, "always", jnp.moveaxis(blocks, 0, -1))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _of_blocks(
-    pointwise: Pointwise, pivoting: bool, blocks: Float[Array, "*batch r r n"]
+    pointwise: Pointwise, pivoting: Pivoting, blocks: Float[Array, "*batch r r n"]
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
-    sign, log_abs = determinant(blocks, pivoting=pivoting)
+    sign, log_abs, _ = determinant(blocks, pivoting=pivoting)
     return sign, pointwise(sign, log_abs)
 
 
 @_of_blocks.defjvp
 def _of_blocks_jvp(
-    pointwise: Pointwise, pivoting: bool, primals: tuple[Array], tangents: tuple[Array]
+    pointwise: Pointwise, pivoting: Pivoting, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple:
     (blocks,), (tangent,) = primals, tangents
-    sign, value, slope = slope_of(pointwise, blocks, pivoting=pivoting)
+    sign, value, slope, _ = slope_of(pointwise, blocks, pivoting=pivoting)
     change = jnp.sum(slope * jnp.swapaxes(tangent, -3, -2), axis=(-3, -2))
     return (sign, value), (jnp.zeros_like(change), change)

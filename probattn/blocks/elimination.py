@@ -5,13 +5,14 @@ the matrices pass through memory once for several pivots; the arithmetic is that
 since inverses of pivot blocks would lose digits. One factorisation serves determinant and inverse.
 LAPACK, called matrix by matrix, takes 2 to 8 times as long on a CPU for 8 to 64 rows
 (`benchmarks/log_det.py`), but it pivots. So multipliers are watched: where one is large, pivoting
-is what keeps the digits, and LAPACK factorises these matrices instead.
+is what keeps the digits, and LAPACK factorises these matrices instead, or the caller does
+something else about them.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,55 +33,85 @@ _materialise = lax.optimization_barrier
 class Elimination(NamedTuple):
     """Determinant and inverse of square matrices, from one factorisation.
 
+    Of a matrix that is not stable they are those of none: its determinant is 1 and its inverse 0.
+
     Attributes:
         sign: (..., n), of the determinant; 0 where the matrix is singular.
         nearby_sign: the same, but where it is singular that of a matrix a rounding error away.
         log_abs: (..., n), log|det|, and there that of the matrix a rounding error away.
         inverse: (..., r, r, n), likewise.
+        stable: (..., n), whether no digit was lost, as a number 1 or 0.
     """
 
     sign: Float[Array, "*batch n"]
     nearby_sign: Float[Array, "*batch n"]
     log_abs: Float[Array, "*batch n"]
     inverse: Float[Array, "*batch r r n"]
+    stable: Float[Array, "*batch n"]
+
+
+Pivoting = Literal["always", "where needed", "never"]
+"""Which matrices LAPACK factorises: without it, some may not be stable."""
 
 
 def determinant(
-    blocks: Float[Array, "*batch r r n"], *, pivoting: bool = False
-) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
-    """Return sign and log|det|, 0 and -inf where singular; without a derivative.
+    blocks: Float[Array, "*batch r r n"], *, pivoting: Pivoting = "where needed"
+) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"], Float[Array, "*batch n"]]:
+    """Return sign and log|det|, 0 and -inf where singular, and what is stable; not differentiable.
 
     Args:
         blocks: (..., r, r, n).
-        pivoting: whether to take the slow way for all of them.
+        pivoting: which of them to take the slow way.
     """
-    if pivoting:
-        return _sign_and_log_abs(_lapack_pivots(*_factors(blocks)[:2]))
-    pivots, largest = _swept_pivots(blocks)
 
     def lapack(blocks: Array) -> tuple[Array]:
         return (_lapack_pivots(*_factors(blocks)[:2]),)
 
-    (pivots,) = _where_unstable(lapack, largest, blocks, (pivots,))
-    return _sign_and_log_abs(pivots)
+    if pivoting == "always":
+        (pivots,) = lapack(blocks)
+        return *_sign_and_log_abs(pivots), jnp.ones_like(pivots[..., 0, :])
+    pivots, largest = _swept_pivots(blocks)
+    stable = largest <= _LARGEST_MULTIPLIER
+    if pivoting == "where needed":
+        (pivots,) = _where_unstable(lapack, stable, blocks, (pivots,))
+        stable = jnp.ones_like(stable)
+    else:
+        pivots = jnp.where(stable[..., None, :], pivots, 1.0)
+    return *_sign_and_log_abs(pivots), stable.astype(blocks.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def eliminate(blocks: Float[Array, "*batch r r n"], pivoting: bool = False) -> Elimination:
+def eliminate(
+    blocks: Float[Array, "*batch r r n"], pivoting: Pivoting = "where needed"
+) -> Elimination:
     """Return determinant and inverse, differentiable to any order. Arguments: see `determinant`."""
-    pivots, inverse = _lapack(blocks) if pivoting else _guarded(blocks)
+    if pivoting == "always":
+        pivots, inverse = _lapack(blocks)
+        stable = jnp.ones_like(pivots[..., 0, :], bool)
+    else:
+        pivots, inverse, largest = swept(blocks)
+        stable = largest <= _LARGEST_MULTIPLIER
+        if pivoting == "where needed":
+            pivots, inverse = _where_unstable(_lapack, stable, blocks, (pivots, inverse))
+            stable = jnp.ones_like(stable)
+        else:
+            # Finite, as a derivative multiplies it by zero.
+            pivots = jnp.where(stable[..., None, :], pivots, 1.0)
+            inverse = jnp.where(stable[..., None, None, :], inverse, 0.0)
+            pivots, inverse = _materialise((pivots, inverse))
     nearby_sign, log_abs = _sign_and_log_abs(_without_zeros(pivots))
-    return Elimination(_sign_and_log_abs(pivots)[0], nearby_sign, log_abs, inverse)
+    sign, _ = _sign_and_log_abs(pivots)
+    return Elimination(sign, nearby_sign, log_abs, inverse, stable.astype(blocks.dtype))
 
 
 @eliminate.defjvp
-def _eliminate_jvp(pivoting: bool, primals: tuple[Array], tangents: tuple[Array]) -> tuple:
+def _eliminate_jvp(pivoting: Pivoting, primals: tuple[Array], tangents: tuple[Array]) -> tuple:
     (blocks,), (tangent,) = primals, tangents
     found = eliminate(blocks, pivoting)
     still = jnp.zeros_like(found.sign)
     change = -product(product(found.inverse, tangent), found.inverse)
     trace = jnp.sum(jnp.swapaxes(found.inverse, -2, -3) * tangent, axis=(-3, -2))
-    return found, Elimination(still, still, trace, change)
+    return found, Elimination(still, still, trace, change, still)
 
 
 def product(
@@ -112,21 +143,13 @@ def _is_zero(pivots: Array) -> Array:
     return jnp.abs(pivots) < limits.tiny / limits.eps  # its reciprocal overflows, or nearly
 
 
-def _guarded(blocks: Float[Array, "*batch r r n"]) -> tuple[Array, Array]:
-    """Return pivots and inverse."""
-    pivots, inverse, largest = swept(blocks)
-    pivots, inverse = _where_unstable(_lapack, largest, blocks, (pivots, inverse))
-    return pivots, inverse
-
-
 def _where_unstable(
     pivoted: Callable[[Array], tuple[Array, ...]],
-    largest: Float[Array, "*batch n"],
+    stable: Bool[Array, "*batch n"],
     blocks: Float[Array, "*batch r r n"],
     found: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """Replace what was found, (..., n), of matrices with a large multiplier by `pivoted`'s."""
-    stable = largest <= _LARGEST_MULTIPLIER
+    """Replace what was found, (..., n), of matrices that are not stable by `pivoted`'s."""
     if stable.size == 0:
         return found
     most = _PIVOTED if jax.default_backend() == "cpu" else _PIVOTED_ELSEWHERE

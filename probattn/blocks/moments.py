@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from probattn.blocks.elimination import determinant, eliminate
+from probattn.blocks.elimination import Pivoting, determinant, eliminate
 from probattn.blocks.geometry import causal_softmax
 from probattn.blocks.promotion import with_rank
 
@@ -68,8 +68,8 @@ def row_values(
     """
     weights = _last(_weights(own, keys, start))
     blocks, _, _, accurate = _blocks(weights, _last(queries), _last(keys))
-    sign, log_abs = determinant(blocks)
-    return sign, pointwise(sign, log_abs), accurate
+    sign, log_abs, stable = determinant(blocks, pivoting="never")
+    return sign, pointwise(sign, log_abs), accurate * stable
 
 
 @row_values.defjvp
@@ -136,7 +136,10 @@ def _with_pullback(
     own_last, queries_last, keys_last = (_last(array) for array in (own, queries, keys))
     blocks, query_mean, key_mean, accurate = _blocks(weights_last, queries_last, keys_last)
     # Nobody uses values that are not accurate, and they need not be finite.
-    sign, value, by_moment = slope_of(pointwise, blocks, factor=-accurate / math.sqrt(rank))
+    sign, value, by_moment, stable = slope_of(
+        pointwise, blocks, factor=-accurate / math.sqrt(rank), pivoting="never"
+    )
+    accurate *= stable
 
     # The value's derivative with respect to moments and means, (..., r * r or r, rows), then to
     # weights and logits, (..., past, rows), and to the queries that attend, (..., r, rows). Here
@@ -176,9 +179,9 @@ def slope_of(
     blocks: Float[Array, "*batch r r T"],
     *,
     factor: Float[Array, "*batch T"] | float = 1.0,
-    pivoting: bool = False,
-) -> tuple[Array, Array, Array]:
-    """Return sign, value, and a multiple of its derivative by the transposed block, (..., r, r, T).
+    pivoting: Pivoting = "where needed",
+) -> tuple[Array, Array, Array, Array]:
+    """Return sign, value, a multiple of its derivative by the transposed block, and what is stable.
 
     Where the factor is zero, so is the multiple, whatever the derivative is. Not by the chain rule
     through log|det R|: at det R = 0 the product of R^-T with a slope that vanishes as fast is
@@ -192,7 +195,8 @@ def slope_of(
     slope = jnp.where(factor == 0, jnp.zeros_like(slope), slope * factor)
     slope = _materialise(slope)[..., None, None, :]
     # Where several pivots vanish so does the adjugate, and the inverse may overflow.
-    return found.sign, value, jnp.where(slope == 0, jnp.zeros_like(slope), slope * found.inverse)
+    multiple = jnp.where(slope == 0, jnp.zeros_like(slope), slope * found.inverse)
+    return found.sign, value, multiple, found.stable
 
 
 def _weights(own: Array, keys: Array, start: int) -> Float[Array, "*batch rows past"]:

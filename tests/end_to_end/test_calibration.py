@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpyro.handlers import seed
+from numpyro.infer.util import log_density
+from scipy.stats import norm
 
 from probattn import residual
+from probattn.inference import SampleConfig
 from probattn.models.coupling import attention_weights_of
 from tests.support.project import BENCHMARKS, benchmark
 
 REPLICATIONS = 80
 # Fewer steps than of the benchmark: ranks stay uniform where they should, and others do not.
-STEPS = {"warmup": 200, "thin": 4}
+STEPS = {"config": SampleConfig(warmup=200), "thin": 4}
 
 
 @pytest.fixture(scope="module", name="calibration")
@@ -37,6 +41,42 @@ def test_ranks_are_uniform_where_the_process_is_proper(calibration):
     assert result["replications"] == REPLICATIONS
     assert result["diverging_draws"] == 0
     assert smallest_p_value(result) > level_of_each(result)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["mclmc", "sghmc"])
+def test_ranks_of_other_samplers_are_uniform(calibration, method):
+    config = SampleConfig(method=method, warmup=200, **calibration.METHODS[method])
+    setting = calibration.settings_of(config, without=False)["observed bounded"]
+    result = calibration.calibrate(setting, replications=REPLICATIONS // 2, config=config, thin=4)
+    assert result["diverging_draws"] == 0
+    assert smallest_p_value(result) > level_of_each(result)
+
+
+@pytest.mark.slow
+def test_a_plate_of_rows_changes_no_density(calibration):
+    """The setting of the stochastic samplers is the one of the others, in other words."""
+    setting = calibration.settings("bounded")["observed bounded"]
+    embeddings = calibration.ancestral(setting.model, jax.random.key(2))["embeddings"]
+    sites = ("repulsion", "rotation", "scale")
+    start = calibration.ancestral(setting.model, jax.random.key(3))
+    values = {name: start[name] for name in sites}
+    found, expected = (
+        log_density(seed(one.model, jax.random.key(0)), (embeddings,), {}, values)[0]
+        for one in (calibration.in_a_plate_of_rows(setting), setting)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_lean_of_the_ranks_is_told_in_standard_errors(calibration):
+    ranks = np.arange(100).repeat(3)  # uniform: no lean
+    assert calibration._uniformity(list(ranks))["p_value"] == pytest.approx(1)
+    row = calibration._uniformity([0] * 12 + [99] * 4)
+    assert row["standard_errors"] == pytest.approx(
+        (99 / 4 - 99 / 2) / np.sqrt(np.var(np.arange(100)) / 16), abs=1e-3
+    )
+    assert row["p_value"] == pytest.approx(2 * norm.cdf(row["standard_errors"]), rel=1e-2)
+    assert row["counts"] == [12, *[0] * 8, 4]
 
 
 @pytest.mark.nightly

@@ -34,6 +34,7 @@ LATENT = RunConfig(
     objective=ObjectiveConfig("latent", 0.0, 0.0, 1.0, 1e-3, "separate", False, 0.1, 2.0, True)
 )
 NEFTUNE = RunConfig(fit=FitConfig(neftune_alpha=5.0, noise_probability=0.25))
+IVON = RunConfig(fit=FitConfig(guide="ivon", hessian_init=1e-300, hessian_decay=0.5))
 
 
 def written(folder, text):
@@ -56,7 +57,7 @@ def refusal(path):
 
 def test_the_other_configuration_differs_in_every_field():
     fields = sum(len(dataclasses.fields(part)) for part in vars(OTHER).values())
-    others = (OTHER, MAP, LATENT, NEFTUNE)
+    others = (OTHER, MAP, LATENT, NEFTUNE, IVON)
     changed = {
         line.partition(":")[0] for other in others for line in differences(RunConfig(), other)
     }
@@ -65,8 +66,8 @@ def test_the_other_configuration_differs_in_every_field():
 
 @pytest.mark.parametrize(
     "config",
-    [RunConfig(), OTHER, MAP, LATENT, NEFTUNE],
-    ids=["default", "other", "map", "latent", "neftune"],
+    [RunConfig(), OTHER, MAP, LATENT, NEFTUNE, IVON],
+    ids=["default", "other", "map", "latent", "neftune", "ivon"],
 )
 def test_toml_and_back(tmp_path, config):
     assert read_config(written(tmp_path, format_config(config))) == config
@@ -207,11 +208,40 @@ def test_fit_config_takes_its_limits():
 
 
 @pytest.mark.parametrize("name", REGULARISERS)
-@pytest.mark.parametrize("guide", ["laplace", "mean_field", "low_rank"])
+@pytest.mark.parametrize("guide", ["laplace", "mean_field", "low_rank", "ivon", "last_layer"])
 def test_what_changes_the_objective_is_for_a_point(name, guide):
     expected = rf"^fit\.{name} is 0\.1 with the guide {guide}, .*: expected 0, or fit\.guide map$"
     with pytest.raises(ValueError, match=expected):
         FitConfig(guide=guide, **{name: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hessian_init": 0.0}, r"^fit\.hessian_init is 0\.0: expected a finite number > 0$"),
+        ({"hessian_init": math.inf}, r"^fit\.hessian_init is inf: expected a finite number > 0$"),
+        ({"hessian_decay": 1}, r"^fit\.hessian_decay is 1: expected a number between 0 and 1$"),
+        ({"hessian_decay": 0.0}, r"^fit\.hessian_decay is 0\.0: expected a number between"),
+        ({"hessian_decay": True}, r"^fit\.hessian_decay is True: expected a number between"),
+        (
+            {"hessian_decay": 0.5, "guide": "mean_field"},
+            r"^fit\.hessian_decay is 0\.5 with the guide mean_field, which has no use for it: "
+            r"expected the default, None, or fit\.guide ivon$",
+        ),
+        ({"hessian_init": 0.5, "guide": "map"}, r"^fit\.hessian_init is 0\.5 with the guide map, "),
+    ],
+)
+def test_settings_of_ivon(fields, message):
+    with pytest.raises(ValueError, match=message):
+        FitConfig(**({"guide": "ivon"} | fields))
+
+
+def test_the_decay_of_ivon_suits_the_steps():
+    for steps, decay in ((10, 0.9), (1000, 0.99)):
+        config = RunConfig(fit=FitConfig(steps=steps, guide="ivon"))
+        assert config.resolved().fit.hessian_decay == pytest.approx(decay)
+        assert config.resolved().resolved() == config.resolved()
+    assert RunConfig().resolved().fit.hessian_decay is None
 
 
 def test_one_kind_of_noise_at_a_time():

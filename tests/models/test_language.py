@@ -566,3 +566,29 @@ def test_the_stage_that_carries_the_barrier_has_the_bound_or_none(name, bound):
 def test_a_bound_that_is_none_is_refused(bound):
     with pytest.raises(ValueError, match=r"model.bound is .*: expected a finite number > 0"):
         dataclasses.replace(CONFIG, bound=bound)
+
+
+def test_the_output_may_have_a_table_of_its_own():
+    parameters = parameters_of("ce")
+    table = np.random.default_rng(9).standard_normal(parameters["token_embedding"].shape)
+    given = parameters | {"output_embedding": table}
+    model = model_of("ce", own_output=True)
+    sites = abstract_trace(model, INPUTS, TARGETS, parameters=given)
+    assert sites.keys() == abstract_trace(model_of("ce"), INPUTS, TARGETS).keys() | {
+        "output_embedding"
+    }
+
+    @jax.jit
+    def evaluate(parameters):
+        _, trace = log_density(model, (INPUTS, TARGETS), {}, parameters)
+        priors = (trace[f"{table}_embedding"]["fn"] for table in ("output", "token"))
+        return observed_log_probs(trace), [(prior.mean, prior.variance) for prior in priors]
+
+    found, (prior, of_input) = evaluate(given)
+    # The table that these logits take is the output's alone.
+    logits = numpy_logits(parameters | {"token_embedding": table}, numpy_embed(parameters, INPUTS))
+    expected = np.take_along_axis(
+        scipy.special.log_softmax(logits, -1), np.asarray(TARGETS)[..., None], -1
+    )
+    np.testing.assert_allclose(found["tokens"], expected.sum((-2, -1)), rtol=1e-10)
+    np.testing.assert_array_equal(prior, of_input)

@@ -36,6 +36,7 @@ COLUMN = (
     "runs",
     "evaluation",
     "exchange",
+    "guides",
     "fitting",
     "sampling",
     "export",

@@ -9,7 +9,7 @@ import pytest
 
 from probattn.inference import FitConfig
 from probattn.inference.fitting.elbo import AccumulatedELBO, OrderedELBO
-from probattn.inference.fitting.guides import make_guide
+from probattn.inference.guides.guides import make_guide
 
 
 def weights():

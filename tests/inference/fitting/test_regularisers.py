@@ -185,3 +185,10 @@ def test_a_decay_that_the_given_optimizer_would_not_know_of_is_refused(tmp_path)
     with pytest.raises(ValueError, match=r"^fit\.weight_decay is 5\.0 and an optimizer is given"):
         fit(config, tmp_path / "run", optimizer=optax.sgd(0.1))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_beside_ivon_is_refused(tmp_path):
+    config = dataclasses.replace(tiny_config(tmp_path), fit=dataclasses.replace(FIT, guide="ivon"))
+    with pytest.raises(ValueError, match=r"^fit\.guide is ivon and an optimizer is given"):
+        fit(config, tmp_path / "run", optimizer=optax.sgd(0.1))
+    assert not (tmp_path / "run").exists()

@@ -25,13 +25,14 @@ from tests.support.few_inputs import (
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 scales = pytest.mark.parametrize("scale", [SHORT, LONG])
 SLOW = pytest.mark.slow
-FEW = determinants.FEW
+FEW, ALL = determinants.FEW, determinants.ALL
 
 
 @pytest.fixture(autouse=True)
 def two_ways(monkeypatch):
     """However few the numbers are."""
     monkeypatch.setattr(determinants, "FEW", 0)
+    monkeypatch.setattr(determinants, "ALL", 0)
 
 
 def weighted(function, *arguments):
@@ -122,6 +123,33 @@ def test_few_numbers_take_one_way_with_the_same_result(scale, monkeypatch):
         np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
 
 
+@pytest.mark.parametrize("summed", [True, pytest.param(False, marks=SLOW)])
+def test_every_position_is_centred_where_one_needs_it(summed, monkeypatch):
+    """Queries that are far from the first, which nobody attends to: moments lose their digits."""
+    monkeypatch.setattr(determinants, "ALL", ALL)
+    rng = np.random.default_rng(0)
+    own, queries, keys = 0.3 * rng.standard_normal((3, 7, 3))
+    own[:, 0], keys[0, 0] = 1, -200
+    queries[1:] += 1e5
+
+    def found(own, queries, keys):
+        _, value = determinants.determinant_values(
+            lambda _, log_abs: log_abs, Projections(own, own, queries, keys), summed=summed
+        )
+        return jnp.sum(value)
+
+    def expected(own, queries, keys):
+        blocks = reduced_blocks(pa.attention_weights(own, keys), queries, keys)
+        return jnp.sum(jnp.linalg.slogdet(blocks)[1])
+
+    one, other = (
+        quick_jit(jax.value_and_grad(of, (0, 1, 2)))(own, queries, keys) for of in (found, expected)
+    )
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-9)
+    for slope, true in zip(one[1], other[1], strict=True):
+        np.testing.assert_allclose(slope, true, atol=1e-9 * np.abs(true).max())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [7, pytest.param(130, marks=SLOW)])
 @pytest.mark.parametrize(
@@ -204,9 +232,9 @@ def test_mapped_is_a_larger_batch_with_one_condition(in_axes):
             ]
             np.testing.assert_allclose(found[number], alone(*own), rtol=1e-9, atol=1e-9)
     program = str(jax.make_jaxpr(mapped)(*batched))
-    # Three in all: whether any position is to be centred, whether any of a part of them is, and of
-    # the pivots. Mapped ones would be selections instead.
-    assert program.count(" cond[") == 3
+    # Two in all: whether any position is to be centred, and whether any of a part of them is.
+    # Mapped ones would be selections instead.
+    assert program.count(" cond[") == 2
 
 
 @pytest.mark.slow

@@ -20,10 +20,13 @@ from numpyro.infer.autoguide import (
 )
 
 from probattn.inference.config import GuideName, RunConfig
+from probattn.inference.guides.ivon import IvonNormal
 from probattn.models.language import parameter_shapes
 
 # Guides whose own parameters say more than their median, and are saved beside it.
-OWN_PARAMS = ("mean_field", "low_rank")
+OWN_PARAMS = ("mean_field", "low_rank", "ivon")
+# Guides that are one point while they are fitted, and of which a fit does the same as of map.
+POINTS = ("map", "last_layer")
 LARGEST_LAPLACE = 10_000  # parameters: their Hessian takes 0.8 GB, and its factors as much again
 _INIT_SCALE = 0.003  # standard deviation that a fit starts from
 # NumPyro's rank, the root of the number of parameters, takes 9 GB for 800,000 of them.
@@ -53,10 +56,12 @@ def make_guide(
         parameters()
 
     init = init_to_value(values=dict(start))
-    if name == "map":
+    if name in POINTS:
         return AutoDelta(model, init_loc_fn=init)
     if name == "laplace":
         return AutoLaplaceApproximation(model, init_loc_fn=init, hessian_fn=hessian_fn)
+    if name == "ivon":
+        return IvonNormal(model, init_loc_fn=init)
     if name == "mean_field":
         return AutoNormal(model, init_loc_fn=init, init_scale=_INIT_SCALE)
     return AutoLowRankMultivariateNormal(
@@ -68,15 +73,22 @@ def check_guide(config: RunConfig, vocabulary_size: int) -> None:
     """Refuse a model whose Hessian would not fit into memory.
 
     Raises:
-        ValueError: if the guide is laplace and there are more than `LARGEST_LAPLACE` parameters.
+        ValueError: if the guide is laplace and there are more than `LARGEST_LAPLACE` parameters, or
+            it is last_layer and there are more in the output's table.
     """
-    shapes = parameter_shapes(vocabulary_size, config.model, config.objective)
-    size = sum(math.prod(leaf.shape) for leaf in shapes.values())  # leaf.size is of 64 bits
-    if config.fit.guide == "laplace" and size > LARGEST_LAPLACE:
+    if config.fit.guide == "laplace":
+        shapes = parameter_shapes(vocabulary_size, config.model, config.objective)
+        size = sum(math.prod(leaf.shape) for leaf in shapes.values())  # leaf.size is of 64 bits
+        what, others = "model has", "mean_field, ivon or low_rank"
+    elif config.fit.guide == "last_layer":
+        size = vocabulary_size * config.model.width
+        what, others = "output's table has", "mean_field, ivon or low_rank"
+    else:
+        return
+    if size > LARGEST_LAPLACE:
         raise ValueError(
-            f"fit.guide is laplace and the model has {size:,} parameters: expected at most "
-            f"{LARGEST_LAPLACE:,}, since their Hessian is dense; give a smaller model, or "
-            "mean_field or low_rank"
+            f"fit.guide is {config.fit.guide} and the {what} {size:,} parameters: expected at most "
+            f"{LARGEST_LAPLACE:,}, since their Hessian is dense; give a smaller model, or {others}"
         )
 
 

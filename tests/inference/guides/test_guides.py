@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import random
 import shutil
 from types import SimpleNamespace
 
@@ -12,42 +11,29 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from probattn.inference import FitConfig, LaplaceError, RunConfig, fit, guide_draws, load_run
+from probattn.inference import FitConfig, LaplaceError, fit, guide_draws, load_run
 from probattn.inference.cli import commands, main
-from probattn.inference.fitting import guide_draws as drawing
 from probattn.inference.fitting import loop
 from probattn.inference.fitting.sharding import Placement
 from probattn.inference.fitting.svi import Trainer
+from probattn.inference.guides import guide_draws as drawing
 from probattn.inference.runs.checkpoints import CheckpointError, CheckpointFolder, named_leaves
 from probattn.inference.runs.run import Run
-from probattn.models import LanguageModelConfig, ObjectiveConfig
-from probattn.text.corpora import DataConfig
+from tests.support.guide_runs import (
+    BLOCK,
+    FIT,
+    MODEL,
+    SURE,
+    assert_standard,
+    config_of,
+    flat,
+    objective,
+    training_text,
+)
 from tests.support.refusals import refusal
 from tests.support.tiny_run import copy_of, files_of
 
-WIDTH, BLOCK, WEIGHT = 2, 4, 0.05  # the last is that of the barrier
-MODEL = LanguageModelConfig(layers=1, heads=1, width=WIDTH, block=BLOCK, prior_rank=1)
-FIT = FitConfig(
-    steps=400, batch=16, warmup=5, learning_rate=0.02, eval_every=200, checkpoint_every=100
-)
 DRAWS = 20_000
-SURE = 5.0  # standard errors of a Monte Carlo estimate: a false alarm in a million
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where a text of three symbols stands, each of which likes others to follow it."""
-    folder = tmp_path_factory.mktemp("guides")
-    rng, text = random.Random(0), "a"
-    while len(text) < 2000:
-        text += rng.choice({"a": "abb", "b": "bca", "c": "aac"}[text[-1]])
-    (folder / "text").write_text(text)
-    return folder
-
-
-def config_of(folder, guide, objective="margin", **schedule):
-    schedule = dataclasses.replace(FIT, guide=guide, **schedule)
-    return RunConfig(DataConfig(str(folder / "text")), MODEL, ObjectiveConfig(objective), schedule)
 
 
 # The barrier triples what a guide takes to compile.
@@ -75,18 +61,21 @@ def laplace(request, folder):
     return SimpleNamespace(run=run, draws=draws, z=taken[0][0], hessian=taken[0][1])
 
 
-@pytest.fixture(scope="module")
-def mean_field(folder):
-    """A run with a copy of it as a kill would leave it. Objective ce, for a shorter compilation."""
-    append, copies = Run.append_metrics, []
+@pytest.fixture(scope="module", params=["mean_field", pytest.param("ivon", marks=pytest.mark.slow)])
+def mean_field(request, folder):
+    """A run with a copy of it as a kill would leave it. Objective ce, for a shorter compilation.
+
+    The guide ivon is the same family, found in another way.
+    """
+    append, copies, guide = Run.append_metrics, [], request.param
 
     def recording(self, row):
         append(self, row)
-        copies.append(shutil.copytree(self.path, folder / f"killed-{row['step']}"))
+        copies.append(shutil.copytree(self.path, folder / f"killed-{guide}-{row['step']}"))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "append_metrics", recording)
-        run = fit(config_of(folder, "mean_field", "ce"), folder / "mean_field").run
+        run = fit(config_of(folder, guide, "ce"), folder / guide).run
     return SimpleNamespace(run=run, killed=copies[0])
 
 
@@ -98,21 +87,11 @@ def trainer(mean_field):
     return loop.Trainer(*arguments)
 
 
-def training_text(run):
-    return (run.path.parent / "text").read_text()[:1800]
-
-
 @pytest.fixture(scope="module", params=slow_objectives)
 def low_rank(request, folder):
     # Of fewer steps some seeds, others on other processors, would stay near the prior.
     config = config_of(folder, "low_rank", request.param, steps=1000)
     return fit(config, folder / f"low_rank-{request.param}").run
-
-
-def flat(sites, axes=0):
-    """Values of all sites as vectors, in the order of their names, behind some leading axes."""
-    values = [np.asarray(sites[name]) for name in sorted(sites)]
-    return np.concatenate([v.reshape(*v.shape[:axes], -1) for v in values], axis=-1)
 
 
 def guide_part(run, **shapes):
@@ -124,80 +103,6 @@ def mean_field_params(run):
     parts = ("loc", "scale")
     shapes = {f"{n}_auto_{part}": v.shape for n, v in run.parameters.items() for part in parts}
     return guide_part(run, **shapes)
-
-
-# The objective, by hand
-
-
-def normal(x, mean, scale):
-    return -(((x - mean) / scale) ** 2) / 2 - math.log(scale) - math.log(2 * math.pi) / 2
-
-
-def log_prior(p):
-    into_stream = 1 / math.sqrt(2)
-    scales = {
-        "token_embedding": 3 * 0.05,
-        "position_embedding": 3 * 0.05,
-        "attention_in": 3 / math.sqrt(WIDTH),
-        "attention_out": 3 / math.sqrt(WIDTH) * into_stream,
-        "mlp_in": 3 / math.sqrt(WIDTH),
-        "mlp_out": 3 / math.sqrt(4 * WIDTH) * into_stream,
-        "w_query": 1 / math.sqrt(WIDTH),
-        "w_key": 1 / math.sqrt(WIDTH),
-    }
-    return sum(
-        normal(value, 1.0, 0.1).sum() if "norm" in name else normal(value, 0.0, scales[name]).sum()
-        for name, value in p.items()
-    )
-
-
-def standardised(x, gain):
-    centred = x - x.mean(-1, keepdims=True)
-    return gain * centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-
-
-def softmax(scores):
-    odds = jnp.exp(scores)
-    return odds / odds.sum(-1, keepdims=True)
-
-
-def block_loss(p, tokens):
-    """Of one block of BLOCK + 1 tokens: cross-entropy and barrier, all determinants > 0.001.
-
-    Objective ce has no barrier, and no parameters of it.
-    """
-    x = p["token_embedding"][tokens[:-1]] + p["position_embedding"]
-    barrier = 0.0
-    for t in range(2, BLOCK) if "w_key" in p else ():
-        past, coupling = x[:t], p["w_key"] @ p["w_query"].T
-        alpha = softmax(past @ coupling @ x[t])
-        centred = past - alpha @ past
-        covariance = (alpha[:, None] * centred).T @ centred
-        barrier -= jnp.log(jnp.linalg.det(jnp.eye(WIDTH) - covariance @ coupling))
-    query, key, value = jnp.split(
-        standardised(x, p["attention_norm"][0]) @ p["attention_in"][0], 3, axis=1
-    )
-    attended = [
-        softmax(key[: t + 1] @ query[t] / math.sqrt(WIDTH)) @ value[: t + 1] for t in range(BLOCK)
-    ]
-    y = x + jnp.stack(attended) @ p["attention_out"][0]
-    hidden = standardised(y, p["mlp_norm"][0]) @ p["mlp_in"][0]
-    gelu = hidden / 2 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-    y = y + gelu @ p["mlp_out"][0]
-    chances = softmax(standardised(y, p["final_norm"]) @ p["token_embedding"].T)
-    chosen = jnp.take_along_axis(chances, tokens[1:, None], -1)
-    return -jnp.log(chosen).sum() + WEIGHT * barrier
-
-
-def objective(run):
-    """Minus the log joint: the mean over blocks at every offset, for N / block of them."""
-    tokens = run.vocabulary.encode(training_text(run))
-    blocks = np.stack([tokens[i : i + BLOCK + 1] for i in range(len(tokens) - BLOCK)])
-
-    def loss(p):
-        return 450 * jnp.mean(jax.vmap(lambda block: block_loss(p, block))(blocks)) - log_prior(p)
-
-    return loss
 
 
 @pytest.fixture(scope="module")
@@ -251,16 +156,6 @@ def test_draws_of_laplace_have_the_inverse_hessian_as_covariance(laplace, curvat
     assert_standard((flat(laplace.draws, 2)[0] - point) @ factor)
 
 
-def assert_standard(draws):
-    """Standard normal in every direction, those that the model knows least among them."""
-    count, size = draws.shape
-    np.testing.assert_allclose(draws.mean(0), 0, atol=SURE / math.sqrt(count))
-    covariance = draws.T @ draws / count
-    np.testing.assert_allclose(np.diag(covariance), 1, atol=SURE * math.sqrt(2 / count))
-    off = covariance - np.diag(np.diag(covariance))
-    np.testing.assert_allclose(off, np.zeros((size, size)), atol=SURE / math.sqrt(count))
-
-
 @pytest.mark.slow
 def test_a_point_that_is_no_mode_has_no_draws(laplace, curvature, tmp_path):
     saddle = {
@@ -287,7 +182,7 @@ def test_a_model_too_large_for_laplace_is_refused_before_anything_is_done(
     message = refusal(ValueError, fit, config, tmp_path / "run")
     assert message == (
         f"fit.guide is laplace and the model has {size:,} parameters: expected at most 10,000, "
-        "since their Hessian is dense; give a smaller model, or mean_field or low_rank"
+        "since their Hessian is dense; give a smaller model, or mean_field, ivon or low_rank"
     )
     assert not (tmp_path / "run").exists()
     (tmp_path / "old").mkdir()
@@ -347,6 +242,7 @@ def test_a_run_of_low_rank_has_one_point_of_parameters(low_rank):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mean_field", ["mean_field"], indirect=True)
 def test_the_loss_is_minus_the_elbo_per_token(mean_field, trainer):
     """At the start, where the guide is so narrow that the log joint is that of its centre."""
     state = trainer.init()

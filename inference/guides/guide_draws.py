@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array
 
 from probattn.blocks.promotion import default_promotion
-from probattn.inference.fitting.guides import Model, init_params, make_guide
-from probattn.inference.fitting.laplace import LaplaceError, Text, hessian
+from probattn.inference.guides.guides import Model, init_params, make_guide
+from probattn.inference.guides.laplace import LaplaceError, Text, hessian
+from probattn.inference.guides.last_layer import LastLayer, draw_table, last_layer
 from probattn.inference.runs.checkpoints import CheckpointError
 from probattn.inference.runs.checks import check_same_corpus
 from probattn.inference.runs.run import Run, require_fit
@@ -33,7 +34,8 @@ def guide_draws(
     """Draw parameters from a run's guide, as one chain.
 
     The guide laplace takes the Hessian of the objective over the whole training text here, in
-    float64, which is as much work as a step on all of that text for every parameter.
+    float64, which is as much work as a step on all of that text for every parameter. So does
+    last_layer for the output's table alone, see `last_layer`.
 
     Args:
         run: a run from `load_run` or `fit`, with a guide other than map.
@@ -42,32 +44,41 @@ def guide_draws(
         progress: show a progress bar.
 
     Returns:
-        By site name, an array (1, draws, *shape of the site): the axes chain and draw of ArviZ.
+        By site name, an array (1, draws, *shape of the site): the axes chain and draw of ArviZ. Of
+        last_layer they are the point that was fitted, the same in all draws and not to be written
+        to, and the drawn "output_embedding", of `language_model` with own_output.
 
     Raises:
         ValueError: if the run is a MAP run, which has no draws, or none of a fit, it has no
-            parameters yet or they are damaged, draws < 1, or, for laplace, its corpus is gone.
+            parameters yet or they are damaged, draws < 1, or, for laplace and last_layer, its
+            corpus is gone.
         LaplaceError: if the guide is laplace and the run's parameters are no mode.
     """
     name = require_fit(run).config.fit.guide
     if name == "map":
         raise ValueError(
             f"{run.path}: is a MAP run, a point estimate without draws; probattn fit --guide "
-            "mean_field (or low_rank, laplace) and probattn sample make runs that have draws"
+            "mean_field (or another guide) and probattn sample make runs that have draws"
         )
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"draws: got {draws!r}, expected an integer >= 1")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: got {seed}, expected an integer from 0 to 2^32 - 1")
     point = run.parameters
-    if name == "laplace":
+    if name == "last_layer":
+        table = {"output_embedding": point["token_embedding"]}
+        with jax.enable_x64(True):
+            drawn = _drawn(draw_table, _last_layer(run, progress), table, draws, seed, progress)
+        for site, value in point.items():
+            drawn[site] = np.broadcast_to(np.asarray(value), (draws, *value.shape))
+    elif name == "laplace":
         # The smallest eigenvalues, of the directions that are known least, would drown in the
         # rounding of single precision.
         with jax.enable_x64(True):
             drawn = _drawn(*_laplace(run, progress), point, draws, seed, progress)
     else:
         drawn = _drawn(*_variational(run), point, draws, seed, progress)
-    return {site: drawn[site][None] for site in point}
+    return {site: values[None] for site, values in drawn.items()}
 
 
 Sampler = Callable[[Array, Any], dict[str, Array]]
@@ -94,10 +105,7 @@ def _variational(run: Run) -> tuple[Sampler, dict[str, Array]]:
 
 
 def _laplace(run: Run, progress: bool) -> tuple[Sampler, Any]:
-    corpus = load_corpus(run.config.data)
-    check_same_corpus(run, corpus)
-    tokens, _ = corpus_tokens(corpus, run.vocabulary)
-    text = Text(run.config, tokens, run.vocabulary.size)
+    text = Text(run.config, _training_tokens(run), run.vocabulary.size)
 
     def unpack(z: Array) -> dict[str, Array]:
         return guide.median({"auto_loc": z})
@@ -123,6 +131,18 @@ def _laplace(run: Run, progress: bool) -> tuple[Sampler, Any]:
         return unpack(posterior.sample(rng_key))
 
     return sample, posterior
+
+
+def _last_layer(run: Run, progress: bool) -> LastLayer:
+    start = {name: jnp.asarray(value, jnp.float64) for name, value in run.parameters.items()}
+    return last_layer(run.config.model, start, _training_tokens(run), progress=progress)
+
+
+def _training_tokens(run: Run) -> np.ndarray:
+    corpus = load_corpus(run.config.data)
+    check_same_corpus(run, corpus)
+    tokens, _ = corpus_tokens(corpus, run.vocabulary)
+    return tokens
 
 
 def _drawn(

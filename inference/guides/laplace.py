@@ -32,12 +32,39 @@ class LaplaceError(RuntimeError):
     """A point is no mode, so it has no Laplace approximation: the message says by how much."""
 
 
+def text_batches(
+    tokens: Int[np.ndarray, " N"], block: int, *, most_tokens: int | None = None
+) -> tuple[
+    Int[np.ndarray, "batches B block"],
+    Int[np.ndarray, "batches B block"],
+    Float[np.ndarray, "batches B"],
+]:
+    """Return the blocks of a text, the symbols that follow them, and what each block counts.
+
+    Their weighted sum is the expectation over the minibatches of a fit, which draw blocks at every
+    offset: only that has its mode where a fit ends. So all blocks are summed, of a long text those
+    at every few offsets that cover it, and count as the N / block sequences that `fit` gives the
+    text.
+
+    Args:
+        tokens: the training text, (N,), N > block.
+        block: tokens of a block.
+        most_tokens: at most so many in all blocks together, which are spread evenly over the text;
+            by default no bound.
+    """
+    plan = windows(len(tokens) - 1, block=block, stride=min(block, max(1, len(tokens) // _BLOCKS)))
+    if most_tokens is not None:
+        plan = plan.spread(most_tokens)
+    inputs, targets = plan.take(tokens), plan.take(tokens[1:])
+    sequences, weight = len(inputs), len(tokens) // block / len(inputs)
+    rows = np.stack(list(batched_rows(sequences, max(1, _TOKENS // block))))
+    # The last batch is filled up, with sequences that do not count.
+    filling = np.arange(rows.size).reshape(rows.shape) >= sequences
+    return inputs[rows], targets[rows], np.where(filling, 0.0, weight)
+
+
 class Text:
     """Minus the log likelihood of a training text, with the attention factors of the objective.
-
-    Its expectation over the minibatches of a fit, which draw blocks at every offset: only that has
-    its mode where a fit ends. So all blocks are summed, of a long text those at every few offsets
-    that cover it, and count as the N / block sequences that `fit` gives the text.
 
     Args:
         config: configuration of the run.
@@ -48,22 +75,13 @@ class Text:
     def __init__(
         self, config: RunConfig, tokens: Int[np.ndarray, " N"], vocabulary_size: int
     ) -> None:
-        block = config.model.block
-        plan = windows(
-            len(tokens) - 1, block=block, stride=min(block, max(1, len(tokens) // _BLOCKS))
-        )
-        inputs, targets = plan.take(tokens), plan.take(tokens[1:])
-        sequences, weight = len(inputs), len(tokens) // block / len(inputs)
         self._model = partial(
             language_model,
             vocabulary_size=vocabulary_size,
             config=config.model,
             objective=config.objective,
         )
-        rows = np.stack(list(batched_rows(sequences, max(1, _TOKENS // block))))
-        # The last batch is filled up, with sequences that do not count.
-        filling = np.arange(rows.size).reshape(rows.shape) >= sequences
-        self._batches = inputs[rows], targets[rows], np.where(filling, 0.0, weight)
+        self._batches = text_batches(tokens, config.model.block)
 
     def hessian_columns(
         self, unpack: Unpack, z: Float[Array, " n"], tangents: Float[Array, "k n"]

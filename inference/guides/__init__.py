@@ -1,0 +1,1 @@
+"""Guides: the families that approximate a posterior, and draws from those of fitted runs."""
