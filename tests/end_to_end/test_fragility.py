@@ -183,7 +183,9 @@ def test_the_committed_table_is_that_of_the_committed_tokens(scripts, folder, tm
     permuted = [row for (_, predictor), row in committed.items() if predictor.startswith("permut")]
     assert permuted
     inside = [float(row["low"]) <= 0 <= float(row["high"]) for row in permuted]
-    assert stats.binom.cdf(sum(inside), len(inside), 0.9) > 1e-3
+    # One permutation serves all harms, whose intervals therefore miss zero together.
+    assert np.mean(inside) > 0.5
+    assert max(abs(float(row["rank_correlation"])) for row in permuted) < 0.1
 
 
 def table_of(path):
