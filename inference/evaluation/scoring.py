@@ -176,7 +176,9 @@ class Scorer:
         def of_batch(number: int, rows: Int[np.ndarray, " B"]) -> tuple[Array, np.ndarray]:
             key, part = jax.random.fold_in(rng_key, number), self._plan.part(rows)
             inputs, targets = part.take(self._tokens), self._targets(part)
-            losses = _losses(perturbation, parameters, inputs, targets, key, network=self._network)
+            losses = perturbed_losses(
+                perturbation, parameters, inputs, targets, key, network=self._network
+            )
             return losses, part.reported
 
         return each_batch(of_batch, len(self._plan.numbers), self._batch)
@@ -213,7 +215,7 @@ def window_losses(
         targets: the token after each.
         symbols: size of the vocabulary.
     """
-    clean = partial(_losses, _CLEAN, parameters, network=network)
+    clean = partial(perturbed_losses, _CLEAN, parameters, network=network)
     key = jax.random.key(0)
     return map_batches(
         lambda _, rows: clean(inputs[rows], targets[rows], key),
@@ -228,7 +230,7 @@ def _windows_together(block: int, symbols: int) -> int:
 
 
 @partial(jax.jit, static_argnames="network")
-def _losses(
+def perturbed_losses(
     perturbation: Perturbation,
     parameters: Parameters,
     inputs: Int[Array, "B T"],
@@ -237,6 +239,17 @@ def _losses(
     *,
     network: Network,
 ) -> Float[Array, "B T"]:
+    """Compute the loss of every target of a batch of windows, in nats, in one compiled call.
+
+    Args:
+        perturbation: makes what enters the stack of the tokens; see `perturbations`.
+        parameters: those of the network.
+        inputs: tokens of each window.
+        targets: the token after each.
+        rng_key: random key of the perturbation.
+        network: the network.
+    """
+
     def losses(x: Float[Array, "B T d"]) -> Float[Array, "B T"]:
         predicted = network.logits(parameters, x)
         return optax.softmax_cross_entropy_with_integer_labels(predicted, targets)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from probattn.models.decoder.config import DecoderConfig, Precision
 from probattn.models.decoder.rotations import rotate
@@ -56,8 +56,12 @@ def attend(
     positions: Int[Array, " T"],
     config: DecoderConfig,
     layer: int,
+    kept: Bool[Array, "*batch H T S"] | None = None,
 ) -> Float[Array, "*batch T H r"]:
-    """Gather the values of every token's past and its own; keys have the positions 0, 1, ..."""
+    """Gather the values of every token's past and its own; keys have the positions 0, 1, ...
+
+    Where `kept` is given and False, a head does not see the token.
+    """
     groups, length = key.shape[-2], key.shape[-3]
     grouped = query.reshape(*query.shape[:-2], groups, -1, query.shape[-1])
     scores = config.scale * jnp.einsum("...tghr,...sgr->...ghts", grouped, key)
@@ -68,6 +72,8 @@ def attend(
     if window is not None:
         visible &= other > own - window
     visible = visible.reshape((1,) * (scores.ndim - 2) + visible.shape)
+    if kept is not None:
+        visible &= kept.reshape(scores.shape)
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("...ghts,...sgr->...tghr", weights, value).reshape(query.shape)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from probattn.models.checks import check_symbols
 from probattn.models.decoder import layers
@@ -70,6 +70,7 @@ def apply_layer(
     config: DecoderConfig,
     layer: int,
     precision: Precision = "float32",
+    kept: Bool[Array, "*batch H T T"] | None = None,
 ) -> Float[Array, "*batch T d"]:
     """Add one layer's attention and MLP to the stream.
 
@@ -79,11 +80,13 @@ def apply_layer(
         config: the decoder.
         layer: its number, from 0: windows and rotations may differ.
         precision: of the factors of products with weights.
+        kept: which tokens (last axis) a head lets each token see, of those that it would see
+            anyway; by default all of them. Each token must be left one, such as itself.
     """
     positions = jnp.arange(x.shape[-2])
     n = layers.normalise(parameters["attention_norm"], x, config)
     query, key, value = layers.project(parameters, n, positions, config, layer, precision)
-    attended = layers.attend(query, key, value, positions, config, layer)
+    attended = layers.attend(query, key, value, positions, config, layer, kept)
     return _add(parameters, x, attended, config, precision)
 
 

@@ -232,3 +232,22 @@ def test_too_many_tokens_and_unknown_ids_are_refused():
     cache = init_cache(config, (), 3)
     with pytest.raises(ValueError, match=r"^there are 4 tokens: expected 1 to 3, which the cache "):
         extend(parameters, cache, np.zeros(4, np.int64), config)
+
+
+def test_a_token_that_is_not_kept_might_as_well_not_be_there():
+    config, parameters, tokens = tiny("llama")
+    own, length, lost = parameters["layers"]["0"], 6, 2
+    x = embed(parameters, tokens[..., :length], config)
+    heads = (*x.shape[:-2], config.heads, length, length)
+    kept = jnp.ones(heads, bool).at[..., lost + 1 :, lost].set(False)
+    moved = x.at[..., lost, :].add(1.0)
+    found, after = (apply_layer(own, each, config, 0, kept=kept) for each in (x, moved))
+    others = np.arange(length) != lost
+    np.testing.assert_array_equal(found[..., others, :], after[..., others, :])
+    assert np.abs(found[..., lost, :] - after[..., lost, :]).max() > 0.1
+    whole = apply_layer(own, x, config, 0)
+    before = slice(0, lost + 1)
+    np.testing.assert_allclose(found[..., before, :], whole[..., before, :], atol=1e-6)
+    assert np.abs(found - whole).max() > 1e-3
+    everything = apply_layer(own, x, config, 0, kept=jnp.ones(heads, bool))
+    np.testing.assert_array_equal(everything, whole)
