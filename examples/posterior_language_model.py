@@ -1,12 +1,12 @@
 """Which weight of the barrier stands for the Bayesian answer? Modes of a full posterior.
 
-    python examples/posterior_language_model.py [--starts 6] [--draws 150] [--out runs/small]
+    python examples/posterior_language_model.py [--starts 8] [--draws 1500] [--out runs/small]
 
 A network of 316 parameters on 16 sequences of 16 characters (examples/small.toml): MAPs by SVI of
 the objective full from several seeds, and of ce and margin over a grid of weights; a chain from
 each MAP of full; what distinguishes the chains, and their stacking weights; and the point
-estimates beside them. Leaves the runs, modes.csv, modes.png, comparison.csv
-and the figures in --out.
+estimates beside them. Leaves the runs, modes.csv, modes.png, comparison.csv and the figures in
+--out.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from probattn.models import ObjectiveConfig
 
 parser = argparse.ArgumentParser(description="modes of a full posterior, and point estimates")
 parser.add_argument("--weights", type=float, nargs="+", default=[0.1, 1.0, 10.0])
-parser.add_argument("--starts", type=int, default=6)
+parser.add_argument("--starts", type=int, default=8)
 parser.add_argument("--steps", type=int, default=3000)
-parser.add_argument("--warmup", type=int, default=100)
-parser.add_argument("--draws", type=int, default=150)
+parser.add_argument("--warmup", type=int, default=500)
+parser.add_argument("--draws", type=int, default=1500)
 parser.add_argument("--out", type=Path, default=Path("runs/small"))
 options = parser.parse_args()
 
@@ -101,8 +101,8 @@ def halves(margin):
 
 margin, smallest = draws["margin"].values, draws["smallest_margin"].values
 rows = []
-for one in stack_chains(tree):
-    chain = one.chain
+for mode in stack_chains(tree):
+    chain = mode.chain
     rows.append(
         {
             "chain": chain,
@@ -111,15 +111,16 @@ for one in stack_chains(tree):
             "log det": log_dets[chain].mean(),
             "smallest margin": smallest[chain].mean(),
             "r_hat within": r_hat(halves(margin[chain])),
-            "loo": one.elpd,
-            "k": one.pareto_k,
-            "weight": one.weight,
+            "loo": mode.elpd,
+            "k": mode.pareto_k,
+            "weight": mode.weight,
         }
     )
 for row in rows:
     print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
 write_table(options.out / "modes.csv", list(rows[0]), [list(row.values()) for row in rows])
 print(f"largest r_hat of a margin over all chains: {r_hat(margin):.2f}")
+print(f"smallest margin over all chains: r_hat {az.rhat(smallest):.3f}, ess {az.ess(smallest):.0f}")
 for pair in sorted(set(anchors)):
     same = [chain for chain, own in enumerate(anchors) if own == pair]
     if len(same) > 1:
