@@ -1,6 +1,7 @@
 """The log-determinant's value and gradient against what one would write without it."""
 
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,18 +17,24 @@ from probattn.blocks.elimination import eliminate
 
 # Sequences, tokens, embedding dimensions and rank.
 TRAINING, LONG = (12, 64, 128, 16), (4, 256, 256, 32)
-SMALL = (16, 32, 3, 3)  # a posterior's, in double precision
+SMALL = (16, 32, 3, 3)
+# Of posteriors, in double precision.
+POSTERIORS = {
+    "posterior": SMALL,
+    "posterior, r 4": (32, 64, 8, 4),
+    "posterior, r 8": (16, 64, 16, 8),
+}
 MATRICES = ((16384, 8), (768, 16), (1024, 32), (256, 64))  # how many, and their rank
 APART = ("elimination",)  # of matrices alone
 
 
 def log_det(rounds: int) -> dict[str, Any]:
-    """Compare time with `slogdet` and the autodiff Jacobian, and temporary memory."""
+    """Compare time with `slogdet` and the autodiff Jacobian; temporary memory, and compilation."""
     results: dict[str, Any] = {}
     for name, size, dtype in (
         ("training", TRAINING, np.float32),
         ("long", LONG, np.float32),
-        ("posterior", SMALL, np.float64),
+        *((name, size, np.float64) for name, size in POSTERIORS.items()),
     ):
         with jax.enable_x64(dtype == np.float64):
             arguments = arguments_of(size, dtype)
@@ -38,10 +45,11 @@ def log_det(rounds: int) -> dict[str, Any]:
             }
             if name == "training":
                 alternatives["jacobian"] = gradient_of(_jacobian)
-            programs = {
-                which: jax.jit(function).lower(*arguments).compile()
-                for which, function in alternatives.items()
-            }
+            programs, compilation = {}, {}
+            for which, function in alternatives.items():
+                started = time.process_time()
+                programs[which] = jax.jit(function).lower(*arguments).compile()
+                compilation[which] = time.process_time() - started
             found = compare(
                 {which: partial(program, *arguments) for which, program in programs.items()},
                 rounds=rounds,
@@ -50,7 +58,12 @@ def log_det(rounds: int) -> dict[str, Any]:
                 which: program.memory_analysis().temp_size_in_bytes
                 for which, program in programs.items()
             }
-        results[name] = {"size": size, "times": found, "temporary_bytes": memory}
+        results[name] = {
+            "size": size,
+            "times": found,
+            "temporary_bytes": memory,
+            "compile_cpu_seconds": compilation,
+        }
     results["elimination"] = {
         f"{count} x {rank}": compare(
             {
@@ -74,6 +87,8 @@ def report(results: dict[str, Any]) -> None:
             label = f"{next(iter(table['times']))} again" if name == CONTROL else name
             memory = table.get("temporary_bytes", {}).get(name)
             told = "" if memory is None else f"   {memory / 2**20:6.1f} MiB"
+            if name in (compilation := table.get("compile_cpu_seconds", {})):
+                told += f"   compiled in {compilation[name]:.1f} CPU s"
             print(
                 f"log det, {size:12s} {label:14s} {1e3 * figures['seconds']:8.2f} ms  "
                 f"x {figures['ratio']:.3f} "
