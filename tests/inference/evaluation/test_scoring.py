@@ -125,7 +125,9 @@ def test_bfloat16_products_change_the_losses_little(long):
 def test_a_score_holds_nothing_as_long_as_the_text(monkeypatch):
     """So that texts may be longer than the memory; the tokens lie in a file."""
     tokens = np.zeros(2**20, np.uint8)
-    monkeypatch.setattr(scoring, "_losses", lambda _a, _b, inputs, *_c, **_d: np.ones(inputs.shape))
+    monkeypatch.setattr(
+        scoring, "perturbed_losses", lambda _a, _b, inputs, *_c, **_d: np.ones(inputs.shape)
+    )
     monkeypatch.setattr(scoring, "_TOGETHER", 2**12)
     scorer = Scorer(
         TransformerNetwork(MODEL),
