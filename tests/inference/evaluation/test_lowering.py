@@ -64,7 +64,7 @@ def test_losses_under_noise(parameters, noise, precision):
     def losses(parameters, inputs, targets):
         network = TransformerNetwork(replace(MODEL, spectral_cap=0.9), precision)
         key = jax.random.key(0)
-        return scoring._losses(noise, parameters, inputs, targets, key, network=network)
+        return scoring.perturbed_losses(noise, parameters, inputs, targets, key, network=network)
 
     assert_lowers(losses, parameters, TOKENS, TOKENS)
 
