@@ -14,10 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import arviz as az
-import jax
 import numpy as np
 
-from probattn import log_det, stability_margin
+from probattn import stability_margin
 from probattn.inference import (
     SampleConfig,
     compare,
@@ -70,18 +69,6 @@ print(f"{result.divergences} of {options.draws * sampling.chains} iterations wer
 
 tree = to_datatree(load_posterior(posterior), log_likelihood=True)
 draws = tree["posterior"]
-inputs, _ = result.model_args
-
-
-def determinants(token, position, w_query, w_key):
-    return log_det(token[inputs] + position, w_query, w_key)[1][:, 2:].mean()
-
-
-names = ("token_embedding", "position_embedding", "w_query", "w_key")
-each = [draws[name].values.reshape(-1, *draws[name].shape[2:]) for name in names]
-with jax.enable_x64(True):
-    log_dets = np.asarray(jax.lax.map(lambda one: determinants(*one), tuple(each)))
-log_dets = log_dets.reshape(draws["smallest_margin"].shape)
 norms = np.linalg.norm(draws["position_embedding"].values, axis=-1).mean(1)
 anchors = [tuple(np.flatnonzero(row > 1).tolist()) for row in norms]
 
@@ -108,7 +95,7 @@ for mode in stack_chains(tree):
             "chain": chain,
             "anchors": " and ".join(str(position) for position in anchors[chain]),
             "log density": tree["sample_stats"]["lp"].values[chain].mean(),
-            "log det": log_dets[chain].mean(),
+            "log det": draws["log_det"].values[chain, ..., 2:].mean(),
             "smallest margin": smallest[chain].mean(),
             "r_hat within": r_hat(halves(margin[chain])),
             "loo": mode.elpd,
@@ -131,6 +118,8 @@ mixed = np.random.default_rng(1).choice(smallest.shape[1], chosen.size)
 low, high = np.quantile(smallest[chosen, mixed], [0.05, 0.95])
 print(f"stacked smallest margin: {low:.3f} to {high:.3f} (90 %)")
 
+inputs, _ = result.model_args
+names = ("token_embedding", "position_embedding", "w_query", "w_key")
 marks = {}
 for seed, run in enumerate(starts):
     token, position, w_query, w_key = (run.parameters[name] for name in names)

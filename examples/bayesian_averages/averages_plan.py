@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from probattn.inference import FitConfig, RunConfig, read_config
+from probattn.inference.config import GuideName
 from probattn.models import ObjectiveConfig
+from probattn.models.objective import ObjectiveName
 
 METHODS = Path(__file__).with_name("methods.toml")
 _EXAMPLES = Path(__file__).parents[1]
@@ -31,7 +33,7 @@ class Scale:
     config: Path
     gradients: int
     seeds: int
-    objectives: tuple[str, ...]
+    objectives: tuple[ObjectiveName, ...]
     skipped: tuple[str, ...] = ()
     sample: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     margin_sequences: int = 16
@@ -81,8 +83,8 @@ class Method:
 
     name: str
     label: str
-    objectives: tuple[str, ...] | None = None
-    guide: str = "map"
+    objectives: tuple[ObjectiveName, ...] | None = None
+    guide: GuideName = "map"
     members: int = 1
     of_file: bool = False
     start: float = 1.0
@@ -144,7 +146,7 @@ class Task:
             eval_every=steps,
             checkpoint_every=steps,
             evaluation_tokens=8192,
-            guide=self.method.guide,  # type: ignore[arg-type]
+            guide=self.method.guide,
         )
         return replace(self.config, fit=fit)
 
@@ -195,7 +197,7 @@ def tasks(
 
 
 def _task(
-    scale: Scale, config: RunConfig, method: Method, objective: str, seed: int, out: Path
+    scale: Scale, config: RunConfig, method: Method, objective: ObjectiveName, seed: int, out: Path
 ) -> Task:
     def folder(name: str, of_seed: int) -> Path:
         return out / "runs" / objective / name / f"seed-{of_seed}"
@@ -204,7 +206,7 @@ def _task(
     return Task(
         method,
         seed,
-        replace(config, objective=ObjectiveConfig(objective)),  # type: ignore[arg-type]
+        replace(config, objective=ObjectiveConfig(objective)),
         scale.gradients,
         scale.sample.get(method.name, {}),
         scale.margin_sequences,
