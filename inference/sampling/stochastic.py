@@ -20,6 +20,9 @@ from probattn.inference.sampling.kernel import Kernel, Vector, blackjax_module, 
 from probattn.inference.sampling.subsampling import check_rows, contents, rows_of
 
 
+_CHECKS = 10  # of the warm-up, that the density of all the data is positive
+
+
 class StochasticState(NamedTuple):
     """State of a chain, with what its last iteration was like."""
 
@@ -27,10 +30,22 @@ class StochasticState(NamedTuple):
     rng_key: Array
     position: Vector
     momentum: Vector  # of SGHMC, in units of scale
-    squares: Vector  # mean squares of the gradients
+    path: "Path"
     scale: Vector
-    log_density: Float[Array, ""]  # of all the data
+    checked: Vector  # where the density of all the data was computed last, and is positive
+    log_density: Float[Array, ""]  # there
     refused: Bool[Array, ""]
+
+
+class Path(NamedTuple):
+    """Means and variances of the positions and gradients of late, weighted exponentially."""
+
+    position: Vector
+    gradient: Vector
+    position_variance: Vector
+    gradient_variance: Vector
+    last_gradient: Vector
+    noise: Vector  # half of the mean square change of the gradient from step to step
 
 
 def stochastic_kernel(
@@ -38,9 +53,10 @@ def stochastic_kernel(
 ) -> Kernel:
     """Return SGLD or SGHMC, of which an iteration is many steps of one gradient each.
 
-    At the end of an iteration the density of all the data is computed. If it is zero or not finite
-    there, or that of a minibatch was on the way, the chain goes back to where the iteration began.
-    So no draw has density zero.
+    At the end of an iteration the density of all the data is computed, in the warm-up every tenth
+    part of it. If it is zero or not finite there, or that of a minibatch was on the way, the chain
+    goes back to where the iteration began, or to where the density was computed last. So no draw
+    has density zero.
 
     Raises:
         ValueError: if the data do not have the rows of the model's plate, or the preconditioner
@@ -59,7 +75,8 @@ def stochastic_kernel(
     langevin, hamiltonian = diffusions.overdamped_langevin(), diffusions.sghmc(config.friction)
     is_hamiltonian = config.method == "sghmc"
     steps = config.steps or max(16, math.ceil(plate.size / plate.batch))
-    memory = max(1, config.warmup * steps // 10)  # of the mean of squared gradients
+    seeking = config.warmup // 2  # iterations in which the chain finds where the density is
+    check_every = max(1, config.warmup // _CHECKS)  # iterations of the warm-up
     sizes = np.full(steps, config.step_size)
     if config.cyclical:
         sizes *= (1 + np.cos(np.pi * np.arange(steps) / steps)) / 2
@@ -89,8 +106,9 @@ def stochastic_kernel(
             key,
             position,
             jax.random.normal(momentum_key, position.shape, position.dtype),
-            jnp.zeros_like(position),
+            Path(*[jnp.zeros_like(position)] * 6),
             jnp.ones_like(position),
+            position,
             of_all(position),
             jnp.zeros((), bool),
         )
@@ -99,9 +117,11 @@ def stochastic_kernel(
         key, size, number = of_step
         rows_key, noise_key = jax.random.split(key)
         rows = jax.random.choice(rows_key, plate.size, (plate.batch,), replace=False)
+        # The first iteration only looks: a single gradient may be next to nothing.
+        looks = jnp.asarray(config.preconditioned) & (state.iteration == 0)
         at = before = state.position / state.scale
         if is_hamiltonian:  # the gradient at the end of the step makes the step symplectic
-            at = before + size * state.momentum
+            at = before + jnp.where(looks, 0, size) * state.momentum
         value, gradient = jax.value_and_grad(log_density)(at * state.scale, rows)
         scaled = gradient * state.scale
         temperature = config.temperature
@@ -113,11 +133,9 @@ def stochastic_kernel(
             after, momentum = langevin(noise_key, before, scaled, size, temperature), state.momentum
         position = after * state.scale
         if config.preconditioned:
-            # The first iteration only looks: a single gradient may be next to nothing.
-            looks = state.iteration == 0
             position = jnp.where(looks, state.position, position)
             momentum = jnp.where(looks, state.momentum, momentum)
-            state = adapted(state, gradient, number)
+            state = adapted(state, at * state.scale, gradient, number)
         fine = jnp.isfinite(value) & jnp.all(jnp.isfinite(position))
         return (
             state._replace(position=position, momentum=momentum, refused=state.refused | ~fine),
@@ -125,16 +143,17 @@ def stochastic_kernel(
         )
 
     def adapted(
-        state: StochasticState, gradient: Vector, number: Int[Array, ""]
+        state: StochasticState, position: Vector, gradient: Vector, number: Int[Array, ""]
     ) -> StochasticState:
-        """Count a gradient among those whose squares give the scale, until the warm-up ends."""
-        counted = jnp.minimum(state.iteration * steps + number + 1, memory)
-        squares = state.squares + (gradient**2 - state.squares) / counted
-        adapts = (state.iteration < config.warmup) & jnp.all(jnp.isfinite(squares))
+        """Count position and gradient among those that give the scale, until the warm-up ends."""
+        taken = state.iteration * steps + number + 1
+        # Of a tenth of the steps so far, so that the gradients of a poor start are forgotten.
+        memory = jnp.maximum(jnp.minimum(taken, steps), taken // 10)
+        path = _followed(state.path, position, gradient, 1 / memory)
+        adapts = (state.iteration < config.warmup) & jnp.all(jnp.isfinite(path.gradient_variance))
         return state._replace(
-            squares=jnp.where(adapts, squares, state.squares),
-            # Never more than 1, whatever the gradients: at a mode of all the data they are zero.
-            scale=jnp.where(adapts, 1 / jnp.sqrt(squares + 1), state.scale),
+            path=jax.tree.map(lambda new, old: jnp.where(adapts, new, old), path, state.path),
+            scale=jnp.where(adapts, _scale(path, seeks=state.iteration < seeking), state.scale),
         )
 
     def step(state: StochasticState) -> StochasticState:
@@ -146,13 +165,20 @@ def stochastic_kernel(
             jnp.arange(steps),
         )
         ended, _ = jax.lax.scan(one, begun, of_steps)
-        reached = of_all(ended.position)
-        refused = ended.refused | ~jnp.isfinite(reached)
+        iteration = state.iteration + 1
+        position = jnp.where(ended.refused, state.position, ended.position)
+        # A pass over all the data costs a third of the steps that take them once.
+        is_due = (iteration >= config.warmup) | (iteration % check_every == 0)
+        log_density = jax.lax.cond(is_due, of_all, lambda _: state.log_density, position)
+        lost = ~jnp.isfinite(log_density)
+        refused = ended.refused | lost
+        position = jnp.where(lost, state.checked, position)
         return ended._replace(
-            iteration=state.iteration + 1,
-            position=jnp.where(refused, state.position, ended.position),
+            iteration=iteration,
+            position=position,
             momentum=jnp.where(refused, -state.momentum, ended.momentum),
-            log_density=jnp.where(refused, state.log_density, reached),
+            checked=jnp.where(is_due, position, state.checked),
+            log_density=jnp.where(lost, state.log_density, log_density),
             refused=refused,
         )
 
@@ -171,3 +197,31 @@ def stochastic_kernel(
         lambda state: target.constrain(state.position),
         statistics,
     )
+
+
+def _followed(path: Path, position: Vector, gradient: Vector, weight: Array) -> Path:
+    """Count a position and its gradient, with this weight of the last."""
+
+    def one(mean: Vector, variance: Vector, value: Vector) -> tuple[Vector, Vector]:
+        change = value - mean
+        return mean + weight * change, (1 - weight) * (variance + weight * change**2)
+
+    mean, variance = one(path.position, path.position_variance, position)
+    slope, slope_variance = one(path.gradient, path.gradient_variance, gradient)
+    change = jnp.where(weight < 1, (gradient - path.last_gradient) ** 2 / 2, 0)
+    noise = path.noise + weight * (change - path.noise)
+    return Path(mean, slope, variance, slope_variance, gradient, noise)
+
+
+def _scale(path: Path, *, seeks: Bool[Array, ""]) -> Vector:
+    """Return the unit of every number: 1 over the root mean square of its gradient.
+
+    Far from where the density is, gradients are large and alike, and steps in that unit go nowhere.
+    A chain that seeks has a larger unit, in which the curvature along its path is 1, but at most 1
+    over the standard deviation of the gradients' noise. No unit is more than 1, whatever the
+    gradients: at a mode of all the data they are zero.
+    """
+    at_rest = 1 / (path.gradient_variance + path.gradient**2 + 1)
+    along = jnp.sqrt(path.position_variance / (path.gradient_variance + 1e-30))
+    squared = jnp.where(seeks, jnp.clip(along, at_rest, 1 / (path.noise + 1)), at_rest)
+    return jnp.sqrt(squared)

@@ -95,6 +95,30 @@ def test_preconditioned_steps_are_in_units_of_the_posterior(method):
 
 
 @pytest.mark.slow
+def test_a_start_of_large_gradients_is_left_in_the_warmup():
+    """A standard deviation that starts at a fiftieth of the data's; against quadrature."""
+    data = np.random.default_rng(1).normal(0.0, 2.0, 48)
+
+    def model(observed):
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with numpyro.plate("rows", 48, subsample_size=48) as rows:
+            numpyro.sample("observed", dist.Normal(0.0, scale), obs=observed[rows])
+
+    config = SampleConfig(
+        method="sghmc", chains=2, warmup=100, draws=500, chain_method="vectorized", step_size=0.1
+    )
+    result = sample(model, model_args=(data,), config=config, init_values={"scale": 0.04})
+    logs = np.linspace(-1, 3, 4001)
+    log_p = -(logs**2) / 2 - 48 * logs - (data**2).sum() * np.exp(-2 * logs) / 2
+    p = np.exp(log_p - log_p.max())
+    mean = np.sum(p * logs) / p.sum()
+    sd = np.sqrt(np.sum(p * (logs - mean) ** 2) / p.sum())
+    found = np.log(result.draws["scale"])
+    assert abs(found.mean() - mean) < 3 * float(az.mcse(found)) < sd
+    np.testing.assert_allclose(found.std(), sd, rtol=0.1)
+
+
+@pytest.mark.slow
 def test_cyclical_steps_end_at_small_ones_and_so_have_less_bias():
     config = SampleConfig(
         **PLAIN, method="sgld", step_size=0.2, steps=40, chains=4, warmup=100, draws=10_000
