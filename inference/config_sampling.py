@@ -26,6 +26,7 @@ _METHODS_OF = {
     "step_size": _STOCHASTIC,
     "cyclical": _STOCHASTIC,
     "preconditioned": _STOCHASTIC,
+    "full_density": _STOCHASTIC,
     "batch": _STOCHASTIC,
     "friction": ("sghmc",),
 }
@@ -58,6 +59,9 @@ class SampleConfig:
         step_size: of sghmc and sgld, in units of the posterior's scale if preconditioned.
         cyclical: let the steps of an iteration fall from step_size to 0 by a cosine.
         preconditioned: scale every number by its gradients in the warm-up.
+        full_density: compute the density of all the data for every draw of sghmc and sgld, in about
+            a third of the time of steps that see all the data once. Without it only densities of
+            minibatches are known to be positive, and lp is that of the first one.
         batch: sequences of a minibatch, for a language model; other models' plates say theirs.
         friction: of sghmc.
     """
@@ -78,6 +82,7 @@ class SampleConfig:
     step_size: float = 0.05
     cyclical: bool = False
     preconditioned: bool = True
+    full_density: bool = True
     batch: int = 4
     friction: float = 1.0
 

@@ -19,7 +19,6 @@ from probattn.inference.config_sampling import SampleConfig
 from probattn.inference.sampling.kernel import Kernel, Vector, blackjax_module, density
 from probattn.inference.sampling.subsampling import check_rows, contents, rows_of
 
-
 _CHECKS = 10  # of the warm-up, that the density of all the data is positive
 
 
@@ -33,7 +32,7 @@ class StochasticState(NamedTuple):
     path: "Path"
     scale: Vector
     checked: Vector  # where the density of all the data was computed last, and is positive
-    log_density: Float[Array, ""]  # there
+    log_density: Float[Array, ""]  # there, of the first minibatch if not of all the data
     refused: Bool[Array, ""]
 
 
@@ -56,7 +55,7 @@ def stochastic_kernel(
     At the end of an iteration the density of all the data is computed, in the warm-up every tenth
     part of it. If it is zero or not finite there, or that of a minibatch was on the way, the chain
     goes back to where the iteration began, or to where the density was computed last. So no draw
-    has density zero.
+    has density zero. Without `full_density` that is only known of minibatches.
 
     Raises:
         ValueError: if the data do not have the rows of the model's plate, or the preconditioner
@@ -98,6 +97,11 @@ def stochastic_kernel(
             total = total + log_density(position, rows[even:]) * (plate.size - even)
         return total / plate.size
 
+    def of_first(position: Vector) -> Float[Array, ""]:
+        return log_density(position, jnp.arange(plate.batch))
+
+    known_density = of_all if config.full_density else of_first
+
     def init(key: Array, number: Array) -> StochasticState:
         start_key, momentum_key, key = jax.random.split(key, 3)
         position = target.start(start_key, number)
@@ -109,7 +113,7 @@ def stochastic_kernel(
             Path(*[jnp.zeros_like(position)] * 6),
             jnp.ones_like(position),
             position,
-            of_all(position),
+            known_density(position),
             jnp.zeros((), bool),
         )
 
@@ -169,7 +173,7 @@ def stochastic_kernel(
         position = jnp.where(ended.refused, state.position, ended.position)
         # A pass over all the data costs a third of the steps that take them once.
         is_due = (iteration >= config.warmup) | (iteration % check_every == 0)
-        log_density = jax.lax.cond(is_due, of_all, lambda _: state.log_density, position)
+        log_density = jax.lax.cond(is_due, known_density, lambda _: state.log_density, position)
         lost = ~jnp.isfinite(log_density)
         refused = ended.refused | lost
         position = jnp.where(lost, state.checked, position)

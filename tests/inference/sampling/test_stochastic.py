@@ -11,12 +11,19 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.infer.util import log_density
+from scipy.stats import norm
 
 from probattn.inference import SampleConfig, sample, to_datatree
 from probattn.inference.runtime.signals import Interrupted
 from probattn.inference.sampling.chains import SampleError
 from probattn.inference.sampling.nuts import fingerprint
-from tests.support.conjugate import location, posterior_mean, stationary_variance
+from tests.support.conjugate import (
+    NOISE,
+    PRIOR,
+    location,
+    posterior_mean,
+    stationary_variance,
+)
 
 DATA = np.random.default_rng(5).normal([1.0, -2.0], [1.0, 2.0], (12, 2))
 FEW = SampleConfig(method="sghmc", chains=2, warmup=20, draws=12, seed=3)
@@ -146,6 +153,18 @@ def test_lp_is_the_log_density_of_all_the_data(whole):
     expected = [log_density(location, (jnp.asarray(DATA),), {}, {"mean": d})[0] for d in draws[:5]]
     np.testing.assert_allclose(whole.statistics["lp"].reshape(-1)[:5], expected, rtol=1e-12)
     assert whole.method == "sghmc"
+
+
+@pytest.mark.slow
+def test_without_the_density_of_all_the_data_lp_is_that_of_the_first_minibatch(whole):
+    """And the draws are the same, where nothing is refused."""
+    config = replace(FEW, full_density=False)
+    result = sample(partial(location, batch=5), model_args=(DATA,), config=config)
+    np.testing.assert_array_equal(result.draws["mean"], whole.draws["mean"])
+    draw = result.draws["mean"][0, 0]
+    rows = norm(draw, NOISE).logpdf(DATA[:5]).sum()
+    expected = norm(0, PRIOR).logpdf(draw).sum() + rows * 12 / 5
+    np.testing.assert_allclose(result.statistics["lp"][0, 0], expected, rtol=1e-12)
     np.testing.assert_array_equal(whole.statistics["n_steps"], 16)
 
 
