@@ -1,5 +1,7 @@
 """Effective draws per gradient of the smallest margin: MCLMC beside NUTS, on simulated data.
 
+MCLMC is taken as it is, at two step sizes, and adjusted, with two lengths of trajectory.
+
     python benchmarks/samplers.py [--warmup 500] [--draws 1000] [--out benchmarks/results]
 
 The model and its data are those of examples/posterior_simulated.py. Gradients are of the draws
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=500)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--adjusted-steps", type=int, nargs="+", default=(2, 4))
     parser.add_argument("--energy-variance", type=float, nargs="+", default=(5e-4, 5e-3))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -75,6 +78,14 @@ def main() -> None:
             draws=options.draws,
             steps=options.steps,
             energy_variance=wanted,
+        )
+    for steps in options.adjusted_steps:
+        configs[f"mclmc, adjusted, {steps} steps"] = SampleConfig(
+            method="mclmc",
+            adjusted=True,
+            warmup=options.warmup,
+            draws=options.draws * options.steps // steps,
+            steps=steps,
         )
     for name, config_of in configs.items():
         found[name] = measured(config_of, model, tokens)

@@ -15,10 +15,11 @@ ChainMethod = Literal["parallel", "vectorized"]
 SamplePrecision = Literal["float64", "float32"]
 
 
-_NOT_NUTS = ("mclmc", "ensemble", "sghmc", "sgld")
+_ADJUSTED = ("adjusted mclmc", "adjusted ensemble")
 _STOCHASTIC = ("sghmc", "sgld")
+_NOT_NUTS = ("mclmc", "ensemble", *_ADJUSTED, *_STOCHASTIC)
 _METHODS_OF = {
-    "target_accept": ("nuts",),
+    "target_accept": ("nuts", *_ADJUSTED),
     "max_tree_depth": ("nuts",),
     "steps": _NOT_NUTS,
     "temperature": _NOT_NUTS,
@@ -42,7 +43,8 @@ class SampleConfig:
         warmup: iterations of each in which the sampler is adapted; not kept.
         draws: iterations of each that are kept.
         seed: seed of the chains.
-        target_accept: acceptance probability that the step size is adapted to, of NUTS.
+        target_accept: acceptance probability that the step size is adapted to, of NUTS and of
+            adjusted MCLMC.
         max_tree_depth: an iteration of NUTS takes at most 2^max_tree_depth - 1 leapfrog steps.
         sequences: number of sequences of model.block tokens, for a language model; a latent model
             has latent.sequences.
@@ -52,8 +54,9 @@ class SampleConfig:
         method: the sampler. nuts is exact. mclmc and ensemble, whose chains start at a point each,
             have a bias that energy_variance sets; sghmc and sgld take gradients of minibatches and
             have one that step_size sets. See "Which sampler" in docs/operations.md.
+        adjusted: let mclmc and ensemble accept or refuse each iteration, so that they have no bias.
         steps: steps of an iteration, of all but nuts; by default 16, or of sghmc and sgld as many
-            as take all the data once, if those are more.
+            as take all the data once, if those are more. Adjusted, 2 on average.
         temperature: what the log density is divided by, of all but nuts; 1 is the posterior.
         energy_variance: mean square energy error by step and number that mclmc tunes its step to.
         step_size: of sghmc and sgld, in units of the posterior's scale if preconditioned.
@@ -76,6 +79,7 @@ class SampleConfig:
     chain_method: ChainMethod = "parallel"
     precision: SamplePrecision = "float64"
     method: SampleMethod = "nuts"
+    adjusted: bool = False
     steps: int | None = None
     temperature: float = 1.0
     energy_variance: float = 5e-4
@@ -121,11 +125,17 @@ class SampleConfig:
                     f"sample.{name} is {getattr(self, name)!r}: "
                     f"expected one of {', '.join(get_args(choices))}"
                 )
+        if self.adjusted and self.method not in ("mclmc", "ensemble"):
+            raise ValueError(
+                f"sample.adjusted is True with sample.method {self.method}: expected it with mclmc "
+                "or ensemble alone; leave it out"
+            )
+        kind = f"adjusted {self.method}" if self.adjusted else self.method
         for name, methods in _METHODS_OF.items():
             value = getattr(self, name)
-            if self.method not in methods and value != getattr(type(self), name):
+            if kind not in methods and value != getattr(type(self), name):
                 raise ValueError(
-                    f"sample.{name} is {value} with sample.method {self.method}, which has none: "
+                    f"sample.{name} is {value} with sample.method {kind}, which has none: "
                     f"leave it out, or take one of {', '.join(methods)}"
                 )
 

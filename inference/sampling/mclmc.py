@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from probattn.inference.config_sampling import SampleConfig
+from probattn.inference.sampling.adjusted_mclmc import adjusted_mclmc_kernel
 from probattn.inference.sampling.kernel import Kernel, Vector, blackjax_module, density
 
 _MEMORY = 150  # steps that the estimate of the best step size remembers
@@ -59,7 +60,8 @@ def mclmc_kernel(
     """Return MCLMC, of which an iteration is `config.steps` steps of two gradients each.
 
     A step that leaves the region of positive density is not taken, and the momentum is reversed.
-    Of exact dynamics this leaves the density in the region invariant, see docs/mathematics.md.
+    Of exact dynamics this leaves the density in the region invariant, see docs/mathematics.md. With
+    `config.adjusted` see `adjusted_mclmc_kernel`.
 
     Raises:
         ValueError: if the model has one unconstrained number alone, or the warm-up is too short.
@@ -76,6 +78,8 @@ def mclmc_kernel(
             f"sample.warmup is {config.warmup} with sample.method {config.method}, which tunes "
             f"step, metric and length in it: expected at least {_LEAST_WARMUP}"
         )
+    if config.adjusted:
+        return adjusted_mclmc_kernel(target, config)
     mclmc = blackjax_module("mcmc.mclmc", config.method)
     integrators = blackjax_module("mcmc.integrators", config.method)
     ess = blackjax_module("diagnostics", config.method).effective_sample_size

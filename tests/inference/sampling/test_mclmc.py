@@ -11,6 +11,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from scipy.stats import chi2
+from scipy.stats import t as student_t
 
 from probattn.inference import SampleConfig, sample, to_datatree
 from probattn.inference.runtime.signals import Interrupted
@@ -20,6 +22,7 @@ from tests.support.conjugate import location, posterior_mean, precision
 
 DATA = np.random.default_rng(5).normal([1.0, -2.0], [1.0, 2.0], (12, 2))
 FEW = SampleConfig(method="mclmc", chains=2, warmup=60, draws=20, seed=3)
+WAYS = pytest.mark.parametrize("adjusted", [False, True])
 
 
 @pytest.fixture(scope="module", name="whole")
@@ -52,9 +55,31 @@ def test_moments_of_a_gaussian_and_the_bias_of_the_step():
 
 
 @pytest.mark.slow
+@WAYS
+def test_large_steps_have_no_bias_where_they_are_adjusted(adjusted):
+    """Twelve scales, at an acceptance that lets most energy errors be seen."""
+    scales = np.geomspace(0.03, 3.0, 12)
+
+    def model():
+        numpyro.sample("x", dist.StudentT(5.0, 0.0, scales).to_event(1))
+
+    settings = {"target_accept": 0.5, "steps": 8} if adjusted else {"energy_variance": 1.0}
+    config = SampleConfig(
+        method="mclmc", adjusted=adjusted, warmup=600, draws=6000, chain_method="vectorized"
+    )
+    draws = sample(model, config=replace(config, **settings)).draws["x"]
+    inside = (np.abs(draws) < scales).astype(float)
+    error = np.array([float(az.mcse(inside[..., axis])) for axis in range(12)])
+    apart = (inside.mean((0, 1)) - (2 * student_t(5).cdf(1) - 1)) / error
+    assert (np.sum(apart**2) < chi2(12).ppf(0.999)) == adjusted, apart
+
+
+@pytest.mark.slow
+@WAYS
 @pytest.mark.parametrize("chain_method", ["parallel", "vectorized"])
-def test_moments_of_locations(chain_method):
+def test_moments_of_locations(chain_method, adjusted):
     config = replace(FEW, warmup=300, draws=2000, chain_method=chain_method, temperature=4.0)
+    config = replace(config, adjusted=adjusted)
     result = sample(location, model_args=(DATA,), config=config)
     for axis in range(2):
         draws = result.draws["mean"][..., axis]
@@ -65,14 +90,17 @@ def test_moments_of_locations(chain_method):
 
 
 @pytest.mark.slow
-def test_a_wall_is_not_crossed_and_does_not_bend_the_density():
+@WAYS
+def test_a_wall_is_not_crossed_and_does_not_bend_the_density(adjusted):
     """A half-normal coordinate among four: a fresh momentum at the wall would give 0.10."""
 
     def walled():
         x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
         numpyro.factor("wall", jnp.where(x[0] > 0.0, 0.0, -jnp.inf))
 
-    config = SampleConfig(method="mclmc", warmup=500, draws=10_000, chain_method="vectorized")
+    config = SampleConfig(
+        method="mclmc", adjusted=adjusted, warmup=500, draws=10_000, chain_method="vectorized"
+    )
     result = sample(walled, config=config, init_values={"x": np.full(4, 0.5)})
     x = result.draws["x"][..., 0]
     assert x.min() > 0
@@ -98,11 +126,15 @@ def test_no_draw_of_a_free_coupling_is_infeasible():
 
 
 @pytest.mark.slow
+@WAYS
 def test_interrupted_and_resumed_ends_as_uninterrupted(
-    whole, tmp_path, monkeypatch, interrupt_after
+    adjusted, whole, tmp_path, monkeypatch, interrupt_after
 ):
     """In the warm-up: what it has found so far is in the segments."""
-    arguments = {"model_args": (DATA,), "config": FEW, "out": tmp_path}
+    config = replace(FEW, adjusted=adjusted)
+    if adjusted:
+        whole = sample(location, model_args=(DATA,), config=config)
+    arguments = {"model_args": (DATA,), "config": config, "out": tmp_path}
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
         patch.setattr(chains_module, "_ITERATIONS", 7)

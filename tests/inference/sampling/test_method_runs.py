@@ -119,6 +119,11 @@ def test_latent_embeddings_have_no_minibatches(tiny_run, tmp_path, capsys):
         (["--method", "mclmc", "--sample.temperature", "0"], "sample.temperature is 0.0: expected"),
         (["--method", "sgld", "--sample.step-size", "-1"], "sample.step_size is -1.0: expected a"),
         (["--method", "sgld", "--sample.friction", "2"], "with sample.method sgld, which has none"),
+        (["--method", "sgld", "--sample.adjusted"], "expected it with mclmc or ensemble alone"),
+        (
+            ["--method", "mclmc", "--sample.adjusted", "--sample.energy-variance", "1"],
+            "with sample.method adjusted mclmc, which has none",
+        ),
         (
             ["--method", "mclmc", "--sample.max-tree-depth", "5"],
             "leave it out, or take one of",
