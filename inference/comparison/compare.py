@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from probattn.blocks.promotion import default_promotion
+from probattn.inference.comparison.marginal import marginal_leave_one_out
 from probattn.inference.comparison.predictive import Predictions, latent_predictions, predictions
 from probattn.inference.evaluation.attention_stages import RunStage, stages
 from probattn.inference.evaluation.post_hoc import post_hoc_prior
@@ -61,8 +62,7 @@ class ComparedRun:
         model: "language", "latent", or "imported" for a published model.
         objective: objective of a language model, such as "margin".
         barrier_weight: lambda_m.
-        inference: "map", the name of a guide, or a method of `sample`, with its temperature if that
-            is not 1.
+        inference: "map", a guide, or a method of `sample`, with its temperature if not 1.
         predictions: predictions of held-out text.
         smallest_margin: smallest margin over the compared sequences; the median over draws.
         margin_quantiles: quantiles of all positions >= 2, by level; of all draws together.
@@ -73,8 +73,9 @@ class ComparedRun:
             converged" if the fit of that stage did not come to rest.
         smallest_margin_draws: smallest margin in every draw, (chain, draw).
         elpd_loo: expected log predictive density by leave-one-out, nats; where there are draws of
-            the posterior.
+            the posterior. Of a latent model see `marginal.marginal_leave_one_out`.
         elpd_loo_se: its standard error.
+        elpd_loo_filter_error: Monte Carlo error of a latent model's, by the particles of a filter.
         pareto_k: the largest Pareto k; above 0.7 the estimate cannot be trusted.
         divergences: draws whose iteration diverged or was refused.
         seconds: time that fitting or sampling took.
@@ -95,6 +96,7 @@ class ComparedRun:
     smallest_margin_draws: np.ndarray | None = None
     elpd_loo: float | None = None
     elpd_loo_se: float | None = None
+    elpd_loo_filter_error: float | None = None
     pareto_k: float | None = None
     divergences: int | None = None
     seconds: float | None = None
@@ -157,16 +159,18 @@ def _sequences(runs: Mapping[str, FittedRun | PosteriorRun]) -> int:
 
 def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> ComparedRun:
     result = load_posterior(run)
-    found = _of_draws(label, run, result) | {
-        "divergences": result.divergences,
-        "seconds": result.seconds,
-    }
+    found = _of_draws(label, run, result)
+    found |= {"divergences": result.divergences, "seconds": result.seconds}
     model, objective = run.config.model, run.config.objective
     if model is None or objective is None:
         assert run.config.latent is not None  # SampleRunConfig has one or the other
         found["predictions"] = latent_predictions(
             run.vocabulary, run.config.latent, _members(result), held_out, seed=seed
         )
+        if result.temperature == 1:
+            tokens = np.asarray(result.model_args[0])
+            left = marginal_leave_one_out(result.draws, tokens, run.config.latent, seed=seed)
+            found |= left._asdict() if left else {}
         return ComparedRun(label, "latent", **found)
     found |= _objective(objective)
     network = TransformerNetwork(model)
@@ -246,15 +250,11 @@ def _shown(run: RunDirectory, inputs: np.ndarray) -> tuple[tuple[str, ...], ...]
 
 
 def _of_draws(label: str, run: Run | PosteriorRun, result: PosteriorResult) -> dict[str, Any]:
-    tree = to_datatree(result, log_likelihood=result.temperature == 1)
-    elpd, error, pareto_k = leave_one_out(tree) or (None, None, None)
+    is_latent = isinstance(run, PosteriorRun) and run.config.latent is not None
+    tree = to_datatree(result, log_likelihood=result.temperature == 1 and not is_latent)
     margin = values_of(tree, "posterior", "margin")
-    found: dict[str, Any] = {
-        "inference": result.label,
-        "elpd_loo": elpd,
-        "elpd_loo_se": error,
-        "pareto_k": pareto_k,
-    }
+    left = leave_one_out(tree)
+    found = {"inference": result.label, **(left._asdict() if left else {})}
     if margin is None:
         return found
     stage = "first layer" if margin.ndim == 5 else "trained"

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -159,7 +159,23 @@ def stack_chains(tree: "xr.DataTree") -> list[ChainWeight]:
     ]
 
 
-def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
+class LeaveOneOut(NamedTuple):
+    """Expected log predictive density of sequences that are left out, by PSIS-LOO.
+
+    Attributes:
+        elpd_loo: its estimate, nats.
+        elpd_loo_se: standard error of that, over sequences.
+        pareto_k: the largest Pareto k; above 0.7 the estimate cannot be trusted.
+        elpd_loo_filter_error: Monte Carlo error, nats, where a particle filter gave the likelihood.
+    """
+
+    elpd_loo: float
+    elpd_loo_se: float
+    pareto_k: float
+    elpd_loo_filter_error: float | None = None
+
+
+def leave_one_out(tree: "xr.DataTree") -> LeaveOneOut | None:
     """Estimate the expected log predictive density by PSIS-LOO, its error, and the largest k.
 
     None where there is no likelihood, or no tail to smooth: fewer than 25 draws of all chains
@@ -185,7 +201,7 @@ def leave_one_out(tree: "xr.DataTree") -> tuple[float, float, float] | None:
             found = az.loo(tree, pointwise=True)
         except ValueError:
             return None
-    return float(found.elpd), float(found.se), float(np.max(found.pareto_k))
+    return LeaveOneOut(float(found.elpd), float(found.se), float(np.max(found.pareto_k)))
 
 
 def divergence_margin(tree: "xr.DataTree") -> float | None:

@@ -251,6 +251,7 @@ def compared_row(run: ComparedRun) -> dict[str, Any]:
         "unknown_margins": run.unknown_margins,
         "elpd_loo": run.elpd_loo,
         "elpd_loo_se": run.elpd_loo_se,
+        "elpd_loo_filter_error": run.elpd_loo_filter_error,
         "pareto_k": run.pareto_k,
         "divergences": run.divergences,
         "seconds": run.seconds,

@@ -354,6 +354,7 @@ def test_a_latent_model_is_compared_beside_language_models_of_another_block(
     assert found["latent"].predictions.members == MEMBERS
     assert found["latent"].predictions.unconverged == 0
     assert np.isfinite(found["latent"].predictions.bpc)
+    assert 0 < found["latent"].elpd_loo_filter_error < found["latent"].elpd_loo_se
     assert found["latent"].smallest_margin_draws.shape == (2, 20)
     # It changes nothing of what is said of the others.
     (alone,) = compare({"margin": runs["margin"]})
