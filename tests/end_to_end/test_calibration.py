@@ -11,7 +11,7 @@ from numpyro.infer.util import log_density
 from scipy.stats import norm
 
 from probattn import residual
-from probattn.inference import SampleConfig
+from probattn.inference import SampleConfig, sample, to_datatree
 from probattn.models.coupling import attention_weights_of
 from tests.support.project import BENCHMARKS, benchmark
 
@@ -66,6 +66,43 @@ def test_a_plate_of_rows_changes_no_density(calibration):
         for one in (calibration.in_a_plate_of_rows(setting), setting)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.fixture(scope="module", name="by_nuts")
+def by_nuts_fixture(calibration):
+    """The margins of observed embeddings, with the model and its data."""
+    setting = calibration.settings("bounded")["observed bounded"]
+    with jax.enable_x64(True):
+        embeddings = calibration.ancestral(setting.model, jax.random.key(2))["embeddings"]
+    return setting, embeddings, margins_of(setting.model, embeddings)
+
+
+def margins_of(model, embeddings, **settings):
+    """Return mean and standard deviation of every margin, by long chains."""
+    config = SampleConfig(warmup=500, draws=4000, chain_method="vectorized", **settings)
+    result = sample(model, model_args=(embeddings,), config=config)
+    margin = to_datatree(result)["posterior"]["margin"].values[..., 2:]
+    return margin.mean((0, 1)), margin.std((0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "mclmc", "energy_variance": 5e-5},
+        {"method": "mclmc", "adjusted": True, "steps": 4},
+        {"method": "sghmc", "steps": 32, "step_size": 0.1, "friction": 0.2},
+        pytest.param({"method": "sgld", "steps": 64, "step_size": 0.03}, marks=pytest.mark.nightly),
+    ],
+)
+def test_other_samplers_have_the_margins_of_nuts(settings, calibration, by_nuts):
+    """At steps without a bias to be seen: to 5 %, of which 2 % are the noise of NUTS itself."""
+    setting, embeddings, (mean, sd) = by_nuts
+    if settings["method"] != "mclmc":
+        setting = calibration.in_a_plate_of_rows(setting)
+    found, found_sd = margins_of(setting.model, embeddings, **settings)
+    np.testing.assert_allclose(found, mean, rtol=0.05)
+    assert np.sqrt(np.mean((found_sd / sd - 1) ** 2)) < 0.05
 
 
 def test_a_lean_of_the_ranks_is_told_in_standard_errors(calibration):
