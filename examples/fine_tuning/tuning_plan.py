@@ -34,13 +34,13 @@ class Sizes:
         margin_tokens: tokens of the held-out text whose margins are taken.
     """
 
-    steps: int = 60
+    steps: int = 40
     batch: int = 2
     seeds: int = 2
-    train: int = 40_000
-    held_out: int = 8_000
-    tokens: int = 2_048
-    margin_tokens: int = 1_024
+    train: int = 16_000
+    held_out: int = 6_000
+    tokens: int = 1_024
+    margin_tokens: int = 512
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,6 @@ from probattn.inference.runs.files import write_text
 Row = Mapping[str, str]
 _NOISES = {f"noise_{level:g}": f"noise {level:g} RMS" for level in NOISE}
 _DISTURBED = {**_NOISES, "rounded": "3 bits"}
-    **{f"noise_{level:g}": f"noise {level:g} RMS" for level in NOISE},
-    "rounded": "3 bits",
-}
 
 
 def main(arguments: Sequence[str]) -> int:
