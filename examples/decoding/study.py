@@ -60,6 +60,11 @@ class Study:
         """Return the file of a part."""
         return self.parts / f"{name}-{chunk:03d}.npz"
 
+    def finished(self) -> list[int]:
+        """Return the numbers of the chunks that are measured, all passes of them."""
+        every = range(len(self.chunks()))
+        return [n for n in every if all(self.path(name, n).exists() for name in _names())]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names."""
@@ -108,9 +113,12 @@ def _run(options: argparse.Namespace) -> None:
     )
     text = f"{options.text.name} {checksum([open_text(options.text)])[:12]}"
     _check_folder(study, text)
-    make_parts(study, progress=True)
-    for path in write_tokens(study, options.out):
-        print(path)
+    try:
+        make_parts(study, progress=True)
+    finally:  # an interrupted study leaves the articles that it has finished
+        if study.finished():
+            for path in write_tokens(study, options.out):
+                print(path)
     from summarise import summarise  # which loads Matplotlib
 
     for path in summarise(options.out):
@@ -177,7 +185,10 @@ def _sequences(study: Study, name: str, chunk: int) -> np.ndarray:
 
 
 def write_tokens(study: Study, out: Path) -> Iterator[Path]:
-    """Write what is known of every token: of continuations up to the last that counts, of text."""
+    """Write what is known of every token: of continuations up to the last that counts, of text.
+
+    They are the tokens of the articles that are measured.
+    """
     generated = [_table(study, str(each), COUNTED, temperature=each) for each in TEMPERATURES]
     joined = {name: np.concatenate([each[name] for each in generated]) for name in generated[0]}
     yield write_packed(out / "generated.csv.gz", joined, digits=_DIGITS)
@@ -187,7 +198,9 @@ def write_tokens(study: Study, out: Path) -> Iterator[Path]:
 
 
 def _table(study: Study, name: str, end: int, **constants: float) -> Found:
-    parts = [_load(study.path(name, chunk)) for chunk in range(len(study.chunks()))]
+    chunks = study.finished()
+    parts = [_load(study.path(name, chunk)) for chunk in chunks]
+    numbers = np.concatenate([study.chunks()[chunk] for chunk in chunks])
     columns = {each: np.concatenate([part[each] for part in parts]) for each in parts[0]}
     del (
         columns["tokens"],
@@ -195,7 +208,7 @@ def _table(study: Study, name: str, end: int, **constants: float) -> Found:
     )  # the first holds the text, the second is the least of others
     shape = next(iter(columns.values())).shape
     places = {
-        "article": np.broadcast_to(np.arange(shape[0])[:, None], shape),
+        "article": np.broadcast_to(numbers[:, None], shape),
         **{each: np.full(shape, value) for each, value in constants.items()},
         "position": np.broadcast_to(np.arange(shape[1]), shape),
     }

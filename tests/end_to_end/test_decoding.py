@@ -9,11 +9,9 @@ from scipy import stats
 
 from probattn.inference import generate
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
-from tests.inference.exchange.test_import_decoder import tensors_of
 from tests.support.numpy_llama import NumpyLlama, jacobian
 from tests.support.project import ROOT, scripts
-from tests.support.tiny_checkpoints import CONFIGS
-from tests.support.tiny_decoder import SIZE, imported
+from tests.support.tiny_decoder import imported
 from tests.support.tiny_run import log_softmax, tiny_text
 
 FOLDER = ROOT / "examples" / "decoding"
@@ -82,8 +80,7 @@ def prompts_fixture(model):
 
 def test_running_margins_are_those_of_the_whole_text(scripts, model, prompts):
     """Margins of a prefix, of the command and of the whole text, and of differences in float64."""
-    run, folder = model
-    inputs, texts = prompts
+    (run, _), (inputs, texts) = model, prompts
     made = generate(run, texts[1], length=24, temperature=0)
     continuations = scripts["sequences"].continuations
     tokens = continuations(run, inputs[1:2], np.array([1]), temperature=0.0, seed=0)[:, :56]
@@ -98,7 +95,7 @@ def test_running_margins_are_those_of_the_whole_text(scripts, model, prompts):
     )
     np.testing.assert_allclose(running.T, whole[:2, 32::6], rtol=2e-5, atol=2e-6)
     np.testing.assert_allclose(made.margin, whole.min(0)[32:], rtol=2e-5, atol=2e-6)
-    oracle = NumpyLlama({**CONFIGS["smollm"], "vocab_size": SIZE}, tensors_of(folder / "run/model"))
+    oracle = NumpyLlama(run.checkpoint.config, dict(run.checkpoint.tensors))
     n, residuals = oracle.first_stage(tokens[0])
     last = tokens.shape[1] - 1
     for margin, residual in zip(whole[:, last], residuals, strict=True):
@@ -242,6 +239,25 @@ def rows_of(path):
         return list(csv.reader(stream))
 
 
+def test_an_interrupted_study_has_the_articles_that_are_finished(scripts, tmp_path):
+    module = scripts["study"]
+    scale = scripts["questions"].Scale(articles=6, together=2)
+    half = module.Study(None, np.zeros((6, 256)), scale, 0, tmp_path)
+    for number, name in ((n, name) for n in range(3) for name in ("0.0", "0.7", "text")):
+        if (number, name) == (1, "0.7"):
+            continue
+        length = 256 if name == "text" else 288
+        names = ("tokens", "margin_head_1", "margin_worst", "loss", "loop")
+        np.savez(half.path(name, number), **{n: np.full((2, length), number) for n in names})
+    assert half.finished() == [0, 2]
+    paths = list(module.write_tokens(half, tmp_path / "out"))
+    generated, text = (scripts["summarise"].read_packed(path) for path in paths)
+    assert sorted(set(generated["article"])) == sorted(set(text["article"])) == [0, 1, 4, 5]
+    np.testing.assert_array_equal(text["loss"], text["article"] // 2)
+    assert set(generated["temperature"]) == {0, 0.7}
+    assert (generated["position"].min(), generated["position"].max()) == (2, 223)
+
+
 def study(scripts, run, text, out, *more):
     arguments = ["--run", str(run.path), "--text", str(text), "--out", str(out)]
     return scripts["study"].main([*arguments, "--articles", str(ARTICLES), *more])
@@ -266,7 +282,7 @@ def test_a_study_holds_what_the_model_says_of_its_tokens(studied):
         columns = dict(zip(names, np.loadtxt(stream, delimiter=",").T, strict=True))
     body = text.read_text().split(" = Title 1 = ")[1].split(" = Title 2 = ")[0]
     tokens = run.vocabulary.encode(f" = Title 1 = {body}")[:256]
-    oracle = NumpyLlama({**CONFIGS["smollm"], "vocab_size": SIZE}, tensors_of(run.path / "model"))
+    oracle = NumpyLlama(run.checkpoint.config, dict(run.checkpoint.tensors))
     article = columns["article"] == 1
     np.testing.assert_allclose(columns["loss"][article], oracle.losses(tokens)[1:], rtol=6e-3)
     p = np.exp(log_softmax(oracle.logits(tokens)[2:]))

@@ -9,11 +9,9 @@ import pytest
 
 from probattn.inference import load_run
 from probattn.models import ObjectiveConfig
-from tests.inference.exchange.test_import_decoder import tensors_of
 from tests.support.numpy_llama import NumpyLlama, jacobian
 from tests.support.project import ROOT, scripts
-from tests.support.tiny_checkpoints import CONFIGS
-from tests.support.tiny_decoder import SIZE, imported
+from tests.support.tiny_decoder import imported
 from tests.support.tiny_run import tiny_text
 
 FOLDER = ROOT / "examples" / "fine_tuning"
@@ -77,7 +75,7 @@ def test_measures_of_the_published_model_are_those_of_float64(scripts, model, tm
     task, *_ = made(scripts, model, tmp_path)
     task = replace(task, sizes=replace(task.sizes, tokens=10**6, margin_tokens=10**6))
     found = scripts["one_tuning"].measure(task, run)
-    oracle = NumpyLlama({**CONFIGS["smollm"], "vocab_size": SIZE}, tensors_of(run.path / "model"))
+    oracle = NumpyLlama(run.checkpoint.config, dict(run.checkpoint.tensors))
     for name, path in (("bpc", task.held_out), ("other", task.other)):
         tokens = run.vocabulary.encode(path.read_text(encoding="utf-8"))
         losses = {}  # of windows without overlap, the last of which ends with the text
