@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from loops import trailing_sum
-from questions import (
+from decoding_questions import (
     AHEAD,
     COUNTED,
     FIRST,
@@ -17,6 +16,7 @@ from questions import (
     WINDOW,
     WORST,
 )
+from loops import trailing_sum
 
 from probattn.inference.evaluation.intervals import (
     Estimate,

@@ -1,7 +1,7 @@
 """Repetition in a sequence of tokens: where a loop begins, and what was seen before."""
 
 import numpy as np
-from questions import AHEAD, COPIES, GRAM
+from decoding_questions import AHEAD, COPIES, GRAM
 
 NEVER = -1
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from questions import NEW, PROMPT, WINDOW
+from decoding_questions import NEW, PROMPT, WINDOW
 
 from probattn.inference.runs.imported import ImportedRun
 from probattn.models.decoder.network import extend, init_cache

@@ -15,7 +15,10 @@ from tests.support.tiny_decoder import imported
 from tests.support.tiny_run import log_softmax, tiny_text
 
 FOLDER = ROOT / "examples" / "decoding"
-NAMES = ("questions", "loops", "sequences", "measured", "foretelling", "summarise", "study")
+NAMES = (
+    *("decoding_questions", "loops", "sequences", "decoding_tokens"),
+    *("foretelling", "decoding_report", "decoding"),
+)
 COMMITTED = sorted(path.parent for path in FOLDER.glob("results/**/generated.csv.gz"))
 ARTICLES = 3
 
@@ -211,7 +214,7 @@ def test_answers_are_those_of_scipy(scripts):
             stats.spearmanr(values, rising.amount).statistic, abs=1e-12
         )
         assert each.auc.low <= each.auc.value <= each.auc.high
-    best = max(abs(by_name[name].auc.value - 0.5) for name in scripts["questions"].RIVALS)
+    best = max(abs(by_name[name].auc.value - 0.5) for name in scripts["decoding_questions"].RIVALS)
     margin = by_name["margin_worst"]
     assert margin.beyond.value == pytest.approx(abs(margin.auc.value - 0.5) - best)
     assert np.isnan(by_name["entropy"].beyond.value)
@@ -223,7 +226,7 @@ def test_answers_are_those_of_scipy(scripts):
 def test_the_committed_table_is_that_of_the_committed_tokens(scripts, folder, tmp_path):
     for name in ("generated.csv.gz", "text.csv.gz"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    scripts["summarise"].summarise(tmp_path)
+    scripts["decoding_report"].summarise(tmp_path)
     assert (tmp_path / "answers.md").read_text() == (folder / "answers.md").read_text()
     found, committed = (rows_of(each / "table.csv") for each in (tmp_path, folder))
     assert [row[:5] for row in found] == [row[:5] for row in committed]
@@ -240,8 +243,8 @@ def rows_of(path):
 
 
 def test_an_interrupted_study_has_the_articles_that_are_finished(scripts, tmp_path):
-    module = scripts["study"]
-    scale = scripts["questions"].Scale(articles=6, together=2)
+    module = scripts["decoding"]
+    scale = scripts["decoding_questions"].Scale(articles=6, together=2)
     half = module.Study(None, np.zeros((6, 256)), scale, 0, tmp_path)
     for number, name in ((n, name) for n in range(3) for name in ("0.0", "0.7", "text")):
         if (number, name) == (1, "0.7"):
@@ -251,7 +254,7 @@ def test_an_interrupted_study_has_the_articles_that_are_finished(scripts, tmp_pa
         np.savez(half.path(name, number), **{n: np.full((2, length), number) for n in names})
     assert half.finished() == [0, 2]
     paths = list(module.write_tokens(half, tmp_path / "out"))
-    generated, text = (scripts["summarise"].read_packed(path) for path in paths)
+    generated, text = (scripts["decoding_report"].read_packed(path) for path in paths)
     assert sorted(set(generated["article"])) == sorted(set(text["article"])) == [0, 1, 4, 5]
     np.testing.assert_array_equal(text["loss"], text["article"] // 2)
     assert set(generated["temperature"]) == {0, 0.7}
@@ -260,7 +263,7 @@ def test_an_interrupted_study_has_the_articles_that_are_finished(scripts, tmp_pa
 
 def study(scripts, run, text, out, *more):
     arguments = ["--run", str(run.path), "--text", str(text), "--out", str(out)]
-    return scripts["study"].main([*arguments, "--articles", str(ARTICLES), *more])
+    return scripts["decoding"].main([*arguments, "--articles", str(ARTICLES), *more])
 
 
 @pytest.fixture(scope="module", name="studied")
@@ -313,4 +316,4 @@ def test_what_was_measured_is_not_measured_again(scripts, studied, capsys):
     assert "has 3 articles of at least 256 tokens" in capsys.readouterr().err
     assert study(scripts, run, text, out / "more", "--articles", "1") == 2
     assert "--articles: got 1, expected an integer >= 2" in capsys.readouterr().err
-    assert scripts["summarise"].main([str(out / "more")]) == 2
+    assert scripts["decoding_report"].main([str(out / "more")]) == 2

@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from decoding_questions import PRIMARY
 from loops import loop_start, repeated_share
-from questions import PRIMARY
 
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from probattn.inference.runs.imported import ImportedRun

@@ -1,15 +1,15 @@
 """Make table, answers and figure of the two tables of tokens in a folder, and of nothing else.
 
-python examples/decoding/summarise.py examples/decoding/results
+python examples/decoding/decoding_report.py examples/decoding/results
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from decoding_questions import LEAST_AUC, PERMUTED, PRIMARY, RIVALS
 from foretelling import Answer, answers, questions
 from matplotlib.axes import Axes
-from questions import LEAST_AUC, PERMUTED, PRIMARY, RIVALS
 
 from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.figures.style import (

@@ -1,9 +1,9 @@
 """Does the margin of a token foretell loops and rising loss? See README.md.
 
-    python examples/decoding/study.py --run runs/smollm2 --text valid.txt --out runs/decoding
+    python examples/decoding/decoding.py --run runs/smollm2 --text valid.txt --out runs/decoding
 
-goes on where it was interrupted, and ends with the tables and the figure that `summarise.py` makes
-of the two files of tokens.
+goes on where it was interrupted, and ends with the tables and the figure that `decoding_report.py`
+makes of the two files of tokens.
 """
 
 import argparse
@@ -15,8 +15,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from measured import Found, measure
-from questions import AHEAD, COPIES, COUNTED, FIRST, GRAM, NEW, PROMPT, TEMPERATURES, WINDOW, Scale
+from decoding_questions import (
+    AHEAD,
+    COPIES,
+    COUNTED,
+    FIRST,
+    GRAM,
+    NEW,
+    PROMPT,
+    TEMPERATURES,
+    WINDOW,
+    Scale,
+)
+from decoding_tokens import Found, measure
 from sequences import continuations, read_articles
 
 from probattn.inference import ImportedRun, load_run
@@ -119,7 +130,7 @@ def _run(options: argparse.Namespace) -> None:
         if study.finished():
             for path in write_tokens(study, options.out):
                 print(path)
-    from summarise import summarise  # which loads Matplotlib
+    from decoding_report import summarise  # which loads Matplotlib
 
     for path in summarise(options.out):
         print(path)
