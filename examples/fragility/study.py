@@ -7,10 +7,8 @@ of `tokens.csv.gz`.
 """
 
 import argparse
-import gzip
 import hashlib
 import importlib.util
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +23,8 @@ from sample import Subject, open_subject
 from summarise import summarise
 
 from probattn.inference import import_decoder, load_run
-from probattn.inference.runs.files import replacing, write_text
+from probattn.inference.runs.csv_tables import write_packed
+from probattn.inference.runs.files import write_text
 from probattn.inference.runs.run import FittedRun, require_fitted
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.signals import Ended, ended_by_signals
@@ -80,31 +79,12 @@ def _run(options: argparse.Namespace) -> None:
     }
     check_folder(subject, parts, description)
     seconds = measure(subject, parts, progress=True)
-    write_tokens(table(subject, parts), options.out / "tokens.csv.gz")
+    write_packed(options.out / "tokens.csv.gz", table(subject, parts), digits=_DIGITS)
     said = _setting(description["text"], subject, seconds)
     write_text(options.out / "setting.txt", said)
     print(said)
     for path in summarise(options.out, seed=options.seed):
         print(path)
-
-
-def write_tokens(columns: dict[str, np.ndarray], path: Path) -> None:
-    """Write a table of numbers, compressed, the same bytes for the same numbers."""
-    lines = io.StringIO()
-    lines.write(",".join(columns) + "\n")
-    shown = [_shown(values) for values in columns.values()]
-    lines.writelines(",".join(row) + "\n" for row in zip(*shown, strict=True))
-    with (
-        replacing(path) as file,
-        gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed,
-    ):
-        packed.write(lines.getvalue().encode())
-
-
-def _shown(values: np.ndarray) -> list[str]:
-    if np.issubdtype(values.dtype, np.floating):
-        return [f"{value:.{_DIGITS}g}" for value in values.tolist()]
-    return [str(value) for value in values.tolist()]
 
 
 def _smollm2(options: argparse.Namespace, parts: Path) -> FittedRun:

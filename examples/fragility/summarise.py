@@ -3,7 +3,6 @@
 python examples/fragility/summarise.py examples/fragility/results
 """
 
-import gzip
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from probattn.inference.figures.style import (
     save_figure,
     styled,
 )
-from probattn.inference.runs.csv_tables import write_table
+from probattn.inference.runs.csv_tables import read_packed, write_table
 from probattn.inference.runs.files import write_text
 
 RESAMPLES = 1000
@@ -67,28 +66,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def summarise(folder: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Path]:
     """Write tables and figure beside a table of tokens; returns the files."""
-    found = compute(read_tokens(folder / "tokens.csv.gz"), resamples=resamples, seed=seed)
+    tokens = read_packed(folder / "tokens.csv.gz", needed=PLACES)
+    found = compute(tokens, resamples=resamples, seed=seed)
     table = write_associations(found, folder / "table.csv")
     answers = folder / "answers.md"
     write_text(answers, answers_table(found))
     return [table, answers, draw(found, folder / "fragility.png")]
-
-
-def read_tokens(path: Path) -> dict[str, np.ndarray]:
-    """Read a table of tokens as columns by name.
-
-    Raises:
-        ValueError: if it is no such table.
-    """
-    try:
-        with gzip.open(path, "rt", encoding="ascii") as stream:
-            names = stream.readline().rstrip("\n").split(",")
-            values = np.loadtxt(stream, delimiter=",", ndmin=2)
-    except (EOFError, gzip.BadGzipFile, ValueError) as error:
-        raise ValueError(f"{path}: damaged: {error}") from None
-    if values.shape[1] != len(names) or not set(PLACES) <= set(names):
-        raise ValueError(f"{path}: expected a column for each name, {', '.join(PLACES)} among them")
-    return dict(zip(names, values.T, strict=True))
 
 
 def compute(

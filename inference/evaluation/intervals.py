@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 LEVEL = 0.95
 
@@ -187,6 +187,36 @@ def spearman(
         with np.errstate(invalid="ignore"):
             found.append(np.einsum("nr,nr->r", weighted, of_other) / scale)
     return np.array(found)
+
+
+def area_under_curve(
+    positive: Bool[np.ndarray, " N"],
+    others: Sequence[Float[np.ndarray, " N"]],
+    weights: Int[np.ndarray, "resamples N"],
+) -> Float[np.ndarray, "others resamples"]:
+    """Compute the probability that a quantity is larger at a positive observation than elsewhere.
+
+    This is the area under the receiver operating characteristic; equal values count half.
+
+    Args:
+        positive: which observations are positive.
+        others: quantities that are to tell them from the rest.
+        weights: how often each observation counts, in each of several resamples.
+
+    Returns:
+        NaN where a resample has no positive observation, or no other.
+    """
+    repeated = np.ascontiguousarray(weights.T, np.float64)
+    of_positive = repeated * positive[:, None]
+    positives = of_positive.sum(axis=0)
+    pairs = positives * (repeated.sum(axis=0) - positives)
+    with np.errstate(invalid="ignore"):
+        return np.array(
+            [
+                np.einsum("nr,nr->r", of_positive, _centred_ranks(other, repeated)) / pairs + 0.5
+                for other in others
+            ]
+        )
 
 
 def _centred_ranks(

@@ -1,6 +1,7 @@
 """Tables as CSV files, and in Markdown."""
 
 import csv
+import gzip
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,48 @@ def write_columns(path: Path, columns: Mapping[str, Sequence | np.ndarray]) -> P
     return path
 
 
+def write_packed(path: Path, columns: Mapping[str, np.ndarray], *, digits: int) -> Path:
+    """Write a long table of numbers, compressed: the same bytes for the same numbers.
+
+    Args:
+        path: of the file, whose name ends in .csv.gz.
+        columns: columns of one length by name.
+        digits: significant digits of floating-point numbers.
+    """
+    lines = io.StringIO()
+    lines.write(",".join(columns) + "\n")
+    shown = [_shown(values, digits) for values in columns.values()]
+    lines.writelines(",".join(row) + "\n" for row in zip(*shown, strict=True))
+    with (
+        replacing(path) as file,
+        gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed,
+    ):
+        packed.write(lines.getvalue().encode())
+    return path
+
+
+def read_packed(path: Path, *, needed: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """Read a table that `write_packed` wrote, as columns by name.
+
+    Args:
+        path: of the file.
+        needed: columns that it must have.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is no such table.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="ascii") as stream:
+            names = stream.readline().rstrip("\n").split(",")
+            values = np.loadtxt(stream, delimiter=",", ndmin=2)
+    except (EOFError, gzip.BadGzipFile, ValueError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+    if values.shape[1] != len(names) or not set(needed) <= set(names):
+        raise ValueError(f"{path}: expected a column for each name, {', '.join(needed)} among them")
+    return dict(zip(names, values.T, strict=True))
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
     """Read the rows of a table, as text by column.
 
@@ -56,6 +99,12 @@ def markdown_table(heads: Sequence[object], rows: Iterable[Sequence[object]]) ->
     """Return a table in Markdown, a line for each row."""
     lines = [heads, ("---",) * len(heads), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _shown(values: np.ndarray, digits: int) -> list[str]:
+    if np.issubdtype(values.dtype, np.floating):
+        return [f"{value:.{digits}g}" for value in values.tolist()]
+    return [str(value) for value in values.tolist()]
 
 
 def _cells(values: Sequence | np.ndarray) -> Sequence:

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from probattn.inference.evaluation.intervals import bootstrap, ratio, spearman
+from probattn.inference.evaluation.intervals import (
+    area_under_curve,
+    bootstrap,
+    ratio,
+    spearman,
+)
 
 
 @pytest.fixture
@@ -73,6 +78,25 @@ def test_rank_correlation_is_scipys_of_the_repeated_observations(ties, rng):
 
 def test_rank_correlation_with_what_does_not_vary_is_nan():
     assert np.isnan(spearman(np.arange(5.0), [np.ones(5)], np.ones((1, 5), int))).all()
+
+
+def test_area_under_the_curve_is_scipys_of_the_repeated_observations(rng):
+    x = rng.normal(size=200).round(1)
+    positive = rng.random(200) < 0.2
+    x[positive] += 0.5
+    weights = rng.integers(0, 4, (5, 200))
+    found = area_under_curve(positive, [x, -x], weights)
+    for row, repeats in enumerate(weights):
+        groups = (np.repeat(x[at], repeats[at]) for at in (positive, ~positive))
+        inside, outside = groups
+        u = stats.mannwhitneyu(inside, outside).statistic
+        assert found[0, row] == pytest.approx(u / len(inside) / len(outside), abs=1e-12)
+    np.testing.assert_allclose(found.sum(axis=0), 1)
+
+
+def test_area_under_the_curve_without_a_positive_observation_is_nan():
+    found = area_under_curve(np.zeros(3, bool), [np.arange(3.0)], np.ones((1, 3), int))
+    assert np.isnan(found).all()
 
 
 def test_bootstrap_is_over_windows_not_over_tokens(rng):

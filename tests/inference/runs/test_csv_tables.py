@@ -1,10 +1,12 @@
-"""Tables as CSV files: the same whether written row by row or column by column."""
+"""Tables as CSV files, by rows, by columns and compressed."""
+
+import gzip
 
 import numpy as np
 import pytest
 
 from probattn.inference.runs import csv_tables
-from probattn.inference.runs.csv_tables import write_columns, write_table
+from probattn.inference.runs.csv_tables import read_packed, write_columns, write_packed, write_table
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, 6, 7])
@@ -33,3 +35,21 @@ def test_columns_of_different_lengths_leave_the_file_as_it_was(tmp_path):
         write_columns(path, {"one": range(3), "two": np.arange(2)})
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_packed_table_is_the_same_bytes_and_reads_back(tmp_path):
+    numbers = np.random.default_rng(0).standard_normal(9).astype(np.float32)
+    numbers[0] = np.nan
+    columns = {"place": np.arange(9), "number": numbers}
+    one, other = (write_packed(tmp_path / f"{n}.csv.gz", columns, digits=3) for n in "ab")
+    assert one.read_bytes() == other.read_bytes()
+    lines = gzip.decompress(one.read_bytes()).decode().splitlines()
+    assert lines == ["place,number", *(f"{n},{v:.3g}" for n, v in enumerate(numbers))]
+    found = read_packed(one, needed=("number",))
+    np.testing.assert_array_equal(found["place"], np.arange(9))
+    np.testing.assert_allclose(found["number"], numbers, rtol=6e-3)
+    with pytest.raises(ValueError, match="expected a column for each name, other among them"):
+        read_packed(one, needed=("other",))
+    other.write_bytes(one.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"b\.csv\.gz: damaged"):
+        read_packed(other)
