@@ -11,21 +11,11 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 
-from arena_measure import Job, result, work
-from arena_plan import (
-    Methods,
-    Run,
-    Scale,
-    rate_runs,
-    read_methods,
-    read_scale,
-    seed_runs,
-    tuning_runs,
-)
-from arena_results import tuned_settings, write_results
+from arena_measure import Job, is_done, work
+from arena_plan import read_methods, read_scale
+from arena_results import write_results
 
 from probattn.inference.config_files import format_config
 from probattn.inference.runs.files import write_text
@@ -82,50 +72,27 @@ def _run(options: argparse.Namespace) -> int:
     every, methods = read_methods(scale), read_methods(scale, options.only)
     setting = _setting(scale, data)
     _check_folder(options.runs, setting)
-    do = partial(_do, scale=scale, data=data, options=options)
+    jobs = [
+        Job(method, settings, scale, data, options.runs) for method, settings in methods.items()
+    ]
     try:
-        failed = do("tuning", tuning_runs(methods, scale))
-        tuned = tuned_settings(methods, scale, options.runs)
-        failed += do("seeds", seed_runs(methods, tuned, scale))
-        failed += do("rates", rate_runs(methods, tuned, scale))
+        return _do(jobs, options.jobs)
     finally:  # an interrupted command leaves what it has
-        _write(every, scale, options, setting)
-    return failed
+        write_results(every, scale, options.runs, _out(options))
+        write_text(_out(options) / "setting.txt", setting)
 
 
-def _write(every: Methods, scale: Scale, options: argparse.Namespace, setting: str) -> None:
-    write_results(every, scale, options.runs, _out(options))
-    write_text(_out(options) / "setting.txt", setting)
-
-
-def _do(
-    what: str,
-    runs: Sequence[Run],
-    *,
-    scale: Scale,
-    data: DataConfig,
-    options: argparse.Namespace,
-) -> int:
-    """Make what is not there yet, those of a method and seed in one process; count failures."""
-    left = [run for run in runs if result(run, options.runs) is None]
-    together = groupby(left, key=lambda run: (run.setting.method, run.clip))
-    jobs = [Job(list(part), scale, data, options.runs) for _, part in together]
-    failures = 0
-    with progress_bar(
-        f"arena {what}", total=len(runs), initial=len(runs) - len(left), unit="run"
-    ) as bar:
-        apart = options.jobs > 1
-        made = (
-            run_apart(jobs, work, jobs=options.jobs, command=_NAME)
-            if apart
-            else run_here(jobs, work)
-        )
+def _do(jobs: Sequence[Job], at_once: int) -> int:
+    """Make what is not there yet; returns how many methods failed."""
+    left, failures = [job for job in jobs if not is_done(job)], 0
+    done = len(jobs) - len(left)
+    with progress_bar("arena", total=len(jobs), initial=done, unit="method") as bar:
+        apart = at_once > 1
+        made = run_apart(left, work, jobs=at_once, command=_NAME) if apart else run_here(left, work)
         for job, seconds, failed in made:
             failures += bool(failed)
-            bar.update(len(job.runs))
-            first = job.runs[0]
-            said = failed or f"{seconds / len(job.runs):.0f} s a run"
-            bar.line(f"{what}: {first.setting.method} from seed {first.seed}: {said}")
+            bar.update(1)
+            bar.line(f"{job.method}: {failed or f'{seconds:.0f} s'}")
     return failures
 
 

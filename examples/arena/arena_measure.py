@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arena_plan import Run, Scale, Setting
+from arena_plan import Methods, Run, Scale, Setting, rate_runs, seed_runs, tuning_runs
 from arena_training import train
 
 from probattn import certificate, log_det, stability_margin
@@ -35,19 +36,29 @@ _LATER = 2  # positions that have no margin of their own
 
 @dataclass(frozen=True)
 class Job:
-    """Some runs that share a process.
+    """All runs of one method, which share a process and its compiled programs.
 
     Attributes:
-        runs: the runs.
-        scale: their size.
+        method: name of the method.
+        settings: its settings.
+        scale: size of the runs.
         data: the texts.
-        folder: where their files are.
+        folder: where the files of the runs are.
     """
 
-    runs: Sequence[Run]
+    method: str
+    settings: Sequence[Setting]
     scale: Scale
     data: DataConfig
     folder: Path
+
+    def runs(self) -> Iterator[Run]:
+        """Yield the runs one by one: which are the later ones is known when the first are done."""
+        methods = {self.method: list(self.settings)}
+        yield from tuning_runs(methods, self.scale)
+        tuned = tuned_settings(methods, self.scale, self.folder)
+        yield from seed_runs(methods, tuned, self.scale)
+        yield from rate_runs(methods, tuned, self.scale)
 
 
 @dataclass(frozen=True)
@@ -65,13 +76,22 @@ class Texts:
     halves: dict[str, np.ndarray]
 
 
+def is_done(job: Job) -> bool:
+    """Tell whether all runs of a job are done."""
+    return all(result(run, job.folder) is not None for run in job.runs())
+
+
 def work(job: Job) -> None:
-    """Make every run of a job that is not done yet."""
+    """Make every run of a job that is not done yet, with a line for each."""
     texts = read_texts(load_corpus(job.data), job.data)
-    for run in job.runs:
+    for run in job.runs():
         if result(run, job.folder) is None:
+            started = time.monotonic()
             found = measured(run, job.scale, texts)
             write_text(job.folder / run.path, json.dumps(found))
+            said = "diverged" if found["diverged"] else f"{found['bpc']['test']:.3f} bits"
+            seconds = time.monotonic() - started
+            print(f"{run.path.with_suffix('')}: {said}, {seconds:.0f} s", flush=True)
 
 
 def result(run: Run, folder: Path) -> dict[str, Any] | None:
@@ -85,6 +105,23 @@ def result(run: Run, folder: Path) -> dict[str, Any] | None:
         return None
     found = read_json(path)
     return None if run.whole and "noise" not in found else found
+
+
+def tuned_settings(methods: Methods, scale: Scale, folder: Path) -> dict[str, Setting]:
+    """Choose the setting of each method that is best on the half that settings are tuned on.
+
+    Best is the least mean of clean BPC and BPC at half an RMS, with the first seed.
+    """
+    best_of = {}
+    for run in tuning_runs(methods, scale):
+        found = result(run, folder)
+        if found is None or found["diverged"]:
+            continue
+        score = (found["bpc"]["tune"] + found["noise"]["tune"]["0.5"]) / 2
+        best = best_of.get(run.setting.method)
+        if best is None or score < best[0]:
+            best_of[run.setting.method] = score, run.setting
+    return {method: setting for method, (_, setting) in best_of.items()}
 
 
 def read_texts(corpus: Corpus, data: DataConfig) -> Texts:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arena_measure import NOISE, result
-from arena_plan import Methods, Run, Scale, Setting, chosen, rate_runs, seed_runs, tuning_runs
+from arena_measure import NOISE, result, tuned_settings
+from arena_plan import Methods, Run, Scale, chosen, rate_runs, seed_runs, tuning_runs
 
 from probattn.inference.runs.csv_tables import write_table
 
@@ -29,23 +29,6 @@ def spikes(losses: np.ndarray) -> int:
         before = losses[step - _WINDOW : step]
         found += bool(losses[step] > before.mean() + _DEVIATIONS * before.std())
     return found
-
-
-def tuned_settings(methods: Methods, scale: Scale, folder: Path) -> dict[str, Setting]:
-    """Choose the setting of each method that is best on the half that settings are tuned on.
-
-    Best is the least mean of clean BPC and BPC at half an RMS, with the first seed.
-    """
-    chosen_settings = {}
-    for run in tuning_runs(methods, scale):
-        found = result(run, folder)
-        if found is None or found["diverged"]:
-            continue
-        score = (found["bpc"]["tune"] + found["noise"]["tune"]["0.5"]) / 2
-        best = chosen_settings.get(run.setting.method)
-        if best is None or score < best[0]:
-            chosen_settings[run.setting.method] = score, run.setting
-    return {method: setting for method, (_, setting) in chosen_settings.items()}
 
 
 def write_results(methods: Methods, scale: Scale, folder: Path, out: Path) -> None:
