@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from arena_measure import Job, is_done, work
-from arena_plan import read_methods, read_scale
+from arena_plan import Scale, read_methods, read_scale
 from arena_results import write_results
 
 from probattn.inference.config_files import format_config

@@ -49,7 +49,9 @@ def rates_figure(results: Results, labels: dict[str, str], clip: float) -> Figur
             if losses:
                 found = [interval(of_rate.values()) for of_rate in losses.values()]
                 style = line_style(_number(results, subject))
-                entries[_label(results, subject, labels)] = _bars(axes, list(losses), found, style)
+                entries[_label(results, subject, labels, rate=False)] = _bars(
+                    axes, list(losses), found, style
+                )
         axes.set_xscale("log")
         label_axes(axes, place, "learning rate", "bits per character", title=title)
     low = min(axes.get_ylim()[0] for axes in figure.axes)
@@ -99,14 +101,14 @@ def _number(results: Results, subject: Subject) -> int:
     return results.subjects().index(subject)
 
 
-def _label(results: Results, subject: Subject, labels: dict[str, str]) -> str:
+def _label(results: Results, subject: Subject, labels: dict[str, str], *, rate: bool = True) -> str:
     """Return what a legend calls a subject: with its setting where the method has several."""
     label = labels[subject.method]
     several = sum(each.method == subject.method for each in results.subjects()) > 1
     if not several:
         return label
     if subject.setting == "plain":
-        return f"{label}, rate {subject.rate:g}"
+        return f"{label}, rate {subject.rate:g}" if rate else label
     return f"{label}, {subject.setting.replace('=', ' ')}"
 
 
