@@ -164,16 +164,17 @@ def seed_runs(methods: Methods, tuned: Mapping[str, Setting], scale: Scale) -> l
 
 
 def rate_runs(methods: Methods, tuned: Mapping[str, Setting], scale: Scale) -> list[Run]:
-    """List the runs of the same settings at every learning rate.
+    """List the runs of the same settings at every learning rate, first those always run.
 
     Where two of them differ by their own learning rate alone they are one.
     """
-    distinct = {(each.method, each.name): each for each in chosen(methods, tuned)}
+    ordered = sorted(chosen(methods, tuned), key=lambda each: not each.always)
+    distinct = {(each.method, each.name): each for each in ordered}
     return [
         Run(each, rate, clip, seed, False)
         for clip in scale.study.clips
-        for seed in range(scale.study.rate_seeds)
         for each in distinct.values()
+        for seed in range(scale.study.rate_seeds)
         for rate in scale.study.rates
     ]
 
