@@ -41,7 +41,7 @@ batch = 4
 learning_rate = 1e-2
 warmup = 5
 [study]
-rates = [1e-2, 1e30]
+rates = [1e-2, 1e38]
 clips = [inf]
 seeds = 2
 rate_seeds = 2
@@ -280,11 +280,11 @@ def test_a_tiny_arena_goes_on_and_ends_with_its_tables(scripts, tmp_path, capsys
     assert {p for p in made if p.stat().st_mtime_ns != kept[p]} == {lost}
     assert (out / "runs.csv").read_bytes() == tables["runs.csv"]
     assert (out / "table.md").read_bytes() == tables["table.md"]
-    # Steps of 1e30 leave no number finite: the loss is the one before them.
-    broken = json.loads(next(path for path in made if "rate-1e+30" in path.name).read_text())
+    # Steps of 1e38 leave no number finite: the loss is the one before them.
+    broken = json.loads(next(path for path in made if "rate-1e+38" in path.name).read_text())
     assert broken["diverged"]
     results = scripts["arena_statistics"].read_results(out)
-    lost_rates = [row for row in results.rates if row["rate"] == 1e30]
+    lost_rates = [row for row in results.rates if row["rate"] == 1e38]
     assert lost_rates
     assert all(row["loss"] == row["initial_bpc"] for row in lost_rates)
     capsys.readouterr()
