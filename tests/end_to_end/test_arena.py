@@ -202,6 +202,9 @@ def test_spikes_are_counted_against_the_steps_before(scripts):
     assert spikes(losses) == 2
     losses[251] += 0.5  # its own past has a spike, which makes it ordinary
     assert spikes(losses) == 2
+    falling = np.linspace(5, 2, 300)
+    falling[250] += 1.5  # above the 50 steps before it, and not above all of them
+    assert spikes(falling) == 1
 
 
 def results_of(scripts, losses):
@@ -280,16 +283,20 @@ def test_a_tiny_arena_goes_on_and_ends_with_its_tables(scripts, tmp_path, capsys
     assert {p for p in made if p.stat().st_mtime_ns != kept[p]} == {lost}
     assert (out / "runs.csv").read_bytes() == tables["runs.csv"]
     assert (out / "table.md").read_bytes() == tables["table.md"]
-    # Steps of 1e38 leave no number finite: the loss is the one before them.
-    broken = json.loads(next(path for path in made if "rate-1e+38" in path.name).read_text())
-    assert broken["diverged"]
+    # A loss is not above the one before the first step, also of a network that diverged.
+    path = next(path for path in made if "rate-1e+38" in path.name and "seed-0" in path.name)
+    broken = json.loads(path.read_text())
+    assert broken["bpc"]["test"] > broken["initial_bpc"]
+    broken |= {"diverged": True, "bpc": {"tune": None, "test": None}}
+    path.write_text(json.dumps(broken))
+    assert run("--only", "ce", "margin") == 0
     results = scripts["arena_statistics"].read_results(out)
-    lost_rates = [row for row in results.rates if row["rate"] == 1e38]
-    assert lost_rates
-    assert all(row["loss"] == row["initial_bpc"] for row in lost_rates)
+    far = [row for row in results.rates if row["rate"] == 1e38]
+    assert sum(row["diverged"] for row in far) == 1
+    assert all(row["loss"] == row["initial_bpc"] for row in far)
     capsys.readouterr()
     for arguments, line in (
-        (["--only", "sgd"], "--only: got sgd, expected some of ce, sigma_reparam"),
+        (["--only", "sgd"], "--only: got sgd, expected some of ce, margin"),
         (["--jobs", "0"], "--jobs: got 0, expected an integer >= 1"),
         (["--scale", "quick"], "holds runs of another scale, text or version"),
     ):
