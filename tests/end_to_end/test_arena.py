@@ -57,6 +57,15 @@ def scripts_fixture():
         yield modules
 
 
+def test_the_committed_table_is_that_of_the_committed_results(scripts, tmp_path):
+    for path in (FOLDER / "results").iterdir():
+        if path.suffix in (".csv", ".txt"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    scripts["arena_report"].write_report(tmp_path)
+    made = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert made == (FOLDER / "results" / "table.md").read_text(encoding="utf-8")
+
+
 def start():
     def parameters():
         return sample_parameters(SYMBOLS, MODEL, ObjectiveConfig("ce"))
