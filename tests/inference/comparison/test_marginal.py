@@ -11,7 +11,7 @@ from probattn.inference.comparison.marginal import (
     marginal_log_likelihood,
 )
 from probattn.models import LatentEmbeddingsConfig
-from tests.inference.comparison.test_particle_filter import BIAS, EMISSION, of_three_tokens
+from tests.support.scalar_process import BIAS, EMISSION, of_three_tokens
 
 CONFIG = LatentEmbeddingsConfig(width=1, coupling="repulsive", sequences=6, length=3)
 TOKENS = np.array([[0, 0, 0], [0, 1, 2], [2, 2, 2], [0, 0, 1], [2, 0, 2], [1, 1, 0]])

@@ -12,14 +12,13 @@ from probattn import CausalAttention
 from probattn.ancestral import solve_token
 from probattn.inference.comparison import particle_filter as filtering
 from probattn.inference.comparison.particle_filter import FilterError, filter_tokens
+from tests.support.scalar_process import BIAS, CUT, EMISSION, of_three_tokens, softmax
 
-EMISSION, BIAS = np.array([[2.0, 0.3, -1.5]]), np.array([0.2, -0.4, 0.0])
 # One dimension: (a, c). Repulsive, where the weights of the first two tokens matter most; and
 # bounded, c^2 a = 0.96.
 SCALAR = {"repulsive": (-2.0, None), "bounded": (0.24, 2.0)}
 TOKENS = np.random.default_rng(2).integers(0, 3, (7, 5))
 FEW = 20  # particles
-CUT = 0.125  # half a step of the quadrature
 regimes = pytest.mark.parametrize("regime", SCALAR)
 
 
@@ -28,39 +27,6 @@ def filtered(regime, tokens, key=0, **options):
     tokens = np.asarray(tokens)
     return filter_tokens(
         jax.random.key(key), tokens, np.array([[a]]), EMISSION, BIAS, bound=bound, **options
-    )
-
-
-def softmax(logits):
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
-
-
-@functools.cache
-def of_three_tokens(a, bound, cut=0):
-    """Probabilities of all three tokens, (V, V, V), by the trapezoidal rule over x_1, x_2, x_3.
-
-    Args:
-        a: coupling.
-        bound: c or None.
-        cut: so many of the embeddings are at most `CUT`, the others are free.
-    """
-    step = 0.25
-    axes = [step * np.arange(-most, most + 1) for most in (24, 30, 36)]  # later ones are wider
-    x = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3, 1)
-    mass = np.exp(np.asarray(log_density(bound)(np.array([[a]]), x))) * step**3
-    mass = mass.reshape([len(axis) for axis in axes])
-    p = [softmax(axis[:, None] * EMISSION + BIAS) for axis in axes]
-    for number in range(cut):
-        p[number] = p[number] * (axes[number] < CUT)[:, None]
-    return np.einsum("ijk,iu,jv,kw->uvw", mass, *p, optimize=True)
-
-
-@functools.cache
-def log_density(bound):
-    """Log density of sequences of three tokens as a function of the coupling and of them."""
-    return jax.jit(
-        lambda a, x: CausalAttention(jnp.ones((1, 1)), a, 1.0, 3, bound=bound).log_prob(x)
     )
 
 
