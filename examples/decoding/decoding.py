@@ -213,10 +213,8 @@ def _table(study: Study, name: str, end: int, **constants: float) -> Found:
     parts = [_load(study.path(name, chunk)) for chunk in chunks]
     numbers = np.concatenate([study.chunks()[chunk] for chunk in chunks])
     columns = {each: np.concatenate([part[each] for part in parts]) for each in parts[0]}
-    del (
-        columns["tokens"],
-        columns["margin_worst"],
-    )  # the first holds the text, the second is the least of others
+    # The first holds the text, and the second is the least of others.
+    del columns["tokens"], columns["margin_worst"]
     shape = next(iter(columns.values())).shape
     places = {
         "article": np.broadcast_to(numbers[:, None], shape),
