@@ -56,7 +56,7 @@ SCALES = {
         # Laplace refuses a model of this size; the others take all the data in every gradient.
         # The file's steps are the gradients.
         skipped=("laplace", "mclmc", "nuts", "map_of_file", "pooled_of_file"),
-        # With ce no density is zero, and a pass over the text costs more than all gradients.
+        # With ce no density is zero, and ten passes over the text cost more than all gradients.
         sample={"sghmc": {"steps": 150, "precision": "float32", "full_density": False}},
         margin_sequences=4,
         needs_text=True,
