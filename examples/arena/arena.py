@@ -19,10 +19,8 @@ from arena_results import write_results
 
 from probattn.inference.config_files import format_config
 from probattn.inference.runs.files import write_text
-from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.progress import progress_bar
-from probattn.inference.runtime.signals import Ended, ended_by_signals
-from probattn.inference.runtime.task_processes import run_apart, run_here, tell
+from probattn.inference.runtime.task_processes import exit_status, run_apart, run_here
 from probattn.text.corpora import DataConfig, load_corpus
 
 _NAME = "arena.py"
@@ -30,23 +28,7 @@ _NAME = "arena.py"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names; the exit status is 0 only when all of it is done."""
-    options = _parser().parse_args(arguments)
-    keep_compiled_programs(partial(tell, _NAME))
-    try:
-        with ended_by_signals():
-            failed = _run(options)
-    except Ended as ended:
-        tell(_NAME, f"{ended}; the same command goes on from here")
-        return 128 + ended.signum
-    except (OSError, ValueError) as error:
-        tell(_NAME, str(error))
-        return 2
-    # Not above: the processes of the runs import this file, and need no Matplotlib.
-    from arena_report import write_report
-
-    for path in write_report(_out(options)):
-        print(path)
-    return 1 if failed else 0
+    return exit_status(_NAME, partial(_run, _parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,10 +58,16 @@ def _run(options: argparse.Namespace) -> int:
         Job(method, settings, scale, data, options.runs) for method, settings in methods.items()
     ]
     try:
-        return _do(jobs, options.jobs)
+        failed = _do(jobs, options.jobs)
     finally:  # an interrupted command leaves what it has
         write_results(every, scale, options.runs, _out(options))
         write_text(_out(options) / "setting.txt", setting)
+    # Not above: the processes of the runs import this file, and need no Matplotlib.
+    from arena_report import write_report
+
+    for path in write_report(_out(options)):
+        print(path)
+    return 1 if failed else 0
 
 
 def _do(jobs: Sequence[Job], at_once: int) -> int:

@@ -7,11 +7,10 @@ makes of the two files of tokens.
 """
 
 import argparse
-import json
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +32,10 @@ from sequences import continuations, read_articles
 from probattn.inference import ImportedRun, load_run
 from probattn.inference.evaluation.texts import check_seed
 from probattn.inference.runs.csv_tables import write_packed
-from probattn.inference.runs.files import RunError, read_json, replacing, write_text
-from probattn.inference.runtime.compilation_cache import keep_compiled_programs
+from probattn.inference.runs.files import check_setting, replacing
+from probattn.inference.runs.npz import read_part
 from probattn.inference.runtime.progress import progress_bar
-from probattn.inference.runtime.signals import Ended, ended_by_signals
+from probattn.inference.runtime.task_processes import exit_status
 from probattn.text.corpora import open_text
 from probattn.text.pieces import checksum
 
@@ -79,18 +78,7 @@ class Study:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names."""
-    options = _parser().parse_args(arguments)
-    keep_compiled_programs(_tell)
-    try:
-        with ended_by_signals():
-            _run(options)
-    except Ended as ended:
-        _tell(f"{ended}; the same command goes on from here")
-        return 128 + ended.signum
-    except (OSError, ValueError) as error:
-        _tell(str(error))
-        return 2
-    return 0
+    return exit_status("decoding.py", partial(_run, _parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,16 +137,7 @@ def _check_folder(study: Study, text: str) -> None:
         "settings": f"{AHEAD} {GRAM} {COPIES} {PROMPT} {NEW} {WINDOW} {TEMPERATURES}",
         **{name: str(value) for name, value in asdict(study.scale).items()},
     }
-    path = study.parts / "setting.json"
-    if not path.exists():
-        write_text(path, json.dumps(wanted, indent=2))
-    found = read_json(path)
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise RunError(
-                f"{study.parts}: holds parts of a study whose {name} is {found.get(name)!r}: "
-                f"expected {value!r}; name another folder with --parts"
-            )
+    check_setting(study.parts / "setting.json", wanted)
 
 
 def make_parts(study: Study, *, progress: bool) -> None:
@@ -210,7 +189,7 @@ def write_tokens(study: Study, out: Path) -> Iterator[Path]:
 
 def _table(study: Study, name: str, end: int, **constants: float) -> Found:
     chunks = study.finished()
-    parts = [_load(study.path(name, chunk)) for chunk in chunks]
+    parts = [read_part(study.path(name, chunk)) for chunk in chunks]
     numbers = np.concatenate([study.chunks()[chunk] for chunk in chunks])
     columns = {each: np.concatenate([part[each] for part in parts]) for each in parts[0]}
     # The first holds the text, and the second is the least of others.
@@ -222,18 +201,6 @@ def _table(study: Study, name: str, end: int, **constants: float) -> Found:
         "position": np.broadcast_to(np.arange(shape[1]), shape),
     }
     return {each: values[:, FIRST:end].ravel() for each, values in (places | columns).items()}
-
-
-def _load(path: Path) -> Found:
-    try:
-        with np.load(path) as stored:
-            return dict(stored)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path}: damaged: {error}; delete it and go on") from None
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ A pass measures one harm, or predictors that are computed together. A study that
 loses the chunk that it was at.
 """
 
-import json
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,7 +30,8 @@ from questions import (
 from replaced import mean_ahead
 from sample import Subject
 
-from probattn.inference.runs.files import RunError, read_json, replacing, write_text
+from probattn.inference.runs.files import check_setting, replacing
+from probattn.inference.runs.npz import read_part
 from probattn.inference.runtime.progress import progress_bar
 
 AHEAD = ("likely_other", "misspelt")  # harms of what follows
@@ -95,17 +94,7 @@ def check_folder(subject: Subject, folder: Path, description: dict[str, str]) ->
         "seed": str(subject.seed),
         "settings": f"{NOISE} {BITS} {DROPPED} {ASCENT_LEVEL} {ASCENT_STEPS} {FOLLOWING}",
     }
-    path = folder / "setting.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(wanted, indent=2))
-    found = read_json(path)
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise RunError(
-                f"{folder}: holds parts of a study whose {name} is {found.get(name)!r}: expected "
-                f"{value!r}; name another folder with --parts"
-            )
+    check_setting(folder / "setting.json", wanted)
 
 
 def measure(subject: Subject, folder: Path, *, progress: bool) -> dict[str, Seconds]:
@@ -170,7 +159,7 @@ def table(subject: Subject, folder: Path) -> Found:
 
 def joined(subject: Subject, folder: Path, name: str) -> Found:
     """Return what a pass has found, all chunks of it, (W, T) each."""
-    parts = [_load(_path(folder, name, n)) for n, _ in enumerate(_chunks(subject))]
+    parts = [read_part(_path(folder, name, n)) for n, _ in enumerate(_chunks(subject))]
     names = parts[0].keys() - {"seconds"}
     order = [each for each in parts[0] if each in names]
     return {each: np.concatenate([part[each] for part in parts]) for each in order}
@@ -178,7 +167,7 @@ def joined(subject: Subject, folder: Path, name: str) -> Found:
 
 def joined_seconds(folder: Path, name: str, chunks: int) -> Seconds:
     """Return the time that a pass took."""
-    parts = [_load(_path(folder, name, number))["seconds"] for number in range(chunks)]
+    parts = [read_part(_path(folder, name, number))["seconds"] for number in range(chunks)]
     return Seconds(*map(float, np.sum(parts, axis=0)))
 
 
@@ -190,11 +179,3 @@ def _chunks(subject: Subject) -> Iterator[np.ndarray]:
 
 def _path(folder: Path, name: str, number: int) -> Path:
     return folder / f"{name}-{number:03d}.npz"
-
-
-def _load(path: Path) -> Found:
-    try:
-        with np.load(path) as stored:
-            return dict(stored)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path}: damaged: {error}; delete it and go on") from None

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,8 +27,7 @@ from probattn.inference import import_decoder, load_run
 from probattn.inference.runs.csv_tables import write_packed
 from probattn.inference.runs.files import write_text
 from probattn.inference.runs.run import FittedRun, require_fitted
-from probattn.inference.runtime.compilation_cache import keep_compiled_programs
-from probattn.inference.runtime.signals import Ended, ended_by_signals
+from probattn.inference.runtime.task_processes import exit_status
 from probattn.text.corpora import TextConfig, open_text
 from probattn.text.pieces import checksum
 
@@ -37,18 +37,7 @@ _DIGITS = 4  # of numbers in the table, of which ranks are taken
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names."""
-    options = _parser().parse_args(arguments)
-    keep_compiled_programs(_tell)
-    try:
-        with ended_by_signals():
-            _run(options)
-    except Ended as ended:
-        _tell(f"{ended}; the same command goes on from here")
-        return 128 + ended.signum
-    except (OSError, ValueError) as error:
-        _tell(str(error))
-        return 2
-    return 0
+    return exit_status("study.py", partial(_run, _parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,10 +119,6 @@ def _setting(text: str, subject: Subject, seconds: dict[str, Seconds]) -> str:
         *(f"{name}: {each.wall:.0f} s, of CPUs {each.cpu:.0f} s" for name, each in seconds.items()),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,7 @@ from plan import (
 from summary import read_results, tuned_settings
 
 from probattn.inference.config_files import format_config
-from probattn.inference.runtime.compilation_cache import keep_compiled_programs
-from probattn.inference.runtime.signals import Ended, ended_by_signals
-from probattn.inference.runtime.task_processes import run_apart, run_here, tell
+from probattn.inference.runtime.task_processes import exit_status, run_apart, run_here
 from probattn.text.corpora import NAMED_SOURCES, Corpus, DataConfig
 
 _NAME = "run.py"
@@ -45,17 +43,7 @@ _NAME = "run.py"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names; the exit status is 0 only when all of it is done."""
-    options = _parser().parse_args(arguments)
-    keep_compiled_programs(partial(tell, _NAME))
-    try:
-        with ended_by_signals():
-            return _run(options)
-    except Ended as ended:
-        tell(_NAME, f"{ended}; the same command goes on from here")
-        return 128 + ended.signum
-    except (OSError, ValueError) as error:
-        tell(_NAME, str(error))
-        return 2
+    return exit_status(_NAME, partial(_run, _parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from numpyro.handlers import substitute
 from scipy.special import logsumexp
 
-from probattn.inference.comparison.particle_filter import filter_tokens
+from probattn.inference.comparison.particle_filter import filter_of_draw
 from probattn.inference.export.diagnostics import LeaveOneOut, leave_one_out
 from probattn.models import LatentEmbeddingsConfig
-from probattn.models.coupling import sample_coupling
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -83,17 +81,8 @@ def marginal_log_likelihood(
     for chain in range(chains):
         for number, draw in enumerate(chosen):
             one = {name: jnp.asarray(value[chain, draw]) for name, value in shared.items()}
-            coupling = substitute(sample_coupling, one)(
-                config.coupling, config.width, config.context_bound
-            )
-            log_p = filter_tokens(
-                jax.random.fold_in(jax.random.key(seed), chain * length + int(draw)),
-                filtered,
-                coupling.astype(one["emission"].dtype),
-                one["emission"],
-                one["emission_bias"],
-                bound=config.context_bound,
-            ).log_probabilities
+            rng_key = jax.random.fold_in(jax.random.key(seed), chain * length + int(draw))
+            log_p = filter_of_draw(rng_key, filtered, one, config).log_probabilities
             own = log_p[np.arange(len(filtered))[:, None], positions, filtered].sum(1)
             found[:, chain, number] = own.reshape(REPEATS, len(tokens))
     return found

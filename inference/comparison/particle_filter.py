@@ -15,6 +15,7 @@ probability of the sequence; a single prediction is a ratio of such estimates, a
 like 1 / particles.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -25,12 +26,14 @@ from jax import lax
 from jax.scipy.special import logsumexp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
+from numpyro.handlers import substitute
 
 from probattn.ancestral import solve_token
 from probattn.arguments import check_bound
 from probattn.blocks.geometry import bounded
+from probattn.models import LatentEmbeddingsConfig
 from probattn.models.checks import check_symbols
-from probattn.models.coupling import attention_weights_of
+from probattn.models.coupling import attention_weights_of, sample_coupling
 from probattn.text.batches import map_batches
 
 PARTICLES = 128  # particles of each sequence
@@ -116,6 +119,32 @@ def filter_tokens(
             "give a coupling under which the process is proper, or more particles"
         )
     return Filtered(log_probabilities, particles - kept)
+
+
+def filter_of_draw(
+    rng_key: Array,
+    tokens: Int[np.ndarray, "N T"],
+    draw: Mapping[str, Array],
+    config: LatentEmbeddingsConfig,
+) -> Filtered:
+    """Predict every token of sequences by one draw of a latent model's parameters.
+
+    Args:
+        rng_key: see `filter_tokens`, as for errors.
+        tokens: the sequences.
+        draw: values by sample site, without a draw's axes.
+        config: coupling and size of the process.
+    """
+    of_draw = substitute(sample_coupling, dict(draw))
+    coupling = of_draw(config.coupling, config.width, config.context_bound)
+    return filter_tokens(
+        rng_key,
+        tokens,
+        coupling.astype(draw["emission"].dtype),
+        draw["emission"],
+        draw["emission_bias"],
+        bound=config.context_bound,
+    )
 
 
 @partial(jax.jit, static_argnames="particles")

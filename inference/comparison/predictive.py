@@ -16,12 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from numpyro.handlers import substitute
 
-from probattn.inference.comparison.particle_filter import PARTICLES, filter_tokens
+from probattn.inference.comparison.particle_filter import PARTICLES, filter_of_draw
 from probattn.inference.evaluation.perturbations import Gaussian
 from probattn.models import LatentEmbeddingsConfig
-from probattn.models.coupling import sample_coupling
 from probattn.models.networks import Network, Parameters
 from probattn.text.batches import Windows, map_batches, windows
 from probattn.text.vocabulary import Vocabulary
@@ -197,16 +195,8 @@ def latent_predictions(
     of_all = np.zeros((*tokens.shape, vocabulary.size))
     unconverged = 0.0
     for number, one in enumerate(chosen):
-        of_draw = substitute(sample_coupling, one)
-        coupling = of_draw(config.coupling, config.width, config.context_bound)
-        filtered = filter_tokens(
-            jax.random.fold_in(jax.random.key(seed), number),
-            tokens,
-            coupling.astype(one["emission"].dtype),
-            one["emission"],
-            one["emission_bias"],
-            bound=config.context_bound,
-        )
+        rng_key = jax.random.fold_in(jax.random.key(seed), number)
+        filtered = filter_of_draw(rng_key, tokens, one, config)
         of_all += np.exp(filtered.log_probabilities.astype(np.float64))
         unconverged += float(filtered.unconverged.mean()) / PARTICLES / len(chosen)
     shown = tokens[plan.reported]

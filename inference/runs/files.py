@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -193,6 +193,28 @@ def read_bytes(path: Path) -> bytes:
         raise RunError(f"{path}: is missing from the run") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def check_setting(path: Path, wanted: Mapping[str, str]) -> None:
+    """Keep what the parts in a folder are of, or check that they are of the same.
+
+    Args:
+        path: JSON file of the folder; written if it is not there.
+        wanted: what the parts are of, by name.
+
+    Raises:
+        RunError: if it says otherwise.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(wanted, indent=2))
+    found = read_json(path)
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise RunError(
+                f"{path.parent}: holds parts of a study whose {name} is {found.get(name)!r}: "
+                f"expected {value!r}; name another folder with --parts"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,19 @@ _SLACK = 2**16  # bytes of an archive beside its numbers, at most
 _KINDS = "biuf"  # booleans and numbers: all that is ever stored
 
 
+def read_part(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of a part of a study, which is measured anew if it is not there.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        with np.load(path) as stored:  # compressed, which `read_arrays` refuses
+            return dict(stored)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: damaged: {error}; delete it and go on") from None
+
+
 def read_arrays(
     path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, np.ndarray]:

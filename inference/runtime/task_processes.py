@@ -119,6 +119,27 @@ def _child[Task](
     writer.send(failed)
 
 
+def exit_status(command: str, work: Callable[[], int | None]) -> int:
+    """Do the work of a script that goes on where it was interrupted, and return its exit status.
+
+    It is what the work returns, 0 for None. A signal, and what a user can mend, are told in a line.
+
+    Args:
+        command: name of the script.
+        work: what it does.
+    """
+    keep_compiled_programs(partial(tell, command))
+    try:
+        with ended_by_signals():
+            return work() or 0
+    except Ended as ended:
+        tell(command, f"{ended}; the same command goes on from here")
+        return 128 + ended.signum
+    except (OSError, ValueError) as error:
+        tell(command, str(error))
+        return 2
+
+
 def tell(command: str, line: str) -> None:
     """Print a line that is no result, in the name of the command."""
     print(f"{command}: {line}", file=sys.stderr)

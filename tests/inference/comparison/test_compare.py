@@ -25,7 +25,7 @@ from probattn.inference import (
     to_datatree,
 )
 from probattn.inference.cli import console, main, text_commands
-from probattn.inference.comparison import predictive
+from probattn.inference.comparison import particle_filter, predictive
 from probattn.inference.comparison.particle_filter import Filtered
 from probattn.inference.comparison.predictive import (
     BINS,
@@ -394,7 +394,7 @@ def test_a_latent_model_is_given_its_own_draws(latent_run, monkeypatch):
         uniform = np.full((*tokens.shape, emission.shape[1]), -math.log(emission.shape[1]))
         return Filtered(uniform, np.zeros(tokens.shape, int))
 
-    monkeypatch.setattr(predictive, "filter_tokens", spy)
+    monkeypatch.setattr(particle_filter, "filter_tokens", spy)
     monkeypatch.setattr(predictive, "MEMBERS", few)
     result = load_posterior(latent_run)
     members = {name: value.reshape(-1, *value.shape[2:]) for name, value in result.draws.items()}

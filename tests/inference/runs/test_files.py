@@ -6,10 +6,19 @@ import threading
 import tty
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from probattn.inference.runs.csv_tables import write_table
-from probattn.inference.runs.files import WriteError, check_outputs, replacing, write_text
+from probattn.inference.runs.files import (
+    RunError,
+    WriteError,
+    check_outputs,
+    check_setting,
+    replacing,
+    write_text,
+)
+from probattn.inference.runs.npz import read_part
 from tests.support.refusals import refusal
 from tests.support.tiny_run import files_of
 
@@ -145,3 +154,19 @@ def test_a_check_leaves_nothing(here):
     check_outputs(Path("a.csv"), Path("new.csv"), Path("new/folder/a.csv"))
     assert files_of(here) == {"a.csv": b"before"}
     assert [path.name for path in here.iterdir()] == ["a.csv"]
+
+
+def test_parts_of_another_study_are_refused(here):
+    path = here / "parts" / "setting.json"
+    check_setting(path, {"seed": "0", "tokens": "8"})
+    check_setting(path, {"seed": "0", "tokens": "8"})
+    with pytest.raises(RunError, match="whose seed is '0': expected '1'; name another folder"):
+        check_setting(path, {"seed": "1", "tokens": "8"})
+
+
+def test_a_damaged_part_says_what_to_do(here):
+    np.savez_compressed(here / "part.npz", losses=np.arange(9.0))
+    np.testing.assert_array_equal(read_part(here / "part.npz")["losses"], np.arange(9.0))
+    (here / "part.npz").write_bytes((here / "part.npz").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"part\.npz: damaged: .*; delete it and go on"):
+        read_part(here / "part.npz")

@@ -1,10 +1,11 @@
 """Tasks in this process and in others: all are done, and one that fails says why."""
 
 import os
+import signal
 
 import pytest
 
-from probattn.inference.runtime.task_processes import run_apart, run_here
+from probattn.inference.runtime.task_processes import exit_status, run_apart, run_here
 
 
 def all_but_the_old_are_done(made, folders):
@@ -37,3 +38,15 @@ def test_tasks_are_done_in_processes_of_their_own(folders, jobs):
 def test_a_process_that_dies_is_told(tmp_path):
     [(_, _, failed)] = run_apart([3], os._exit, jobs=1, command="test")
     assert failed == "its process ended with exit status 3"
+
+
+def test_a_script_tells_in_a_line_why_it_ended(capsys):
+    def refuse():
+        raise ValueError("--tokens: got 0, expected an integer >= 1")
+
+    assert exit_status("study.py", lambda: None) == 0
+    assert exit_status("study.py", lambda: 1) == 1
+    assert exit_status("study.py", refuse) == 2
+    assert capsys.readouterr().err == "study.py: --tokens: got 0, expected an integer >= 1\n"
+    assert exit_status("study.py", lambda: signal.raise_signal(signal.SIGTERM)) == 128 + 15
+    assert "ended by SIGTERM; the same command goes on from here" in capsys.readouterr().err
