@@ -24,7 +24,8 @@ def read_part(path: Path) -> dict[str, np.ndarray]:
         ValueError: if it is damaged.
     """
     try:
-        with np.load(path) as stored:  # compressed, which `read_arrays` refuses
+        # Compressed, which `read_arrays` refuses. An open file is closed here even if it is damaged.
+        with path.open("rb") as stream, np.load(stream) as stored:
             return dict(stored)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: damaged: {error}; delete it and go on") from None
