@@ -24,7 +24,7 @@ def read_part(path: Path) -> dict[str, np.ndarray]:
         ValueError: if it is damaged.
     """
     try:
-        # Compressed, which `read_arrays` refuses. An open file is closed here even if it is damaged.
+        # Compressed, which `read_arrays` refuses. NumPy leaves a damaged file open.
         with path.open("rb") as stream, np.load(stream) as stored:
             return dict(stored)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
