@@ -25,9 +25,9 @@ from probattn.inference.guides.laplace import LaplaceError
 from probattn.inference.pretrained.errors import PretrainedError
 from probattn.inference.runs.run import ImportedRun, PosteriorRun, Run, TunedRun, load_run
 from probattn.inference.sampling.chains import SampleError
-from probattn.inference.sampling.nuts import sample
 from probattn.inference.sampling.posterior_runs import load_posterior, sample_run
 from probattn.inference.sampling.result import PosteriorResult
+from probattn.inference.sampling.sample import sample
 
 __all__ = [
     "ChainWeight",

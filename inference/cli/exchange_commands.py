@@ -67,7 +67,7 @@ class Tune:
     out: Path
     """run directory, new or empty unless --resume or --overwrite is given"""
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """run of `probattn import`, which must stay where it is; with --resume it is known"""
+    """run of `probattn import`; with --resume it is known, and is named if it was moved"""
     config: Path | None = None
     """TOML file with the tables data, prior, objective and fit; flags win over it"""
     resume: bool = False

@@ -24,6 +24,7 @@ from probattn.inference.runs.files import RunError
 from probattn.inference.runs.folder import clear
 from probattn.inference.runs.opening import find_run, open_run
 from probattn.inference.runs.run import ImportedRun, Run, TunedRun, load_run
+from probattn.inference.runs.tuned import move_base
 from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.runtime.processes import is_main_process, wait_for_all
 from probattn.inference.runtime.progress import progress_bar
@@ -56,7 +57,8 @@ def fit(
     Args:
         config: data, model, objective and fit; of a published model a `TuneConfig`.
         out: run directory, see `runs`; new or empty unless `resume` or `overwrite` is set.
-        base: run of the published model, with a `TuneConfig`; a run that is resumed knows its own.
+        base: run of the published model, with a `TuneConfig`. A run that is resumed knows its own,
+            and notes its new place if it is named.
         resume: continue the run in `out` from its latest checkpoint.
         overwrite: replace the run in `out`.
         optimizer: any optax transformation, by default Adam with warm-up and cosine decay. A line
@@ -152,11 +154,12 @@ def with_base[C: RunConfig | TuneConfig](
         config: configuration of a fit.
         base: the run as it was named, if it was.
         out: directory of the fit.
-        resume: whether the fit goes on: without a name it is the run that it began with.
+        resume: whether the fit goes on. Without a name its model is where it was; a name is noted
+            in `out`.
 
     Raises:
         ValueError: if it is named for a fit that has no use for it, or is not named for one that
-            has; RunError if it is no run of a published model.
+            has; RunError if it is no run of a published model, or not that of the fit in `out`.
     """
     if not isinstance(config, TuneConfig):
         if base is not None:
@@ -179,8 +182,12 @@ def with_base[C: RunConfig | TuneConfig](
             f"{run.path}: is no run of `probattn import`: expected one; `probattn export` makes a "
             "model of a fitted run, which can be imported"
         )
-    path = os.path.abspath(run.path)
-    return replace(config, base=BaseConfig(path, run.checksum, run.network.block)), run
+    named = BaseConfig(os.path.abspath(run.path), run.checksum, run.network.block)
+    if resume:
+        if is_main_process():
+            move_base(out, named)
+        wait_for_all("moved")
+    return replace(config, base=named), run
 
 
 def _check_mesh(config: RunConfig | TuneConfig, mesh: str) -> None:

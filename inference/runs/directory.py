@@ -110,8 +110,8 @@ class RunDirectory:
             raise
 
 
-def read_description(path: Path) -> tuple[AnyRunConfig, dict[str, Any], Vocabulary]:
-    """Read a run's configuration, what it says of its corpus, and its vocabulary.
+def read_run_config(path: Path) -> AnyRunConfig:
+    """Read a run's configuration.
 
     Raises:
         RunError: see `run.load_run`.
@@ -123,9 +123,19 @@ def read_description(path: Path) -> tuple[AnyRunConfig, dict[str, Any], Vocabula
     try:
         text = (path / "config.toml").read_text(encoding="utf-8")
         kind = next((_TABLES[table] for table in _TABLES if f"\n[{table}]\n" in text), RunConfig)
-        config = read_tables(path / "config.toml", kind)
+        return read_tables(path / "config.toml", kind)
     except ValueError as error:
         raise RunError(f"damaged run: {error}") from None
+
+
+def read_description(path: Path) -> tuple[AnyRunConfig, dict[str, Any], Vocabulary]:
+    """Read a run's configuration, what it says of its corpus, and its vocabulary.
+
+    Raises:
+        RunError: see `run.load_run`.
+        WriteError: likewise.
+    """
+    config = read_run_config(path)
     data = read_json(path / "data.json")
     if data.get("format", 0) < BOUNDED_FORMAT and _has_bounded_coupling(config):
         raise RunError(
@@ -150,17 +160,27 @@ def read_description(path: Path) -> tuple[AnyRunConfig, dict[str, Any], Vocabula
     return config, described, vocabulary
 
 
+def base_folder(path: Path, config: TuneConfig) -> Path:
+    """Find the run that a fit began with: where it was, or beside the fit if both were moved.
+
+    Raises:
+        RunError: if there is no imported model.
+    """
+    was = Path(config.base.run)
+    for folder in (was, path.absolute().parent / was.name):
+        if (folder / MODEL).is_dir():
+            return folder
+    raise RunError(
+        f"{path}: was fitted from {was}, which holds no imported model any more; put it back there "
+        f"or beside {path}, or name its place: probattn fit --resume --out {path} --from PLACE"
+    )
+
+
 def _vocabulary(path: Path, config: AnyRunConfig, data: Mapping[str, Any]) -> Vocabulary:
     if isinstance(config, ImportConfig):
         return open_checkpoint(path / MODEL).tokenizer
     if isinstance(config, TuneConfig):
-        base = Path(config.base.run)
-        if not (base / MODEL).is_dir():
-            raise RunError(
-                f"{path}: was fitted from {base}, which holds no imported model any more; put it "
-                "back there"
-            )
-        return open_checkpoint(base / MODEL).tokenizer
+        return open_checkpoint(base_folder(path, config) / MODEL).tokenizer
     return vocabulary_from_dict(data["vocabulary"])
 
 

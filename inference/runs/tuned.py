@@ -10,12 +10,14 @@ import jax
 import numpyro
 from jaxtyping import Array
 
+from probattn.inference.config_files import format_config
 from probattn.inference.config_imported import ImportConfig
-from probattn.inference.config_tuning import TuneConfig
+from probattn.inference.config_tuning import BaseConfig, TuneConfig
 from probattn.inference.pretrained.checkpoint import Checkpoint
-from probattn.inference.runs.directory import read_description
-from probattn.inference.runs.files import RunError
+from probattn.inference.runs.directory import base_folder, read_description, read_run_config
+from probattn.inference.runs.files import RunError, write_text
 from probattn.inference.runs.fit_directory import FitDirectory
+from probattn.inference.runs.folder import locked
 from probattn.inference.runs.imported import DecoderRun, ImportedRun
 from probattn.models.networks import DecoderNetwork
 from probattn.models.tuned import sample_changes, tuned_parameters
@@ -38,7 +40,7 @@ class TunedRun(FitDirectory, DecoderRun):
             RunError: if there is no such run any more, or it holds another model.
         """
         given = self.config.base
-        path = Path(given.run)
+        path = base_folder(self.path, self.config)
         config, data, vocabulary = read_description(path)
         if not isinstance(config, ImportConfig):
             raise RunError(f"{self.path}: was fitted from {path}, which is no imported model now")
@@ -111,3 +113,27 @@ class TunedRun(FitDirectory, DecoderRun):
     def seed(self) -> int:
         """Seed of the fit."""
         return self.config.fit.seed
+
+
+def move_base(path: Path, base: BaseConfig) -> None:
+    """Note in a fine-tuned run where its published model lies now; leave another run as it is.
+
+    Args:
+        path: of the run.
+        base: the model that was named.
+
+    Raises:
+        RunError: if it is another model, or another block, than the run began with.
+    """
+    config = read_run_config(path)
+    if not isinstance(config, TuneConfig) or config.base == base:
+        return
+    began = config.base
+    if (began.sha256, began.block) != (base.sha256, base.block):
+        raise RunError(
+            f"{path}: was fitted from a model with checksum {began.sha256[:12]} in blocks of "
+            f"{began.block}, and {base.run} has {base.sha256[:12]} and {base.block}; name the "
+            "import that it began with, or start a new run"
+        )
+    with locked(path):
+        write_text(path / "config.toml", format_config(replace(config, base=base)))

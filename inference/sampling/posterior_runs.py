@@ -22,8 +22,8 @@ from probattn.inference.runs.opening import find_run, open_run
 from probattn.inference.runs.run import FittedRun, PosteriorRun, Run, load_fit
 from probattn.inference.sampling.chains import SampleError
 from probattn.inference.sampling.initialisation import given_values
-from probattn.inference.sampling.nuts import load_draws, sample
 from probattn.inference.sampling.result import PosteriorResult
+from probattn.inference.sampling.sample import load_draws, sample
 from probattn.models import language_model, latent_embeddings
 from probattn.text.batches import windows
 from probattn.text.corpora import Corpus, DataError, load_corpus

@@ -15,8 +15,8 @@ import pytest
 from probattn.inference import SampleConfig, load_run, sample_run
 from probattn.inference.runs.segments import Segment, SegmentFolder
 from probattn.inference.sampling import posterior_runs
-from probattn.inference.sampling.nuts import fingerprint
 from probattn.inference.sampling.posterior_runs import config_of_fit
+from probattn.inference.sampling.sample import fingerprint
 from probattn.models.language import parameter_shapes
 from probattn.text.corpora import load_corpus
 from probattn.text.vocabulary import build_vocabulary

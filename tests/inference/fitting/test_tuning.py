@@ -149,6 +149,28 @@ def test_a_model_that_has_changed_or_is_gone_is_named(tuned, tmp_path):
         fit(config, run.path, resume=True)
 
 
+def test_a_model_that_was_moved_is_found_or_named(tuned, tmp_path):
+    """Beside the fit it is found; elsewhere its place is named once, and kept."""
+    run = shutil.copytree(tuned.folder / "cut", tmp_path / "there/fit")
+    gone = tmp_path / "gone" / tuned.base.path.name
+    text = (run / "config.toml").read_text().replace(str(tuned.base.path), str(gone))
+    (run / "config.toml").write_text(text)
+    shutil.copytree(tuned.base.path, run.parent / gone.name)
+    assert_equal(dict(leaves(load_run(run).base.parameters)), dict(leaves(tuned.base.parameters)))
+
+    new = (run.parent / gone.name).rename(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=re.escape(f"--resume --out {run} --from PLACE")):
+        load_run(run)
+    other = import_decoder(new / "model", tmp_path / "other", data=tuned.config.data, block=8).run
+    before = (run / "config.toml").read_text()
+    with pytest.raises(RunError, match=r"in blocks of 16, and .*/other has \w+ and 8; name the"):
+        fit(tuned.config, run, base=other.path, resume=True)
+    assert (run / "config.toml").read_text() == before
+    found = fit(tuned.config, run, base=new, resume=True).run
+    assert_equal(found.sites, tuned.run.sites)
+    assert load_run(run).config.base == dataclasses.replace(tuned.run.config.base, run=str(new))
+
+
 REFUSED = {
     "no base": (lambda t: (t.config, {}), "base is missing: expected the run of a published"),
     "a base for an own network": (

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from probattn.inference.sampling import nuts
+from probattn.inference.sampling.chains import Chains
 
 
 @pytest.fixture
@@ -12,7 +12,7 @@ def interrupt_after():
     """Function that has a SIGTERM raised once all chains have ended their call of that number."""
 
     def interrupt(patch, calls):
-        advance = nuts.Chains.advance
+        advance = Chains.advance
 
         def counted(self, first, stops):
             for number, part in enumerate(advance(self, first, stops), 1):
@@ -20,6 +20,6 @@ def interrupt_after():
                     signal.raise_signal(signal.SIGTERM)
                 yield part
 
-        patch.setattr(nuts.Chains, "advance", counted)
+        patch.setattr(Chains, "advance", counted)
 
     return interrupt

@@ -20,9 +20,9 @@ from probattn.inference import SampleConfig, sample
 from probattn.inference.runs.segments import SegmentError, SegmentFolder
 from probattn.inference.runtime.signals import Interrupted
 from probattn.inference.sampling import chains as chains_module
-from probattn.inference.sampling import nuts as nuts_module
+from probattn.inference.sampling import sample as sample_module
 from probattn.inference.sampling.chains import SampleError
-from probattn.inference.sampling.nuts import fingerprint, load_draws
+from probattn.inference.sampling.sample import fingerprint, load_draws
 from probattn.models import LatentEmbeddingsConfig, latent_embeddings, observed_embeddings
 from probattn.models.coupling import attention_weights_of, sample_coupling
 
@@ -392,7 +392,7 @@ def stored_fixture(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stored")
     short = SampleConfig(chains=2, warmup=4, draws=6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nuts_module, "SAVE_SECONDS", 0.0)  # a segment for every call
+        patch.setattr(sample_module, "SAVE_SECONDS", 0.0)  # a segment for every call
         sample(model, model_args=(DATA,), config=short, out=folder)
     return folder, short
 

@@ -16,7 +16,7 @@ from scipy.stats import norm
 from probattn.inference import SampleConfig, sample, to_datatree
 from probattn.inference.runtime.signals import Interrupted
 from probattn.inference.sampling.chains import SampleError
-from probattn.inference.sampling.nuts import fingerprint
+from probattn.inference.sampling.sample import fingerprint
 from tests.support.conjugate import (
     NOISE,
     PRIOR,

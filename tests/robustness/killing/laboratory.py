@@ -71,7 +71,7 @@ def _command(arguments: list[str], run: str, log: str, at: int, seed: float) -> 
         os.dup2(descriptor, stream)
     sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
     # Fifty segments in place of one every half a minute.
-    sys.modules["probattn.inference.sampling.nuts"].SAVE_SECONDS = 0.0
+    sys.modules["probattn.inference.sampling.sample"].SAVE_SECONDS = 0.0
     sys.modules["probattn.inference.sampling.chains"].CALL_SECONDS = 0.0
     count = _arm(run, at, random.Random(seed))
     status = sys.modules["probattn.inference.cli"].main(arguments)

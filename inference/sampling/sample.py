@@ -1,6 +1,6 @@
-"""Full posteriors by NumPyro's NUTS, in segments that are saved as they come.
+"""Full posteriors by any sampler of the configuration, in segments that are saved as they come.
 
-The kernel is NumPyro's. Chains start from draws of the prior, or from given values; each goes its
+Chains start from draws of the prior, or from given values; each goes its
 own way in threads, or all in one vectorised call. A chain is a function of the seed alone: where it
 is cut into segments changes no digit, so an interrupted run that is resumed ends as one that was
 not.
@@ -51,13 +51,13 @@ def sample(
     progress: bool = False,
     start: Mapping[str, Any] | None = None,
 ) -> PosteriorResult:
-    """Sample the posterior of any NumPyro model by NUTS.
+    """Sample the posterior of any NumPyro model, by NUTS or another method of the configuration.
 
     Args:
         model: a NumPyro model whose latent variables are all continuous.
         model_args: its arguments.
         model_kwargs: its keyword arguments.
-        config: chains, iterations, seed; the defaults if not given.
+        config: method, chains, iterations, seed; the defaults (NUTS) if not given.
         init_values: values of sample sites that every chain starts from, such as a MAP; the sites
             that it does not name start from a draw of the prior.
         out: folder for the segments, new or empty unless `resume` is set; without one, nothing is
