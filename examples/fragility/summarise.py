@@ -120,9 +120,12 @@ def write_associations(found: Sequence[Association], path: Path) -> Path:
 
 
 def answers_table(found: Sequence[Association]) -> str:
-    """Return a Markdown table with a row per harm: the margin, and the best of its rivals."""
+    """Return a Markdown table with a row per harm: margin, control, and the best of the rivals."""
     by_name = {(each.harm, each.predictor): each for each in found}
-    heads = ("harm", "rank correlation", "within a type", "partial", "AUC", "best rival", "beyond")
+    heads = (
+        *("harm", "rank correlation", "within a type", "partial", "AUC", "permuted"),
+        *("best rival", "beyond"),
+    )
     lines = [heads, ("---",) * len(heads)]
     for harm in dict.fromkeys(each.harm for each in found if not each.harm.startswith(SIZE)):
         margin = by_name[harm, PRIMARY]
@@ -130,7 +133,8 @@ def answers_table(found: Sequence[Association]) -> str:
             (by_name[harm, name] for name in RIVALS),
             key=lambda each: abs(each.rank_correlation.value),
         )
-        own = (margin.rank_correlation, margin.within_type, margin.partial, margin.auc)
+        control = by_name[harm, PERMUTED].rank_correlation
+        own = (margin.rank_correlation, margin.within_type, margin.partial, margin.auc, control)
         best = f"{rival.predictor}: {_interval(rival.rank_correlation)}"
         lines.append((harm, *map(_interval, own), best, _interval(margin.beyond)))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

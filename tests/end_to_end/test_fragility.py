@@ -252,7 +252,7 @@ def test_a_study_is_a_table_of_numbers_and_what_is_computed_of_it(studied):
     expected = stats.spearmanr(columns["loss_slope"], abs(columns["harm_noise_0.5"])).statistic
     found = float(rows["abs_noise_0.5", "loss_slope"]["rank_correlation"])
     assert found == pytest.approx(expected, abs=1e-4)
-    assert all(line.count("|") == 8 for line in lines)
+    assert all(line.count("|") == 9 for line in lines)
     assert (out / "fragility.png").stat().st_size > 1000
     assert "51200 tokens would take" in (out / "setting.txt").read_text()
     shuffled = columns["permuted_sigma_min_worst"]
