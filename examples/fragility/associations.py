@@ -29,6 +29,7 @@ class Association:
         auc: probability that the predictor is larger at one of the worst tokens than at another.
         partial: of the ranks less their mean over the type, given the ranks of the controls; NaN
             of a control, and of what is the same at all tokens of a type.
+        partial_placed: the same, given the ranks of the place too; NaN without one, and of it.
         within_type: of ranks among the tokens of one type.
         beyond: modulus of the rank correlation less the largest of a rival; NaN of rivals.
     """
@@ -39,11 +40,12 @@ class Association:
     rank_correlation: Estimate
     auc: Estimate
     partial: Estimate
+    partial_placed: Estimate
     within_type: Estimate
     beyond: Estimate
 
 
-STATISTICS = ("rank_correlation", "auc", "partial", "within_type", "beyond")
+STATISTICS = ("rank_correlation", "auc", "partial", "partial_placed", "within_type", "beyond")
 
 
 def associations(
@@ -54,6 +56,7 @@ def associations(
     *,
     rivals: Sequence[str],
     controls: Sequence[str],
+    place: str | None = None,
     worst: float,
     resamples: int = 1000,
     seed: int = 0,
@@ -67,18 +70,20 @@ def associations(
         kind: type of each token, an integer, (N,).
         rivals: names of the predictors that others are compared with.
         controls: names of the predictors that partial correlations hold fixed.
+        place: name of the predictor that `partial_placed` holds fixed too.
         worst: share of tokens that are the worst: those whose harm is in its upper tail.
         resamples: texts that the bootstrap draws.
         seed: of the bootstrap.
     """
     found = {}
+    places = [] if place is None else [place]
     for of_harms in _by_known(harms):
         for of_predictors in _by_known(predictors):
             first_harm, first = harms[of_harms[0]], predictors[of_predictors[0]]
             rows = ~np.isnan(first_harm) & ~np.isnan(first)
             if len(np.unique(document[rows])) < 2:
                 continue
-            names = list(dict.fromkeys([*rivals, *controls, *of_predictors]))
+            names = list(dict.fromkeys([*rivals, *controls, *places, *of_predictors]))
             group = _Group(
                 {name: harms[name][rows] for name in of_harms},
                 {name: predictors[name][rows] for name in names},
@@ -86,6 +91,7 @@ def associations(
                 np.unique(kind[rows], return_inverse=True)[1],
                 rivals,
                 controls,
+                places,
                 worst,
             )
             values = bootstrap(group.statistic, group.documents, resamples=resamples, seed=seed)
@@ -119,6 +125,7 @@ class _Group:
         kind: np.ndarray,
         rivals: Sequence[str],
         controls: Sequence[str],
+        places: Sequence[str],
         worst: float,
     ) -> None:
         values = np.array([*harms.values(), *predictors.values()])
@@ -130,6 +137,7 @@ class _Group:
         ones = np.ones(len(kind))
         self._of_type = sparse.csr_array((ones, (kind, np.arange(len(kind)))))
         self._controls = [self._harms + names.index(name) for name in controls]
+        self._places = [self._harms + names.index(name) for name in places]
         self._rivals = [names.index(name) for name in rivals]
         repeated = np.bincount(kind)[kind] > 1  # of a type that is there once no rank is known
         inside = np.zeros(values.shape)
@@ -166,13 +174,17 @@ class _Group:
         there = sizes > 0
         inside_types = products - sums[there].T @ (sums[there] / sizes[there, None])
         partial = _partial(inside_types, np.diag(products), self._controls)[:h, h:]
+        placed = np.full_like(partial, np.nan)
+        if self._places:
+            controls = [*self._controls, *self._places]
+            placed = _partial(inside_types, np.diag(products), controls)[:h, h:]
 
         moments = np.tensordot(counts.astype(float), self._inside, 1)
         mean = moments[:-1, -1]
         with np.errstate(invalid="ignore", divide="ignore"):
             within = moments[:-1, :-1] - np.outer(mean, mean) / moments[-1, -1]
         within = _correlations(within)[:h, h:]
-        return np.stack([correlation, above + 0.5, partial, within, beyond]).ravel()
+        return np.stack([correlation, above + 0.5, partial, placed, within, beyond]).ravel()
 
 
 class WeightedRanks:

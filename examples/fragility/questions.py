@@ -22,6 +22,7 @@ RIVALS = (
 """Predictors that cost nothing, or that others have published."""
 
 CONTROLS = ("loss", "entropy")  # and the token's type: what partial correlations hold fixed
+PLACE = "position"  # what a second partial correlation holds fixed too
 PRIMARY = "sigma_min_worst"
 PRIMARY_HARM = "noise_0.25"
 PERMUTED = f"permuted_{PRIMARY}"

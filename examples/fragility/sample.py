@@ -19,7 +19,8 @@ from probattn.models.transformer_decoder import as_decoder
 from probattn.text.batches import map_batches
 from probattn.text.corpora import read_text
 
-_HEADING = re.compile(r"(?m)^ = [^=\n].*[^=\n] = $")  # of an article of WikiText
+# The empty line before the heading of an article of WikiText; one without such lines is a formula.
+_ARTICLE = re.compile(r"(?m)^ ?\n(?= = [^=\n].*[^=\n] = ?\n ?\n)")
 _TOGETHER = 2  # windows in a call: more of them are no faster on a CPU, and need more memory
 _CLEAN = Gaussian(0.0)
 
@@ -132,9 +133,9 @@ def _documents(run: FittedRun, text: Path, tokens: np.ndarray, starts: np.ndarra
 
     A window is a document of its own in a text without headings of articles.
     """
-    headings = np.array([found.start() for found in _HEADING.finditer(read_text(text))])
-    if len(headings) < 2:
+    articles = np.array([found.start() for found in _ARTICLE.finditer(read_text(text))])
+    if len(articles) < 2:
         return np.arange(len(starts))
     begun = np.cumsum(run.vocabulary.token_characters[tokens], dtype=np.int64)
-    # Characters before a window's second token: a heading at its very start is its own.
-    return np.searchsorted(headings, begun[starts])
+    # Characters before a window's second token: an article at its very start is its own.
+    return np.searchsorted(articles, begun[starts])

@@ -3,6 +3,7 @@
 python examples/fragility/summarise.py examples/fragility/results
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from associations import STATISTICS, Association, associations
 from matplotlib.axes import Axes
-from questions import CONTROLS, HARM, PERMUTED, PLACES, PRIMARY, RIVALS, SIZE, WORST
+from questions import CONTROLS, HARM, PERMUTED, PLACE, PLACES, PRIMARY, RIVALS, SIZE, WORST
 
 from probattn.inference.evaluation.intervals import Estimate
 from probattn.inference.figures.style import (
@@ -52,11 +53,21 @@ _SHOWN = {
 
 def main(arguments: Sequence[str]) -> int:
     """Summarise the folder that the command line names."""
-    if len(arguments) != 1:
-        print("expected one folder with tokens.csv.gz", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description="make tables and a figure of a table of tokens")
+    parser.add_argument("folder", type=Path, help="folder with tokens.csv.gz")
+    parser.add_argument(
+        "--without",
+        type=int,
+        nargs="+",
+        metavar="TYPE",
+        help="leave out the tokens of these types, and write answers_without.md alone",
+    )
+    options = parser.parse_args(arguments)
     try:
-        for path in summarise(Path(arguments[0])):
+        if options.without:
+            print(summarise_without(options.folder, options.without))
+            return 0
+        for path in summarise(options.folder):
             print(path)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -72,6 +83,24 @@ def summarise(folder: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> lis
     answers = folder / "answers.md"
     write_text(answers, answers_table(found))
     return [table, answers, draw(found, folder / "fragility.png")]
+
+
+def summarise_without(
+    folder: Path, types: Sequence[int], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Path:
+    """Write the answers that remain without the tokens of some types; returns the file.
+
+    Raises:
+        ValueError: if no token is of one of these types.
+    """
+    tokens = read_packed(folder / "tokens.csv.gz", needed=PLACES)
+    if missing := sorted(set(types) - set(tokens["type"].astype(int))):
+        raise ValueError(f"--without: no token is of type {missing[0]}: expected types that are")
+    left = ~np.isin(tokens["type"], types)
+    chosen = {name: values[left] for name, values in tokens.items()}
+    path = folder / "answers_without.md"
+    write_text(path, answers_table(compute(chosen, resamples=resamples, seed=seed)))
+    return path
 
 
 def compute(
@@ -96,6 +125,7 @@ def compute(
         columns["type"].astype(int),
         rivals=RIVALS,
         controls=CONTROLS,
+        place=PLACE,
         worst=WORST,
         resamples=resamples,
         seed=seed,

@@ -46,6 +46,7 @@ def drawn(tokens=300, types=12, documents=7, seed=0):
     margin = np.round(0.5 * harm + rng.normal(size=tokens), 1)  # with ties
     margin[:5] = -np.inf
     predictors = {"loss": loss, "entropy": entropy, "margin": margin, "type_mean": kind * 2.0}
+    predictors["place"] = harm + rng.normal(size=tokens)
     return {"harm": harm, "lacking": lacking}, predictors, np.arange(tokens) % documents, kind
 
 
@@ -59,6 +60,7 @@ def computed(scripts, resamples=20, **changes):
         kind,
         rivals=controls,
         controls=controls,
+        place="place",
         worst=0.05,
         resamples=resamples,
     )
@@ -89,8 +91,13 @@ def test_statistics_are_those_of_scipy_and_of_least_squares(scripts):
             left = [residuals(stats.rankdata(v), types, ranked) for v in (x, y)]
             expected = np.corrcoef(*left)[0, 1]
             assert each.partial.value == pytest.approx(expected, abs=1e-10)
+            ranked.append(stats.rankdata(predictors["place"][known]))
+            left = [residuals(stats.rankdata(v), types, ranked) for v in (x, y)]
+            assert each.partial_placed.value == pytest.approx(np.corrcoef(*left)[0, 1], abs=1e-10)
+            assert abs(each.partial_placed.value - expected) > 0.01
         else:  # a control, or the same at all tokens of a type
-            assert np.isnan(each.partial.value)
+            assert np.isnan(each.partial.value) == (predictor != "place")
+            assert np.isnan(each.partial_placed.value)
     best = max(abs(found["harm", name].rank_correlation.value) for name in ("loss", "entropy"))
     margin = found["harm", "margin"]
     assert margin.beyond.value == pytest.approx(abs(margin.rank_correlation.value) - best)
@@ -116,10 +123,17 @@ def test_ranks_within_a_type_leave_the_types_out(scripts):
 def test_resamples_repeat_whole_documents(scripts):
     harms, predictors, document, kind = drawn()
     group = scripts["associations"]._Group(
-        {"harm": harms["harm"]}, predictors, document, kind, ("loss",), ("loss", "entropy"), 0.05
+        {"harm": harms["harm"]},
+        predictors,
+        document,
+        kind,
+        ("loss",),
+        ("loss", "entropy"),
+        (),
+        0.05,
     )
     counts = np.array([2, 0, 1, 3, 0, 0, 1])
-    found = group.statistic(counts[None])[:, 0].reshape(5, len(predictors))
+    found = group.statistic(counts[None])[:, 0].reshape(6, len(predictors))
     rows = np.repeat(np.arange(len(kind)), counts[document])
     y, x = harms["harm"][rows], predictors["margin"][rows]
     assert found[0, 2] == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
@@ -228,8 +242,12 @@ def studied_fixture(scripts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fragility")
     run = imported(folder / "model").run
     text = folder / "text.txt"
-    half = tiny_text(900, seed=2)
-    text.write_text(f" = One = \n{half}\n = Two = \n{half[::-1]}", encoding="utf-8")
+    half = tiny_text(1200, seed=2)
+    formula = " = not a heading = \n"
+    articles = f" \n = One = \n \n{half}\n \n = Two = \n \n{formula}{half[::-1]}"
+    while len(run.vocabulary.encode(articles)) % run.network.block != 1:  # windows that fill it
+        articles = articles[:-1]
+    text.write_text(articles, encoding="utf-8")
     out = folder / "out"
     assert study(scripts, run, text, out) == 0
     return run, text, out, tokens_of(out / "tokens.csv.gz")
@@ -264,6 +282,21 @@ def test_a_study_is_a_table_of_numbers_and_what_is_computed_of_it(studied):
     np.testing.assert_allclose(
         columns["sigma_min_worst"][where], heads.min(0)[: where.sum()], rtol=1e-3
     )
+
+
+@pytest.mark.slow
+def test_answers_without_some_types_are_those_of_the_other_tokens(scripts, studied, capsys):
+    *_, out, columns = studied
+    main = scripts["summarise"].main
+    assert main([str(out), "--without", "0", "1"]) == 0
+    lines = (out / "answers_without.md").read_text(encoding="utf-8").splitlines()
+    [line] = [line for line in lines if line.startswith("| noise_0.5 ")]
+    left = columns["type"] > 1
+    expected = stats.spearmanr(columns["sigma_min_worst"][left], columns["harm_noise_0.5"][left])
+    assert line.split(" | ")[1].startswith(f"{expected.statistic:.2f} (".replace("-", "\u2212"))
+    capsys.readouterr()
+    assert main([str(out), "--without", "9999"]) == 2
+    assert "--without: no token is of type 9999" in capsys.readouterr().err
 
 
 @pytest.mark.slow
