@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from arena_measure import Job, is_done, work
-from arena_plan import Scale, read_methods, read_scale
+from arena_plan import Scale, read_common, read_methods, read_scale
 from arena_results import write_results
 
 from probattn.inference.config_files import format_config
@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
     scale, data = read_scale(options.scale), DataConfig(options.text, options.test)
     every, methods = read_methods(scale), read_methods(scale, options.only)
     setting = _setting(scale, data)
-    _check_folder(options.runs, setting)
+    _check_folder(options.runs, {"setting.txt": setting, "common.txt": read_common()})
     jobs = [
         Job(method, settings, scale, data, options.runs) for method, settings in methods.items()
     ]
@@ -96,15 +96,17 @@ def _setting(scale: Scale, data: DataConfig) -> str:
     )
 
 
-def _check_folder(folder: Path, setting: str) -> None:
-    """Refuse a folder of runs of another scale or text."""
-    path = folder / "setting.txt"
-    if path.exists() and path.read_text(encoding="utf-8") != setting:
-        raise ValueError(
-            f"{folder}: holds runs of another scale, text or version: expected those of "
-            f"{path.name}; name another folder"
-        )
-    write_text(path, setting)
+def _check_folder(folder: Path, common: dict[str, str]) -> None:
+    """Refuse a folder of runs that have something else in common than these files say."""
+    for name, said in common.items():
+        path = folder / name
+        if path.exists() and path.read_text(encoding="utf-8") != said:
+            raise ValueError(
+                f"{folder}: holds runs of another scale, text or version, or of methods that set "
+                f"something else: expected those of {name}; name another folder"
+            )
+    for name, said in common.items():
+        write_text(folder / name, said)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,12 @@ def read_labels() -> dict[str, str]:
     return {method: table["label"] for method, table in tables.items()}
 
 
+def read_common() -> str:
+    """Return what methods.toml sets at every value of each method, a line for each."""
+    tables = tomllib.loads(METHODS.read_text(encoding="utf-8"))
+    return "".join(f"{method}: {table.get('set', {})}\n" for method, table in tables.items())
+
+
 def read_methods(scale: Scale, only: Sequence[str] | None = None) -> Methods:
     """Read the settings of every method, in their order.
 

@@ -49,6 +49,12 @@ class Results:
                 return _subject(row)
         raise ValueError("runs.csv has no ce at the learning rate of all: expected it; run ce too")
 
+    @property
+    def tuned_reference(self) -> Subject:
+        """Cross-entropy alone, at the learning rate that was tuned for it."""
+        tuned = (_subject(row) for row in self.runs if row["method"] == "ce" and row["tuned"])
+        return next(tuned, self.reference)
+
     def subjects(self) -> list[Subject]:
         """Return the reference, and what was tuned or always run, in the order of the table."""
         kept = [_subject(row) for row in self.runs if row["tuned"] or row["always"]]

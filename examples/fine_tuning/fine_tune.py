@@ -16,7 +16,6 @@ from pathlib import Path
 from one_tuning import measured, work
 from tuning_plan import NOISE, PUBLISHED, Sizes, Task, tasks
 
-from probattn.inference import ImportedRun, load_run
 from probattn.inference.runs.csv_tables import write_table
 from probattn.inference.runs.files import write_text
 from probattn.inference.runtime.signals import Ended
@@ -35,11 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)}
     try:
         sizes = _checked(Sizes(**given))
-        if not isinstance(load_run(options.base), ImportedRun):
-            raise ValueError(
-                f"--base: {options.base} is no imported model: expected one; make it with "
-                "`probattn import`"
-            )
         every = list(tasks(options.base, options.text, options.other, sizes, options.out))
         try:
             failed = _run(every)

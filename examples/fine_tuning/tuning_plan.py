@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from probattn.inference import TuneConfig, TuneFitConfig
+from probattn.inference import ImportedRun, TuneConfig, TuneFitConfig, load_run
 from probattn.inference.config_tuning import TUNED_OBJECTIVE
 from probattn.inference.runs.files import write_text
 from probattn.models import ObjectiveConfig
-from probattn.text.corpora import TextConfig, read_text
+from probattn.text.corpora import TextConfig, open_text, read_text
+from probattn.text.pieces import checksum
 
 PUBLISHED = "published"
 SETTINGS = {
@@ -55,6 +56,7 @@ class Task:
         held_out: text that is held out.
         other: text of another kind, which a fit may make the model forget.
         sizes: how much is measured.
+        checksums: of the published model, the text and the other text.
         out: its folder.
     """
 
@@ -65,6 +67,7 @@ class Task:
     held_out: Path
     other: Path
     sizes: Sizes
+    checksums: tuple[str, ...]
     out: Path
 
     @property
@@ -77,8 +80,14 @@ def tasks(base: Path, text: Path, other: Path, sizes: Sizes, out: Path) -> Itera
     """Write the two parts of the text, and list what is made: seed by seed, the published first.
 
     Raises:
-        ValueError: if the text cannot be read, or is shorter than both parts.
+        ValueError: if a text cannot be read, the text is shorter than both parts, or `base` is no
+            imported model.
     """
+    model = load_run(base)
+    if not isinstance(model, ImportedRun):
+        raise ValueError(
+            f"--base: {base} is no imported model: expected one; make it with `probattn import`"
+        )
     parts = {name: out / "texts" / f"{name}.txt" for name in ("train", "held_out")}
     whole = read_text(text)
     if len(whole) < sizes.train + sizes.held_out:
@@ -89,7 +98,8 @@ def tasks(base: Path, text: Path, other: Path, sizes: Sizes, out: Path) -> Itera
     write_text(parts["train"], whole[: sizes.train])
     write_text(parts["held_out"], whole[-sizes.held_out :])
     data = TextConfig(str(parts["train"]), validation=str(parts["held_out"]))
-    places = (base, parts["held_out"], other, sizes)
+    checksums = (model.checksum, *(checksum([open_text(path)]) for path in (text, other)))
+    places = (base, parts["held_out"], other, sizes, checksums)
     yield Task(PUBLISHED, 0, None, *places, out / "runs" / PUBLISHED)
     for seed in range(sizes.seeds):
         fit = TuneFitConfig(

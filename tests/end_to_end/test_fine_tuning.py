@@ -154,7 +154,13 @@ def test_the_command_makes_every_model_once(scripts, model, tmp_path, capsys):
     assert scripts["fine_tune"].main(arguments) == 0
     assert "4 models, 4 of them done before" in capsys.readouterr().out
     assert (tmp_path / "runs.csv").read_bytes() == before
+    task = next(each for each in made(scripts, model, tmp_path) if each.setting == "ce")
+    changed = replace(task, checksums=(*task.checksums[:2], "of another text"))
+    assert scripts["one_tuning"].measured(task)
+    assert scripts["one_tuning"].measured(changed) is None
     assert scripts["fine_tune"].main([*arguments, "--train=100000"]) == 2
     assert "expected at least 100200" in capsys.readouterr().err
     assert scripts["fine_tune"].main([*arguments, "--steps=0"]) == 2
     assert "--steps: got 0, expected an integer >= 1" in capsys.readouterr().err
+    assert scripts["fine_tune"].main([*arguments, f"--base={tuned.path}"]) == 2
+    assert "is no imported model: expected one" in capsys.readouterr().err
