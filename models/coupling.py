@@ -113,8 +113,9 @@ def capped_weights(
 
     Both are divided by sqrt(1 + rho / cap), with rho the bound of c^2 lambda_max((A + A^T) / 2) by
     `_largest_attraction` for the coupling A of the matrices given. So rho becomes
-    rho / (1 + rho / cap) < cap. A coupling that attracts little stays nearly as it is, and so does
-    one that repels, however strong it is. Every direction of A is kept.
+    rho / (1 + rho / cap) < cap. A coupling that attracts or repels little stays nearly as it is.
+    What repels strongly is reduced, since a share of it counts as attraction. Every direction of A
+    is kept.
 
     Rounding is paid for. With n = c^2 |W_Q| |W_K| / sqrt(r) in Frobenius norms and m = min(d, r),
     (640 + 4 d + 64 r) eps n is added to rho, and then (16 m + 64 + 4 (d + 16) sqrt(m)) eps rho.

@@ -271,8 +271,8 @@ def latent_process(
 ) -> CausalAttention:
     """Return the attention process of the embeddings of objective "latent", `length` long.
 
-    It is proper whatever the parameters: repulsive, or of a bounded context where the
-    configuration gives a bound; see `coupling.proper_weights`.
+    It is proper whatever the parameters, up to rounding: repulsive, or of a bounded context where
+    the configuration gives a bound; see `coupling.proper_weights`.
     """
     weights = proper_weights(parameters["w_query"], parameters["w_key"], bound=config.bound)
     scale = jnp.exp(parameters["log_residual_scale"])

@@ -61,8 +61,8 @@ def stability_margin(
         "log_det": log det D_t in nats, -inf where det D_t <= 0.
 
     In the scalar case d = r = 1 the first three are 1 - a Var_{alpha_t}(x) (paper, Proposition 1).
-    The first two change sign where they vanish. They also jump from one sign to the other where two
-    complex eigenvalues of D_t meet on the negative axis, which no singular block marks.
+    The first two change sign only where they vanish, or where two complex eigenvalues of D_t meet
+    on the negative axis, which no singular block marks.
     The first derivative is exact wherever the smallest singular value is simple; second
     derivatives of the two singular-value kinds are not defined by this function.
 

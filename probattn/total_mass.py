@@ -95,9 +95,8 @@ def _mass_on_the_line(context: Float[np.ndarray, " t"], a: float, scale: float) 
     mass = 0.0
     while len(left):
         middle, half = (left + right) / 2, (right - left) / 2
-        _, variance = _moments(middle, context, a)
-        with np.errstate(divide="ignore"):
-            size = np.log(np.maximum(a * variance, 0.0))  # the determinant is 1 - exp(size)
+        size = _log_variance(middle, context, a)
+        size = size + math.log(a) if a > 0 else np.full_like(size, -np.inf)
         rising, falling = size + steepness * half < 0, size - steepness * half > 0
         # Undecided, the determinant is within 2 steepness half of zero: where that times the width
         # is negligible the rise is counted, if it is one. (Where the variance only touches 1 / a,
@@ -129,6 +128,22 @@ def _moments(
     weights = _softmax(a * x[:, None] * context)
     mean = weights @ context
     return mean, np.sum(weights * (context - mean[:, None]) ** 2, axis=1)
+
+
+def _log_variance(
+    x: Float[np.ndarray, " n"], context: Float[np.ndarray, " t"], a: float
+) -> Float[np.ndarray, " n"]:
+    """Return the logarithm of that variance, or an upper bound of it where weights underflow."""
+    _, variance = _moments(x, context, a)
+    logits = a * x[:, None] * context
+    top = np.argmax(logits, axis=1)
+    # Its token is one of those that a mean square distance of all may be taken from.
+    with np.errstate(divide="ignore"):
+        apart = 2 * np.log(np.abs(context - context[top, None]))
+        most = np.max(logits - logits.max(axis=1, keepdims=True) + apart, axis=1)
+        known = np.log(variance)
+    floor = 1e-280 * np.ptp(context) ** 2
+    return np.where(variance > floor, known, most + math.log(len(context)))
 
 
 def _mass_in_the_plane(

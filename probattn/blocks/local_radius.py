@@ -8,6 +8,7 @@ proof in docs/mathematics.md, section 7; every constant bounds something for all
 once.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ from jaxtyping import Array, Float, Int
 from probattn.blocks.singular_values import finite_blocks, singular_value_decomposition
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 _HALVINGS = 14  # of the interval that holds the radius; its lower end is returned
 # An eigenvalue of m is overestimated by at most m^(1 / 2^(squarings + 1)): that of the first order,
@@ -66,7 +66,6 @@ class _Terms(NamedTuple):
     mean_rest: Array
     skew: Array  # the same two of (f - g) / 2
     skew_rest: Array
-    own: Array  # f and g in the norm that a change of the past is measured in
 
 
 def local_radius(
@@ -86,18 +85,23 @@ def local_radius(
         rounding: what the weights may err by, relative to them.
     """
     length, rank = sides.keys.shape
+    tiny = float(jnp.finfo(weights.dtype).tiny)
     terms = lax.map(
         lambda row: _terms(joint, sides, *row),
-        (weights, sides.own, jnp.arange(length)),
+        (weights, rounding, sides.own, jnp.arange(length)),
         batch_size=max(1, min(length, _NUMBERS // (length * rank**2))),
     )
 
     def reached(radius: Float[Array, " T"]) -> Float[Array, " T"]:
-        change = (terms.slope + _quadratic(joint, terms, radius) * radius) * radius
-        return change * (1 + 4 * unit * terms.condition) + (unit + rounding) * 2 * terms.spread
+        quadratic, growth = _quadratic(joint, terms, radius)
+        change = (terms.slope + quadratic * radius) * radius
+        change = change * (1 + 4 * unit * terms.condition) * jnp.exp(4 * rounding)
+        found = change + (unit + rounding) * 2 * terms.spread
+        # What was lost to underflow may be as large as this root, and grows with the weights.
+        return jnp.where(growth < -math.log(tiny) / 4, found, jnp.full_like(found, jnp.inf))
 
     # The radius is below these, since the quadratic form grows with it.
-    least = _quadratic(joint, terms, jnp.zeros_like(rounding))
+    least, _ = _quadratic(joint, terms, jnp.zeros_like(rounding))
     most = jnp.minimum(1 / terms.slope, 1 / jnp.sqrt(least))
     most = jnp.minimum(most, float(jnp.finfo(most.dtype).max) ** 0.25)
 
@@ -114,10 +118,16 @@ def _terms(
     joint: bool,
     sides: Sides,
     weights: Float[Array, " T"],
+    rounding: Float[Array, ""],
     own: Float[Array, " m"],
     position: Int[Array, ""],
 ) -> _Terms:
     sizes, overlap = sides.sizes, sides.overlap
+    past = (jnp.arange(len(weights)) < position).astype(weights.dtype)
+    # A weight that has underflowed grows with a change as any other. So does its square.
+    tiny = float(jnp.finfo(weights.dtype).tiny)
+    weights = jnp.maximum(weights, tiny) * past
+    squares = jnp.maximum(weights, math.sqrt(tiny)) ** 2 * past
     queries, keys = (part - _matmul(weights[None, :], part) for part in (sides.queries, sides.keys))
     left, right, amplified, condition = _amplified(sizes, weights, queries, keys)
     f, g = _matmul(queries, right), _matmul(keys, left)
@@ -126,10 +136,9 @@ def _terms(
     pull = jnp.linalg.norm(pulling)
     mean = _symmetric(_matmul((weights[:, None] * f).T, g))
 
-    past = (jnp.arange(len(weights)) < position).astype(weights.dtype)
-    counts = weights**2 if joint else weights
-    total = jnp.sum(weights**2)
-    others = jnp.sqrt((1 - weights) ** 2 + total - weights**2) if joint else 2 * (1 - weights)
+    counts = squares if joint else weights
+    total = jnp.sum(squares)
+    others = jnp.sqrt((1 - weights) ** 2 + total - squares) if joint else 2 * (1 - weights)
     reach = jnp.stack([others, jnp.linalg.norm(logits, axis=-1)], axis=-1) * past[:, None]
 
     to_pull = _matmul(_matmul(pulling, overlap.T), right), _matmul(pulling, left)
@@ -151,7 +160,8 @@ def _terms(
     parts = jnp.stack([f, g, (f - g) / 2])
     measures = jnp.stack([weights, weights * reach[:, 0] ** 2, weights * reach[:, 1] ** 2])
     if joint:
-        measures = jnp.concatenate([measures, weights[None, :] * measures])
+        on_squares = [squares, squares * reach[:, 0] ** 2, squares * reach[:, 1] ** 2]
+        measures = jnp.concatenate([measures, jnp.stack(on_squares)])
     weighted = measures.T[None, :, :, None] * parts[:, :, None, :]
     rows = jnp.swapaxes(weighted.reshape(*parts.shape[:2], -1), -1, -2)
     moments = _matmul(rows, parts).reshape(-1, *mean.shape)
@@ -167,10 +177,13 @@ def _terms(
     deviations = jnp.sqrt(variances.reshape(3, -1))
     by_logits, (shared, third, middle) = jnp.sqrt(others[0]), others[1:]
     of_all, counted = deviations[:, :3], deviations[:, -3:]
+    spread = of_all[0, 0] * of_all[1, 0]
+    # What the error of the weights does to sums whose terms have both signs.
+    third, shared = third + rounding * spread, shared + rounding * spread
+    slopes = jnp.sqrt(slopes) + rounding * by_logits * of_all[:, 0]
 
     deviation = deviation * by_logits
     first = jnp.sqrt(of_vectors + deviation**2) if joint else of_vectors + deviation
-    spread = of_all[0, 0] * of_all[1, 0]
     third_rest = of_all[0, 1:] * of_all[1, 1:] + shared * _matmul(weights, reach**2)
     logit_variance = jnp.minimum(_matmul(weights, reach[:, 0] ** 2), 1.0)
     if joint:
@@ -180,11 +193,11 @@ def _terms(
         flat = (jnp.sqrt(peak) + jnp.sqrt((spread + shared) * total)) ** 2
         third_rest = jnp.stack([jnp.minimum(third_rest[0], flat), third_rest[1]])
         logit_variance = jnp.minimum(jnp.minimum(logit_variance, 0.5), jnp.max(weights))
-    means = jnp.stack([counted[:, 0], jnp.sqrt(slopes)], axis=-1)
+    means = jnp.stack([counted[:, 0], slopes], axis=-1)
     return _Terms(
         condition,
         spread,
-        _largest(first[None], _SQUARINGS)[0],
+        _largest(first[None], _SQUARINGS)[0] + rounding * spread * (pull + by_logits),
         jnp.max(sizes),
         pull,
         reach,
@@ -200,7 +213,6 @@ def _terms(
         of_all[0, 1:] + of_all[1, 1:],
         means[2],
         of_all[2, 1:],
-        counted[0, 0] + counted[1, 0],
     )
 
 
@@ -261,8 +273,11 @@ def _amplified(
     return left * size[None, :], right.T * size[None, :], amplified, condition
 
 
-def _quadratic(joint: bool, terms: _Terms, radius: Float[Array, " T"]) -> Float[Array, " T"]:
-    """Bound the rest of the change over the squared radius; the bound grows with the radius."""
+def _quadratic(joint: bool, terms: _Terms, radius: Float[Array, " T"]) -> tuple[Array, Array]:
+    """Bound the rest of the change over the squared radius, and the change of every logit.
+
+    Both grow with the radius.
+    """
     pull = jnp.stack([terms.pull + terms.coupling * radius, jnp.ones_like(radius)], axis=-1)
     most = terms.reach * pull[:, None, :]
     most = jnp.max(jnp.linalg.norm(most, axis=-1) if joint else jnp.sum(most, axis=-1), axis=-1)
@@ -290,7 +305,7 @@ def _quadratic(joint: bool, terms: _Terms, radius: Float[Array, " T"]) -> Float[
         form = (squares[:, 0] + squares[:, 1] + gap) / 2
     else:
         form = squares[:, 0] + squares[:, 1] + product
-    return form + second * deviation * terms.size * terms.own
+    return form, most
 
 
 def _exponential(x: Array) -> tuple[Array, Array]:

@@ -56,15 +56,42 @@ def is_proper(
     """
     check_bound(bound)
     w_query, w_key = weights_alone("is_proper", w_query, w_key)
+    largest, rounding = _attraction(w_query, w_key)
+    # Norms overflow before their product does, and nothing is forgiven then.
+    proper = (largest <= rounding) & jnp.isfinite(rounding)
+    return proper | _within_bound(largest, rounding, bound)
+
+
+def never_folds(
+    w_query: Float[Array, "*batch d r"],
+    w_key: Float[Array, "*batch d r"],
+    bound: ArrayLike | None,
+) -> Bool[Array, "*batch"]:
+    """Tell the same and forgive no rounding, so that no context at any distance can fold.
+
+    Where W_K is -W_Q to the last bit, A + A^T is negative semidefinite without any rounding.
+    """
+    largest, rounding = _attraction(w_query, w_key)
+    opposite = jnp.all(w_key == -w_query, axis=(-2, -1))
+    return opposite | (largest + rounding <= 0) | _within_bound(largest, rounding, bound)
+
+
+def _within_bound(
+    largest: Float[Array, "*batch"], rounding: Float[Array, "*batch"], bound: ArrayLike | None
+) -> Bool[Array, "*batch"]:
+    if bound is None:
+        return jnp.zeros(largest.shape, bool)
+    return jnp.asarray(bound, largest.dtype) ** 2 * (largest + rounding) <= 1
+
+
+def _attraction(
+    w_query: Float[Array, "*batch d r"], w_key: Float[Array, "*batch d r"]
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """Return the largest eigenvalue of (A + A^T) / 2, and what rounding may do to it."""
     width, rank = w_query.shape[-2:]
     sizes = jnp.linalg.norm(w_query, axis=-2) * jnp.linalg.norm(w_key, axis=-2)
     rounding = (width + rank) * jnp.finfo(sizes.dtype).eps * sizes.sum(-1) / math.sqrt(rank)
-    largest = _largest_attraction(w_query, w_key)
-    # Norms overflow before their product does, and nothing is forgiven then.
-    proper = (largest <= rounding) & jnp.isfinite(rounding)
-    if bound is not None:
-        proper |= jnp.asarray(bound, largest.dtype) ** 2 * (largest + rounding) <= 1
-    return proper
+    return _largest_attraction(w_query, w_key), rounding
 
 
 def _largest_attraction(

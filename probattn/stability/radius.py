@@ -23,7 +23,7 @@ from probattn.blocks.nonfinite import zero_nonfinite
 from probattn.blocks.promotion import with_rank
 from probattn.margins import infeasible
 from probattn.stability.certificates import context_squares
-from probattn.stability.proper import is_proper
+from probattn.stability.proper import never_folds
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -52,12 +52,13 @@ def certified_radius(
             norm of each token's change.
 
     Returns:
-        (..., T), in the unit of x. It is +inf at positions 0 and 1. It is +inf too where
-        `is_proper` says that no context folds, with the rounding that is forgiven there. It is 0
-        where the position is `infeasible` or nothing is proved, and NaN where the token or one of
-        its past is not finite. A sum of n numbers is taken to err by 8 n rounding errors, so in
-        float32 the radius is smaller by about 1e-3 of itself, and by more near the boundary. It has
-        no derivative.
+        (..., T), in the unit of x. It is +inf at positions 0 and 1, and where no context can fold:
+        where W_K is -W_Q, or where `is_proper` says so with no rounding forgiven. Other couplings
+        that repel have a large radius. It is 0 where the position is `infeasible` or nothing is
+        proved, and NaN where the token or one of its past is not finite. A sum of n numbers is
+        taken to err by 8 n rounding errors, so in float32 the radius is smaller by about 1e-3 of
+        itself, and by more near the boundary. Weights that underflow are taken as the smallest
+        normal number. It has no derivative.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is
@@ -85,12 +86,12 @@ def certified_radius(
     if bound is not None:  # values err by a rounding error of phi
         lost = 4 * precision * math.sqrt(x.shape[-2]) * _longest_before(bounded(x, bound))
         found = jnp.maximum(found - with_rank(lost, found.ndim), jnp.zeros_like(found))
-    crossed = infeasible(x, w_query, w_key, bound=bound)
-    found = jnp.where(crossed, jnp.zeros_like(found), found)
     first = with_rank(jnp.arange(x.shape[-2]) < 2, found.ndim)
-    never = is_proper(w_query, w_key, bound=bound)
+    never = never_folds(w_query, w_key, bound)
     certain = with_rank(never[..., None], found.ndim) | first
     found = jnp.where(certain, jnp.full_like(found, jnp.inf), found)
+    crossed = infeasible(x, w_query, w_key, bound=bound)
+    found = jnp.where(crossed, jnp.zeros_like(found), found)
     return jnp.where(jnp.any(jnp.isnan(weights), axis=-1), jnp.full_like(found, jnp.nan), found)
 
 

@@ -101,7 +101,10 @@ def _has_crossed(blocks: Float[Array, "n r r"]) -> Bool[Array, " n"]:
     finite, whole = finite_blocks(blocks)
     real, imaginary = eigenvalues(whole)
     known = finite & jnp.all(jnp.isfinite(real) & jnp.isfinite(imaginary), axis=-1)
-    return ~known | jnp.any((imaginary == 0) & (real <= 0), axis=-1)
+    # Rounding makes a pair of equal eigenvalues complex, by as much as its root.
+    size = jnp.linalg.norm(whole, axis=(-2, -1))
+    reach = math.sqrt(blocks.shape[-1] * float(jnp.finfo(blocks.dtype).eps)) * size
+    return ~known | jnp.any((jnp.abs(imaginary) <= reach[:, None]) & (real <= 0), axis=-1)
 
 
 def _bilinear(

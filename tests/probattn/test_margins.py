@@ -190,6 +190,20 @@ def test_a_twice_folded_token_is_infeasible_in_every_sense_but_the_determinant()
     assert at_zero == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rounding_does_not_hide_a_fold_of_two_equal_eigenvalues(dtype):
+    """D = -I, turned by many angles: rounding makes its eigenvalues a complex pair at some."""
+    past = np.array([[2.0, 0], [-2, 0], [0, 2], [0, -2], [0, 0]])
+    angles = np.random.default_rng(0).uniform(0, 2 * np.pi, 200)
+    turns = np.array([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]])
+    turns = np.moveaxis(turns, -1, 0)
+    x = np.einsum("kij,tj->kti", turns, past).astype(dtype)
+    w = (turns * 2**0.25).astype(dtype)
+    margin, crossed = margin_and_crossed(x, w, w)
+    np.testing.assert_allclose(margin[:, -1], -1, rtol=1e-5)
+    assert np.all(crossed[:, -1])
+
+
 def test_margin_is_not_positive_exactly_where_the_position_is_infeasible():
     """Whatever two negative eigenvalues make of the determinant."""
     hidden = 0

@@ -74,6 +74,19 @@ def test_a_sharp_fold_is_found(size, coupling):
     assert mass == pytest.approx(2, abs=1e-9)  # a residual near 0 has a preimage at either token
 
 
+def test_a_fold_is_found_where_weights_underflow():
+    """The weights underflow on both sides of a narrow fold."""
+    gap, a = 1e4, 0.1
+    found = pa.conditional_mass([[-1.0], [gap]], [[a]], [[1.0]], 1.0)
+    x = np.linspace(-0.02, 0.02, 4_000_001)  # the fold is where the logits are equal
+    weight = 1 / (1 + np.exp(-a * x * (gap + 1)))
+    mean = -1 + weight * (gap + 1)
+    slope = 1 - a * weight * (1 - weight) * (gap + 1) ** 2
+    folded = np.exp(-((x - mean) ** 2) / 2) / np.sqrt(2 * np.pi) * np.minimum(slope, 0)
+    assert found == pytest.approx(1 - np.trapezoid(folded, x), abs=1e-4)
+    assert found > 1.8
+
+
 def test_the_split_of_the_coupling_does_not_matter():
     past = np.array([[-3.0], [2.5], [0.1]])
     wide = pa.conditional_mass(past, np.array([[0.2, 0.4]]), np.array([[1.0, 0.5]]), 1.3)

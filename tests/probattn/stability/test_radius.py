@@ -98,6 +98,40 @@ def test_radius_is_zero_where_two_eigenvalues_hide_a_fold():
     assert np.all(found[~crossed] > 0)
 
 
+@pytest.mark.parametrize(
+    ("half", "query", "dtype"),
+    [(500.0, 0.709, np.float64), pytest.param(50.0, 0.88, np.float32, marks=SLOW)],
+)
+def test_radius_holds_where_a_weight_has_underflowed(half, query, dtype):
+    """The query turns back to a token whose weight is no normal number."""
+    x = np.array([[half], [-half], [query], [query]], dtype)
+    found = radii()(x, ONE.astype(dtype), ONE.astype(dtype))[2]
+    # There the weights w and 1 - w have w (1 - w) (2 half)^2 = 1.
+    w = (1 + np.sqrt(1 - 1 / half**2)) / 2
+    nearest = query - np.log(w / (1 - w)) / (2 * half)
+    assert nearest / 10 < found < nearest
+
+
+@pytest.mark.slow
+def test_radius_forgives_no_rounding_of_a_coupling():
+    """One column attracts by less than what `is_proper` forgives, and folds tokens far apart."""
+    rng = np.random.default_rng(0)
+    w_query = rng.standard_normal((128, 16)).astype(np.float32)
+    w_key = -w_query
+    # A direction that no other column sees, so that its attraction is an eigenvalue.
+    other = np.linalg.svd(w_query[:, :-1].T)[2][-1].astype(np.float32)
+    w_query[:, -1] = w_key[:, -1] = 0.13 * other
+    attraction = 0.13**2 / 4
+    assert pa.is_proper(w_query, w_key)
+    for share in (0.7, 1.4):  # of the distance at which the pair folds
+        x = np.zeros((3, 128), np.float32)
+        x[0], x[1] = share * other / np.sqrt(attraction), -share * other / np.sqrt(attraction)
+        found = radii()(x, w_query, w_key)[2]
+        nearest = max(np.sqrt(2) * (1 - share) / np.sqrt(attraction), 0)
+        assert (0 < found <= nearest) if share < 1 else found == 0
+    assert np.all(radii()(x, w_query, -w_query) == np.inf)
+
+
 def test_nonfinite_tokens_reach_the_positions_that_see_them():
     x = pair(1.2, length=4)
     x[2] = np.nan
