@@ -95,8 +95,10 @@ def write_results(every: Sequence[Task], out: Path) -> None:
             seed = "" if task.setting == PUBLISHED else task.seed
             rows.append((task.setting, seed, *(found[each] for each in COLUMNS)))
     write_table(out / "runs.csv", ("setting", "seed", *COLUMNS), rows)
-    sizes = dataclasses.asdict(every[0].sizes)
-    write_text(out / "setting.txt", "".join(f"{name}: {n}\n" for name, n in sizes.items()))
+    names = ("model", "text", "other text")
+    said = {name: each[:12] for name, each in zip(names, every[0].checksums, strict=True)}
+    said |= dataclasses.asdict(every[0].sizes)
+    write_text(out / "setting.txt", "".join(f"{name}: {n}\n" for name, n in said.items()))
 
 
 if __name__ == "__main__":

@@ -154,8 +154,8 @@ def with_base[C: RunConfig | TuneConfig](
         config: configuration of a fit.
         base: the run as it was named, if it was.
         out: directory of the fit.
-        resume: whether the fit goes on. Without a name its model is where it was; a name is noted
-            in `out`.
+        resume: whether the fit goes on. Without a name its model is where it was. A name is noted
+            in `out`, also of a fit that has ended, or whose text is gone.
 
     Raises:
         ValueError: if it is named for a fit that has no use for it, or is not named for one that

@@ -48,7 +48,8 @@ class TunedRun(FitDirectory, DecoderRun):
         if (checksum := found.checksum) != given.sha256:
             raise RunError(
                 f"{self.path}: was fitted from {path} with checksum {given.sha256[:12]}, and the "
-                f"model there now has {checksum[:12]}; restore it, or start a new run"
+                f"model there now has {checksum[:12]}; restore it, name its place (fit --resume "
+                f"--out {self.path} --from PLACE), or start a new run"
             )
         return found
 

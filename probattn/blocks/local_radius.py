@@ -97,7 +97,7 @@ def local_radius(
         change = (terms.slope + quadratic * radius) * radius
         change = change * (1 + 4 * unit * terms.condition) * jnp.exp(4 * rounding)
         found = change + (unit + rounding) * 2 * terms.spread
-        # What was lost to underflow may be as large as this root, and grows with the weights.
+        # What underflow loses is sqrt(tiny) at most, and grows by e^growth: docs/mathematics.md, 7.
         return jnp.where(growth < -math.log(tiny) / 4, found, jnp.full_like(found, jnp.inf))
 
     # The radius is below these, since the quadratic form grows with it.
@@ -323,7 +323,9 @@ def _symmetric(matrices: Float[Array, "*batch m m"]) -> Float[Array, "*batch m m
 
 def _largest(matrices: Float[Array, "k m m"], squarings: int) -> Float[Array, " k"]:
     """Bound the largest |eigenvalue| of symmetric matrices by norms of their powers."""
-    found = jnp.ones(matrices.shape[:-2], matrices.dtype)
+    # A norm squares the entries, which loses those below the root of the smallest number.
+    found = jnp.max(jnp.abs(matrices), axis=(-2, -1))
+    matrices = matrices / jnp.where(found > 0, found, jnp.ones_like(found))[..., None, None]
     for step in range(squarings):
         size = jnp.linalg.norm(matrices, axis=(-2, -1))
         found = found * size ** (0.5**step)

@@ -69,7 +69,8 @@ def never_folds(
 ) -> Bool[Array, "*batch"]:
     """Tell the same and forgive no rounding, so that no context at any distance can fold.
 
-    Where W_K is -W_Q to the last bit, A + A^T is negative semidefinite without any rounding.
+    Where W_K is -W_Q to the last bit, A + A^T is negative semidefinite without any rounding. What
+    is lost where products of the weights underflow is not counted.
     """
     largest, rounding = _attraction(w_query, w_key)
     opposite = jnp.all(w_key == -w_query, axis=(-2, -1))

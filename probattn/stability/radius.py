@@ -54,11 +54,11 @@ def certified_radius(
     Returns:
         (..., T), in the unit of x. It is +inf at positions 0 and 1, and where no context can fold:
         where W_K is -W_Q, or where `is_proper` says so with no rounding forgiven. Other couplings
-        that repel have a large radius. It is 0 where the position is `infeasible` or nothing is
-        proved, and NaN where the token or one of its past is not finite. A sum of n numbers is
-        taken to err by 8 n rounding errors, so in float32 the radius is smaller by about 1e-3 of
-        itself, and by more near the boundary. Weights that underflow are taken as the smallest
-        normal number. It has no derivative.
+        that repel have a radius of about 1 / sqrt(delta), delta being the rounding in `is_proper`.
+        It is 0 where the position is `infeasible` or nothing is proved, and NaN where the token or
+        one of its past is not finite. A sum of n numbers is taken to err by 8 n rounding errors, so
+        in float32 the radius is smaller by about 1e-3 of itself, and by more near the boundary.
+        Weights that underflow are taken as the smallest normal number. It has no derivative.
 
     Raises:
         ValueError: if the shapes do not fit, the arrays are not floating point or the bound is

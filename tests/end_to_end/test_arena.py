@@ -311,5 +311,12 @@ def test_a_tiny_arena_goes_on_and_ends_with_its_tables(scripts, tmp_path, capsys
     ):
         assert run(*arguments) == 2
         assert line in capsys.readouterr().err
+    assert results.tuned_reference.method == "ce"
+    assert results.is_tuned(results.tuned_reference)
+    common = tmp_path / "runs" / "common.txt"
+    assert "margin: {'objective': 'margin'}" in common.read_text()
+    common.write_text("ce: {}\n")
+    assert run("--only", "ce") == 2
+    assert "expected those of common.txt" in capsys.readouterr().err
     assert scripts["arena_report"].main([str(tmp_path)]) == 2
     assert "has no runs.csv" in capsys.readouterr().err

@@ -165,6 +165,11 @@ def test_a_model_that_was_moved_is_found_or_named(tuned, tmp_path):
     before = (run / "config.toml").read_text()
     with pytest.raises(RunError, match=r"in blocks of 16, and .*/other has \w+ and 8; name the"):
         fit(tuned.config, run, base=other.path, resume=True)
+    changed = shutil.copytree(new, tmp_path / "changed")
+    described = changed / "model/config.json"
+    described.write_text(described.read_text().replace('"rope_theta": 100000', '"rope_theta": 9'))
+    with pytest.raises(RunError, match="name the import that it began with"):
+        fit(tuned.config, run, base=changed, resume=True)
     assert (run / "config.toml").read_text() == before
     found = fit(tuned.config, run, base=new, resume=True).run
     assert_equal(found.sites, tuned.run.sites)

@@ -113,6 +113,19 @@ def test_radius_holds_where_a_weight_has_underflowed(half, query, dtype):
 
 
 @pytest.mark.slow
+def test_radius_holds_where_second_moments_underflow():
+    """Their entries are below the root of the smallest number, and grow by e^22 in the ball."""
+    x = np.array([[0], [1e9], [-3e6], [-3e6]], np.float32)
+    w = np.full((1, 1), 1e-7, np.float32)
+    found = radii()(x, w, w)[2]
+    steps = np.linspace(0, 3e6, 30001)  # of the query towards the far token
+    weight = 1 / (1 + np.exp(-1e-14 * (steps - 3e6) * 1e9))
+    determinant = 1 - 1e-14 * weight * (1 - weight) * 1e18
+    nearest = steps[np.argmax(determinant <= 0)]
+    assert 0.9 * nearest < found < nearest
+
+
+@pytest.mark.slow
 def test_radius_forgives_no_rounding_of_a_coupling():
     """One column attracts by less than what `is_proper` forgives, and folds tokens far apart."""
     rng = np.random.default_rng(0)
