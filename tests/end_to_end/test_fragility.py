@@ -202,6 +202,22 @@ def test_the_committed_table_is_that_of_the_committed_tokens(scripts, folder):
     assert max(abs(float(row["rank_correlation"])) for row in permuted) < 0.1
 
 
+def test_the_page_of_results_has_the_committed_numbers():
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    section = page.partition("## On a real model")[2].partition("\n## ")[0]
+    answers = (FOLDER / "results/answers.md").read_text(encoding="utf-8")
+    shown, committed = ([cells(line) for line in text.splitlines()] for text in (section, answers))
+    shown = [row for row in shown if len(row) > 1][2:]
+    assert len(shown) == len(committed) - 2 == 15
+    for row, found in zip(shown, committed[2:], strict=True):
+        rival = found[6].replace("token_constraint_bound", "Token Constraint Bound")
+        assert row[1:] == [found[1], found[3], found[5], rival.replace("_", " ")], row[0]
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def check_intervals(columns, committed):
     """Draw articles anew for some cells: percentiles of so few resamples vary by a sixth."""
     rng, documents = np.random.default_rng(1), np.unique(columns["document"])
