@@ -111,7 +111,8 @@ def infeasible(
     """Tell which positions lie beyond the boundary: D_t has a real eigenvalue <= 0.
 
     R_t then has it too. This is the sign of the margins "sigma_min" and "reduced". It is wider than
-    a determinant <= 0, which an even number of negative eigenvalues hides.
+    a determinant <= 0, which an even number of negative eigenvalues hides. An eigenvalue of R_t
+    counts as real if its imaginary part is at most sqrt(r eps) times the Frobenius norm of R_t.
 
     Args:
         x: token embeddings (..., T, d), or an `AttentionStage` in place of all other arrays.

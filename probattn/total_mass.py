@@ -95,8 +95,10 @@ def _mass_on_the_line(context: Float[np.ndarray, " t"], a: float, scale: float) 
     mass = 0.0
     while len(left):
         middle, half = (left + right) / 2, (right - left) / 2
-        size = _log_variance(middle, context, a)
-        size = size + math.log(a) if a > 0 else np.full_like(size, -np.inf)
+        # The determinant is 1 - exp(size).
+        size = np.full_like(middle, -np.inf)
+        if a > 0:
+            size = math.log(a) + _log_variance(middle, context, a)
         rising, falling = size + steepness * half < 0, size - steepness * half > 0
         # Undecided, the determinant is within 2 steepness half of zero: where that times the width
         # is negligible the rise is counted, if it is one. (Where the variance only touches 1 / a,
@@ -133,17 +135,21 @@ def _moments(
 def _log_variance(
     x: Float[np.ndarray, " n"], context: Float[np.ndarray, " t"], a: float
 ) -> Float[np.ndarray, " n"]:
-    """Return the logarithm of that variance, or an upper bound of it where weights underflow."""
+    """Return the logarithm of the variance of the context under the attention of each token x.
+
+    Where weights underflow it is an upper bound: the mean square distance from the token of largest
+    weight is no smaller than the variance.
+    """
     _, variance = _moments(x, context, a)
-    logits = a * x[:, None] * context
-    top = np.argmax(logits, axis=1)
-    # Its token is one of those that a mean square distance of all may be taken from.
+    lost = variance <= 1e-280 * np.ptp(context) ** 2
     with np.errstate(divide="ignore"):
-        apart = 2 * np.log(np.abs(context - context[top, None]))
-        most = np.max(logits - logits.max(axis=1, keepdims=True) + apart, axis=1)
-        known = np.log(variance)
-    floor = 1e-280 * np.ptp(context) ** 2
-    return np.where(variance > floor, known, most + math.log(len(context)))
+        found = np.log(variance)
+        logits = a * x[lost, None] * context
+        top = np.argmax(logits, axis=1)
+        terms = logits - logits.max(axis=1, keepdims=True)
+        terms += 2 * np.log(np.abs(context - context[top, None]))
+    found[lost] = np.max(terms, axis=1) + math.log(len(context))
+    return found
 
 
 def _mass_in_the_plane(

@@ -14,6 +14,7 @@ import dataclasses
 import platform
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,8 +24,7 @@ from one_average import MARGIN_LEVELS, measured, work
 from probattn.inference.config_files import format_config
 from probattn.inference.runs.csv_tables import write_table
 from probattn.inference.runs.files import write_text
-from probattn.inference.runtime.signals import Ended
-from probattn.inference.runtime.task_processes import run_apart, tell
+from probattn.inference.runtime.task_processes import exit_status, run_apart
 
 _NAME = "averages.py"
 RUN = ("objective", "method", "seed")
@@ -38,34 +38,7 @@ COVERAGE = ("coverage", "coverage_bpc", "coverage_accuracy")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names; the exit status is 0 only when all of it is done."""
-    options = _parser().parse_args(arguments)
-    scale = SCALES[options.scale]
-    given = {name: getattr(options, name) for name in ("gradients", "seeds")}
-    scale = dataclasses.replace(scale, **{n: value for n, value in given.items() if value})
-    out = options.out / options.scale
-    try:
-        every = list(tasks(scale, text=options.text, out=out))
-        wanted = [
-            task
-            for task in tasks(scale, text=options.text, out=out, only=options.only)
-            if options.objectives is None or task.config.objective.name in options.objectives
-        ]
-        try:
-            failed = _run(wanted)
-        finally:  # an interrupted command leaves what it has
-            write_results(every, scale, out)
-    except Ended as ended:
-        tell(_NAME, f"{ended}; the same command goes on from here")
-        return 128 + ended.signum
-    except (OSError, ValueError) as error:
-        tell(_NAME, str(error))
-        return 2
-    # Not above: the processes of the runs import this file, and need no Matplotlib.
-    from averages_report import write_report
-
-    for path in write_report(options.out):
-        print("wrote", path)
-    return 1 if failed else 0
+    return exit_status(_NAME, partial(_run, _parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +54,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(wanted: Sequence[Task]) -> int:
+def _run(options: argparse.Namespace) -> int:
+    scale = SCALES[options.scale]
+    given = {name: getattr(options, name) for name in ("gradients", "seeds")}
+    scale = dataclasses.replace(scale, **{n: value for n, value in given.items() if value})
+    out = options.out / options.scale
+    every = list(tasks(scale, text=options.text, out=out))
+    wanted = [
+        task
+        for task in tasks(scale, text=options.text, out=out, only=options.only)
+        if options.objectives is None or task.config.objective.name in options.objectives
+    ]
+    try:
+        failed = _make(wanted)
+    finally:  # an interrupted command leaves what it has
+        write_results(every, scale, out)
+    # Not above: the processes of the runs import this file, and need no Matplotlib.
+    from averages_report import write_report
+
+    for path in write_report(options.out):
+        print("wrote", path)
+    return 1 if failed else 0
+
+
+def _make(wanted: Sequence[Task]) -> int:
     """Make what is not there yet, with a line for each; returns how many failed."""
     left, failures = [task for task in wanted if measured(task) is None], 0
     print(f"{len(wanted)} runs, {len(wanted) - len(left)} of them done before", flush=True)

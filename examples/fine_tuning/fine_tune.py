@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from one_tuning import measured, work
@@ -18,8 +19,7 @@ from tuning_plan import NOISE, PUBLISHED, Sizes, Task, tasks
 
 from probattn.inference.runs.csv_tables import write_table
 from probattn.inference.runs.files import write_text
-from probattn.inference.runtime.signals import Ended
-from probattn.inference.runtime.task_processes import run_apart, tell
+from probattn.inference.runtime.task_processes import exit_status, run_apart
 
 _NAME = "fine_tune.py"
 COLUMNS = (
@@ -30,29 +30,7 @@ COLUMNS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names; the exit status is 0 only when all of it is done."""
-    options = _parser().parse_args(arguments)
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)}
-    try:
-        sizes = _checked(Sizes(**given))
-        every = list(tasks(options.base, options.text, options.other, sizes, options.out))
-        try:
-            failed = _run(every)
-        finally:  # an interrupted command leaves what it has
-            write_results(every, options.out)
-    except Ended as ended:
-        tell(_NAME, f"{ended}; the same command goes on from here")
-        return 128 + ended.signum
-    except (OSError, ValueError) as error:
-        tell(_NAME, str(error))
-        return 2
-    if failed:
-        return 1
-    # Not above: the processes of the fits import this file, and need no Matplotlib.
-    from tuning_report import write_report
-
-    for path in write_report(options.out):
-        print("wrote", path)
-    return 0
+    return exit_status(_NAME, partial(_run, _parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +44,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(options: argparse.Namespace) -> int:
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)}
+    sizes = _checked(Sizes(**given))
+    every = list(tasks(options.base, options.text, options.other, sizes, options.out))
+    try:
+        failed = _make(every)
+    finally:  # an interrupted command leaves what it has
+        write_results(every, options.out)
+    if failed:
+        return 1
+    # Not above: the processes of the fits import this file, and need no Matplotlib.
+    from tuning_report import write_report
+
+    for path in write_report(options.out):
+        print("wrote", path)
+    return 0
+
+
 def _checked(sizes: Sizes) -> Sizes:
     for name, value in dataclasses.asdict(sizes).items():
         if value < 1:
@@ -74,7 +70,7 @@ def _checked(sizes: Sizes) -> Sizes:
     return sizes
 
 
-def _run(every: Sequence[Task]) -> int:
+def _make(every: Sequence[Task]) -> int:
     """Make what is not there yet, with a line for each; returns how many failed."""
     left, failures = [task for task in every if measured(task) is None], 0
     print(f"{len(every)} models, {len(every) - len(left)} of them done before", flush=True)

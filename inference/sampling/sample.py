@@ -1,9 +1,8 @@
 """Full posteriors by any sampler of the configuration, in segments that are saved as they come.
 
-Chains start from draws of the prior, or from given values; each goes its
-own way in threads, or all in one vectorised call. A chain is a function of the seed alone: where it
-is cut into segments changes no digit, so an interrupted run that is resumed ends as one that was
-not.
+Chains start from draws of the prior, or from given values. Each goes its own way in threads, or all
+go in one vectorised call. A chain is a function of the seed alone: where it is cut into segments
+changes no digit, so an interrupted run that is resumed ends as one that was not.
 """
 
 import hashlib

@@ -93,12 +93,12 @@ def local_radius(
     )
 
     def reached(radius: Float[Array, " T"]) -> Float[Array, " T"]:
-        quadratic, growth = _quadratic(joint, terms, radius)
+        quadratic, shift = _quadratic(joint, terms, radius)
         change = (terms.slope + quadratic * radius) * radius
         change = change * (1 + 4 * unit * terms.condition) * jnp.exp(4 * rounding)
         found = change + (unit + rounding) * 2 * terms.spread
-        # What underflow loses is sqrt(tiny) at most, and grows by e^growth: docs/mathematics.md, 7.
-        return jnp.where(growth < -math.log(tiny) / 4, found, jnp.full_like(found, jnp.inf))
+        # Underflow loses sqrt(tiny) at most, which grows by e^shift: docs/mathematics.md, 7.
+        return jnp.where(shift < -math.log(tiny) / 4, found, jnp.full_like(found, jnp.inf))
 
     # The radius is below these, since the quadratic form grows with it.
     least, _ = _quadratic(joint, terms, jnp.zeros_like(rounding))
@@ -274,9 +274,9 @@ def _amplified(
 
 
 def _quadratic(joint: bool, terms: _Terms, radius: Float[Array, " T"]) -> tuple[Array, Array]:
-    """Bound the rest of the change over the squared radius, and the change of every logit.
+    """Bound the rest of the change over the squared radius, and the shift of every logit.
 
-    Both grow with the radius.
+    Both bounds grow with the radius.
     """
     pull = jnp.stack([terms.pull + terms.coupling * radius, jnp.ones_like(radius)], axis=-1)
     most = terms.reach * pull[:, None, :]

@@ -67,10 +67,10 @@ def never_folds(
     w_key: Float[Array, "*batch d r"],
     bound: ArrayLike | None,
 ) -> Bool[Array, "*batch"]:
-    """Tell the same and forgive no rounding, so that no context at any distance can fold.
+    """Tell whether no context at any distance can fold: `is_proper`, with no rounding forgiven.
 
-    Where W_K is -W_Q to the last bit, A + A^T is negative semidefinite without any rounding. What
-    is lost where products of the weights underflow is not counted.
+    Where W_K is -W_Q to the last bit, A + A^T is negative semidefinite without any rounding.
+    Products of weights that underflow are not paid for.
     """
     largest, rounding = _attraction(w_query, w_key)
     opposite = jnp.all(w_key == -w_query, axis=(-2, -1))

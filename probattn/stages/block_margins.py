@@ -73,7 +73,8 @@ def smallest_singular_value_of(
 def infeasible_blocks(blocks: Float[Array, "*batch T r r"]) -> Bool[Array, "*batch T"]:
     """Tell which blocks have a real eigenvalue <= 0, or are not finite.
 
-    An eigenvalue is real if its imaginary part is at most sqrt(r eps) times the block's norm.
+    An eigenvalue counts as real if its imaginary part is at most sqrt(r eps) times the Frobenius
+    norm of the block.
     """
     blocks = lax.stop_gradient(blocks)
     *leading, rank, _ = blocks.shape
