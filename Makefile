@@ -13,7 +13,8 @@ BIN = $(VENV)/bin
 # setuptools warns of folders of an editable installation, at length.
 PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One hash seed: programs that depend on the order of a set are then found in the compilation cache.
-# Files in their own order: those that take longest, tests/end_to_end, then begin first.
+# Files in their own order: those that take longest, tests/end_to_end and tests/examples, then
+# begin first.
 PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # Scripts carry few types: what is checked are names, and the calls of the package.
 UNTYPED = arg-type assignment call-overload index misc operator return-value type-var union-attr \

@@ -68,6 +68,15 @@ def strict_ranks():
         yield
 
 
+@pytest.fixture(name="quick_compilation")
+def quick_compilation_fixture():
+    """Compile quickly, for whole stories: tiny programs do not repay XLA's optimisations."""
+    from tests.support.small import quick_compilation  # later than the hook above
+
+    with quick_compilation():
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_executables():
     """Drop compiled programs before there are too many.

@@ -1,4 +1,4 @@
-"""The examples run as they stand, at a tiny size."""
+"""The scripts of `examples` run as they stand, at a tiny size."""
 
 import re
 import runpy
