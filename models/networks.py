@@ -81,13 +81,16 @@ class DecoderNetwork:
 
     Attributes:
         config: the decoder.
-        block: positions that are read at once, at most its context.
+        block: tokens of a text that are read at once; with the prefix at most its context.
         precision: precision of the products with weights.
+        prefix: ids that the decoder reads before the tokens of each window, such as that of <s>.
+            They are seen by all tokens, and are neither predicted nor measured.
     """
 
     config: DecoderConfig
     block: int
     precision: Precision = "float32"
+    prefix: tuple[int, ...] = ()
 
     @property
     def adds_positions(self) -> bool:
@@ -96,7 +99,23 @@ class DecoderNetwork:
 
     def embed(self, parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T d"]:
         """Return what enters the stack: embeddings, with positions where those are added."""
-        return decoder.embed(parameters, tokens, self.config)
+        if not self.prefix:
+            return decoder.embed(parameters, tokens, self.config)
+        before = jnp.broadcast_to(
+            jnp.asarray(self.prefix, tokens.dtype), (*tokens.shape[:-1], len(self.prefix))
+        )
+        read = jnp.concatenate([before, tokens], axis=-1)
+        return decoder.embed(parameters, read, self.config)[..., len(self.prefix) :, :]
+
+    def read_with_prefix(
+        self, parameters: Parameters, x: Float[Array, "B T d"]
+    ) -> Float[Array, "B P+T d"]:
+        """Return what enters the stack with the P rows of the prefix before it."""
+        if not self.prefix:
+            return x
+        before = decoder.embed(parameters, jnp.asarray(self.prefix), self.config)
+        before = jnp.broadcast_to(before.astype(x.dtype), (*x.shape[:-2], *before.shape))
+        return jnp.concatenate([before, x], axis=-2)
 
     def tables(self, parameters: Parameters) -> tuple[Array, Array | None]:
         """Return the same, None for the positions where there is no table of them."""
@@ -104,7 +123,8 @@ class DecoderNetwork:
             jnp.float32
         )
         positions = parameters["embedding"].get("positions")
-        return table, None if positions is None else positions[: self.block]
+        first = len(self.prefix)
+        return table, None if positions is None else positions[first : first + self.block]
 
     def logits(self, parameters: Parameters, x: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
         """Compute the logits of the symbol that follows each position."""
@@ -135,20 +155,22 @@ class DecoderNetwork:
 
     def stream(
         self, parameters: Parameters, x: Float[Array, "B T d"], layer: int
-    ) -> Float[Array, "B T d"]:
-        """Return what enters a layer; each layer before it is a program of its own."""
+    ) -> Float[Array, "B P+T d"]:
+        """Return what enters a layer, the prefix first; each layer before it is its own program."""
+        x = self.read_with_prefix(parameters, x)
         for before in range(layer):
             x = _apply_layer(parameters["layers"][str(before)], x, config=self.config, layer=before)
         return x
 
     def _through(self, parameters: Parameters, x: Array, *, rematerialise: bool = False) -> Array:
+        x = self.read_with_prefix(parameters, x)
         apply = decoder.apply_layer
         if rematerialise:
             apply = jax.checkpoint(apply, static_argnums=(2, 3, 4))
         for layer in range(self.config.layers):
             own = parameters["layers"][str(layer)]
             x = apply(own, x, self.config, layer, self.precision)
-        return x
+        return x[..., len(self.prefix) :, :]
 
 
 @partial(jax.jit, static_argnames=("config", "layer"))

@@ -167,7 +167,7 @@ class DecoderSubject:
         """Tell where determinants are positive."""
         parameters = tuned_parameters(fixed, sites, self.network.config, self.tuning)
         x = self.network.embed(parameters, inputs)
-        return log_det(first_stage(parameters, x, self.network.config))[0] > 0
+        return log_det(first_stage(parameters, x, self.network))[0] > 0
 
 
 Subject = LanguageSubject | DecoderSubject

@@ -199,16 +199,17 @@ def tuned_parameters(
 
 
 def first_stage(
-    parameters: Parameters, x: Float[Array, "B T d"], config: DecoderConfig
+    parameters: Parameters, x: Float[Array, "B T d"], network: DecoderNetwork
 ) -> AttentionStage:
-    """Return the heads of the first layer as they are in the network: the axes are (B, H, T).
+    """Return the heads of the first layer as they are in the network: the axes are (B, H, P+T).
 
     Args:
         parameters: those of the decoder.
-        x: what enters the stack.
-        config: the decoder.
+        x: what enters the stack behind the P tokens of the network's prefix.
+        network: the decoder.
     """
-    return attention_layer(parameters["layers"]["0"], config, 0).stage(x)
+    read = network.read_with_prefix(parameters, x)
+    return attention_layer(parameters["layers"]["0"], network.config, 0).stage(read)
 
 
 @default_promotion()
@@ -245,9 +246,8 @@ def tuned_decoder(
         perturb: function from the embeddings to the network's input, such as noise to add.
 
     Raises:
-        ValueError: if inputs are not (B, T) with T <= network.block, targets differ in shape,
-            either holds what is no token, num_sequences is no integer or smaller than B, or the
-            objective is another one.
+        ValueError: if inputs are not (B, T) with T <= network.block, targets differ in shape, one
+            of both holds no tokens, num_sequences is no integer >= B, or the objective is another.
     """
     tuning = TuningConfig() if tuning is None else tuning
     objective = ObjectiveConfig("ce") if objective is None else objective
@@ -260,7 +260,7 @@ def tuned_decoder(
     with numpyro.plate("sequences", total, subsample_size=sequences):
         x = network.embed(parameters, inputs)
         if objective.has_barrier:
-            barrier = _barrier(first_stage(parameters, x, config), objective)
+            barrier = _barrier(first_stage(parameters, x, network), objective)
             numpyro.factor("attention_barrier", -objective.weights[0] * barrier)
         if perturb is not None:
             x = perturb(x)

@@ -99,6 +99,11 @@ def _run(options: argparse.Namespace) -> None:
             f"--run: {options.run} is no imported model: expected one, make it with "
             "`probattn import`"
         )
+    if run.network.prefix:
+        raise ValueError(
+            f"--run: {options.run} reads {' '.join(run.vocabulary.display(run.network.prefix))} "
+            "before each text, which this study does not: expected a model that begins with a text"
+        )
     if options.articles < 2:
         raise ValueError(f"--articles: got {options.articles}, expected an integer >= 2")
     check_seed(options.seed)

@@ -98,7 +98,8 @@ def open_subject(run: FittedRun, text: Path, scale: Scale, *, seed: int) -> Subj
     """Read a text with a model.
 
     Raises:
-        ValueError: if the text cannot be read, or holds less than two windows.
+        ValueError: if the text cannot be read, or holds less than two windows, or the model reads
+            something before it.
     """
     tokens, name = text_tokens(run, text)
     if isinstance(run, Run):
@@ -106,6 +107,11 @@ def open_subject(run: FittedRun, text: Path, scale: Scale, *, seed: int) -> Subj
         network = DecoderNetwork(config, run.network.block)
     else:
         network, parameters = run.network, run.parameters
+        if network.prefix:
+            raise ValueError(
+                f"{run.path}: reads {' '.join(run.vocabulary.display(network.prefix))} before each "
+                "text, which this study does not: expected a model that begins with a text"
+            )
     scorer = Scorer(network, run.vocabulary, tokens, most_tokens=scale.tokens)
     if len(scorer.inputs) < 2:
         raise ValueError(

@@ -33,6 +33,7 @@ from probattn.inference.config_files import is_tuned, read_config, read_tables, 
 from probattn.inference.config_sampling import SAMPLED_DATA, SAMPLED_OBJECTIVE, SampleRunConfig
 from probattn.inference.config_tuning import TUNED_OBJECTIVE, TuneConfig
 from probattn.inference.runs.folder import enter
+from probattn.inference.runs.opening import check_resumes
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.outputs import keep_outputs_open, lost_output
 from probattn.inference.runtime.processes import check_devices, exit_process, use_one_processor
@@ -231,7 +232,7 @@ def _check_kind(kind: str, of_file: str | None, arguments: list[str]) -> None:
         )
 
 
-def _configuration(arguments: list[str], command: str) -> Path | None:
+def _configuration(arguments: list[str], command: Literal["fit", "sample"]) -> Path | None:
     """Return the file that holds the defaults of a command, if the arguments call this command."""
     if arguments[:1] != [command]:
         return None
@@ -241,7 +242,10 @@ def _configuration(arguments: list[str], command: str) -> Path | None:
     if out is not None and "--resume" in arguments:
         stored = plain_path(out) / "config.toml"
         enter(Path(out))
-        return stored if stored.exists() else None
+        if not stored.exists():
+            return None
+        check_resumes(stored.parent, command)
+        return stored
     return None
 
 

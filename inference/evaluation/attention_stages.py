@@ -137,13 +137,14 @@ def stage_pasts(
     The covariance of position t is that of the values v_s of its past under its attention weights
     alpha_s, and its trace is the sum over s < t of alpha_s |v_s - mean|^2. The share of token s is
     its part of this sum. Values are the stage's inputs, moved into its bounded context if it has
-    one.
+    one. Tokens that the network reads before each window have shares, too, and are not named.
 
     Returns:
         Shares in the covariance, and in attention, each with the axes (windows, T, 8).
     """
+    first = _prefix(run, stage)
     pasts = _of_windows(
-        lambda x: _pasts(x, stage.w_query, stage.w_key, stage.head, bound=stage.bound),
+        lambda x: _pasts(x, stage.w_query, stage.w_key, stage.head, bound=stage.bound, first=first),
         run,
         stage,
         inputs,
@@ -168,13 +169,27 @@ def _of_windows(
     stage: RunStage,
     inputs: Int[np.ndarray, "windows T"],
 ) -> Any:
-    """Call a function with what enters a stage (B, T, d), a few windows at a time."""
+    """Call a function with what enters a stage, a few windows at a time.
+
+    A head of a published decoder sees the network's prefix, too, whose positions are left out of
+    what is returned.
+    """
+    first = _prefix(run, stage)
     with one_blas_thread():
-        return map_batches(
+        found = map_batches(
             lambda _, rows: measure(_entering(run, stage, inputs[rows])),
             len(inputs),
             _BATCH if stage.head is None else 1,
         )
+    return jax.tree.map(lambda each: each[:, first:], found)
+
+
+def _prefix(run: FittedRun, stage: RunStage) -> int:
+    """Return how many tokens a stage sees before those of a window."""
+    network = run.network
+    if stage.head is None or isinstance(network, TransformerNetwork):
+        return 0
+    return len(network.prefix)
 
 
 def _trained_stage(run: Run) -> RunStage:
@@ -217,7 +232,7 @@ def _entering(run: FittedRun, stage: RunStage, tokens: Int[np.ndarray, "B T"]) -
     """Return what a stage sees: of a head in its layer's own numbers what enters the layer."""
     network, parameters = run.network, run.parameters_up_to(stage.layer)
     x = _embed(parameters, tokens, network=network)
-    if stage.layer:
+    if stage.input == "layer":
         x = network.stream(parameters, x, stage.layer)
     if stage.head is not None or stage.input == "embeddings":
         return x
@@ -238,7 +253,7 @@ def _radii(x: Array, w_query: Array, w_key: Array, *, bound: float | None) -> tu
     return radius / math.sqrt(x.shape[-1]), jnp.mean(x**2, axis=-1)
 
 
-@partial(jax.jit, static_argnames="bound")
+@partial(jax.jit, static_argnames=("bound", "first"))
 def _pasts(
     x: Array,
     w_query: Array,
@@ -246,6 +261,7 @@ def _pasts(
     head: AttentionLayer | None,
     *,
     bound: float | None,
+    first: int,
 ) -> list[tuple[Array, Array]]:
     if head is None:
         values, _, _, weights = geometry(x, w_query, w_key, bound)
@@ -254,9 +270,10 @@ def _pasts(
         values, weights = start.values[:, 0], start.weights[:, 0]
     length = x.shape[-2]
     most = min(_PAST, length)
+    named = jnp.arange(length) >= first
 
     def largest(parts: Array, position: Array) -> tuple[Array, Array]:
-        share, place = jax.lax.top_k(parts, most)
+        share, place = jax.lax.top_k(jnp.where(named, parts, 0), most)
         behind = jnp.where(share > 0, position - place, 0)
         lacking = [(0, 0), (0, _PAST - most)]  # of a window of fewer tokens
         return jnp.pad(behind, lacking), jnp.pad(share, lacking)

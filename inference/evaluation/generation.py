@@ -97,6 +97,7 @@ def generate(
         _draw,
         greedy=temperature == 0,
         top_k=None if top_k is None else min(top_k, run.vocabulary.size),
+        symbols=run.vocabulary.size,
     )
     reader = _CachedReader(run) if isinstance(run, DecoderRun) else _WindowReader(run)
     block, given = run.network.block, len(tokens)
@@ -112,11 +113,12 @@ def generate(
             chosen = draw(scores, temperature or 1.0, jax.random.fold_in(key, index))
             tokens.append(int(chosen))
             bar.update(1)
-    new = np.asarray(tokens[given:], np.int32)
+    new, decode = np.asarray(tokens[given:], np.int32), run.vocabulary.decode
     prior = usual_prior(run, progress=progress)
     return Generated(
         prompt,
-        run.vocabulary.decode(new),
+        # Of all tokens: some tokenizers drop the space that a text begins with.
+        decode(tokens)[len(decode(tokens[:given])) :],
         tuple(run.vocabulary.display(new)),
         _margins(run, prior, tokens, np.asarray(starts), given),
         prior is None or prior.converged,
@@ -183,14 +185,24 @@ class _CachedReader:
         """
         decoder = self._run.network.config
         if start != self._start:
-            self._cache = init_cache(decoder, (), self._run.network.block)
+            prefix = self._run.network.prefix
+            self._cache = init_cache(decoder, (), len(prefix) + self._run.network.block)
             self._start, self._read = start, start
-        while self._read < len(tokens):
+            if prefix:
+                self._extend(list(prefix))
+        scores = self._extend(tokens[self._read :])
+        self._read = len(tokens)
+        return scores
+
+    def _extend(self, tokens: list[int]) -> Float[Array, " V"]:
+        """Read more tokens, and return the logits of the token that follows the last of them."""
+        decoder, read = self._run.network.config, 0
+        while read < len(tokens):
             # Of two sizes, so that two programs serve every prompt.
-            size = _CHUNK if len(tokens) - self._read >= _CHUNK else 1
-            chunk = np.asarray(tokens[self._read : self._read + size], np.int32)
+            size = _CHUNK if len(tokens) - read >= _CHUNK else 1
+            chunk = np.asarray(tokens[read : read + size], np.int32)
             scores, self._cache = _extend(self._run.parameters, self._cache, chunk, decoder=decoder)
-            self._read += size
+            read += size
         return scores[-1]
 
 
@@ -209,7 +221,7 @@ def _last_scores(
     return network.logits(parameters, network.embed(parameters, window))[0, last]
 
 
-@partial(jax.jit, static_argnames=("greedy", "top_k"))
+@partial(jax.jit, static_argnames=("greedy", "top_k", "symbols"))
 def _draw(
     scores: Float[Array, " V"],
     temperature: Float[Array, ""],
@@ -217,8 +229,10 @@ def _draw(
     *,
     greedy: bool,
     top_k: int | None,
+    symbols: int,
 ) -> Int[Array, ""]:
-    """Draw a token."""
+    """Draw one of the tokenizer's tokens: a published model may have scores of more."""
+    scores = scores[:symbols]
     if greedy:
         return jnp.argmax(scores)
     if top_k is not None:

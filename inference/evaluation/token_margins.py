@@ -26,6 +26,7 @@ from probattn.inference.pages.notebook import MOST_SHOWN, text_in_notebook
 from probattn.inference.pages.page import Page, Past, Series, check_length, page_html
 from probattn.inference.runs.csv_tables import write_columns
 from probattn.inference.runs.files import check_new, write_text
+from probattn.inference.runs.imported import DecoderRun
 from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.memory import check_memory
 from probattn.inference.runtime.progress import progress_bar
@@ -194,11 +195,13 @@ def text_margins(
         progress: show progress bars.
 
     Raises:
-        ValueError: if the stride is out of range or the text cannot be read, is shorter than
-            three tokens or has a character that the vocabulary lacks, or its margins are larger
-            than the memory, or it is too long for details.
+        ValueError: if the stride is out of range, the text cannot be read, is shorter than three
+            tokens or has a character that the vocabulary lacks, its margins are larger than the
+            memory, it is too long for details, or radii are asked for and no stage has one.
         OSError: if the user's cache has no room for the margins of a long text.
     """
+    if radius and isinstance(run, DecoderRun) and not post_hoc:
+        raise ValueError("radius: heads of a published model have none: expected False or post_hoc")
     tokens, name = text_tokens(run, text)
     if len(tokens) < 3:
         raise ValueError(f"{name}: has {len(tokens)} tokens: expected at least 3")

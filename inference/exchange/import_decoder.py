@@ -11,6 +11,7 @@ from probattn.blocks.promotion import default_promotion
 from probattn.inference.config_imported import ImportConfig, ImportedConfig
 from probattn.inference.evaluation.scoring import Score, Scorer
 from probattn.inference.evaluation.texts import text_tokens
+from probattn.inference.exchange.exported_tokenizers import published_files
 from probattn.inference.exchange.hugging_face_folders import write_folder
 from probattn.inference.pretrained.checkpoint import Checkpoint, open_checkpoint
 from probattn.inference.runs.checks import with_absolute_paths
@@ -52,7 +53,8 @@ def import_decoder(
     """Import a published model into a run directory, and score a sample of a text with it.
 
     The run holds config.json, tokenizer.json and the tensors as they were published, bit by bit; of
-    a GGUF file the numbers that its quantised blocks stand for.
+    a GGUF file the numbers that its quantised blocks stand for. It also holds the settings of the
+    tokenizer and of the generation, and the chat template, where the source has them.
 
     Args:
         source: a folder as Hugging Face has them, hf:owner/name, or a .gguf file: see
@@ -61,27 +63,24 @@ def import_decoder(
         data: text that the model is measured on, by default Python's own language reference; the
             post-hoc attention prior is fitted to its training part.
         block: tokens that are read at once, at least 3; by default the model's context, but at most
-            1,024.
+            1,024. Tokens that the tokenizer puts before a text, such as <s>, need room beside them.
         prior_rank: rank of the post-hoc attention prior.
         overwrite: replace the run in `out`.
         progress: show progress bars.
 
     Raises:
         ValueError: if the source is no model that can be read (PretrainedError), the block is
-            longer than its context, the text cannot be read or encoded, or `out` holds something
-            else (RunError).
+            longer than its context, the rank larger than its width, the text cannot be read or
+            encoded, or `out` holds something else (RunError).
         ImportError: without the libraries of the extra `pretrained`.
     """
     path = Path(out)
     check_target(path, overwrite=overwrite)
     imported = ImportedConfig(str(source), block, prior_rank)
     checkpoint = open_checkpoint(str(source))
-    tensors = checkpoint.names.shapes  # checked before anything is written
-    if block is not None and block > checkpoint.decoder.context:
-        raise ValueError(
-            f"block is {block}: expected at most {checkpoint.decoder.context}, the context of "
-            f"{source}"
-        )
+    # Both are checked before anything is written.
+    tensors, beside = checkpoint.names.shapes, published_files(checkpoint)
+    _check(checkpoint, block, prior_rank)
     config = with_absolute_paths(ImportConfig(TextConfig() if data is None else data, imported))
     corpus = load_corpus(config.data)
     run = new_run(ImportedRun, path, config, corpus, checkpoint.tokenizer)
@@ -93,6 +92,7 @@ def import_decoder(
                 checkpoint.config,
                 _tensors(checkpoint),
                 checkpoint.tokenizer.definition,
+                beside,
                 done=bar.update,
             )
 
@@ -103,6 +103,21 @@ def import_decoder(
             )
             run.update_summary(imported={"bpc": score.bpc, "cross_entropy": score.cross_entropy})
     return Imported(run, score)
+
+
+def _check(checkpoint: Checkpoint, block: int | None, prior_rank: int) -> None:
+    decoder, before = checkpoint.decoder, len(checkpoint.tokenizer.begins_with)
+    if block is not None and block > decoder.context - before:
+        less = f" less the {before} that stand before each text" if before else ""
+        raise ValueError(
+            f"block is {block}: expected at most {decoder.context - before}, the context of "
+            f"{checkpoint.source}{less}"
+        )
+    if prior_rank > decoder.width:
+        raise ValueError(
+            f"prior_rank is {prior_rank}: expected at most {decoder.width}, the width of "
+            f"{checkpoint.source}"
+        )
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, NDArray]]:

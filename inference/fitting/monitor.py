@@ -102,7 +102,7 @@ def _measure_heads(
     parameters: DecoderParameters, inputs: jax.Array, *, network: DecoderNetwork
 ) -> dict[str, jax.Array]:
     x = network.embed(parameters, inputs)
-    stage = first_stage(parameters, x, network.config)
+    stage = first_stage(parameters, x, network)
     return _summed(stability_margin(stage, kind="reduced"), reduced_blocks(stage))
 
 

@@ -35,7 +35,7 @@ class PretrainedTokenizer:
     A text is encoded as the model's own tokenizer does it, its normalisation included. So
     `decode(encode(text))` is the text only if that changes nothing: some tokenizers compose accents
     (NFC), and some write a space before the text, which `decode` takes away again. Names of special
-    tokens in a text become these tokens. None is added.
+    tokens in a text become these tokens. None is added: `begins_with` has those before a text.
 
     A long file is encoded in pieces, see `probattn.text.tokens`, and what a tokenizer writes before
     a text stands before each of them.
@@ -72,7 +72,10 @@ class PretrainedTokenizer:
     @functools.cached_property
     def begins_with(self) -> tuple[int, ...]:
         """Ids that the model expects before a text, such as that of <s>."""
-        return tuple(self._library.encode("", add_special_tokens=True).ids)
+        # Of a text, and not of an empty one: some tokenizers write a token after it, too.
+        encoding = self._library.encode("a", add_special_tokens=True)
+        count = [*encoding.special_tokens_mask, 0].index(0)
+        return tuple(encoding.ids[:count])
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Return the token ids of a text, the empty one included, shape (tokens,).

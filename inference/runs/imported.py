@@ -70,9 +70,9 @@ class ImportedRun(DecoderRun):
     @cached_property
     def network(self) -> DecoderNetwork:
         """The network."""
-        decoder = self.checkpoint.decoder
-        block = self.config.imported.block or min(decoder.context, MOST_BLOCK)
-        return DecoderNetwork(decoder, block)
+        decoder, prefix = self.checkpoint.decoder, self.checkpoint.tokenizer.begins_with
+        block = self.config.imported.block or min(decoder.context - len(prefix), MOST_BLOCK)
+        return DecoderNetwork(decoder, block, prefix=prefix)
 
     @cached_property
     def parameters(self) -> dict[str, Any]:

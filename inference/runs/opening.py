@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from probattn.inference.config import RunConfig
 from probattn.inference.config_files import LARGEST, format_config
-from probattn.inference.config_imported import AnyRunConfig
+from probattn.inference.config_imported import AnyRunConfig, ImportConfig
 from probattn.inference.config_memory import check_size, check_tuned_size
 from probattn.inference.config_sampling import SampleRunConfig
 from probattn.inference.config_tuning import TuneConfig
@@ -19,10 +19,11 @@ from probattn.inference.runs.checks import (
     check_same_corpus,
     with_absolute_paths,
 )
+from probattn.inference.runs.directory import read_run_config
 from probattn.inference.runs.files import RunError, replacing, write_text
 from probattn.inference.runs.folder import FORMAT, check_target, enter, locked, replacement
 from probattn.inference.runs.imported import DecoderRun
-from probattn.inference.runs.run import ImportedRun, Run, RunDirectory, TunedRun, load_run
+from probattn.inference.runs.run import ImportedRun, RunDirectory, TunedRun, load_run
 from probattn.inference.runtime.processes import (
     check_same_everywhere,
     is_main_process,
@@ -82,11 +83,7 @@ def find_run[R: RunDirectory](
         return new_run(kind, path, config, corpus, vocabulary), corpus
     run = load_run(path)
     if not isinstance(run, kind):
-        if isinstance(run, ImportedRun):
-            raise RunError(f"{path}: is a run of `probattn import`: expected one to be resumed")
-        commands: dict[type, str] = {Run: "fit", TunedRun: "fit --from"}
-        other = commands.get(type(run), "sample")
-        raise RunError(f"{path}: is a run of `probattn {other}`: resume it with that command")
+        raise _of_another_command(path, run.config)
     check_same_config(run, config)
     check_same_corpus(run, corpus)
     if isinstance(run, TunedRun):
@@ -94,6 +91,36 @@ def find_run[R: RunDirectory](
     elif not isinstance(config, TuneConfig):
         check_size(config, run.vocabulary.size)
     return run, corpus
+
+
+def check_resumes(path: Path, command: Literal["fit", "sample"]) -> None:
+    """Refuse to go on with a run by another command than the one that made it.
+
+    Args:
+        path: directory of the run.
+        command: the one that is to go on.
+
+    Raises:
+        RunError: if it is another one, or there is no run that can be read.
+    """
+    config = read_run_config(path)
+    if _COMMANDS[type(config)].split()[0] != command:
+        raise _of_another_command(path, config)
+
+
+_COMMANDS: dict[type, str] = {
+    RunConfig: "fit",
+    TuneConfig: "fit --from",
+    SampleRunConfig: "sample",
+    ImportConfig: "import",
+}
+
+
+def _of_another_command(path: Path, config: AnyRunConfig) -> RunError:
+    if isinstance(config, ImportConfig):
+        return RunError(f"{path}: is a run of `probattn import`: expected one to be resumed")
+    made = _COMMANDS[type(config)]
+    return RunError(f"{path}: is a run of `probattn {made}`: resume it with that command")
 
 
 def new_run[R: RunDirectory](

@@ -61,7 +61,7 @@ class TunedRun(FitDirectory, DecoderRun):
     @property
     def network(self) -> DecoderNetwork:
         """The network."""
-        return DecoderNetwork(self.base.network.config, self.config.base.block)
+        return replace(self.base.network, block=self.config.base.block)
 
     @property
     def fitted_network(self) -> DecoderNetwork:

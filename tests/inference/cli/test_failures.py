@@ -138,6 +138,10 @@ ERRORS = {
         ["fit", "--out", "RUN", "--resume", "--fit.steps", "300", "--objective", "ce"],
         ["fit.steps: 200 -> 300", "objective.name: margin -> ce"],
     ),
+    "resume by another command": (
+        ["sample", "--out", "RUN", "--resume"],
+        ["is a run of `probattn fit`: resume it with that command"],
+    ),
     "not a run": (["evaluate", "nowhere"], ["nowhere", "expected a run directory"]),
     "margins of what is not a run": (["margins", ".", "--out", "OUT"], ["a run directory"]),
     "negative noise": (
