@@ -1,9 +1,11 @@
 """The figures of the arena: losses at every learning rate, and the trade-off of tuned networks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from arena_statistics import (
+    BySeed,
     Results,
     Subject,
     column,
@@ -16,49 +18,48 @@ from matplotlib.figure import Figure
 
 from probattn.inference.evaluation.intervals import Interval, interval, paired_cost
 from probattn.inference.figures.style import (
+    COLOURS,
     DOUBLE,
     add_legend,
     label_axes,
-    line_style,
     new_figure,
     styled,
 )
 
 _PANELS = {
-    "what practitioners use": (
-        *("ce", "sigma_reparam", "qk_norm", "z_loss"),
-        *("spectral_cap", "jacobian", "dropout"),
-    ),
-    "what this library adds": (
-        *("ce", "margin", "full", "margin_first_layer"),
-        *("occasional", "occasional_first_layer", "latent"),
-    ),
+    "what practitioners use": ("sigma_reparam", "qk_norm", "z_loss", "dropout"),
+    "barriers": ("margin", "margin_first_layer", "full"),
+    "bounds on attention": ("spectral_cap", "jacobian"),
+    "noise": ("occasional", "occasional_first_layer", "latent"),
 }
+_COLOURS = [each for each in COLOURS if each != "#000000"]  # black is for ce
+_MARKERS = "s^Dv"  # of the panels
 _TIMES = "\N{MULTIPLICATION SIGN}"
+_APART = 1.06  # between the bars of two methods at one rate
 
 
 @styled
 def rates_figure(results: Results, labels: dict[str, str], clip: float) -> Figure:
     """Draw the loss of every method against the learning rate, with intervals over seeds."""
-    figure = new_figure(DOUBLE, 3.9, layout="constrained")
-    entries: dict[str, Artist] = {}
+    figure = new_figure(DOUBLE, 6.2, layout="constrained")
+    reference = losses_by_rate(results, results.reference, clip)
     for place, (title, methods) in enumerate(_PANELS.items()):
-        axes = figure.add_subplot(1, 2, 1 + place)
-        for subject in _of_methods(results, methods):
-            losses = losses_by_rate(results, subject, clip)
-            if losses:
-                found = [interval(of_rate.values()) for of_rate in losses.values()]
-                style = line_style(_number(results, subject))
-                entries[_label(results, subject, labels, rate=False)] = _bars(
-                    axes, list(losses), found, style
-                )
+        axes = figure.add_subplot(2, 2, 1 + place)
+        subjects = _of_methods(results, methods)
+        for number, subject in enumerate(subjects):
+            if losses := losses_by_rate(results, subject, clip):
+                moved = _APART ** (number - (len(subjects) - 1) / 2)
+                label = _label(results, subject, labels, rate=False)
+                _curve(axes, losses, _style(results, subject), label, moved=moved)
+        if reference:  # last, and so above the others
+            _curve(axes, reference, _style(results, results.reference), "ce")
         axes.set_xscale("log")
         label_axes(axes, place, "learning rate", "bits per character", title=title)
+        axes.legend(loc="upper left")
     low = min(axes.get_ylim()[0] for axes in figure.axes)
     high = max(axes.get_ylim()[1] for axes in figure.axes)
     for axes in figure.axes:
         axes.set_ylim(low, high)
-    add_legend(figure, entries)
     return figure
 
 
@@ -74,7 +75,7 @@ def trade_off_figure(results: Results, labels: dict[str, str]) -> Figure:
         for subject in results.subjects():
             cost = paired_cost(column(results, subject, "bpc"), clean)
             worse = interval(degradation(results, subject, name).values())
-            style = line_style(_number(results, subject)) | {"linestyle": "none", "markersize": 5}
+            style = _style(results, subject) | {"linestyle": "none", "markersize": 5}
             entries[_label(results, subject, labels)] = axes.errorbar(
                 cost.mean,
                 worse.mean,
@@ -96,9 +97,17 @@ def _of_methods(results: Results, methods: Sequence[str]) -> list[Subject]:
     return list(found.values())
 
 
-def _number(results: Results, subject: Subject) -> int:
-    """Return the number of a subject's line style, the same in all figures."""
-    return results.subjects().index(subject)
+def _style(results: Results, subject: Subject) -> dict[str, Any]:
+    """Return how a subject is drawn in all figures: ce is black, and a panel has one marker."""
+    if subject.method == "ce":
+        tuned = subject != results.reference
+        return {"color": "0.6" if tuned else "black", "marker": "o", "markersize": 3.5}
+    for marker, methods in zip(_MARKERS, _PANELS.values(), strict=True):
+        if subject.method in methods:
+            number = [each[:2] for each in _of_methods(results, methods)].index(subject[:2])
+            colour = _COLOURS[number % len(_COLOURS)]
+            return {"color": colour, "marker": marker, "markersize": 3.5}
+    raise KeyError(subject.method)
 
 
 def _label(results: Results, subject: Subject, labels: dict[str, str], *, rate: bool = True) -> str:
@@ -112,12 +121,20 @@ def _label(results: Results, subject: Subject, labels: dict[str, str], *, rate: 
     return f"{label}, {subject.setting.replace('=', ' ')}"
 
 
-def _bars(axes: Axes, x: Sequence[float], found: Sequence[Interval], style: dict) -> Artist:
-    return axes.errorbar(
-        x,
+def _curve(
+    axes: Axes,
+    losses: Mapping[float, BySeed],
+    style: Mapping[str, Any],
+    label: str,
+    *,
+    moved: float = 1.0,
+) -> None:
+    found = [interval(of_rate.values()) for of_rate in losses.values()]
+    axes.errorbar(
+        [rate * moved for rate in losses],
         [each.mean for each in found],
         yerr=[np.nan_to_num(each.half_width) for each in found],
-        **style | {"elinewidth": 0.6},
+        **{**style, "label": label, "linewidth": 1.2, "elinewidth": 0.6},
     )
 
 
