@@ -1,19 +1,57 @@
-"""The metadata of a GGUF file as a config.json of Hugging Face, architecture by architecture."""
+"""The metadata of a GGUF file as a config.json of Hugging Face, architecture by architecture.
+
+Every key of the architecture must be one that is used here, or one that is known to change no
+logit. So a network with an option that the decoder does not have is refused, and never read as
+another one.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from probattn.inference.pretrained.errors import PretrainedError, short
 from probattn.inference.pretrained.gguf_files import GgufFile
+from probattn.messages import legible
 
 _MOST = 2**24  # of any size in a configuration
+# Training, pooled outputs, and where the file comes from. An architecture reads the epsilon of the
+# norm that it has, and the other one means nothing to it.
+_IRRELEVANT = frozenset(
+    (
+        "attention.layer_norm_epsilon",
+        "attention.layer_norm_rms_epsilon",
+        "decoder_start_token_id",
+        "pooling_type",
+        "rope.scaling.finetuned",
+        "rope.scaling.original_context_length",  # of yarn alone, which is refused
+        "tensor_data_layout",
+        "vocab_size",
+    )
+)
+# Options that some architectures have, with the value that leaves them off.
+_OFF: Mapping[str, bool | int] = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "attention.scale": 0,
+    "attention.sliding_window": 0,
+    "attn_logit_softcapping": 0,
+    "embedding_scale": 0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "final_logit_softcapping": 0,
+    "logit_scale": 0,
+    "residual_scale": 0,
+    "rope.scaling.attn_factor": 1,
+}
 
 
 class Metadata:
-    """What a GGUF file says of a model, whose types nobody vouches for.
+    """What a GGUF file says of a model; `finish` refuses keys that nobody asked for.
+
+    Nobody vouches for the types of the values.
 
     Args:
         file: the file.
@@ -22,9 +60,11 @@ class Metadata:
 
     def __init__(self, file: GgufFile, architecture: str) -> None:
         self.file, self.architecture = file, architecture
+        self._read: set[str] = set()
 
     def _get(self, key: str) -> tuple[str, Any]:
         name = f"{self.architecture}.{key}"
+        self._read.add(name)
         return name, self.file.metadata.get(name)
 
     def whole(self, key: str, default: int | None = None) -> int:
@@ -57,11 +97,31 @@ class Metadata:
             )
         return value
 
-    def absent(self, key: str) -> None:
-        """Refuse a key that no configuration here has a place for."""
-        name, value = self._get(key)
-        if value is not None:
-            raise PretrainedError(self.file.path, f"sets {name}, which is not supported")
+    def only(self, key: str, expected: int) -> None:
+        """Refuse another number than the one that the network has; the key may be missing."""
+        if (value := self.whole(key, expected)) != expected:
+            raise PretrainedError(
+                self.file.path,
+                f"has {value} as {self.architecture}.{key}: expected {expected}, as the rest says",
+            )
+
+    def scaling(self) -> float:
+        """Return by which factor positions are scaled linearly, as llama.cpp reads it.
+
+        The kind is linear where the file has none, the factor may stand under its older name, and
+        a factor of zero scales nothing.
+        """
+        _, kind = self._get("rope.scaling.type")
+        kind = "linear" if kind is None else kind
+        if not isinstance(kind, str) or kind not in ("none", "linear"):
+            raise PretrainedError(
+                self.file.path,
+                f"scales its positions by {short(kind)}: expected none, linear, or that of Llama 3",
+            )
+        found = {key: self._get(key)[1] for key in ("rope.scaling.factor", "rope.scale_linear")}
+        key, factor = next(((k, f) for k, f in found.items() if f is not None), ("", 0))
+        zero = isinstance(factor, int | float) and factor == 0
+        return 1.0 if kind == "none" or zero else self.real(key)
 
     def has(self, tensor: str) -> bool:
         """Tell whether the file has a tensor."""
@@ -72,6 +132,30 @@ class Metadata:
         if not self.has(tensor):
             raise PretrainedError(self.file.path, f"lacks the tensor {tensor}; download it again")
         return self.file.tensors.entries[tensor].shape
+
+    def finish(self) -> None:
+        """Refuse what was not read.
+
+        Raises:
+            PretrainedError: naming the first key of the architecture that may change the network.
+        """
+        prefix = f"{self.architecture}."
+        for name, value in self.file.metadata.items():
+            key = name.removeprefix(prefix)
+            if key == name or name in self._read or key in _IRRELEVANT:
+                continue
+            if key not in _OFF:
+                raise PretrainedError(
+                    self.file.path,
+                    f"has {short(value)} as {legible(name)}: probattn does not know this option, "
+                    "and without it the network may be another one",
+                )
+            if isinstance(value, np.ndarray | list) or value != _OFF[key]:
+                raise PretrainedError(
+                    self.file.path,
+                    f"has {short(value)} as {name}: expected {_OFF[key]}, since this option is not "
+                    "supported",
+                )
 
     def special_tokens(self) -> dict[str, int]:
         """Return the ids of the tokens that begin, end and fill texts, as far as there are any."""
@@ -101,9 +185,9 @@ def _grouped(metadata: Metadata, *, base: float) -> dict[str, Any]:
     """Return what the architectures after Llama have in common."""
     common = _common(metadata)
     heads = common["num_attention_heads"]
-    for key in ("expert_count", "attention.scale", "attention.clamp_kqv", "logit_scale"):
-        metadata.absent(key)
     width = metadata.whole("attention.key_length", max(1, common["hidden_size"] // heads))
+    metadata.only("attention.value_length", width)
+    metadata.only("rope.dimension_count", width)
     return common | {
         "num_key_value_heads": metadata.whole("attention.head_count_kv", heads),
         "head_dim": width,
@@ -114,17 +198,19 @@ def _grouped(metadata: Metadata, *, base: float) -> dict[str, Any]:
 
 
 def _rope_scaling(metadata: Metadata, width: int) -> dict[str, Any] | None:
-    kind = metadata.file.metadata.get(f"{metadata.architecture}.rope.scaling.type", "none")
+    factor = metadata.scaling()
     if metadata.has("rope_freqs.weight"):
+        if factor != 1:
+            raise PretrainedError(
+                metadata.file.path,
+                f"scales its positions by {factor} and by rope_freqs.weight: expected one of them",
+            )
         return _llama3_scaling(metadata, width)
-    if kind == "none":
-        return None
-    if kind != "linear":
-        raise PretrainedError(
-            metadata.file.path,
-            f"scales its positions by {short(kind)}: expected none, linear, or that of Llama 3",
-        )
-    return {"rope_type": "linear", "factor": metadata.real("rope.scaling.factor")}
+    return _linear_scaling(factor)
+
+
+def _linear_scaling(factor: float) -> dict[str, Any] | None:
+    return None if factor == 1 else {"rope_type": "linear", "factor": factor}
 
 
 def _llama3_scaling(metadata: Metadata, width: int) -> dict[str, Any]:
@@ -154,15 +240,7 @@ def _llama3_scaling(metadata: Metadata, width: int) -> dict[str, Any]:
 
 
 def _llama(metadata: Metadata) -> dict[str, Any]:
-    metadata.absent("attention.sliding_window")
-    config = _grouped(metadata, base=10_000.0)
-    width = metadata.whole("rope.dimension_count", config["head_dim"])
-    if width != config["head_dim"]:
-        raise PretrainedError(
-            metadata.file.path,
-            f"turns {width} numbers of a head of {config['head_dim']}: expected all of them",
-        )
-    return config | {
+    return _grouped(metadata, base=10_000.0) | {
         **{"model_type": "llama", "hidden_act": "silu"},
         "attention_bias": metadata.has("blk.0.attn_q.bias"),
         "mlp_bias": metadata.has("blk.0.ffn_up.bias"),
@@ -201,6 +279,7 @@ def _gemma(metadata: Metadata, largest: int, *, base: float) -> dict[str, Any]:
 
 
 def _gemma2(metadata: Metadata) -> dict[str, Any]:
+    metadata.only("attention.sliding_window_pattern", 2)
     return _gemma(metadata, 46, base=10_000.0) | {
         "model_type": "gemma2",
         "attn_logit_softcapping": metadata.real("attn_logit_softcapping"),
@@ -209,17 +288,18 @@ def _gemma2(metadata: Metadata) -> dict[str, Any]:
 
 
 def _gemma3(metadata: Metadata) -> dict[str, Any]:
-    metadata.absent("final_logit_softcapping")
     return _gemma(metadata, 62, base=1_000_000.0) | {
         "model_type": "gemma3_text",
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "rope_local_base_freq": metadata.real("rope.freq_base_swa", 10_000.0),
-        "sliding_window_pattern": 6,
+        "sliding_window_pattern": metadata.whole("attention.sliding_window_pattern", 6),
     }
 
 
 def _gpt2(metadata: Metadata) -> dict[str, Any]:
+    heads = metadata.whole("attention.head_count")
+    metadata.only("attention.head_count_kv", heads)
     return {
         "model_type": "gpt2",
         "activation_function": "gelu_new",
@@ -228,7 +308,7 @@ def _gpt2(metadata: Metadata) -> dict[str, Any]:
         "n_embd": metadata.whole("embedding_length"),
         "n_inner": metadata.whole("feed_forward_length"),
         "n_layer": metadata.whole("block_count"),
-        "n_head": metadata.whole("attention.head_count"),
+        "n_head": heads,
         "layer_norm_epsilon": metadata.real("attention.layer_norm_epsilon"),
         "tie_word_embeddings": not metadata.has("output.weight"),
         **metadata.special_tokens(),
@@ -237,7 +317,9 @@ def _gpt2(metadata: Metadata) -> dict[str, Any]:
 
 def _gpt_neox(metadata: Metadata) -> dict[str, Any]:
     config = _common(metadata)
-    width = max(1, config["hidden_size"] // config["num_attention_heads"])
+    heads = config["num_attention_heads"]
+    metadata.only("attention.head_count_kv", heads)
+    width = max(1, config["hidden_size"] // heads)
     turned = metadata.whole("rope.dimension_count", width)
     share = turned / width
     # Hugging Face takes the whole part of the product, which may lie just below the number.
@@ -245,6 +327,7 @@ def _gpt_neox(metadata: Metadata) -> dict[str, Any]:
     return config | {
         **{"model_type": "gpt_neox", "hidden_act": "gelu", "rotary_pct": rotary},
         "rotary_emb_base": metadata.real("rope.freq_base", 10_000.0),
+        "rope_scaling": _linear_scaling(metadata.scaling()),
         "layer_norm_eps": metadata.real("attention.layer_norm_epsilon"),
         "use_parallel_residual": metadata.flag("use_parallel_residual", True),
         "attention_bias": metadata.has("blk.0.attn_qkv.bias"),

@@ -139,7 +139,7 @@ def gguf_model(file: GgufFile) -> tuple[dict[str, Any], Tensors]:
 
     Raises:
         PretrainedError: if the architecture is not supported, the metadata lacks a value that it
-            needs, or there is a tensor that it does not have.
+            needs or has an option that it does not have, or there is such a tensor.
     """
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in _ARCHITECTURES:
@@ -152,7 +152,9 @@ def gguf_model(file: GgufFile) -> tuple[dict[str, Any], Tensors]:
             file.path,
             "is one part of several: expected a whole model; join them by llama-gguf-split",
         )
-    config = CONFIGS[name](Metadata(file, name))
+    metadata = Metadata(file, name)
+    config = CONFIGS[name](metadata)
+    metadata.finish()
     architecture = _ARCHITECTURES[name]
     entries = {}
     for gguf_name, tensor in file.tensors.entries.items():

@@ -94,16 +94,17 @@ _GEMMA_LAYER = (
 
 @dataclass(frozen=True)
 class _Family:
-    """The tables of a family: what its names begin with, and where its layers are."""
+    """The tables of a family: what its names begin with, where its layers are, and its output."""
 
     prefix: str
     layers: str
     single: tuple[Row, ...]
     layer: tuple[Row, ...]
+    head: str = "lm_head.weight"
 
 
 _GPT2_FAMILY = _Family("transformer.", "h", _GPT2, _GPT2_LAYER)
-_NEOX_FAMILY = _Family("gpt_neox.", "layers", _NEOX, _NEOX_LAYER)
+_NEOX_FAMILY = _Family("gpt_neox.", "layers", _NEOX, _NEOX_LAYER, "embed_out.weight")
 _LLAMA_FAMILY = _Family("model.", "layers", _LLAMA, _LLAMA_LAYER)
 _GEMMA_FAMILY = _Family("model.", "layers", _LLAMA, _GEMMA_LAYER)
 _FAMILIES = {
@@ -112,7 +113,6 @@ _FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA_FAMILY),
     **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA_FAMILY),
 }
-_HEAD = _row("lm_head.weight", "v d -> d v", "output.weights")
 # Masks and frequencies that older versions of transformers saved beside the parameters.
 _BUFFERS = re.compile(
     r"(.*\.)?(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)"
@@ -156,7 +156,7 @@ class ParameterNames:
         self._embedding = next(
             name for name, (_, places) in self._places.items() if places == ("embedding.tokens",)
         )
-        self._tied = config.tied
+        self._head, self._tied = family.head, config.tied
 
     @classmethod
     def of(
@@ -185,7 +185,7 @@ class ParameterNames:
         for name in shapes:
             if name in names.shapes or _BUFFERS.fullmatch(name):
                 continue
-            if not (names._tied and name == _HEAD[0]):
+            if not (names._tied and name == names._head):
                 raise ValueError(
                     f"{legible(name)} is a tensor that a {model_type} of this size does not have: "
                     "expected no others than config.json says"
@@ -216,11 +216,11 @@ class ParameterNames:
             if parts is not None and not any(_within(place, parts) for place in places):
                 continue
             tensor = np.asarray(tensors[name])
-            head = name == self._embedding and self._tied and _HEAD[0] in tensors
-            if head and not np.array_equal(tensor, tensors[_HEAD[0]]):
+            head = name == self._embedding and self._tied and self._head in tensors
+            if head and not np.array_equal(tensor, tensors[self._head]):
                 raise ValueError(
-                    f"{_HEAD[0]} differs from {name}: expected the same numbers, since config.json "
-                    "has tie_word_embeddings true"
+                    f"{self._head} differs from {name}: expected the same numbers, since "
+                    "config.json has tie_word_embeddings true"
                 )
             if dtype is not None:
                 tensor = tensor.astype(dtype, copy=False)
@@ -272,7 +272,7 @@ def _all_rows(family: _Family, prefix: str, layers: int) -> Iterator[Row]:
         for name, axes, places in family.layer:
             inside = tuple(f"layers.{layer}.{place}" for place in places)
             yield f"{prefix}{family.layers}.{layer}.{name}", axes, inside
-    yield _HEAD
+    yield _row(family.head, "v d -> d v", "output.weights")
 
 
 def _within(place: str, parts: Collection[str]) -> bool:

@@ -215,7 +215,9 @@ def random_tensor(name, shape):
 
     They are so large that attention is far from uniform, and no gain or bias is left out of sight.
     """
-    spread = 2 * math.sqrt(3) * (uniform(name, shape) - 0.5)  # of standard deviation 1
+    # The logits were computed when this tensor had its newer name, in the memory of transformers.
+    seed = {"embed_out.weight": "lm_head.weight"}.get(name, name)
+    spread = 2 * math.sqrt(3) * (uniform(seed, shape) - 0.5)  # of standard deviation 1
     if len(shape) > 1:
         return (1.2 * spread / math.sqrt(shape[-1])).astype(np.float32)
     gain = name.endswith("weight") and ("norm" in name or ".ln_" in name)

@@ -37,6 +37,49 @@ def test_missing_keys_have_the_defaults_of_transformers():
     assert (qwen.windows, qwen.head_width, qwen.tied) == ((), 6, False)
 
 
+# What gpt2-medium is published with beside the sizes.
+PUBLISHED = {
+    **{"architectures": ["GPT2LMHeadModel"], "bos_token_id": 50256, "eos_token_id": 50256},
+    **{"initializer_range": 0.02, "n_special": 0, "predict_special_tokens": True},
+    **{"resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1},
+    **{"summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True},
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}
+# What a PretrainedConfig of transformers 4.46 holds for every model, at other values than its
+# defaults where these have no effect; and keys that only older or newer versions have.
+SAVED = {
+    **{"return_dict": False, "output_hidden_states": True, "output_attentions": True},
+    **{"torchscript": True, "torch_dtype": "float16", "use_bfloat16": True},
+    **{"tf_legacy_loss": True, "pruned_heads": {}, "chunk_size_feed_forward": 0},
+    **{"is_encoder_decoder": False, "is_decoder": True, "cross_attention_hidden_size": None},
+    **{"add_cross_attention": False, "tie_encoder_decoder": False, "max_length": 50},
+    **{"min_length": 3, "do_sample": True, "early_stopping": True, "num_beams": 4},
+    **{"num_beam_groups": 2, "diversity_penalty": 0.5, "temperature": 0.7, "top_k": 10},
+    **{"top_p": 0.9, "typical_p": 0.9, "repetition_penalty": 1.2, "length_penalty": 2.0},
+    **{"no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 3, "bad_words_ids": [[7]]},
+    **{"num_return_sequences": 2, "output_scores": True, "return_dict_in_generate": True},
+    **{"forced_bos_token_id": 0, "forced_eos_token_id": 0, "remove_invalid_values": True},
+    **{"exponential_decay_length_penalty": [5, 1.1], "suppress_tokens": [7]},
+    **{"begin_suppress_tokens": [7], "architectures": None, "finetuning_task": "x"},
+    **{"id2label": {"0": "x"}, "label2id": {"x": 0}, "tokenizer_class": "GPT2Tokenizer"},
+    **{"prefix": "x", "bos_token_id": 0, "pad_token_id": 0, "eos_token_id": [0, 1]},
+    **{"sep_token_id": 0, "decoder_start_token_id": 0, "task_specific_params": {"x": 1}},
+    **{"problem_type": "regression", "_name_or_path": "x", "transformers_version": "4.46.3"},
+    **{"_commit_hash": None, "loss_type": "ForCausalLM", "output_past": True, "num_labels": 1},
+    **{"_num_labels": 1, "eos_token_ids": [0], "xla_device": None, "use_return_dict": True},
+    **{"epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "encoder_repetition_penalty": 1.1},
+    **{"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic"},
+    **{"assistant_confidence_threshold": 0.5, "name_or_path": "x", "gradient_checkpointing": True},
+}
+
+
+def test_keys_without_effect_on_a_logit_are_taken():
+    gpt2 = decoder_config(CONFIGS["gpt2"])
+    assert decoder_config(CONFIGS["gpt2"] | PUBLISHED) == gpt2
+    for name in CONFIGS:
+        assert decoder_config(CONFIGS[name] | SAVED) == decoder_config(CONFIGS[name])
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "line"),
     [
@@ -49,6 +92,19 @@ def test_missing_keys_have_the_defaults_of_transformers():
         ("llama", {"num_experts": 8}, f"num_experts is 8: {UNKNOWN}"),
         ("llama", {"a\nb": None}, f"'a\\nb' is null: {UNKNOWN}"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved is true: expected false"),
+        ("gpt2", {"n_special": 3}, "n_special is 3: expected 0"),
+        ("gpt2", {"pruned_heads": {"0": [1]}}, 'pruned_heads is {"0": [1]}: expected {} or null'),
+        (
+            "gpt2",
+            {"is_encoder_decoder": True},
+            "is_encoder_decoder is true: expected false or null",
+        ),
+        ("gpt2", {"add_cross_attention": 1}, "add_cross_attention is 1: expected false or null"),
+        (
+            "gpt2",
+            {"cross_attention_hidden_size": 8},
+            "cross_attention_hidden_size is 8: expected null",
+        ),
         (
             "gpt2",
             {"scale_attn_by_inverse_layer_idx": True},
