@@ -11,10 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probattn.blocks.promotion import default_promotion
-from probattn.inference.exchange.exported_tokenizers import tokenizer_definition
+from probattn.inference.exchange.exported_tokenizers import (
+    published_files,
+    tokenizer_definition,
+    tokenizer_settings,
+)
 from probattn.inference.exchange.hugging_face_folders import write_folder
 from probattn.inference.pretrained.parameter_names import ParameterNames
-from probattn.inference.runs.files import RunError, write_errors
+from probattn.inference.runs.files import RunError, fsync, write_errors
 from probattn.inference.runs.run import (
     ImportedRun,
     Run,
@@ -44,7 +48,8 @@ def export_decoder(run: RunDirectory, out: str | os.PathLike[str]) -> Path:
     The network of a fit becomes a GPT-2 whose biases are zero, with the same logits. What is beside
     the network, such as a separate attention stage, has no place there and is left out. A model
     that was imported is written as it is. One that was fine-tuned is written in float32, with its
-    adapters worked into the matrices.
+    adapters worked into the matrices. Both have beside them the settings, special tokens and chat
+    template that they were published with.
 
     Args:
         run: a run of a fit or of a published model.
@@ -54,7 +59,8 @@ def export_decoder(run: RunDirectory, out: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: if the run is a sampled posterior, or the folder holds anything (RunError).
+        ValueError: if the run is a sampled posterior, or the folder holds anything (RunError), or a
+            file of the published model is damaged (PretrainedError).
         WriteError: if it cannot be written; nothing is then left behind.
         ImportError: without the libraries of the extra `pretrained`.
     """
@@ -66,13 +72,19 @@ def export_decoder(run: RunDirectory, out: str | os.PathLike[str]) -> Path:
     else:
         config, tensors = _tuned(run) if isinstance(run, TunedRun) else _fitted(run)
     config = {"architectures": [_CLASSES[config["model_type"]]], **config}
+    tokenizer = tokenizer_definition(run.vocabulary)
+    if isinstance(run, Run):
+        beside = tokenizer_settings(tokenizer, config)
+    else:
+        beside = published_files(run.checkpoint)
     with write_errors(folder):
         made = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
         made.mkdir(parents=True)
     try:
-        write_folder(made, config, tensors, tokenizer_definition(run.vocabulary))
+        write_folder(made, config, tensors, tokenizer, beside)
         with write_errors(folder):
             made.rename(folder)
+            fsync(made.parent)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise

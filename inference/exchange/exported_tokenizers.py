@@ -1,7 +1,10 @@
-"""The tokenizer.json of a vocabulary, as the library `tokenizers` and transformers read it."""
+"""The tokenizer.json of a vocabulary and its settings, as transformers reads them."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
+from probattn.inference.pretrained.checkpoint import SETTINGS, SPECIAL, Checkpoint
 from probattn.inference.pretrained.pretrained_tokenizer import PretrainedTokenizer
 from probattn.text.byte_pairs import SYMBOLS, BytePairVocabulary
 from probattn.text.vocabulary import (
@@ -12,6 +15,8 @@ from probattn.text.vocabulary import (
 )
 
 _VERSION = "1.0"  # of the format
+_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}  # transformers' name of any tokenizer.json
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def tokenizer_definition(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -34,6 +39,56 @@ def tokenizer_definition(vocabulary: Vocabulary) -> dict[str, Any]:
     model = {"vocab": {symbol: index for index, symbol in enumerate(symbols)}, "merges": []}
     # Without a decoder, the library puts spaces between tokens.
     return _definition(model | {"unk_token": unknown}, None, {"type": "Fuse"})
+
+
+def published_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return the small files beside a published model, with settings of the tokenizer in any case.
+
+    They are as they were published. Settings that are those of `_CLASS` alone come from an earlier
+    version of this library, which kept none, and count as none.
+
+    Raises:
+        PretrainedError: see `Checkpoint.read_beside`.
+    """
+    found = checkpoint.read_beside()
+    if SETTINGS in found and json.loads(found[SETTINGS]) != _CLASS:
+        return found
+    special = json.loads(found.get(SPECIAL, b"{}"))
+    definition = checkpoint.tokenizer.definition
+    return found | tokenizer_settings(definition, checkpoint.config, special)
+
+
+def tokenizer_settings(
+    definition: Mapping[str, Any],
+    config: Mapping[str, Any],
+    special: Mapping[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """Return the tokenizer_config.json of a tokenizer that came without one, by its name.
+
+    It names the tokens that begin, end and fill texts and the unknown one, as far as they are known
+    and have an id, since transformers would add any other to the vocabulary.
+
+    Args:
+        definition: the content of tokenizer.json.
+        config: that of config.json, whose ids count where `special` says nothing.
+        special: that of special_tokens_map.json.
+    """
+    tokens = {index: token for token, index in definition["model"]["vocab"].items()}
+    tokens |= {each["id"]: each["content"] for each in definition.get("added_tokens") or []}
+    known = set(tokens.values())
+    unknown = definition["model"].get("unk_token")
+    named = {"unk_token": unknown} if unknown in known else {}
+    for name in _SPECIAL:
+        index = config.get(f"{name}_id")
+        first = index[0] if isinstance(index, list) and index else index  # a model may end on many
+        if type(first) is int and first in tokens:
+            named[name] = tokens[first]
+        said = (special or {}).get(name)
+        content = said.get("content") if isinstance(said, dict) else said
+        if isinstance(content, str) and content in known:
+            named[name] = content
+    settings = {**_CLASS, **named, "clean_up_tokenization_spaces": False}
+    return {SETTINGS: (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def _byte_pairs(vocabulary: BytePairVocabulary) -> dict[str, Any]:

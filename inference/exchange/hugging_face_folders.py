@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probattn.inference.pretrained.safetensors_files import INDEX, SINGLE
-from probattn.inference.runs.files import fsync, write_errors, write_text
+from probattn.inference.runs.files import fsync, replacing, write_errors, write_text
 
 _MOST_BYTES = 2**30  # of a file, which is held in memory while it is written
-_TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # transformers' name of any tokenizer.json
 
 
 def write_folder(
@@ -21,18 +20,21 @@ def write_folder(
     config: Mapping[str, Any],
     tensors: Iterable[tuple[str, NDArray]],
     tokenizer: Mapping[str, Any],
+    beside: Mapping[str, bytes],
     *,
     done: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write config.json, .safetensors and tokenizer.json into a folder, which is made.
 
-    Tensors of more than 1 GiB in all go to several files with an index.
+    Tensors of more than 1 GiB in all go to several files with an index. All of it is on the disk
+    when the function returns; the folder's own name is the caller's to bring there.
 
     Args:
         folder: where to.
         config: the content of config.json.
         tensors: names and tensors; one file's are in memory at a time.
         tokenizer: the content of tokenizer.json.
+        beside: other small files, by name.
         done: called with the number of tensors that a file has taken.
 
     Raises:
@@ -43,13 +45,22 @@ def write_folder(
         folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
     _write_json(folder / "tokenizer.json", tokenizer)
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": _TOKENIZER_CLASS})
+    for name, data in beside.items():
+        with replacing(folder / name) as stream:
+            stream.write(data)
     written: list[tuple[Path, dict[str, int]]] = []
     for number, part in enumerate(_parts(tensors)):
         path = folder / f"{number}.safetensors"
         _write_tensors(path, part)
         written.append((path, {name: tensor.nbytes for name, tensor in part.items()}))
         done(len(part))
+    _name(folder, written)
+    with write_errors(folder):
+        fsync(folder)  # a rename is on the disk only when its folder is
+
+
+def _name(folder: Path, written: Sequence[tuple[Path, dict[str, int]]]) -> None:
+    """Give files of tensors the names that they have in a whole, and write the index of several."""
     if len(written) == 1:
         with write_errors(folder):
             written[0][0].rename(folder / SINGLE)

@@ -1,6 +1,8 @@
 """Somebody else's model from where it is: a folder, the hub of Hugging Face, or a GGUF file."""
 
 import dataclasses
+import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -10,8 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from probattn.inference.pretrained.architectures import decoder_config
-from probattn.inference.pretrained.errors import PretrainedError, read_object, short
-from probattn.inference.pretrained.gguf_files import open_gguf
+from probattn.inference.pretrained.errors import (
+    PretrainedError,
+    parse_object,
+    read_object,
+    short,
+    system_says,
+)
+from probattn.inference.pretrained.gguf_files import GgufFile, open_gguf
 from probattn.inference.pretrained.gguf_models import gguf_model
 from probattn.inference.pretrained.gguf_tokenizers import gguf_tokenizer
 from probattn.inference.pretrained.parameter_names import ParameterNames
@@ -21,12 +29,29 @@ from probattn.inference.pretrained.tensors import Tensors
 from probattn.messages import one_line
 from probattn.models.decoder.config import DecoderConfig
 
+SETTINGS = "tokenizer_config.json"
+"""What transformers has to know of a tokenizer beside its tokenizer.json."""
+SPECIAL = "special_tokens_map.json"
+"""Which tokens have a special meaning, as older versions of transformers wrote it."""
+
 _HUB = "hf:"
-_NEEDED = ["config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
+_TEMPLATE = "chat_template.jinja"
+# Files that say how texts are put together and generated. A model may lack any of them.
+_BESIDE = (
+    *(SETTINGS, SPECIAL, "added_tokens.json"),
+    *("chat_template.json", _TEMPLATE, "generation_config.json"),
+)
+_MOST_BESIDE = 2**24  # bytes of each; the largest in use have a tenth of it
+_NEEDED = [
+    *("config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"),
+    *_BESIDE,
+]
 _IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
 # Prefix of the names of a model's tensors, which a checkpoint without its last layer leaves out.
 _PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}
 _HEADS = ("lm_head.", "embed_out.")
+# transformers 5.14 renamed the output of GPT-NeoX in memory; files have kept the name they had.
+_NEOX_HEAD, _NEOX_HEAD_IN_FILES = "lm_head.weight", "embed_out.weight"
 # Masks and frequencies that older versions of transformers saved with the weights.
 _BUFFERS = re.compile(r".*\.(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)")
 
@@ -41,12 +66,14 @@ class Checkpoint:
         tensors: name -> tensor, read when it is asked for. The names are those of Hugging Face
             with the prefix of the model, and buffers that are no weights are left out.
         tokenizer: the tokenizer, without added tokens that the model has no row for.
+        origin: the folder, or the GGUF file.
     """
 
     source: str
     config: dict[str, Any]
     tensors: Tensors
     tokenizer: PretrainedTokenizer
+    origin: Path | GgufFile
 
     @cached_property
     def decoder(self) -> DecoderConfig:
@@ -82,6 +109,21 @@ class Checkpoint:
         with self._blamed():
             return names.read(self.tensors, parts=parts)
 
+    def read_beside(self) -> dict[str, bytes]:
+        """Read the small files beside the model, as they are, by their names.
+
+        They have the settings of the tokenizer, its special tokens, the chat template and the
+        settings of the generation, as far as there are any. Those of a GGUF file are made of its
+        metadata.
+
+        Raises:
+            PretrainedError: if one is no file, too large, or damaged.
+        """
+        if isinstance(self.origin, GgufFile):
+            return _gguf_beside(self.origin)
+        paths = [self.origin / name for name in _BESIDE]
+        return {path.name: _read_beside(path) for path in paths if os.path.lexists(path)}
+
     @contextmanager
     def _blamed(self) -> Iterator[None]:
         try:
@@ -112,7 +154,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         raise pickles_refused(Path(name))
     elif Path(name).suffix == ".gguf":
         file = open_gguf(Path(name))
-        found = Checkpoint(name, *gguf_model(file), gguf_tokenizer(file))
+        found = Checkpoint(name, *gguf_model(file), gguf_tokenizer(file), file)
     elif Path(name).is_dir():
         found = _open_folder(Path(name))
     else:
@@ -136,7 +178,43 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     config = read_object(folder / "config.json")
     tensors = _one_convention(open_folder(folder), config.get("model_type"))
-    return Checkpoint(str(folder), config, tensors, read_tokenizer(folder))
+    return Checkpoint(str(folder), config, tensors, read_tokenizer(folder), folder)
+
+
+def _read_beside(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe could be read for ever
+        raise PretrainedError(path, "is no file: expected one, or nothing of this name")
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MOST_BESIDE + 1)
+    except OSError as error:
+        raise PretrainedError(path, system_says(error)) from None
+    if len(data) > _MOST_BESIDE:
+        raise PretrainedError(path, f"has more than {_MOST_BESIDE} bytes: expected a smaller file")
+    if path.suffix == ".json":
+        parse_object(path, data)
+        return data
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"holds no text in UTF-8: {one_line(error)}; download it again"
+        raise PretrainedError(path, reason) from None
+    return data
+
+
+def _gguf_beside(file: GgufFile) -> dict[str, bytes]:
+    found, special = {}, {}
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        index = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if type(index) is int and 0 <= index < len(tokens):
+            special[f"{name}_token"] = tokens[index]
+    if special:
+        found[SPECIAL] = json.dumps(special, indent=2, ensure_ascii=False).encode()
+    template = file.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        found[_TEMPLATE] = template.encode()
+    return found
 
 
 def _one_convention(tensors: Tensors, model_type: Any) -> Tensors:
@@ -147,6 +225,8 @@ def _one_convention(tensors: Tensors, model_type: Any) -> Tensors:
             name if name.startswith(_HEADS) else prefix + name: each
             for name, each in entries.items()
         }
+    if model_type == "gpt_neox" and _NEOX_HEAD in entries and _NEOX_HEAD_IN_FILES not in entries:
+        entries[_NEOX_HEAD_IN_FILES] = entries.pop(_NEOX_HEAD)
     return Tensors(entries)
 
 

@@ -61,7 +61,7 @@ def test_an_exported_fit_is_read_as_what_it_was(tiny_run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(tiny_text())
     data = TextConfig(str(text), validation_fraction=0.1)
-    again = import_decoder(folder, tmp_path / "again", data=data)
+    again = import_decoder(folder, tmp_path / "again", data=data, prior_rank=2)
     assert again.run.network.block == tiny_run.config.model.block
     tokens = tiny_run.vocabulary.encode(tiny_text()[:8])[None]
     assert again.run.vocabulary.encode(tiny_text()[:8]).tolist() == tokens[0].tolist()
