@@ -208,12 +208,16 @@ def print_posterior(screen: Console, tree: "xr.DataTree") -> None:
     table.add_column("quantity")
     for name in ("mean", "sd", "r_hat", "ess bulk", "ess tail"):
         table.add_column(name, justify="right")
-    for row in summarise(tree):
-        point = ("-" if np.isnan(value) else f"{value:.4f}" for value in (row.mean, row.sd))
-        ess = (f"{value:.0f}" for value in (row.ess_bulk, row.ess_tail))
-        r_hat = "-" if np.isnan(row.r_hat) else f"{row.r_hat:.3f}"
-        table.add_row(printable(row.name), *point, r_hat, *ess)
+    rows = summarise(tree)
+    for row in rows:
+        values = (row.mean, row.sd, row.r_hat, row.ess_bulk, row.ess_tail)
+        cells = zip(values, (".4f", ".4f", ".3f", ".0f", ".0f"), strict=True)
+        shown = ("-" if np.isnan(value) else format(value, form) for value, form in cells)
+        table.add_row(printable(row.name), *shown)
     screen.print(table)
+    for row in rows:
+        if row.unknown:
+            screen.print(f"{printable(row.name)}: {row.unknown} draws are not known (NaN)")
     if tree["posterior"].sizes["chain"] == 1:
         screen.print("r_hat compares chains, and there is one: sample 2 or more, better 4")
     diverging = values_of(tree, "sample_stats", "diverging")

@@ -72,8 +72,8 @@ class ComparedRun:
             its heads), or "post hoc" for a run whose objective acts on none; "post hoc, not
             converged" if the fit of that stage did not come to rest.
         smallest_margin_draws: smallest margin in every draw, (chain, draw).
-        elpd_loo: expected log predictive density by leave-one-out, nats; where there are draws of
-            the posterior. Of a latent model see `marginal.marginal_leave_one_out`.
+        elpd_loo: expected log predictive density by leave-one-out, nats; where draws are of the
+            posterior, as those of guides are not. Of a latent model see `marginal_leave_one_out`.
         elpd_loo_se: its standard error.
         elpd_loo_filter_error: Monte Carlo error of a latent model's, by the particles of a filter.
         pareto_k: the largest Pareto k; above 0.7 the estimate cannot be trusted.
@@ -159,7 +159,7 @@ def _sequences(runs: Mapping[str, FittedRun | PosteriorRun]) -> int:
 
 def _sampled(label: str, run: PosteriorRun, held_out: np.ndarray, seed: int) -> ComparedRun:
     result = load_posterior(run)
-    found = _of_draws(label, run, result)
+    found = _of_draws(label, run, result, run.config.latent is None and result.temperature == 1)
     found |= {"divergences": result.divergences, "seconds": result.seconds}
     model, objective = run.config.model, run.config.objective
     if model is None or objective is None:
@@ -185,7 +185,7 @@ def _fitted(label: str, run: Run, held_out: np.ndarray, sequences: int, seed: in
     found: dict[str, Any] = {"seconds": _fit_seconds(run), **_objective(objective)}
     if run.config.fit.guide != "map":
         result = guide_posterior(run, draws=_DRAWS, seed=seed, sequences=sequences)
-        found |= _of_draws(label, run, result)
+        found |= _of_draws(label, run, result, loo=False)
         found["predictions"] = predictions(
             run.vocabulary, run.network, _members(result), held_out, seed=seed
         )
@@ -249,9 +249,8 @@ def _shown(run: RunDirectory, inputs: np.ndarray) -> tuple[tuple[str, ...], ...]
     return tuple(tuple(run.vocabulary.display(row)) for row in inputs)
 
 
-def _of_draws(label: str, run: Run | PosteriorRun, result: PosteriorResult) -> dict[str, Any]:
-    is_latent = isinstance(run, PosteriorRun) and run.config.latent is not None
-    tree = to_datatree(result, log_likelihood=result.temperature == 1 and not is_latent)
+def _of_draws(label: str, run: RunDirectory, result: PosteriorResult, loo: bool) -> dict[str, Any]:
+    tree = to_datatree(result, log_likelihood=loo)
     margin = values_of(tree, "posterior", "margin")
     left = leave_one_out(tree)
     found = {"inference": result.label, **(left._asdict() if left else {})}

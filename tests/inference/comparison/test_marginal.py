@@ -1,15 +1,20 @@
 """Leave-one-out of latent models against quadrature over the embeddings and over the coupling."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
-from scipy.special import log_softmax
+import xarray as xr
+from scipy.special import log_softmax, logsumexp
 
+from probattn.inference.comparison import particle_filter
 from probattn.inference.comparison.marginal import (
     REPEATS,
     marginal_leave_one_out,
     marginal_log_likelihood,
 )
+from probattn.inference.export.diagnostics import leave_one_out
 from probattn.models import LatentEmbeddingsConfig
 from tests.support.scalar_process import BIAS, EMISSION, of_three_tokens
 
@@ -18,9 +23,9 @@ TOKENS = np.array([[0, 0, 0], [0, 1, 2], [2, 2, 2], [0, 0, 1], [2, 0, 2], [1, 1,
 ROOTS = np.linspace(0.05, 3.0, 24)  # of minus the coupling
 
 
-def likelihoods():
-    """Probability of every sequence under every coupling, by quadrature: (24, 6)."""
-    joint = np.array([of_three_tokens(-(root**2), None) for root in ROOTS])
+def likelihoods(roots=ROOTS):
+    """Probability of every sequence under every coupling, by quadrature: (roots, 6)."""
+    joint = np.array([of_three_tokens(-(root**2), None) for root in roots])
     return joint[:, *TOKENS.T]
 
 
@@ -77,6 +82,37 @@ def test_leaving_out_a_sequence_is_as_by_quadrature():
         found.elpd_loo_filter_error, of_draws.std()
     )
     assert 0 < found.elpd_loo_filter_error < found.elpd_loo_se
+
+
+@pytest.mark.slow
+def test_the_bias_of_few_particles_is_taken_off(monkeypatch):
+    """Of 120 sequences and 32 draws, whose likelihoods are known by quadrature."""
+    few = functools.partial(particle_filter.filter_tokens, particles=8)
+    monkeypatch.setattr(particle_filter, "filter_tokens", few)
+    roots, tokens = np.linspace(0.05, 3.0, 32), np.tile(TOKENS, (20, 1))
+    exact = elpd(np.tile(np.log(likelihoods(roots)), 20).reshape(4, 8, -1))
+    plain, errors, told = [], [], []
+    for seed in range(3):
+        repeated = marginal_log_likelihood(draws_of(roots), tokens, CONFIG, seed=seed)
+        plain.append(elpd(logsumexp(repeated, axis=0) - np.log(REPEATS)) - exact)
+        found = marginal_leave_one_out(draws_of(roots), tokens, CONFIG, seed=seed)
+        errors.append(found.elpd_loo - exact)
+        told.append(found.elpd_loo_filter_error)
+    # Without the correction it is too low, by far more than the particles' noise ...
+    assert max(plain) < -5
+    assert np.ptp(plain) < 3
+    # ... and with it as near as it says.
+    assert abs(np.mean(errors)) < 1
+    assert np.all(np.abs(errors) < 3 * np.array(told))
+    assert max(told) < 3
+
+
+def elpd(log_likelihood):
+    """Of a likelihood that is taken as it is."""
+    tokens = xr.Dataset({"tokens": (("chain", "draw", "sequence"), log_likelihood)})
+    return leave_one_out(
+        xr.DataTree.from_dict({"posterior": tokens, "log_likelihood": tokens})
+    ).elpd_loo
 
 
 def test_a_free_coupling_has_none():

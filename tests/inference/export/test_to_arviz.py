@@ -169,13 +169,14 @@ def test_fewer_than_one_sequence_is_refused(run, sequences):
         to_datatree(run, sequences=sequences)
 
 
-@pytest.mark.parametrize(("chains", "draws"), [(1, 1), (1, 2), (2, 1), (1, 5), (2, 12)])
+@pytest.mark.parametrize(("chains", "draws"), [(1, 1), (1, 2), (2, 1), (1, 29), (2, 14)])
 def test_too_few_draws_have_no_leave_one_out(chains, draws):
     assert leave_one_out(of_draws(chains, draws)) is None
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # of the oracle's
 def test_leave_one_out_of_enough_draws():
-    tree = of_draws(2, 13)
+    tree = of_draws(2, 50)
     elpd, error, *_ = leave_one_out(tree)
     found = az.loo(tree)
     assert (elpd, error) == (found.elpd, found.se)
@@ -183,7 +184,7 @@ def test_leave_one_out_of_enough_draws():
 
 def of_draws(chains, draws):
     """A tree of log likelihoods of six sequences."""
-    values = np.random.default_rng(0).normal(size=(chains, draws, SEQUENCES))
+    values = 0.3 * np.random.default_rng(0).normal(size=(chains, draws, SEQUENCES))
     tokens = xr.Dataset({"tokens": (("chain", "draw", "sequence"), values)})
     return xr.DataTree.from_dict({"posterior": tokens, "log_likelihood": tokens})
 
