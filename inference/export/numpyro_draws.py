@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpyro.handlers import seed as seeded
-from numpyro.handlers import substitute, trace
-from numpyro.infer import MCMC, Predictive, init_to_sample
+from numpyro.infer import MCMC, Predictive
 from numpyro.infer.autoguide import AutoDelta, AutoGuide
 from numpyro.infer.svi import SVIRunResult
 
 from probattn.inference.sampling.result import PosteriorResult, in_own_precision
+from probattn.inference.sampling.subsampling import Contents, contents, rows_of
 
 type NumPyroDraws = MCMC | SVIRunResult | Mapping[str, Any]
 
@@ -38,8 +37,9 @@ def numpyro_result(
     """Return draws of NumPyro's with the model that they are of: see `to_datatree`.
 
     Raises:
-        ValueError: if the model or the guide is missing or of no use, the guide is a point, or the
-            samples are not of the model's latent sites.
+        ValueError: if the model or the guide is missing or of no use, the guide is a point, the
+            samples are not of the model's latent sites, or one of these is in a plate that takes a
+            minibatch.
     """
     statistics: dict[str, np.ndarray] = {}
     if (guide is not None) != isinstance(source, SVIRunResult):
@@ -109,13 +109,21 @@ def _guide_samples(
 
 
 def _of_latent_sites(result: PosteriorResult) -> PosteriorResult:
-    """Return the result with the model's latent sites alone, each (chains, draws, ...)."""
-    shapes = _latent_shapes(in_own_precision(result)) if result.draws else {}
+    """Return the result with the model's latent sites alone, each (chains, draws, ...).
+
+    Where a plate takes a minibatch the model is that of all rows: each draw would have other rows.
+    """
+    found = _contents(in_own_precision(result)) if result.draws else Contents({}, [])
+    shapes = {name: site.shape for name, site in found.latent.items()}
     if not shapes:
         raise ValueError(
             "the samples or the model have no latent sample site: expected one at least, whose "
             "draws are to be exported"
         )
+    for plate, size, batch in found.plates:
+        if batch < size:
+            _check_outside(plate, size, batch, found)
+            result = replace(result, model=rows_of(result.model, plate))
     if missing := sorted(set(shapes) - set(result.draws)):
         raise ValueError(
             f"the samples have no {', '.join(missing)}: expected every latent site of the model; "
@@ -136,16 +144,16 @@ def _of_latent_sites(result: PosteriorResult) -> PosteriorResult:
     return replace(result, draws=draws)
 
 
-def _latent_shapes(result: PosteriorResult) -> dict[str, tuple[int, ...]]:
-    def latent() -> dict[str, Any]:
-        # Some priors, such as ImproperUniform, cannot be drawn from.
-        start = substitute(seeded(result.model, jax.random.key(0)), substitute_fn=init_to_sample)
-        sites = trace(start).get_trace(*result.model_args, **result.model_kwargs)
-        return {
-            name: site["value"]
-            for name, site in sites.items()
-            if site["type"] == "sample" and not site["is_observed"]
-        }
-
+def _contents(result: PosteriorResult) -> Contents:
     with jax.enable_x64(result.precision == "float64"):
-        return {name: leaf.shape for name, leaf in jax.eval_shape(latent).items()}
+        return contents(result.model, (result.model_args, result.model_kwargs))
+
+
+def _check_outside(plate: str, size: int, batch: int, found: Contents) -> None:
+    for name, site in found.latent.items():
+        if plate in site.plates:
+            raise ValueError(
+                f"the latent site {name} is in the plate {plate}, which takes {batch} of {size} "
+                "rows: expected latent sites outside of it; give as model one without "
+                "subsample_size, and draws for all of its rows"
+            )

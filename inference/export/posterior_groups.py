@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 from numpyro.handlers import seed as seeded
-from numpyro.handlers import trace
+from numpyro.handlers import substitute, trace
 
 from probattn import support_tokens
 from probattn.inference.export.layout import Layout
@@ -45,8 +45,10 @@ def posterior_groups(
     result = in_own_precision(result)
     layout = Layout(result, dims)
     predictive_key, prior_key = jax.random.split(jax.random.key(seed))
-    tables = _Tables(result.shape)
     support = {stage: _Support(stage, result.shape, layout.heads(stage)) for stage in layout.stages}
+    # Before the long work: there are priors that cannot be drawn from.
+    of_prior = _prior(result, prior, prior_key, list(support.values())) if prior else {}
+    tables = _Tables(result.shape)
     parts = site_values(
         result,
         log_likelihood=log_likelihood,
@@ -66,8 +68,7 @@ def posterior_groups(
     if result.method == "nuts" and "n_steps" in result.statistics:
         depth = np.ceil(np.log2(np.asarray(result.statistics["n_steps"]) + 1)).astype(np.int64)
         found["sample_stats"]["tree_depth"] = depth
-    if prior:
-        found["prior"] = _prior(result, prior, prior_key, list(support.values()))
+    found["prior"] = of_prior
     named = _Datasets(layout, labels, frozenset(result.draws), flat)
     groups = {
         group: named.dataset(group, sites, ("chain", "draw"))
@@ -163,7 +164,8 @@ def _prior(
     model = with_margins(result.model)
 
     def draw(key: Array) -> dict[str, Array]:
-        sites = trace(seeded(model, key)).get_trace(*result.model_args, **result.model_kwargs)
+        drawn = substitute(seeded(model, key), substitute_fn=_drawn)
+        sites = trace(drawn).get_trace(*result.model_args, **result.model_kwargs)
         return {
             name: site["value"]
             for name, site in sites.items()
@@ -178,6 +180,19 @@ def _prior(
             values = stage.prior(values)
         tables.add("prior", batch, values)
     return tables.groups["prior"]
+
+
+def _drawn(site: dict[str, Any]) -> Any:
+    """Draw a latent site from its prior, for NumPyro; leave others to NumPyro."""
+    if site["type"] != "sample" or site["value"] is not None:
+        return None
+    try:
+        return site["fn"](*site["args"], **site["kwargs"])
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the prior of the site {site['name']} is {type(site['fn']).__name__}, which cannot be "
+            "drawn from: expected prior 0, or a model whose priors are proper"
+        ) from error
 
 
 class _Datasets:

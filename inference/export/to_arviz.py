@@ -74,7 +74,8 @@ def to_datatree(
             position is its sequence's support token; certified_probability, that its certificate
             is below 1.
         log_likelihood: one per sequence, on request, for `az.loo` and `az.compare`; refused for
-            draws of another temperature than 1, which neither can tell from the posterior's.
+            draws of another temperature than 1, which neither can tell from the posterior's. Those
+            of a guide's draws are not for them either.
         posterior_predictive: draws of the observed sites given each draw, on request.
         prior: draws of the prior, on request.
         observed_data: what was observed: of a language model the targets, each a token after the
@@ -92,6 +93,8 @@ def to_datatree(
 
     An imported model has the groups of a MAP run but for the first and the last. In a name, such as
     that of a scope, "." stands for "/", which a DataTree does not take.
+
+    A plate that takes a minibatch has all of its rows here, whatever the draws were made with.
 
     Dimensions have the names of `dims`, else those that this package's models have, else those of
     plates and of `infer={"event_dims": [...]}`, as in `az.from_numpyro`; others are numbered.
@@ -121,7 +124,8 @@ def to_datatree(
     Raises:
         ValueError: if an argument is out of range, draws are asked of a MAP run or an AutoDelta,
             the run or its corpus is not there any more, a model or a guide is missing or given
-            beside a source that has its own, or the samples are not of the model.
+            beside a source that has its own, the samples are not of the model, or a prior that is
+            to be drawn from cannot be.
     """
     import xarray as xr
 

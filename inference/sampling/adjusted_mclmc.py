@@ -50,7 +50,7 @@ def adjusted_mclmc_kernel(target: Density, config: SampleConfig) -> Kernel:
 
     def init(key: Array, number: Array) -> AdjustedMclmcState:
         start_key, length_key, tune_key, key = jax.random.split(key, 4)
-        position = target.start(start_key, number)
+        position, _ = target.start(start_key, number)
         step_size = jnp.full((), 0.1 * math.sqrt(target.size), position.dtype)
         zero = jnp.zeros((), position.dtype)
         return AdjustedMclmcState(
@@ -101,6 +101,7 @@ def adjusted_mclmc_kernel(target: Density, config: SampleConfig) -> Kernel:
         init,
         step,
         lambda state: state.at.position,
+        lambda state: state.at.logdensity_grad,
         lambda state: target.constrain(state.at.position),
         statistics,
     )

@@ -75,7 +75,7 @@ class Chains:
     Raises:
         ValueError: if `init_values` names a site that the model lacks, or has density zero, or the
             model has no latent site.
-        SampleError: if a chain finds no start of positive density.
+        SampleError: if a chain finds no start of positive density with a finite gradient.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Chains:
         _check_size(size, config)
         self._most = max(1, min(_ITERATIONS, _VALUES // size))
         state = jax.block_until_ready(starts.lower().compile()(keys, numbers))
-        _check_density(np.asarray(jax.vmap(kernel.statistics)(state)["lp"]), init_values)
+        _check_starts(jax.vmap(kernel.statistics)(state)["lp"], kernel.gradient(state), init_values)
         self._each = config.chain_method == "parallel"
         devices = jax.local_devices()[: config.chains]
         self._spread = None if self._each else _spread(config.chains, devices)
@@ -273,13 +273,18 @@ def _plain(state: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
 
 
-def _check_density(lp: np.ndarray, init_values: Mapping) -> None:
-    if not np.isfinite(lp).all():
-        lost = [str(number) for number in np.flatnonzero(~np.isfinite(lp))]
+def _check_starts(lp: Array, gradient: Any, init_values: Mapping) -> None:
+    """Refuse chains whose start has no finite log density or gradient: they would stay there."""
+    usable = np.isfinite(lp)
+    for leaf in jax.tree.leaves(gradient):
+        usable = usable & np.isfinite(leaf).reshape(len(usable), -1).all(1)
+    if not usable.all():
+        lost = [str(number) for number in np.flatnonzero(~usable)]
         rest = " with the initial values" if init_values else ""
         raise SampleError(
-            f"chain {', '.join(lost)}: 100 draws of the prior{rest} have no finite log density; "
-            "start from given values, such as a coupling of zero, or use a proper coupling"
+            f"chain {', '.join(lost)}: 100 draws of the prior{rest} have no finite density or "
+            "gradient; start from given values, such as a coupling of zero, use a proper coupling, "
+            "or write the model so that its gradient is finite"
         )
 
 

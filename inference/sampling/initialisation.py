@@ -17,6 +17,7 @@ from numpyro.infer import init_to_sample
 from numpyro.infer.util import log_density
 
 from probattn import CausalAttention, log_det
+from probattn.messages import describe
 
 
 def given_values(
@@ -42,6 +43,31 @@ def given_values(
         stacklevel=5,  # the caller of sample, past its two decorators
     )
     return start
+
+
+def floating_values(values: Mapping[str, Any], precision: str) -> dict[str, Array]:
+    """Return initial values as floating-point arrays: latent sites are continuous.
+
+    Args:
+        values: the values by site: arrays, numbers or lists of them.
+        precision: "float32" or "float64".
+
+    Raises:
+        ValueError: if a value is something else than real numbers.
+    """
+    found = {}
+    for name, value in values.items():
+        try:
+            array = value if isinstance(value, jax.Array) else np.asarray(value)
+        except ValueError:  # lists of several lengths
+            array = np.empty(0, object)
+        if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+            raise ValueError(
+                f"init_values has {name} of {' '.join(describe(value).split())}: expected real "
+                "numbers, in an array of the site's shape"
+            )
+        found[name] = jnp.asarray(array, precision)
+    return found
 
 
 def init_to_given(values: Mapping[str, Any], site: dict | None = None) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
-from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
+from numpyro.infer.util import ParamInfo, constrain_fn, initialize_model, potential_energy
 
 from probattn.inference.sampling.initialisation import init_to_given, with_prototypes
 
@@ -22,9 +22,10 @@ class Kernel(NamedTuple):
 
     Attributes:
         init: the state before the first iteration, from the chain's random key and its number. If
-            no start of positive density is found, its "lp" is not finite.
+            no start is found that has a finite log density and gradient, one of them is not.
         step: the state after one more iteration.
         position: the unconstrained numbers in a state.
+        gradient: the gradient of the log density, up to a factor, in a state that `init` made.
         draw: the values of the model's sample sites in a state.
         statistics: numbers of the last iteration, under ArviZ's names where it has one. All
             samplers have diverging, n_steps (gradients), lp and step_size.
@@ -33,6 +34,7 @@ class Kernel(NamedTuple):
     init: Callable[[Array, Array], Any]
     step: Callable[[Any], Any]
     position: Callable[[Any], Any]
+    gradient: Callable[[Any], Any]
     draw: Callable[[Any], dict[str, Array]]
     statistics: Callable[[Any], dict[str, Array]]
 
@@ -42,14 +44,15 @@ class Density(NamedTuple):
 
     Attributes:
         size: length D of the vector.
-        start: where a chain starts, from its random key and its number.
+        start: where a chain starts, and the gradient of the log density there, from the chain's
+            random key and its number.
         log_density: the log density, with the Jacobian of the constraints; of the model, or of
             one with the same latent sites.
         constrain: the values of the sample sites.
     """
 
     size: int
-    start: Callable[[Array, Array], Vector]
+    start: Callable[[Array, Array], tuple[Vector, Vector]]
     log_density: Callable[..., Float[Array, ""]]
     constrain: Callable[[Vector], dict[str, Array]]
 
@@ -67,7 +70,7 @@ def density(
     """
     args, kwargs = arguments
 
-    def sites(key: Array, number: Array) -> dict[str, Array]:
+    def start(key: Array, number: Array) -> ParamInfo:
         values = dict(init_values)
         if each_chain:
             values = {name: jnp.asarray(value)[number] for name, value in values.items()}
@@ -80,9 +83,13 @@ def density(
             model_args=args,
             model_kwargs=kwargs,
         )
-        return found.param_info.z
+        return found.param_info
 
-    shapes = jax.eval_shape(sites, jax.random.key(0), jnp.zeros((), int))
+    def flat_start(key: Array, number: Array) -> tuple[Vector, Vector]:
+        found = start(key, number)
+        return ravel_pytree(found.z)[0], -ravel_pytree(found.z_grad)[0]
+
+    shapes = jax.eval_shape(start, jax.random.key(0), jnp.zeros((), int)).z
     zeros, unravel = ravel_pytree(
         jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     )
@@ -92,7 +99,7 @@ def density(
 
     return Density(
         zeros.size,
-        lambda key, number: ravel_pytree(sites(key, number))[0],
+        flat_start,
         log_density,
         lambda position: constrain_fn(model, args, kwargs, unravel(position)),
     )

@@ -95,7 +95,7 @@ def mclmc_kernel(
 
     def init(key: Array, number: Array) -> MclmcState:
         start_key, momentum_key, key = jax.random.split(key, 3)
-        position = target.start(start_key, number)
+        position, _ = target.start(start_key, number)
         begun = mclmc.init(position, log_density, momentum_key)
         zero, zeros = jnp.zeros((), position.dtype), jnp.zeros_like(position)
         path = jnp.zeros((config.warmup - measured, len(chosen)), position.dtype)
@@ -208,6 +208,7 @@ def mclmc_kernel(
         init,
         step,
         lambda state: state.position,
+        lambda state: state.gradient,
         lambda state: target.constrain(state.position),
         statistics,
     )

@@ -38,6 +38,7 @@ def nuts_kernel(
         lambda key, number: kernel.init(key, config.warmup, model_args=args, model_kwargs=kwargs),
         lambda state: kernel.sample(state, args, kwargs),
         attrgetter("z"),
+        attrgetter("z_grad"),
         # It is known only after init.
         lambda state: kernel.get_constrain_fn(args, kwargs)(state.z),
         lambda state: {name: of(state) for name, of in _STATISTICS.items()},

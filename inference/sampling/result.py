@@ -24,10 +24,10 @@ class PosteriorResult:
         model_args: its arguments.
         model_kwargs: its keyword arguments.
         statistics: what the sampler says of each draw, (chains, draws): diverging, n_steps, lp (log
-            density in nats, up to a constant) and step_size; of nuts acceptance_rate and energy
-            too; of mclmc and ensemble energy_variance and length. Empty for a guide. Of all but
-            nuts, diverging says that the iteration would have left the region of positive density,
-            and n_steps counts gradients.
+            density in nats, up to a constant) and step_size; of nuts and of adjusted chains
+            acceptance_rate too, and of nuts energy; of mclmc and ensemble that are not adjusted
+            energy_variance and length. Empty for a guide. Of all but nuts, diverging says that the
+            iteration would have left the region of positive density, and n_steps counts gradients.
         seconds: time of sampling in all sessions together, without compiling; NaN if unknown.
         config: how the sampler was run; None for a guide.
     """
@@ -92,7 +92,8 @@ class PosteriorResult:
 def in_own_precision(result: PosteriorResult) -> PosteriorResult:
     """Return the result with the arrays among the model's arguments in the precision of its draws.
 
-    JAX warns where an array of 64 bits meets a program of 32.
+    JAX warns where an array of 64 bits meets a program of 32. JAX's arrays remain JAX's: a model
+    may index them by what JAX traces, and NumPy's take no such index.
     """
     with jax.enable_x64(result.precision == "float64"):
         floating = np.dtype(result.precision)
@@ -100,10 +101,11 @@ def in_own_precision(result: PosteriorResult) -> PosteriorResult:
         def of(leaf: Any) -> Any:
             if not isinstance(leaf, jax.Array | np.ndarray):
                 return leaf
+            as_array = jnp.asarray if isinstance(leaf, jax.Array) else np.asarray
             if jnp.issubdtype(leaf.dtype, jnp.floating):
-                return np.asarray(leaf, floating)
+                return as_array(leaf, floating)
             if jnp.issubdtype(leaf.dtype, jnp.integer):
-                return np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
+                return as_array(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
             return leaf
 
         args, kwargs = jax.tree.map(of, (tuple(result.model_args), dict(result.model_kwargs)))

@@ -29,7 +29,7 @@ from probattn.inference.runtime.one_thread import one_thread_at_a_time
 from probattn.inference.runtime.progress import Bar, progress_bar
 from probattn.inference.runtime.signals import Interrupted, deferred_interrupts
 from probattn.inference.sampling.chains import Chains
-from probattn.inference.sampling.initialisation import given_values
+from probattn.inference.sampling.initialisation import floating_values, given_values
 from probattn.inference.sampling.result import PosteriorResult
 from probattn.inference.sampling.subsampling import of_all_rows
 
@@ -70,9 +70,10 @@ def sample(
         The draws of all chains.
 
     Raises:
-        ValueError: if `init_values` names a site that the model lacks, `out` holds segments
-            already, or they are damaged or of another model (SegmentError).
-        SampleError: if a chain finds no start of positive density.
+        ValueError: if `init_values` names a site that the model lacks or holds something else than
+            numbers, `out` holds segments already, or they are damaged or of another model
+            (SegmentError).
+        SampleError: if a chain finds no start of positive density with a finite gradient.
         Interrupted: on SIGINT, SIGTERM or SIGHUP, after the draws so far were saved.
     """
     init_values = given_values(init_values, start)
@@ -85,10 +86,11 @@ def sample(
             f"{folder.path}: holds segments already; go on with resume, or name another folder"
         )
     with jax.enable_x64(config.precision == "float64"):
-        *arguments, init_values = jax.tree.map(
+        arguments = jax.tree.map(
             partial(_in_precision, dtype=jnp.dtype(config.precision)),
-            (tuple(model_args), dict(model_kwargs or {}), dict(init_values or {})),
+            (tuple(model_args), dict(model_kwargs or {})),
         )
+        init_values = floating_values(init_values or {}, config.precision)
         if config.method == "ensemble" and not init_values:
             raise ValueError(
                 "sample.method ensemble without initial values: expected init_values with a point "

@@ -104,13 +104,13 @@ def stochastic_kernel(
 
     def init(key: Array, number: Array) -> StochasticState:
         start_key, momentum_key, key = jax.random.split(key, 3)
-        position = target.start(start_key, number)
+        position, gradient = target.start(start_key, number)
         return StochasticState(
             jnp.zeros((), jnp.int32),
             key,
             position,
             jax.random.normal(momentum_key, position.shape, position.dtype),
-            Path(*[jnp.zeros_like(position)] * 6),
+            Path(*[jnp.zeros_like(position)] * 6)._replace(last_gradient=gradient),
             jnp.ones_like(position),
             position,
             known_density(position),
@@ -198,6 +198,7 @@ def stochastic_kernel(
         init,
         step,
         lambda state: state.position,
+        lambda state: state.path.last_gradient,  # at the start that of the first minibatch
         lambda state: target.constrain(state.position),
         statistics,
     )

@@ -184,7 +184,7 @@ def test_leave_one_out_of_enough_draws():
 
 def of_draws(chains, draws):
     """A tree of log likelihoods of six sequences."""
-    values = 0.3 * np.random.default_rng(0).normal(size=(chains, draws, SEQUENCES))
+    values = np.random.default_rng(0).uniform(size=(chains, draws, SEQUENCES))
     tokens = xr.Dataset({"tokens": (("chain", "draw", "sequence"), values)})
     return xr.DataTree.from_dict({"posterior": tokens, "log_likelihood": tokens})
 

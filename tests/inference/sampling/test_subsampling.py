@@ -1,5 +1,6 @@
 """Plates that take minibatches: scaled as NumPyro does, and refused where they cannot be."""
 
+import re
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.infer.util import log_density
 
-from probattn.inference import SampleConfig, sample
+from probattn.inference import SampleConfig, sample, to_datatree
 from probattn.inference.sampling.subsampling import Subsample, check_rows, rows_of
 
 SGLD = SampleConfig(method="sgld", chains=2, warmup=4, draws=4)
@@ -78,8 +79,14 @@ def heedless(observed):
         (two, "with a subsample_size are: first, second; sample.method sgld takes minibatches of"),
         (whole, "the plates of the model with a subsample_size are: none; sample.method sgld"),
         (heedless, "the model makes nothing of the rows that the plate rows takes"),
-        (partial(model, size=9), "the plate rows has 9 rows, and an array of 7 is indexed by them"),
-        (partial(model, size=6), "the plate rows has 6 rows, and an array of 7 is indexed by them"),
+        (
+            partial(model, size=9),
+            "the plate rows has 9 rows, and an array of 7 is indexed by them at 0 to 8: expected",
+        ),
+        (
+            partial(model, size=6),
+            "the plate rows has 6 rows, and an array of 7 is indexed by them at 0 to 5: expected",
+        ),
     ],
 )
 def test_models_that_have_no_minibatches(given, message):
@@ -121,6 +128,90 @@ def grouped(rows, *, groups=2):
 )
 def test_rows_are_followed_through_programs(function):
     check_rows(Subsample("rows", 7, 3), function)
+
+
+SERIES = jnp.asarray(np.random.default_rng(2).normal(size=8))  # one more than the plate has rows
+
+
+def shifted(*shifts, series=SERIES):
+    """A term of autoregression: the series at every row, and at rows further on."""
+    return lambda rows: jnp.sum(jnp.prod(jnp.stack([series[rows + s] for s in shifts]), 0))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize(
+    "function",
+    [
+        shifted(0, 1),
+        jax.jit(shifted(0, 1)),
+        shifted(0, 1, 2, series=jnp.arange(9.0)),
+        shifted(0, 2, series=jnp.arange(9.0)),
+        shifted(-1, 0, series=SERIES[:-1]),  # NumPy's index of the last
+        lambda rows: jnp.sum(SERIES[:-1][rows] * SERIES[1:][rows]),
+        lambda rows: jnp.sum(SERIES[rows] * SERIES[rows + jnp.sum(jnp.ones(1, int))]),
+        lambda rows: jnp.sum(jnp.take(SERIES, rows) * jnp.take(SERIES, rows + 1)),
+        lambda rows: jnp.sum(
+            jax.vmap(lambda row: jax.lax.dynamic_slice(SERIES, (row,), (2,)))(rows)
+        ),
+    ],
+)
+def test_rows_and_their_neighbours_may_read_a_longer_array(function, batch):
+    check_rows(Subsample("rows", 7, batch), function)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (shifted(0), "an array of 8 is indexed by them at 0 to 6"),
+        (shifted(1), "an array of 8 is indexed by them at 1 to 7"),
+        (shifted(0, 1, series=SERIES[:-1]), "an array of 7 is indexed by them at 0 to 7"),
+        (shifted(1, series=SERIES[:-1]), "an array of 7 is indexed by them at 1 to 7"),
+        (shifted(0, 1, series=SERIES[:5]), "an array of 5 is indexed by them at 0 to 7"),
+        (shifted(0, 1, series=jnp.arange(9.0)), "an array of 9 is indexed by them at 0 to 7"),
+        (shifted(-2, series=SERIES), "an array of 8 is indexed by them at 0 to 7"),
+        # Two arrays of which each is read in part.
+        (
+            lambda rows: shifted(0)(rows) + shifted(1, series=2 * SERIES)(rows),
+            "an array of 8 is indexed by them at 0 to 6",
+        ),
+        (
+            lambda rows: jnp.sum(
+                jax.vmap(lambda row: jax.lax.dynamic_slice(SERIES[1:], (row,), (2,)))(rows)
+            ),
+            "an array of 7 is indexed by them at 0 to 7",
+        ),
+    ],
+)
+def test_rows_that_read_a_part_of_an_array_or_beyond_it(function, found, batch):
+    message = re.escape(found) + ": expected a plate as large.* as in `y"
+    with pytest.raises(ValueError, match=message):
+        check_rows(Subsample("rows", 7, batch), function)
+
+
+def test_two_axes_of_one_array_are_two_arrays():
+    square = jnp.arange(49.0).reshape(7, 7)
+    check_rows(Subsample("rows", 7, 3), lambda rows: jnp.sum(square[rows] @ square[:, rows]))
+    wide = jnp.ones((7, 8))
+    with pytest.raises(ValueError, match="an array of 8 is indexed by them at 0 to 6"):
+        check_rows(
+            Subsample("rows", 7, 3), lambda rows: jnp.sum(wide[rows]) + jnp.sum(wide[:, rows])
+        )
+
+
+def autoregression(series):
+    slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
+    with numpyro.plate("steps", len(series) - 1, subsample_size=3) as rows:
+        numpyro.sample("next", dist.Normal(slope * series[rows], 1.0), obs=series[rows + 1])
+
+
+@pytest.mark.slow
+def test_an_autoregression_is_of_all_steps():
+    result = sample(autoregression, model_args=(np.asarray(SERIES),), config=SGLD)
+    tree = to_datatree(result, log_likelihood=True)
+    slopes = result.draws["slope"][..., None]
+    expected = -((SERIES[1:] - slopes * SERIES[:-1]) ** 2) / 2 - np.log(2 * np.pi) / 2
+    np.testing.assert_allclose(tree["log_likelihood"]["next"], expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
