@@ -37,8 +37,8 @@ def print_proved(screen: Console, margins: TextMargins) -> None:
     if others := len(margins.certificates) - len(known):
         screen.print(
             f"{others} of {len(margins.certificates)} stages: it is not known whether some text "
-            "folds them. Their symbols and positions are too many to look at all texts, or their "
-            "logits depend on more than W_Q and W_K.",
+            "folds them. Their symbols and positions are too many to look at all texts, their "
+            "logits depend on more than W_Q and W_K, or they are not in the first layer.",
             soft_wrap=True,
         )
 

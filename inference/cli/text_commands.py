@@ -64,12 +64,12 @@ class Margins:
             progress=True,
         )
         console.print_margins(screen, found)
-        if self.find_folds:
-            print_folds(screen, folding_texts(run, found.certificates, progress=True))
         if self.out is not None:
             console.print_paths(screen, margin_figures(found, self.out))
         if self.html is not None:
             console.print_paths(screen, [found.to_html(self.html, overwrite=self.overwrite)])
+        if self.find_folds:
+            print_folds(screen, folding_texts(run, found.certificates, progress=True))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ from probattn.stages.stage import prepared
 from probattn.text.batches import map_batches
 
 StageInput = Literal["embeddings", "normalised", "layer"]
+POST_HOC = "post hoc"
+"""Label of the stage of the post-hoc attention prior."""
+
 _BATCH = 4  # windows in one call: the bases of 2 r directions take (windows, T, d, 2 r) numbers
 _PAST = 8  # past tokens that are named of each token
 
@@ -94,7 +97,7 @@ def stages(
     """
     if prior is not None:
         matrices = jnp.asarray(prior.w_query), jnp.asarray(prior.w_key)
-        yield RunStage("post hoc", *matrices, bound=run.bound)
+        yield RunStage(POST_HOC, *matrices, bound=run.bound)
     if isinstance(run, Run) and run.config.objective.trains_attention_prior:
         yield _trained_stage(run)
     for layer in range(run.network.config.layers if all_layers else 1):
@@ -155,7 +158,8 @@ def stage_pasts(
 def stage_table(run: FittedRun, stage: RunStage) -> Float[np.ndarray, "V T d"]:
     """Return all that a stage ever sees: each symbol of the vocabulary at each position.
 
-    There is one position where none is added to the embedding.
+    There is one position where none is added to the embedding. Heads of later layers than the first
+    see more, since what enters them depends on the whole context.
     """
     symbols = np.arange(run.vocabulary.size, dtype=np.int32)
     positions = run.network.block if run.network.adds_positions else 1

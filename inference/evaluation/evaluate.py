@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import StageMargins, stage_margins, stages
@@ -195,13 +196,14 @@ def _margins(run: FittedRun, prior: Any, tokens: np.ndarray, bar: Bar) -> tuple[
         return ()
     summaries = []
     for stage in stages(run, prior):
-        summaries.append(_summary(stage_margins(run, stage, inputs)))
+        summaries.append(_summary(stage_margins(run, stage, inputs), plan.reported[:, 2:]))
         bar.update(1)
     return tuple(summaries)
 
 
-def _summary(margins: StageMargins) -> MarginSummary:
-    margin, log_det = margins.margin[:, 2:], margins.log_det[:, 2:]
+def _summary(margins: StageMargins, reported: Bool[np.ndarray, "windows T-2"]) -> MarginSummary:
+    """Summarise positions >= 2 that are reported: the last window repeats some of others."""
+    margin, log_det = margins.margin[:, 2:][reported], margins.log_det[:, 2:][reported]
     known = margin[~np.isnan(margin)]
     positive = np.isfinite(log_det)
     return MarginSummary(
@@ -212,8 +214,8 @@ def _summary(margins: StageMargins) -> MarginSummary:
             for level in QUANTILES
         },
         mean_log_det=float(log_det[positive].mean()) if positive.any() else -math.inf,
-        infeasible_fraction=float(margins.infeasible[:, 2:].mean()),
-        certified_fraction=float((margins.certificate[:, 2:] < 1).mean()),
+        infeasible_fraction=float(margins.infeasible[:, 2:][reported].mean()),
+        certified_fraction=float((margins.certificate[:, 2:][reported] < 1).mean()),
         positions=margin.size,
         unknown=margin.size - known.size,
     )

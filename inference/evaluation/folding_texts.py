@@ -10,12 +10,13 @@ from probattn.blocks.geometry import bounded
 from probattn.blocks.majorants import majorants
 from probattn.blocks.promotion import default_promotion
 from probattn.inference.evaluation.attention_stages import (
+    POST_HOC,
     RunStage,
     stage_margins,
     stage_table,
     stages,
 )
-from probattn.inference.evaluation.post_hoc import usual_prior
+from probattn.inference.evaluation.post_hoc import post_hoc_prior, usual_prior
 from probattn.inference.evaluation.stage_certificates import StageCertificate, stage_certificate
 from probattn.inference.runs.run import FittedRun
 from probattn.inference.runtime.blas_threads import one_blas_thread
@@ -81,8 +82,8 @@ def folding_texts(
 
     Args:
         run: a run from `load_run` or `fit`.
-        certificates: what is proved of the stages, as `text_margins` returns it; by default they
-            are computed.
+        certificates: what is proved of stages, as `text_margins` returns it; by default of those
+            that it takes by default.
         progress: show progress bars.
 
     Returns:
@@ -90,14 +91,15 @@ def folding_texts(
         are left out, those of which nothing is known, and all those of a vocabulary of more than
         4,096 symbols, whose pairs are too many.
     """
-    chosen = list(stages(run, usual_prior(run, progress=progress)))
+    prior = usual_prior(run, progress=progress)
     if certificates is None:
-        certificates = [stage_certificate(run, stage) for stage in chosen]
-    open_stages = [
-        stage
-        for stage, proved in zip(chosen, certificates, strict=True)
-        if proved.rho >= 1 and run.vocabulary.size <= _MOST_SYMBOLS
-    ]
+        certificates = [stage_certificate(run, stage) for stage in stages(run, prior)]
+    folding = {proved.label for proved in certificates if proved.rho >= 1}
+    if run.vocabulary.size > _MOST_SYMBOLS or not folding:
+        return {}
+    if prior is None and POST_HOC in folding:
+        prior = post_hoc_prior(run, progress=progress)
+    open_stages = [stage for stage in stages(run, prior) if stage.label in folding]
     found = {}
     with progress_bar("folds", total=len(open_stages), unit="stage", visible=progress) as bar:
         for stage in open_stages:

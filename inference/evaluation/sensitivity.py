@@ -108,7 +108,7 @@ class Sensitivity:
             index=self.index,
             window=self.window,
             position=self.position,
-            starts=np.flatnonzero(self.position == 0).tolist(),
+            starts=np.flatnonzero(np.diff(self.window, prepend=-1)).tolist(),
             breaks=(1 + np.flatnonzero(np.diff(self.index) != 1)).tolist(),
             series=[stage_series("run", stage) for stage in self.stages],
             of_runs={"run": losses},

@@ -20,8 +20,9 @@ class StageCertificate:
         label: label of the stage.
         rho: of the table of all symbols at all positions, see `probattn.table_certificate`; below
             1 no text whatever folds the stage, whatever its last token attends to. NaN where the
-            vocabulary and the block are too large for a table, and for heads of a published model;
-            all else is then empty.
+            vocabulary and the block are too large for a table, for heads of a published model, and
+            for those of all layers but the first, whose inputs depend on the whole context; all
+            else is then empty.
         pair: the two symbols that fold it soonest.
         positions: where they stand.
         pair_rho: d^T A d / 4 of their difference d; above 1 the two fold every token that attends
@@ -56,7 +57,7 @@ def stage_certificate(run: FittedRun, stage: RunStage) -> StageCertificate:
     network = run.network
     positions = network.block if network.adds_positions else 1
     numbers = run.vocabulary.size * positions * network.config.width
-    if stage.head is not None or numbers > MOST_NUMBERS:
+    if stage.head is not None or stage.layer or numbers > MOST_NUMBERS:
         return StageCertificate(stage.label, math.nan, ("", ""), (0, 0), math.nan)
     table = stage_table(run, stage)
     if positions > 1:

@@ -63,7 +63,7 @@ class TokenMargins:
             in its unit, (N,); NaN of heads of a published model. See
             `attention_stages.StageMargins`, as of the certificate.
         certificate: rho_t, below 1 where the position is proved invertible, (N,).
-        support: whether the token is the support token of its window, (N,).
+        support: whether its margin is the smallest of those that its window reports, (N,).
         radius: certified. No change of the stage's input makes D_t singular, if every token moves
             by less than this. It is the root mean square of the coordinates of a token's change,
             in units of that of the input over the text, (N,). So noise is measured, too. None where
@@ -285,7 +285,7 @@ def reported_margins(
     """Return a stage's margins at the reported positions, N in all, window after window."""
     values = stage_margins(run, stage, inputs)
     support = np.zeros_like(reported)
-    first = np.asarray(support_tokens(values.margin))
+    first = np.asarray(support_tokens(np.where(reported, values.margin, np.inf)))
     np.put_along_axis(support, first, True, axis=1)
     columns = (values.margin, values.log_det, values.embedding_margin, values.certificate, support)
     return TokenMargins(stage.label, *(array[reported] for array in columns))

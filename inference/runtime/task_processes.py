@@ -17,6 +17,8 @@ from typing import Any
 from probattn.inference.runtime.compilation_cache import keep_compiled_programs
 from probattn.inference.runtime.signals import Ended, ended_by_signals
 
+_LONGEST = 8_000  # characters of a message: a pipe that is not read takes few more
+
 
 def run_here[Task](
     tasks: Sequence[Task], work: Callable[[Task], None]
@@ -116,7 +118,7 @@ def _child[Task](
         sys.exit(128 + ended.signum)
     except (OSError, RuntimeError, ValueError) as error:
         failed = str(error)
-    writer.send(failed)
+    writer.send(failed[:_LONGEST])
 
 
 def exit_status(command: str, work: Callable[[], int | None]) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from probattn import certificate, log_det, stability_margin
-from probattn.inference import evaluate
+from probattn.inference import evaluate, text_margins
 from probattn.inference.evaluation.attention_stages import StageMargins
 from probattn.inference.evaluation.evaluate import _summary
 from probattn.inference.evaluation.intervals import ratio
@@ -286,13 +286,28 @@ def test_margins_that_are_not_known_are_counted_and_leave_the_others():
     margin = np.array([[1, 1, 0.5, np.nan, -0.25], [1, 1, 0.75, 0.5, 0.5]])
     ones = np.ones_like(margin)
     found = StageMargins("stage", margin, ones, ones, ones, ~(margin > 0))
-    summary = _summary(found)
+    everywhere = np.ones((2, 3), bool)
+    summary = _summary(found, everywhere)
     assert (summary.unknown, summary.positions) == (1, 6)
     assert summary.quantiles[0.0] == -0.25
     assert summary.quantiles[0.5] == 0.5
     assert summary.infeasible_fraction == pytest.approx(2 / 6)
-    assert _summary(dataclasses.replace(found, margin=ones)).unknown == 0
-    assert math.isnan(_summary(dataclasses.replace(found, margin=np.nan * ones)).quantiles[0.0])
+    assert _summary(dataclasses.replace(found, margin=ones), everywhere).unknown == 0
+    unknown = _summary(dataclasses.replace(found, margin=np.nan * ones), everywhere)
+    assert math.isnan(unknown.quantiles[0.0])
+
+
+def test_positions_that_windows_share_count_once(own_run, tmp_path):
+    """Two windows of a block read a text that is longer than a block by two tokens."""
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text()[: BLOCK + 2], encoding="utf-8")
+    margins = text_margins(own_run, text, stride=BLOCK)
+    found = evaluate(own_run, text, noise_absolute=(), noise_relative=(), noise_kinds=())
+    for stage, summary in zip(margins.stages, found.margins, strict=True):
+        of_text = stage.margin[margins.position >= 2]
+        assert summary.positions == of_text.size == BLOCK
+        for level, quantile in summary.quantiles.items():
+            assert quantile == pytest.approx(np.quantile(of_text, level), abs=1e-6)
 
 
 def test_every_stage_is_there_and_the_folded_one_is_seen_to_be(evaluated):

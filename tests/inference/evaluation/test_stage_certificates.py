@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from probattn import certificate, infeasible
-from probattn.inference import fit, load_run
+from probattn.inference import fit, load_run, text_margins
 from probattn.inference.evaluation import stage_certificates
 from probattn.inference.evaluation.attention_stages import stage_table, stages
 from probattn.inference.evaluation.folding_texts import folding_text, folding_texts
@@ -75,6 +75,23 @@ def test_a_table_too_large_for_the_memory_is_not_made(tiny_run, trained, monkeyp
     assert trained_certificate(tiny_run) is None
     everything = [found] * len(LABELS)
     assert folding_texts(tiny_run, everything) == {}
+
+
+@pytest.mark.slow
+def test_nothing_is_proved_of_heads_behind_another_layer(tmp_path):
+    """What enters them depends on the whole context, and not on a symbol and its position."""
+    config = tiny_config(tmp_path)
+    config = replace(
+        config,
+        model=replace(config.model, layers=2),
+        fit=replace(config.fit, steps=20, eval_every=20, checkpoint_every=20),
+    )
+    run = fit(config, tmp_path / "run").run
+    margins = text_margins(run, all_layers=True)
+    rho = {proved.label: proved.rho for proved in margins.certificates}
+    assert not math.isnan(rho["layer 1 head 1"])
+    assert math.isnan(rho["layer 2 head 1"])
+    assert set(folding_texts(run, margins.certificates)) <= set(rho) - {"layer 2 head 1"}
 
 
 @pytest.mark.slow

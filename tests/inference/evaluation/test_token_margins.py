@@ -199,22 +199,24 @@ def test_support_token_of_a_window_is_its_smallest_margin_from_position_2_on(
 ):
     stage = next(stage for stage in margins.stages if stage.label == label)
     every = np.asarray(direct[label]["margin"])
-    expected = {
-        start + 2 + int(np.argmin(window[2:]))
-        for start, window in zip(STARTS, every, strict=True)
-        # A window reports what no earlier one held.
-        if start + 2 + np.argmin(window[2:]) >= ends_before(start)
-    }
+    expected = set()
+    for start, window in zip(STARTS, every, strict=True):
+        first = max(2, ends_before(start) - start)  # a window reports what no earlier one held
+        if first < BLOCK:
+            expected.add(start + first + int(np.argmin(window[first:])))
     assert set(np.flatnonzero(stage.support)) == expected
-    assert expected
+    assert len(expected) == len(STARTS)
+    inner = margins.position >= 2
+    assert stage.support[inner][np.argmin(stage.margin[inner])]
 
 
-def test_where_all_margins_are_1_support_tokens_are_still_at_position_2(own_run, text):
+def test_where_all_margins_are_1_the_first_reported_one_from_position_2_on_is_taken(own_run, text):
     store_prior(own_run, w_query=np.zeros((WIDTH, RANK)), w_key=np.zeros((WIDTH, RANK)))
     first = text_margins(own_run, text, stride=BLOCK).stages[0]
     assert np.all(first.margin == 1)
-    # The last window is moved back, to where its position 2 is the window's before it.
-    assert list(np.flatnonzero(first.support)) == list(range(2, len(TEXT) - BLOCK, BLOCK))
+    # The last window is moved back, and reports what is left of the text.
+    expected = [*range(2, len(TEXT) - BLOCK, BLOCK), len(TEXT) // BLOCK * BLOCK]
+    assert list(np.flatnonzero(first.support)) == expected
 
 
 def ends_before(start):

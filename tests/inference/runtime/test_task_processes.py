@@ -40,6 +40,17 @@ def test_a_process_that_dies_is_told(tmp_path):
     assert failed == "its process ended with exit status 3"
 
 
+def fail_at_length(length):
+    raise ValueError("x" * length)
+
+
+@pytest.mark.slow
+def test_a_message_longer_than_a_pipe_holds_up_nobody():
+    [(_, _, failed)] = run_apart([1_000_000], fail_at_length, jobs=1, command="test")
+    assert set(failed) == {"x"}
+    assert len(failed) >= 1000
+
+
 def test_a_script_tells_in_a_line_why_it_ended(capsys):
     def refuse():
         raise ValueError("--tokens: got 0, expected an integer >= 1")
