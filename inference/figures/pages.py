@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,16 +10,34 @@ from probattn.inference.comparison.compare import ComparedRun
 from probattn.inference.export.page_series import drawn_series, sequences_page
 from probattn.inference.export.to_arviz import to_datatree
 from probattn.inference.figures.report import compared_row
-from probattn.inference.pages.page import Summary, page_html
+from probattn.inference.pages.page import Page, Summary, page_html
 from probattn.inference.runs.files import check_new, write_text
 from probattn.inference.runs.run import PosteriorRun, Run
 from probattn.inference.sampling.posterior_runs import posterior_data, training_sequences
+from probattn.models import ObjectiveConfig
 
 if TYPE_CHECKING:
     import xarray as xr
 
 _SEQUENCES = 64  # of a fit with a guide
 _DRAWS = 400
+
+
+def check_margins(objective: ObjectiveConfig | None, *, name: str = "--html") -> None:
+    """Check that a posterior has margins to show, before the work that draws them.
+
+    Args:
+        objective: of a language model; None for a latent model, which has margins.
+        name: what the message is about.
+
+    Raises:
+        ValueError: if the objective is ce.
+    """
+    if objective is not None and objective.name == "ce":
+        raise ValueError(
+            f"{name}: objective ce has no attention stage, so its posterior has no margins for a "
+            "page: expected objective margin or full"
+        )
 
 
 def posterior_page(
@@ -43,12 +62,14 @@ def posterior_page(
         The path.
 
     Raises:
-        ValueError: if the run is a MAP run, which has no draws, or is not finished, its text is not
-            there any more, something lies at the path, or there is more text than a page shows.
+        ValueError: if the run is a MAP run, which has no draws, or of objective ce, which has no
+            margins, or is not finished, its text is not there any more, something lies at the path,
+            or there is more text than a page shows.
         WriteError: if the file cannot be written.
     """
     path = Path(path)
     check_new(path, overwrite=overwrite)
+    check_margins(run.config.objective, name=str(run.path))
     if isinstance(run, PosteriorRun):
         tokens = posterior_data(run)[0]  # inputs: their embeddings have the margins
     elif run.config.fit.guide == "map":
@@ -67,8 +88,7 @@ def posterior_page(
         drawn_series(run.path.resolve().name, tree),
         notes=[f"{sizes['chain']} chains of {sizes['draw']} draws. Margins are medians over them."],
     )
-    write_text(path, page_html(page))
-    return path
+    return _write(page, path)
 
 
 def comparison_page(
@@ -76,8 +96,8 @@ def comparison_page(
 ) -> Path:
     """Write a page of several runs side by side, on the sequences that their margins are of.
 
-    Runs whose sequences are others than those of the first are in the table alone: latent models
-    beside language models.
+    Runs without margins, such as posteriors of objective ce, are in the table alone. So are those
+    whose sequences are others than those of the first: latent models beside language models.
 
     Args:
         compared: from `compare`.
@@ -100,8 +120,11 @@ def comparison_page(
     sequences = with_margins[0].sequences
     assert sequences is not None  # of those runs alone
     shown = [run for run in with_margins if run.sequences == sequences]
-    others = [run.label for run in compared if run not in shown]
+    others = [run.label for run in with_margins if run not in shown]
+    bare = [run.label for run in compared if run not in with_margins]
     notes = [f"Sequences of other runs are others: {', '.join(others)}."] if others else []
+    if bare:
+        notes.append(f"{' and '.join(bare)} {'has' if len(bare) == 1 else 'have'} no margins.")
     page = sequences_page(
         " and ".join(run.label for run in shown),
         sequences,
@@ -109,7 +132,11 @@ def comparison_page(
         notes=notes,
         summary=_summary(compared),
     )
-    write_text(path, page_html(page))
+    return _write(page, path)
+
+
+def _write(page: Page, path: Path) -> Path:
+    write_text(path, page_html(replace(page, sequences=True)))
     return path
 
 

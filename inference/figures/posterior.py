@@ -34,11 +34,12 @@ def smallest_margin(draws: ArrayLike, marks: Mapping[str, float] | None = None) 
     """Draw the posterior of the smallest margin, with point estimates marked in it.
 
     Args:
-        draws: smallest margin, (chain, draw). Each chain is a thin line, all together the area.
+        draws: smallest margin, (chain, draw). Each chain is a thin line, all together the area. A
+            draw whose margin is not known, NaN, is left out, and the legend says how many are.
         marks: smallest margin of point estimates, by label.
 
     Raises:
-        ValueError: if there is no draw, or one is not finite.
+        ValueError: if there is no draw whose margin is known, or one is infinite.
     """
     figure = new_figure(SINGLE if not marks else DOUBLE, 2.6, layout="constrained")
     add_legend(figure, _posterior_panel(figure.add_subplot(), None, _checked(draws), marks or {}))
@@ -56,12 +57,12 @@ def barrier_weights(
     central 50 and 90 %.
 
     Args:
-        draws: smallest margin of the posterior, (chain, draw).
+        draws: smallest margin of the posterior, (chain, draw); NaN as in `smallest_margin`.
         weights: smallest margin of the MAP of objective margin, by its weight lambda_m > 0.
         others: smallest margins of other point estimates, by label.
 
     Raises:
-        ValueError: if there is no draw or no weight, or a number is not finite.
+        ValueError: if there is no draw whose margin is known or no weight, or a number is infinite.
     """
     draws = _checked(draws)
     if not weights or not all(0 < weight < np.inf for weight in weights):
@@ -71,7 +72,7 @@ def barrier_weights(
     ordered = dict(sorted(weights.items()))
     marks = {f"margin {weight:g}": value for weight, value in ordered.items()} | dict(others)
     entries = _posterior_panel(left, 0, draws, marks)
-    low, lower, middle, upper, high = np.quantile(draws, [0.05, 0.25, 0.5, 0.75, 0.95])
+    low, lower, middle, upper, high = np.nanquantile(draws, [0.05, 0.25, 0.5, 0.75, 0.95])
     right.axhspan(low, high, color="0.92", linewidth=0)
     right.axhspan(lower, upper, color="0.82", linewidth=0)
     right.axhline(middle, color="0.45", linewidth=0.8)
@@ -158,8 +159,11 @@ def support_map(probability: ArrayLike, symbols: Sequence[Sequence[str]] | None 
 
 def _checked(draws: ArrayLike) -> np.ndarray:
     draws = np.asarray(draws, dtype=np.float64)
-    if draws.ndim != 2 or draws.size == 0 or not np.isfinite(draws).all():
-        raise ValueError(f"draws have shape {draws.shape}: expected finite (chain, draw)")
+    if draws.ndim != 2 or np.isnan(draws).all() or np.isinf(draws).any():
+        raise ValueError(
+            f"draws have shape {draws.shape}, {np.isfinite(draws).sum()} of them finite: expected "
+            "(chain, draw), at least one finite and the others finite or NaN"
+        )
     return draws
 
 
@@ -167,15 +171,22 @@ def _posterior_panel(
     axes: Axes, number: int | None, draws: np.ndarray, marks: Mapping[str, float]
 ) -> dict[str, Artist]:
     entries: dict[str, Artist] = {}
-    edges = np.histogram_bin_edges(draws, bins=min(40, max(10, round(2 * draws.size ** (1 / 3)))))
-    heights, _ = np.histogram(draws, edges, density=True)
-    entries["posterior"] = axes.stairs(heights, edges, fill=True, color="0.85", linewidth=0)
-    for position, chain in enumerate(draws):
-        height, _ = np.histogram(chain, edges, density=True)
+    known = draws[~np.isnan(draws)]
+    edges = np.histogram_bin_edges(known, bins=min(40, max(10, round(2 * known.size ** (1 / 3)))))
+    heights, _ = np.histogram(known, edges, density=True)
+    unknown = draws.size - known.size
+    label = (
+        f"posterior without {unknown} of {draws.size} draws: not known" if unknown else "posterior"
+    )
+    entries[label] = axes.stairs(heights, edges, fill=True, color="0.85", linewidth=0)
+    for chain in draws:
+        of_chain = chain[~np.isnan(chain)]
+        if not of_chain.size:
+            continue
+        height, _ = np.histogram(of_chain, edges, density=True)
         middles = (edges[1:] + edges[:-1]) / 2
         (line,) = axes.plot(middles, height, color="0.45", linewidth=0.6, zorder=2)
-        if position == 0:
-            entries["each chain"] = line
+        entries["each chain"] = line
     for position, (name, value) in enumerate(marks.items()):
         style = line_style(position)
         entries[name] = axes.axvline(

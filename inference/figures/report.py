@@ -1,9 +1,10 @@
 """Files that show results: figures of runs, of a text's margins and of posteriors; tables."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -176,7 +177,8 @@ def compared_report(compared: Sequence[ComparedRun], folder: Path) -> list[Path]
     """Write the table of a comparison, and its figures.
 
     The figures are those that the runs allow: reliability.png and, where there is a sampled
-    posterior, smallest_margin.png with all point estimates in it.
+    posterior, smallest_margin.png with all point estimates in it. Those of an earlier comparison
+    are removed.
     """
     from probattn.inference.figures.posterior import reliability_diagram
 
@@ -191,12 +193,21 @@ def compared_report(compared: Sequence[ComparedRun], folder: Path) -> list[Path]
     }
     if curves:
         figures["reliability"] = reliability_diagram(curves)
-    sampled = [run for run in compared if run.divergences is not None and run.smallest_margin]
+    sampled = [
+        run for run in compared if run.divergences is not None and _is_known(run.smallest_margin)
+    ]
     if sampled:
         # Point estimates are of language models: a posterior of one, if there is any.
         posterior = min(sampled, key=lambda run: run.model != "language")
         figures["smallest_margin"] = _within_posterior(posterior, compared)
-    return [table, *_save(folder, figures)]
+    paths = [table, *_save(folder, figures)]
+    for name in {"reliability", "smallest_margin"} - figures.keys():  # of runs not in the table
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    return paths
+
+
+def _is_known(margin: float | None) -> TypeGuard[float]:
+    return margin is not None and not math.isnan(margin)
 
 
 def _within_posterior(posterior: ComparedRun, compared: Sequence[ComparedRun]) -> "Figure":
@@ -207,7 +218,9 @@ def _within_posterior(posterior: ComparedRun, compared: Sequence[ComparedRun]) -
     others: dict[str, float] = {}
     labels: dict[str, float] = {}
     for run in compared:
-        if run is posterior or run.smallest_margin is None or run.model != posterior.model:
+        if run is posterior or run.model != posterior.model:
+            continue
+        if not _is_known(run.smallest_margin):
             continue
         labels[run.label] = run.smallest_margin
         kind = run.objective, run.inference, run.margin_stage
@@ -261,7 +274,8 @@ def compared_row(run: ComparedRun) -> dict[str, Any]:
 def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
     """Write posterior.nc and the figures of a sampled posterior.
 
-    The log likelihoods are in it unless the temperature is another than 1.
+    The log likelihoods are in it unless the temperature is another than 1. Draws whose smallest
+    margin is not known (NaN) are left out of its figure, which says how many.
 
     Returns:
         The posterior, and the files.
@@ -274,7 +288,7 @@ def posterior_report(run: PosteriorRun) -> tuple["xr.DataTree", list[Path]]:
         tree.to_netcdf(temporary)
     figures = {}
     smallest = values_of(tree, "posterior", "smallest_margin")
-    if smallest is not None:
+    if smallest is not None and not np.isnan(smallest).all():
         figures["smallest_margin"] = smallest_margin(smallest)
     probability = values_of(tree, "support_tokens", "support_probability")
     if probability is not None and probability.ndim == 2:  # no heads

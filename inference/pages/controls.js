@@ -25,14 +25,18 @@ function drawControls() {
   document.querySelector('[name="scale"][value="log"]').disabled = !hasLogarithm();
   if (Number(by("limit").value) !== S.limit) by("limit").value = Number.isNaN(S.limit) ? "" : S.limit;
   if (by("find").value !== S.find) by("find").value = S.find;
+  const side = V.large ? "At least" : "At most";
+  by("side").textContent = side;
   const said = [];
-  if (!Number.isNaN(S.limit)) said.push(`${atMost().toLocaleString("en")} of ${N.toLocaleString("en")} tokens at most ${shown(S.limit)}`);
+  if (!Number.isNaN(S.limit)) said.push(`${countKept().toLocaleString("en")} of ${N.toLocaleString("en")} tokens ${side.toLowerCase()} ${shown(S.limit)}`);
   if (S.find) said.push(V.hits.length === 1 ? "1 match" : `${V.hits.length.toLocaleString("en")} matches`);
   by("said").textContent = said.join("; ");
   by("low").textContent = V.limits ? shown(V.limits[0]) : "";
   by("high").textContent = V.limits ? shown(V.limits[1]) : "";
   const of = S.show === "d" ? `${D.series[S.a].name} \u2212 ${D.series[S.b].name}` : series().name;
   by("of").textContent = `${D.quantities[S.q]}, ${of}`;
+  const minus = S.show === "d" ? `, of each stage \u2212 ${D.series[S.b].name}` : "";
+  by("lanes").textContent = `The ${V.large ? "largest" : "smallest"} value of each stretch of the text, in the same colours${minus}`;
   by("bar").setAttribute("aria-label", "From small values, dark, to large ones, light");
   by("past-legend").hidden = S.pin < 0 || !series().past;
   const margins = valuesOf(series(), "margin");
@@ -227,7 +231,7 @@ overview.addEventListener("click", (event) => {
     S[S.show === "b" ? "b" : "a"] = lane;
     update();
   }
-  go(token);
+  if (token >= 0) go(token);
 });
 overview.addEventListener("keydown", (event) => {
   const step = Math.max(1, Math.round(N / 100));

@@ -7,6 +7,11 @@ function fail(message) {
   by("failed").textContent = message;
 }
 
+// Whatever goes wrong is said: a page that stays silent looks like one without numbers.
+const failed = (error) => fail(`The script of this page has failed (${error}), and what it shows may be wrong: reload it, or try another browser.`);
+window.addEventListener("error", (event) => failed(event.error ?? event.message));
+window.addEventListener("unhandledrejection", (event) => failed(event.reason));
+
 async function inflate(text) {
   const packed = atob(text), bytes = new Uint8Array(packed.length);
   for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
@@ -62,6 +67,12 @@ function pieceOf(i) {
 function placeOf(i) {
   const piece = pieceOf(i), step = i - begins[piece];
   return { index: indices[piece] + step, window: windows[piece], position: positions[piece] + step };
+}
+
+// Where a token is, in words: of sequences from here and there, a number in the text means nothing.
+function whereOf(i) {
+  const place = placeOf(i);
+  return D.inText ? `token ${place.index}` : `sequence ${place.window}, position ${place.position}`;
 }
 
 const columnOf = (series, quantity) => series.values[quantity] ?? D.runs[series.run]?.[quantity];

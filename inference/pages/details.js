@@ -52,8 +52,8 @@ function showDetails(i) {
   const title = `${quoted(i)}${i === S.pin ? ", pinned" : ""}`;
   const facts = element("dl", {});
   const fact = (name, value) => facts.append(element("dt", {}, name), element("dd", {}, value));
-  fact("token", `${place.index} of the text`);
-  fact("window", `${place.window}, position ${place.position}`);
+  fact("token", `${place.index} of ${D.inText ? "the text" : "those shown"}`);
+  fact(D.part, `${place.window}, position ${place.position}`);
   if (S.show === "d") fact("difference", shown(V.values[i]));
   if (S.pin >= 0 && i !== S.pin) {
     const percent = V.past.get(i);
@@ -73,7 +73,7 @@ function columnsShown() {
   const columns = [
     ["index", (i) => String(placeOf(i).index)],
     ["token", null],
-    ["window", (i) => String(placeOf(i).window)],
+    [D.part, (i) => String(placeOf(i).window)],
     ["position", (i) => String(placeOf(i).position)],
   ];
   const chosen = S.show === "a" ? [D.series[S.a]] : S.show === "b" ? [D.series[S.b]] : [D.series[S.a], D.series[S.b]];
@@ -87,8 +87,6 @@ function columnsShown() {
   return columns;
 }
 
-// Tokens that the threshold leaves.
-const kept = (i) => !(V.values[i] > S.limit);
 const ROWS = 100;
 
 // The table from a token on; of the rows of one view, since of all they would take seconds.

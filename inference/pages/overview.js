@@ -3,12 +3,13 @@
 const overview = by("overview"), canvas = overview.querySelector("canvas");
 const LANE = 11, LINE = 64, GAP = 6;
 
-// The smallest of the values in each of the columns of pixels, NaN where none is known.
-function smallest(values, columns) {
+// The value of each column of pixels that is looked for, small or large; NaN where none is known.
+function foremost(values, columns) {
   const found = new Float64Array(columns).fill(NaN);
   for (let i = 0; i < values.length; i++) {
     const column = Math.min(columns - 1, Math.floor((i * columns) / N));
-    if (!(found[column] <= values[i]) && !Number.isNaN(values[i])) found[column] = values[i];
+    const first = V.large ? found[column] >= values[i] : found[column] <= values[i];
+    if (!first && !Number.isNaN(values[i])) found[column] = values[i];
   }
   return found;
 }
@@ -26,8 +27,7 @@ function drawOverview() {
   context.scale(ratio, ratio);
   context.font = `10px ${style.fontFamily}`;
   context.textBaseline = "middle";
-  const columns = Math.min(room, N), lanes = D.series.map((each) => smallest(valuesOf(each, S.q), columns));
-  const limits = limitsOf(Float64Array.from(lanes.flatMap((lane) => [...lane])), S.log);
+  const columns = Math.min(room, N), lanes = D.series.map((each) => foremost(shownOf(each), columns));
   lanes.forEach((lane, number) => {
     const chosen = D.series[number] === series();
     context.font = `${chosen ? "bold " : ""}10px ${style.fontFamily}`;
@@ -39,12 +39,12 @@ function drawOverview() {
     context.fillText(D.series[number].name, 0, number * LANE + LANE / 2 + 0.5);
     context.restore();
     for (let x = 0; x < columns; x++) {
-      context.fillStyle = css(colourAt(placeBetween(lane[x], limits, S.log)));
+      context.fillStyle = css(colourAt(placeBetween(lane[x], V.limits, S.log)));
       const from = left + Math.floor((x * room) / columns), to = left + Math.floor(((x + 1) * room) / columns);
       context.fillRect(from, number * LANE, to - from, LANE - 1);
     }
   });
-  const line = smallest(V.values, columns), top = D.series.length * LANE + GAP;
+  const line = foremost(V.values, columns), top = D.series.length * LANE + GAP;
   const place = (value) => top + LINE - 4 - (LINE - 8) * placeBetween(value, V.limits, S.log);
   context.strokeStyle = style.getPropertyValue("--line");
   context.strokeRect(left + 0.5, top + 0.5, room - 1, LINE - 1);
@@ -83,13 +83,13 @@ function drawHere() {
   by("here").style.left = `${left + ((S.at + 0.5) / N) * room - 1}px`;
   overview.setAttribute("aria-valuemax", N - 1);
   overview.setAttribute("aria-valuenow", S.at);
-  overview.setAttribute("aria-valuetext", `token ${placeOf(S.at).index}, ${quoted(S.at)}, ${shown(V.values[S.at])}`);
+  overview.setAttribute("aria-valuetext", `${whereOf(S.at)}, ${quoted(S.at)}, ${shown(V.values[S.at])}`);
 }
 
-// The token and the lane under a point of the overview.
+// The token and the lane under a point of the overview, -1 where there is none.
 function overviewAt(event) {
   const frame = overview.getBoundingClientRect(), left = labelRoom();
   const part = (event.clientX - frame.left - left) / (frame.width - left);
   const lane = Math.floor((event.clientY - frame.top) / LANE);
-  return { token: Math.max(0, Math.min(N - 1, Math.floor(part * N))), lane: lane < D.series.length ? lane : -1 };
+  return { token: part < 0 ? -1 : Math.min(N - 1, Math.floor(part * N)), lane: lane < D.series.length ? lane : -1 };
 }

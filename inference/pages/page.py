@@ -39,6 +39,9 @@ QUANTITIES = {
 }
 """What values of a token may be called, and what a page calls them: in short, and in full."""
 
+LARGE_MATTER = {"support_probability", "certificate", "loss", "noisy_loss", "increase"}
+"""Those whose large values are looked for; of all others it is the small ones."""
+
 
 @dataclass(frozen=True)
 class Past:
@@ -106,6 +109,8 @@ class Page:
         proved: sentences on what is proved of all texts.
         summary: a table under them.
         outlined: what an outline means.
+        sequences: whether the windows are sequences that do not go on with each other, so that
+            `index` counts what is shown and is no place in a text.
     """
 
     title: str
@@ -121,6 +126,7 @@ class Page:
     proved: Sequence[str] = ()
     summary: Summary | None = None
     outlined: str = "support token of its window"
+    sequences: bool = False
 
 
 def check_length(name: str, tokens: int) -> None:
@@ -143,11 +149,15 @@ def page_html(page: Page) -> str:
     tokens of each token are kept as let the page have at most four million bytes.
 
     Raises:
-        ValueError: if the text has no tokens, or more than MOST_TOKENS.
+        ValueError: if the text has no tokens, or more than MOST_TOKENS, or there are no series.
     """
     if not len(page.tokens):
         raise ValueError(f"{page.title}: has no tokens: a page shows at least one")
     check_length(page.title, len(page.tokens))
+    if not page.series:
+        raise ValueError(
+            f"{page.title}: has no margins: a page shows values of at least one attention stage"
+        )
     here = resources.files(__package__)
     script = "\n".join((here / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
     script = f'(async () => {{\n"use strict";\n{script}\n}})();\n'
@@ -161,6 +171,7 @@ def page_html(page: Page) -> str:
         "notes": _paragraphs(page.notes),
         "proved": _PROVED.format(_paragraphs(page.proved)) if page.proved else "",
         "summary": _table(page.summary) if page.summary else "",
+        "part": _part(page),
         "script": script,
     }
     blobs, room = [_blob(values)], _MOST_BYTES - len(skeleton) - sum(map(len, parts.values()))
@@ -191,6 +202,10 @@ def _policy(script: str, style: str) -> str:
         f"default-src 'none'; script-src {of_script}; style-src {of_style}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+
+
+def _part(page: Page) -> str:
+    return "sequence" if page.sequences else "window"
 
 
 def _paragraphs(sentences: Sequence[str]) -> str:
@@ -253,7 +268,10 @@ def _description(page: Page) -> tuple[dict[str, Any], list[np.ndarray]]:
         "starts": [int(start) for start in page.starts],
         "breaks": [int(place) for place in page.breaks],
         "outlined": page.outlined,
+        "part": _part(page),
+        "inText": not page.sequences,
         "quantities": {key: QUANTITIES[key][1] for key in QUANTITIES if key in names},
+        "large": [key for key in QUANTITIES if key in names & LARGE_MATTER],
         "short": {key: QUANTITIES[key][0] for key in QUANTITIES if key in names},
         "series": [
             {

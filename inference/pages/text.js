@@ -2,7 +2,7 @@
 
 const ROW = 27, AROUND = 6; // height of a row in pixels; rows made beyond what is seen
 const S = { a: 0, b: 0, show: "a", q: Object.keys(D.quantities)[0], log: false, limit: NaN, find: "", at: 0, pin: -1 };
-const V = { values: null, limits: null, rows: [], rowOf: null, hits: [], isHit: null, past: new Map() };
+const V = { values: null, large: false, limits: null, rows: [], rowOf: null, hits: [], isHit: null, past: new Map() };
 const box = by("text"), rowsBox = by("rows");
 const drawn = new Map(); // rows in the document, by number
 
@@ -36,12 +36,11 @@ function drawPiece([token, from, to]) {
   const span = document.createElement("span");
   const classes = ["t"], value = V.values[token];
   const margin = valueAt(series(), "margin", token);
-  const above = value > S.limit;
   let colour = null;
   if (S.pin >= 0 && token !== S.pin) {
     const percent = V.past.get(token);
     if (percent !== undefined) colour = mixed(PAST, Math.sqrt(percent / 100));
-  } else if (!above) colour = colourAt(placeBetween(value, V.limits, S.log));
+  } else if (kept(token)) colour = colourAt(placeBetween(value, V.limits, S.log));
   if (colour) {
     classes.push(inkOn(colour));
     span.style.backgroundColor = css(colour);
@@ -122,14 +121,18 @@ function reveal(i) {
 const informative = new Uint8Array(N);
 for (let i = 0; i < N; i++) informative[i] = placeOf(i).position >= 2;
 
+// What is shown of a stage: its values, or what those of the second stage leave of them.
+function shownOf(stage) {
+  const values = valuesOf(stage, S.q);
+  if (S.show !== "d") return values;
+  const second = valuesOf(D.series[S.b], S.q);
+  return values.map((value, i) => value - second[i]);
+}
+
 // Values of what is shown, their limits, what is found and the past of the pinned token.
 function compute() {
-  const a = valuesOf(D.series[S.a], S.q);
-  if (S.show === "a") V.values = a;
-  else {
-    const b = valuesOf(D.series[S.b], S.q);
-    V.values = S.show === "b" ? b : a.map((each, i) => each - b[i]);
-  }
+  V.values = shownOf(series());
+  V.large = D.large.includes(S.q);
   // The first two positions of a window have margin 1, whatever the model is.
   V.limits = limitsOf(V.values.filter((_, i) => informative[i]), S.log) ?? limitsOf(V.values, S.log);
   V.past = new Map(S.pin < 0 ? [] : pastOf(series(), 1, S.pin).map((each) => [each.token, each.percent]));
@@ -165,4 +168,6 @@ function nextOf(places, i, forwards) {
   return places.findLast((each) => each < i) ?? places.at(-1);
 }
 
-const atMost = () => V.values.reduce((count, each) => count + (each <= S.limit), 0);
+// Tokens that the limit leaves: all where there is none, and otherwise none without a value.
+const kept = (i) => Number.isNaN(S.limit) || (V.large ? V.values[i] >= S.limit : V.values[i] <= S.limit);
+const countKept = () => V.values.reduce((count, _, i) => count + kept(i), 0);
