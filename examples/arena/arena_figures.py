@@ -40,26 +40,36 @@ _APART = 1.06  # between the bars of two methods at one rate
 
 @styled
 def rates_figure(results: Results, labels: dict[str, str], clip: float) -> Figure:
-    """Draw the loss of every method against the learning rate, with intervals over seeds."""
-    figure = new_figure(DOUBLE, 6.2, layout="constrained")
+    """Draw the loss of every method against the learning rate, with intervals over seeds.
+
+    A wide interval is cut off where the panel ends.
+    """
     reference = losses_by_rate(results, results.reference, clip)
-    for place, (title, methods) in enumerate(_PANELS.items()):
-        axes = figure.add_subplot(2, 2, 1 + place)
-        subjects = _of_methods(results, methods)
-        for number, subject in enumerate(subjects):
-            if losses := losses_by_rate(results, subject, clip):
-                moved = _APART ** (number - (len(subjects) - 1) / 2)
-                label = _label(results, subject, labels, rate=False)
-                _curve(axes, losses, _style(results, subject), label, moved=moved)
+    panels = {
+        title: {
+            subject: losses
+            for subject in _of_methods(results, methods)
+            if (losses := losses_by_rate(results, subject, clip))
+        }
+        for title, methods in _PANELS.items()
+    }
+    panels = {title: found for title, found in panels.items() if found}
+    rows = max(1, -(-len(panels) // 2))
+    figure = new_figure(DOUBLE, 3.1 * rows, layout="constrained")
+    means: list[float] = []
+    for place, (title, found) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, 2, 1 + place)
+        for number, (subject, losses) in enumerate(found.items()):
+            moved = _APART ** (number - (len(found) - 1) / 2)
+            label = _label(results, subject, labels, rate=False)
+            means += _curve(axes, losses, _style(results, subject), label, moved=moved)
         if reference:  # last, and so above the others
             _curve(axes, reference, _style(results, results.reference), "ce")
         axes.set_xscale("log")
         label_axes(axes, place, "learning rate", "bits per character", title=title)
         axes.legend(loc="upper left")
-    low = min(axes.get_ylim()[0] for axes in figure.axes)
-    high = max(axes.get_ylim()[1] for axes in figure.axes)
     for axes in figure.axes:
-        axes.set_ylim(low, high)
+        axes.set_ylim(min(means) - 0.2, max(means) + 0.4)
     return figure
 
 
@@ -128,7 +138,8 @@ def _curve(
     label: str,
     *,
     moved: float = 1.0,
-) -> None:
+) -> list[float]:
+    """Draw means and intervals, and return the means."""
     found = [interval(of_rate.values()) for of_rate in losses.values()]
     axes.errorbar(
         [rate * moved for rate in losses],
@@ -136,6 +147,7 @@ def _curve(
         yerr=[np.nan_to_num(each.half_width) for each in found],
         **{**style, "label": label, "linewidth": 1.2, "elinewidth": 0.6},
     )
+    return [each.mean for each in found]
 
 
 def _reach(found: Interval) -> float | None:

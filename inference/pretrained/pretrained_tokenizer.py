@@ -37,8 +37,8 @@ class PretrainedTokenizer:
     (NFC), and some write a space before the text, which `decode` takes away again. Names of special
     tokens in a text become these tokens. None is added: `begins_with` has those before a text.
 
-    A long file is encoded in pieces, see `probattn.text.tokens`, and what a tokenizer writes before
-    a text stands before each of them.
+    A text of more than 2^20 characters is encoded in pieces, see `probattn.text.tokens`. What a
+    tokenizer writes before a text stands before the first of them only.
 
     Attributes:
         definition: the content of `tokenizer.json`.

@@ -54,8 +54,9 @@ class TextConfig:
         source: "pydoc" (Python's own language reference, present wherever Python is), "wikitext-2"
             (the raw character version, downloaded once), or UTF-8 text, plain or compressed by
             gzip: a file, a folder, a pattern such as "texts/*.txt", or several of these. Documents
-            are taken in sorted order, an empty line between two of them. A file with one of the two
-            names is reached as "./pydoc".
+            are taken in sorted order, an empty line between two of them. One of the two names
+            stands alone; a file of that name is reached as "./pydoc". A tuple of one is kept as the
+            string in it.
         validation: a second text to validate on: a file, a folder or a pattern. Without it,
             "wikitext-2" has its own validation text and the other sources hold out their end.
         validation_fraction: fraction of the characters, between 0 and 1, held out at the end of the
@@ -75,6 +76,13 @@ class TextConfig:
             raise ValueError(
                 f"data.source: got {self.source!r}, expected {' or '.join(NAMED_SOURCES)}, or "
                 "paths of text files"
+            )
+        if len(several) == 1:
+            object.__setattr__(self, "source", several[0])
+        elif named := [each for each in several if each in NAMED_SOURCES]:
+            raise ValueError(
+                f"data.source: got {named[0]!r} among {len(several)} texts, expected it alone, or "
+                f"paths of text files; a file of that name is './{named[0]}'"
             )
         if self.validation is not None and (
             not isinstance(self.validation, str) or not self.validation

@@ -34,22 +34,31 @@ def find_documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[Path
             pattern such as "texts/*.txt", where "**" stands for any folders; or several of these.
             A leading `~` is the user's home.
 
+    Returns:
+        Their paths, as they were named. Of a file that several names or links lead to, it is the
+        path by the first of the names, and of several by one name, the first in sorted order.
+
     Raises:
         DataError: if there is no such file, a file is a device or a pipe, or they have more than
             2 GiB.
     """
     named = [source] if isinstance(source, str | bytes | os.PathLike) else source
-    found: set[Path] = set()
+    found: dict[str, Path] = {}  # by the true path, which all names of a file share
     size = 0
     for name in named:
         # An empty name would be the working directory, with all that lies in it.
         if not isinstance(name, str | os.PathLike) or name == "":
             raise DataError(f"{name!r}: expected the path of a UTF-8 text file, as a str or a Path")
         with _one_line_errors(name):
+            here: dict[str, Path] = {}
             for path in _files(name):
-                if path in found:
+                true = os.path.realpath(path)
+                if true in found:
                     continue
-                found.add(path)
+                if true in here:
+                    here[true] = min(here[true], path, key=Path.as_posix)
+                    continue
+                here[true] = path
                 status = path.stat()
                 if not stat.S_ISREG(status.st_mode):
                     # It could be read once at most, or for ever; a run reads its text again.
@@ -58,12 +67,13 @@ def find_documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[Path
                     )
                 size += status.st_size
                 _check_size(name, size)
-                if len(found) > _MOST_DOCUMENTS:
+                if len(found) + len(here) > _MOST_DOCUMENTS:
                     raise DataError(
                         f"{str(name)!r}: has more than {_MOST_DOCUMENTS:,} files, expected fewer; "
                         "join the documents"
                     )
-    return tuple(sorted(found, key=Path.as_posix))
+            found |= here
+    return tuple(sorted(found.values(), key=Path.as_posix))
 
 
 def documents_text(paths: Sequence[Path]) -> Text:

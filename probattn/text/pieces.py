@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,21 @@ from numpy.typing import NDArray
 TEXT_END = b"\xff"
 """What ends a text in a checksum of several: it occurs in no UTF-8 text."""
 PIECE = 2**20
-"""Most characters in a piece of a string."""
+"""Most characters in a piece of a string, and in a piece that is encoded at once."""
 CODE_POINTS = 0x110000
 """Number of code points of Unicode."""
 LONGEST_WORD = 2**24
 """Most characters between two places at which a text may be cut for a byte-pair vocabulary."""
+CONTEXT = 64
+"""Characters on either side of a cut by which it is judged: more than nearly all tokens have."""
 
 _STRETCHES = 64  # of a sample: many, so that it is of every part of a text
 # As far as the last space between two visible characters, where a word of GPT-2's pattern begins.
 _UP_TO_A_WORD = re.compile(r".*[!-~](?= [!-~])", re.DOTALL)
+# Up to where published tokenizers end a token, the best place first: after a line, but not inside a
+# stretch of white space; before a word; before a mark, for writing without spaces.
+_CUTS = tuple(map(re.compile, (r"\S\n(?=\S)", r"[!-~](?= [!-~])", r"[^\W_](?=[^\w\s])")))
+_TRIES = 16  # of each kind of place: where so many are refused, the next would be too
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,41 @@ class Text:
         if kept:
             yield kept
 
+    def cut(self, allowed: Callable[[str, str], bool]) -> Iterator[tuple[str, str]]:
+        """Read the text in pieces of at most `PIECE` characters, where it can be cut so often.
+
+        Where it is cut depends on its characters alone, and not on how its source reads them. A
+        text of at most `PIECE` characters is one piece.
+
+        Args:
+            allowed: says of the `CONTEXT` characters before and after a place, or of those that
+                there are, whether the text may be cut there.
+
+        Yields:
+            The `CONTEXT` characters before a piece, none before the first, and the piece.
+
+        Raises:
+            ValueError: if there is no such place within `LONGEST_WORD` characters.
+        """
+        before, kept, most = "", "", PIECE
+        for piece in itertools.chain(self.pieces(), [None]):  # None: the text has ended
+            kept += piece or ""
+            while len(kept) >= most + (1 if piece is None else CONTEXT):
+                end = _last_cut(before, kept, most, allowed)
+                if end:
+                    yield before, kept[:end]
+                    before = _tail(before, kept, end)
+                    kept, most = kept[end:], PIECE
+                elif most < LONGEST_WORD:
+                    most += PIECE
+                else:
+                    raise ValueError(
+                        f"text: got {most:,} characters among which no token surely ends, expected "
+                        "spaces or line ends; give a text with some"
+                    )
+        if kept:
+            yield before, kept
+
     def read(self) -> str:
         """Return the whole text as a string."""
         return "".join(self.pieces())
@@ -144,6 +186,21 @@ def character_counts(text: Text) -> NDArray[np.int64]:
         codes, found = np.unique(code_points(piece), return_counts=True)
         counts[codes] += found
     return counts
+
+
+def _last_cut(before: str, kept: str, most: int, allowed: Callable[[str, str], bool]) -> int:
+    """Return after how many characters to cut: at most `most`, or 0 where no place will do."""
+    for place in _CUTS:
+        ends = [match.end() for match in place.finditer(kept, most - PIECE, most)]
+        for end in reversed(ends[-_TRIES:]):
+            if allowed(_tail(before, kept, end), kept[end : end + CONTEXT]):
+                return end
+    return 0
+
+
+def _tail(before: str, kept: str, end: int) -> str:
+    """Return the last `CONTEXT` characters before the place `end` of what is kept."""
+    return (before + kept[max(end - CONTEXT, 0) : end])[-CONTEXT:]
 
 
 def _slices(text: str) -> Iterator[str]:

@@ -2,12 +2,19 @@
 
 An array has the smallest unsigned integers that hold the vocabulary: a byte for each token of up to
 256. Those of a long text are written to a file, piece after piece, and a file is named after the
-checksum of its text and that of its vocabulary, so that the same text is encoded once. Where tokens
-are longer than a character, pieces end after a newline or a word: see `Text.paragraphs`. Files are
+checksum of its text and that of its vocabulary, so that the same text is encoded once. A file ends
+with a checksum of its name and its content, and one that does not match it is made again. Files are
 removed, those first that were not used for longest, when all take more than 8 GiB. Where the cache
 cannot be written to, arrays are made in memory, at every start.
+
+The tokens are a function of the text and the vocabulary, however the text is read. Byte pairs of
+this library end with every line and word, so that pieces may too: see `Text.paragraphs`. Other
+people's tokenizers write spaces before a text, and have tokens of several lines. A piece for these,
+see `Text.cut`, is encoded after the characters before it, whose own tokens are then dropped. It
+begins only where those tokens are the same with and without what follows.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -23,7 +30,7 @@ from typing import IO
 import numpy as np
 from jaxtyping import UInt
 
-from probattn.text.byte_pairs import UnknownCharacter
+from probattn.text.byte_pairs import BytePairVocabulary, UnknownCharacter
 from probattn.text.corpora import Corpus
 from probattn.text.download import DataError
 from probattn.text.pieces import TEXT_END, Text
@@ -42,6 +49,9 @@ CACHED = 2**22
 MOST_BYTES = 2**33
 """Most bytes that all files take."""
 
+_FORMAT = "probattn tokens 2"  # of what earlier versions kept, nothing is read
+_SEAL_BYTES = 32  # of SHA-256, at the end of a file
+_BYTES = 2**20  # in one read
 _UNFINISHED = ".new."
 _UNFINISHED_SECONDS = 3600.0  # without a write, after which a file is one that a kill left
 
@@ -60,14 +70,16 @@ def corpus_vocabulary(corpus: Corpus, tokenizer: str) -> Vocabulary:
     if tokenizer.startswith("bpe:"):  # merges are a function of the library's version too
         with suppress(importlib.metadata.PackageNotFoundError):
             name += f" {importlib.metadata.version('tokenizers')}"
-    path = folder / f"{_digest(name)}.json"
-    with suppress(OSError, ValueError):
-        vocabulary = vocabulary_from_dict(json.loads(path.read_text(encoding="utf-8")))
+    path = folder / f"{_digest(name)}.vocabulary"
+    with suppress(OSError):
+        _check_seal(path)
+        vocabulary = vocabulary_from_dict(json.loads(path.read_bytes()[:-_SEAL_BYTES]))
         _mark_used(path)
         return vocabulary
     vocabulary = build_vocabulary(tokenizer, text)
     with suppress(OSError), _replacing(path) as stream:
         stream.write(json.dumps(vocabulary.to_dict()).encode())
+        _seal(stream, path)
     return vocabulary
 
 
@@ -104,12 +116,12 @@ def token_arrays(
     if sum(text.length for text in texts) >= CACHED and (folder := private_folder("tokens")):
         key = _digest(sha256 + json.dumps(vocabulary.to_dict()))
         paths = [folder / f"{key}.{number}.npy" for number in range(len(texts))]
-        with suppress(OSError, ValueError, EOFError):  # there is none, or it is cut
-            return [_mapped(path, dtype) for path in paths]
+        with suppress(OSError):  # there is none, or it is damaged
+            return [_mapped(path) for path in paths]
         with suppress(OSError):
             _write(paths, vocabulary, texts, sha256, dtype)
             _make_room(folder, keep=paths)
-            return [_mapped(path, dtype) for path in paths]
+            return [_mapped(path) for path in paths]
     buffers = [io.BytesIO() for _ in texts]
     _encode(buffers, vocabulary, texts, sha256, dtype)
     return [np.frombuffer(buffer.getbuffer(), dtype) for buffer in buffers]
@@ -128,24 +140,41 @@ def _encode(
         if number:
             digest.update(TEXT_END)
         position = count = 0
-        by_characters = isinstance(vocabulary, CharacterVocabulary | FrequentVocabulary)
-        for piece in text.pieces() if by_characters else text.paragraphs():
+        for before, piece in _pieces(vocabulary, text):
             digest.update(piece.encode())
+            dropped = len(vocabulary.encode(before)) if before else 0
             try:
-                ids = vocabulary.encode(piece)
+                ids = vocabulary.encode(before + piece)[dropped:]
             except UnknownCharacter as error:
                 distinct = error.distinct  # of this piece
                 if isinstance(vocabulary, CharacterVocabulary):
                     distinct = len(set().union(*text.pieces()).difference(vocabulary.symbols))
-                raise UnknownCharacter(
-                    error.character, position + error.position, distinct
-                ) from None
+                found = position - len(before) + error.position
+                raise UnknownCharacter(error.character, found, distinct) from None
             stream.write(ids.astype(dtype))
             position, count = position + len(piece), count + len(ids)
         counts.append(count)
     if digest.hexdigest() != sha256:
         raise DataError("the text has changed while it was read; start again when it is at rest")
     return counts
+
+
+def _pieces(vocabulary: Vocabulary, text: Text) -> Iterator[tuple[str, str]]:
+    """Yield what comes before a piece, as far as it matters to its tokens, and the piece."""
+    if isinstance(vocabulary, CharacterVocabulary | FrequentVocabulary):
+        return (("", piece) for piece in text.pieces())
+    if isinstance(vocabulary, BytePairVocabulary):
+        return (("", piece) for piece in text.paragraphs())
+    return text.cut(functools.partial(_ends_a_token, vocabulary))
+
+
+def _ends_a_token(vocabulary: Vocabulary, before: str, after: str) -> bool:
+    """Say whether the tokens before a place stay what they are when the text goes on."""
+    try:
+        short, long = vocabulary.encode(before), vocabulary.encode(before + after)
+    except UnknownCharacter:
+        return True  # the piece that holds it says so, with its place in the text
+    return np.array_equal(long[: len(short)], short)
 
 
 def _write(
@@ -161,9 +190,10 @@ def _write(
         for stream in streams:
             _write_header(stream, dtype, 0)
         counts = _encode(streams, vocabulary, texts, sha256, dtype)
-        for stream, count in zip(streams, counts, strict=True):
+        for stream, path, count in zip(streams, paths, counts, strict=True):
             stream.seek(0)
             _write_header(stream, dtype, count)  # as long as before: NumPy leaves room for it
+            _seal(stream, path)
 
 
 def _write_header(stream: IO[bytes], dtype: np.dtype, count: int) -> None:
@@ -171,12 +201,37 @@ def _write_header(stream: IO[bytes], dtype: np.dtype, count: int) -> None:
     np.lib.format.write_array_header_1_0(stream, fields)
 
 
-def _mapped(path: Path, dtype: np.dtype) -> UInt[np.ndarray, " N"]:
+def _mapped(path: Path) -> UInt[np.ndarray, " N"]:
+    _check_seal(path)
     tokens = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    if tokens.dtype != dtype or tokens.ndim != 1:
-        raise ValueError(f"{path}: holds other numbers")
     _mark_used(path)
     return tokens
+
+
+def _seal(stream: IO[bytes], path: Path) -> None:
+    """Write a checksum of the name that a file will have, and of its content, to its end."""
+    size = stream.seek(0, os.SEEK_END)
+    seal = _sealed(stream, size, path)
+    stream.seek(size)
+    stream.write(seal)
+
+
+def _check_seal(path: Path) -> None:
+    """Raise OSError if a file is damaged, or was another one."""
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END) - _SEAL_BYTES
+        if size < 0 or _sealed(stream, size, path) != stream.read():
+            raise OSError(f"{path}: is damaged")
+
+
+def _sealed(stream: IO[bytes], size: int, path: Path) -> bytes:
+    """Return the checksum of the first bytes of a file; the stream then stands after them."""
+    digest = hashlib.sha256(path.name.encode())
+    stream.seek(0)
+    while size and (data := stream.read(min(size, _BYTES))):  # read, as a map would count as memory
+        digest.update(data)
+        size -= len(data)
+    return digest.digest()
 
 
 @contextmanager
@@ -215,4 +270,4 @@ def _mark_used(path: Path) -> None:
 
 
 def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
+    return hashlib.sha256(f"{_FORMAT} {name}".encode()).hexdigest()

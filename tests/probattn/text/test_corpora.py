@@ -136,6 +136,22 @@ def test_config_names_the_field_and_what_it_got(field, value):
     assert repr(value) in error_line(raises)
 
 
+def test_a_named_source_stands_alone(tmp_path, monkeypatch):
+    assert DataConfig(source=("pydoc",)) == DataConfig(source="pydoc")
+    for source in (("pydoc", "README.md"), ("README.md", "pydoc"), ("a", "wikitext-2", "b")):
+        with pytest.raises(
+            ValueError, match=r"data.source: got '(pydoc|wikitext-2)' among "
+        ) as raises:
+            DataConfig(source=source)
+        [name] = set(source) & {"pydoc", "wikitext-2"}
+        assert f"a file of that name is './{name}'" in error_line(raises)
+    monkeypatch.chdir(tmp_path)
+    for name in ("pydoc", "other"):
+        write(tmp_path / name, name.encode())
+    corpus = load_corpus(DataConfig(source=("./pydoc", "other")))
+    assert corpus.train + corpus.validation == "other\n\npydoc"
+
+
 @pytest.mark.parametrize("tokenizer", ["character", "bpe:257", "bpe:262144"])
 def test_config_accepts_tokenizers(tokenizer):
     assert DataConfig(tokenizer=tokenizer).tokenizer == tokenizer

@@ -53,6 +53,31 @@ def test_documents_are_joined_in_sorted_order(folder, monkeypatch, sources, expe
     assert "hidden" not in corpus.description
 
 
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["texts", "{}/texts"], ["texts/a.txt", "texts/b.txt"]),
+        (["{}/texts", "texts"], ["{}/texts/a.txt", "{}/texts/b.txt"]),
+        (["texts/../texts/b.txt", "texts"], ["texts/../texts/b.txt", "texts/a.txt"]),
+        (["texts", "linked"], ["texts/a.txt", "texts/b.txt"]),
+        (["linked/*", "texts"], ["linked/a.txt", "linked/b.txt"]),
+        (["more"], ["more/1.txt", "more/4.txt"]),  # the first names of 2.txt and of a.txt
+    ],
+)
+def test_a_file_is_one_document_whatever_names_lead_to_it(folder, monkeypatch, sources, names):
+    home = folder.parent
+    monkeypatch.chdir(home)
+    for extra in ("empty.txt", "below/c.txt.gz"):
+        (folder / extra).unlink()
+    (home / "linked").symlink_to("texts")
+    (home / "more").mkdir()
+    for name, target in {"1.txt": "2.txt", "3.txt": "1.txt", "4.txt": "../texts/a.txt"}.items():
+        (home / "more" / name).symlink_to(target)
+    (home / "more" / "2.txt").write_text("more")
+    found = find_documents([each.format(home) for each in sources])
+    assert [str(path) for path in found] == [each.format(home) for each in names]
+
+
 def test_a_corpus_says_what_it_is_of(folder):
     assert load_corpus(DataConfig(source=str(folder))).description == f"4 documents of {folder}"
     validated = load_corpus(DataConfig(f"{folder}/a.txt", validation=f"{folder}/[bc]*"))

@@ -1,5 +1,6 @@
 """Texts as arrays of tokens: their values and types, and what is kept in the user's cache."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -7,14 +8,17 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from probattn.text import byte_pairs, pieces, tokens
 from probattn.text.byte_pairs import BytePairVocabulary
-from probattn.text.corpora import Corpus, DataConfig, load_corpus
+from probattn.text.corpora import Corpus, DataConfig, load_corpus, open_text
 from probattn.text.download import DataError
 from probattn.text.pieces import Text, checksum
 from probattn.text.tokens import corpus_tokens, corpus_vocabulary, token_arrays
 from probattn.text.vocabulary import CharacterVocabulary, UnknownCharacter, build_vocabulary
+from tests.support.gguf_bytes import ARRAY, STRING, gguf, key
 
 TRAIN = "A café, a door; the door is open.\n\nIt's 12 o'clock  and\tthe lobster 🦞 is late.\n" * 9
 VALIDATION = "The lobster is 12 years old "
@@ -37,6 +41,35 @@ def corpus():
 
 def files(cache, ending):
     return sorted(path for path in cache.iterdir() if path.suffix == ending)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Tokenizers as other people publish them; those of SentencePiece in its old and new forms."""
+    pytest.importorskip("tokenizers")
+    from probattn.inference.pretrained.gguf_files import open_gguf
+    from probattn.inference.pretrained.gguf_tokenizers import gguf_tokenizer
+    from probattn.inference.pretrained.pretrained_tokenizer import PretrainedTokenizer
+    from tests.support import tokenizer_files as known
+
+    path = tmp_path_factory.mktemp("published") / "model.gguf"
+    metadata = {
+        "model": (STRING, "llama"),
+        "tokens": (ARRAY, (STRING, known.PIECES)),
+        "scores": (ARRAY, (6, known.SCORES)),
+        "token_type": (ARRAY, (5, known.TYPES)),
+        "bos_token_id": (4, 1),
+    }
+    path.write_bytes(gguf([key(f"tokenizer.ggml.{name}", *of) for name, of in metadata.items()]))
+    found = {"llama": gguf_tokenizer(open_gguf(path))}
+    old = found["llama"].definition
+    for scheme, split in itertools.product(("always", "first"), (True, False)):
+        mark = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+        marked = old | {"normalizer": None, "pre_tokenizer": mark}
+        found[f"{scheme} {split}"] = PretrainedTokenizer(marked)
+    for name in ("gpt-2", "llama-bpe", "qwen2", "smollm", "olmo"):
+        found[name] = PretrainedTokenizer(known.definition(known.byte_level(name, 340)))
+    return found
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -82,19 +115,47 @@ def test_other_texts_and_other_vocabularies_have_files_of_their_own(cache, corpu
             train, _ = corpus_tokens(each, vocabulary)
             np.testing.assert_array_equal(train, vocabulary.encode(each.train))
     assert len(files(cache, ".npy")) == 2 * 2 * 2
-    assert len(files(cache, ".json")) == 2 * 2
+    assert len(files(cache, ".vocabulary")) == 2 * 2
 
 
 @pytest.mark.parametrize("left", [0, 40, 200])
 def test_a_file_that_is_cut_is_made_again(cache, corpus, left):
     vocabulary = corpus_vocabulary(corpus, "character")
     corpus_tokens(corpus, vocabulary)
-    for path in (*files(cache, ".npy"), *files(cache, ".json")):
+    for path in (*files(cache, ".npy"), *files(cache, ".vocabulary")):
         os.truncate(path, left)
     assert corpus_vocabulary(corpus, "character") == vocabulary
     train, validation = corpus_tokens(corpus, vocabulary)
     np.testing.assert_array_equal(train, vocabulary.encode(TRAIN))
     np.testing.assert_array_equal(validation, vocabulary.encode(VALIDATION))
+
+
+@pytest.mark.parametrize("kind", [".npy", ".vocabulary"])
+@pytest.mark.parametrize("fault", ["one byte", "another text", "nested", "an earlier version"])
+def test_a_file_that_is_not_of_this_text_is_made_again(cache, corpus, kind, fault):
+    other = Corpus("other", TRAIN[9:] + "zyx", VALIDATION[::-1], "another book")
+    for each in (other, corpus):
+        corpus_tokens(each, corpus_vocabulary(each, "character"))
+        if each is other:
+            others = {path: path.read_bytes() for path in files(cache, kind)}
+    mine = sorted(set(files(cache, kind)) - set(others))
+    assert mine
+    for path, strange in zip(mine, others.values(), strict=True):
+        data = bytearray(path.read_bytes())
+        data[130] ^= 1  # behind the header of an array
+        before = data[:-32] if kind == ".npy" else b'{"kind": "character", "symbols": ["A"]}'
+        path.write_bytes(
+            {
+                "one byte": data,
+                "another text": strange,
+                "nested": b"[" * 100_000,
+                "an earlier version": before,
+            }[fault]
+        )
+    vocabulary = corpus_vocabulary(corpus, "character")
+    assert vocabulary == build_vocabulary("character", TRAIN + VALIDATION)
+    for found, text in zip(corpus_tokens(corpus, vocabulary), (TRAIN, VALIDATION), strict=True):
+        np.testing.assert_array_equal(found, vocabulary.encode(text))
 
 
 @pytest.mark.parametrize("fault", ["writable by others", "a link", "a file", "full"])
@@ -185,6 +246,111 @@ def test_a_word_that_has_no_end_is_refused_for_byte_pairs(monkeypatch):
     assert list(Text.of("a" * 100).paragraphs()) == ["a" * 100]
     with pytest.raises(ValueError, match="a word of more than 100 characters, expected spaces"):
         list(Text.of("a" * 101).paragraphs())
+
+
+DOCUMENTS = (
+    "the menu\nin the café\n",
+    "the thing",
+    "\n\n  indented\n\n\n\tagain:\n    it's\n the end  \n \n",
+    "日本語。テキスト、" * 9,
+    "(café) 1234, the thing; " * 9,
+)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["in memory", "in the cache"])
+def test_a_folder_and_a_file_of_one_text_have_its_tokens(
+    cache, tmp_path, monkeypatch, published, kept
+):
+    monkeypatch.setattr(tokens, "CACHED", 1 if kept else 2**40)
+    monkeypatch.setattr(pieces, "PIECE", 2**20)
+    (tmp_path / "texts").mkdir()
+    for number, document in enumerate(DOCUMENTS):
+        (tmp_path / "texts" / f"{number}.txt").write_text(document)
+    (tmp_path / "one.txt").write_text("\n\n".join(DOCUMENTS))
+    sources = [open_text(tmp_path / "texts"), open_text(tmp_path / "one.txt")]
+    assert checksum([sources[0]]) == checksum([sources[1]])
+    for name, tokenizer in published.items():
+        whole = tokenizer.encode("\n\n".join(DOCUMENTS))
+        for text in sources:
+            [found] = token_arrays(tokenizer, [text], checksum([text]))
+            np.testing.assert_array_equal(found, whole, err_msg=name)
+            for path in cache.glob("*"):
+                path.unlink()  # what one way of reading has kept would answer for the other
+
+
+PARTS = [
+    *(
+        "the thing",
+        " in",
+        "\n",
+        "\n\n",
+        "  ",
+        "\t",
+        "a",
+        "é",
+        "e\u0301",
+        "日本語",
+        "。",
+        "、\u3000",
+    ),
+    *("🦞", " 1234", ", ", "it's", "<s>", "<|end|>", "...", "\n    ", "ab" * 5, "\r\n", "(", " \n"),
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=80), st.integers(40, 99))
+def test_a_text_of_several_pieces_has_the_tokens_of_the_whole(published, parts, piece):
+    text = "".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE", piece)
+        for name, tokenizer in published.items():
+            whole = tokenizer.encode(text)
+            for size in (1, 7, 500):
+                cut = Text(
+                    lambda size=size: (text[i : i + size] for i in range(0, len(text), size))
+                )
+                [found] = token_arrays(tokenizer, [cut], checksum([cut]))
+                np.testing.assert_array_equal(found, whole, err_msg=name)
+
+
+def test_a_long_text_is_cut_and_not_held_whole(published, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 300)
+    text = Text.of("\n\n".join(DOCUMENTS) * 20)
+    for tokenizer in published.values():
+        allowed = lambda *sides, of=tokenizer: tokens._ends_a_token(of, *sides)  # noqa: E731
+        cut = list(text.cut(allowed))
+        assert "".join(piece for _, piece in cut) == text.read()
+        assert max(len(piece) for _, piece in cut) <= 300
+        for (_, earlier), (before, _) in itertools.pairwise(cut):
+            assert earlier.endswith(before) or before.endswith(earlier)
+
+
+def test_a_text_in_which_no_token_ends_is_refused(monkeypatch, published):
+    monkeypatch.setattr(pieces, "LONGEST_WORD", 400)
+    monkeypatch.setattr(pieces, "PIECE", 100)
+    for length in (100, 400):
+        [found] = token_arrays(
+            published["gpt-2"], [text := Text.of("a" * length)], checksum([text])
+        )
+        np.testing.assert_array_equal(found, published["gpt-2"].encode("a" * length))
+    text = Text.of("a" * 401)
+    with pytest.raises(ValueError, match="got 400 characters among which no token surely ends"):
+        token_arrays(published["gpt-2"], [text], checksum([text]))
+
+
+def test_an_unknown_character_after_a_cut_is_said_with_its_place(monkeypatch):
+    pytest.importorskip("tokenizers")
+    from probattn.inference.pretrained.pretrained_tokenizer import PretrainedTokenizer
+
+    monkeypatch.setattr(pieces, "PIECE", 11)
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, " ": 2, "\n": 3}, "merges": []}
+    definition = {"model": model, "decoder": {"type": "Fuse"}, "added_tokens": []}
+    for position in (5, 10, 11, 12, 40, 100, 107):
+        line = "ab ba abab\n" * 10
+        text = Text.of(line[:position] + "x" + line[position + 1 :])
+        with pytest.raises(UnknownCharacter) as raises:
+            token_arrays(PretrainedTokenizer(definition), [text], checksum([text]))
+        assert raises.value.args == ("x", position, 1)
 
 
 def test_byte_pairs_are_learnt_from_a_sample_of_all_parts_of_a_long_text(monkeypatch):
