@@ -1,10 +1,10 @@
 """Configuration of a fit: frozen dataclasses, read from and written to TOML."""
 
-import math
 import typing
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
+from probattn.arguments import check_switches, is_non_negative, is_positive
 from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.models.checks import check_integers
 from probattn.models.decoder.config import Precision
@@ -94,16 +94,14 @@ class FitConfig:
                 f"fit.eval_every is {self.eval_every} and fit.steps {self.steps}, which makes "
                 f"{self.steps // self.eval_every} reports: expected at most {MOST_REPORTS}"
             )
-        rate = self.learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float):
-            raise ValueError(f"fit.learning_rate is {rate!r}: expected a number")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"fit.warmup is {self.warmup} and fit.steps {self.steps}: "
                 "expected 0 <= warmup < steps"
             )
-        if not (rate > 0 and math.isfinite(rate)):
-            raise ValueError(f"fit.learning_rate is {rate}: expected a finite number > 0")
+        rate = self.learning_rate
+        if not (isinstance(rate, int | float) and is_positive(rate)):
+            raise ValueError(f"fit.learning_rate is {rate!r}: expected a finite number > 0")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"fit.seed is {self.seed}: expected an integer from 0 to 2^32 - 1")
         for name, choices in (("precision", Precision), ("guide", GuideName)):
@@ -112,6 +110,7 @@ class FitConfig:
                     f"fit.{name} is {getattr(self, name)!r}: "
                     f"expected one of {', '.join(typing.get_args(choices))}"
                 )
+        check_switches(self, "fit", "rematerialise")
         self._check_regularisers()
         self._check_ivon()
         self._check_accumulation()
@@ -134,14 +133,15 @@ class FitConfig:
         return replace(self, warmup=self.warmup_steps, hessian_decay=decay)
 
     def _check_ivon(self) -> None:
-        for name, most in (("hessian_init", math.inf), ("hessian_decay", 1)):
+        curvature, decay = self.hessian_init, self.hessian_decay
+        if not (isinstance(curvature, int | float) and is_positive(curvature)):
+            raise ValueError(f"fit.hessian_init is {curvature!r}: expected a finite number > 0")
+        if decay is not None and not (
+            isinstance(decay, int | float) and is_positive(decay) and decay < 1
+        ):
+            raise ValueError(f"fit.hessian_decay is {decay!r}: expected a number between 0 and 1")
+        for name in ("hessian_init", "hessian_decay"):
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if value is None:
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and 0 < value < most):
-                expected = "a finite number > 0" if most > 1 else "a number between 0 and 1"
-                raise ValueError(f"fit.{name} is {value!r}: expected {expected}")
             if value != default and self.guide != "ivon":
                 raise ValueError(
                     f"fit.{name} is {value} with the guide {self.guide}, which has no use for it: "
@@ -165,8 +165,7 @@ class FitConfig:
     def _check_regularisers(self) -> None:
         for name in ("weight_decay", "embedding_noise", "neftune_alpha", "sam_rho"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and value >= 0 and math.isfinite(value)):
+            if not (isinstance(value, int | float) and is_non_negative(value)):
                 raise ValueError(f"fit.{name} is {value!r}: expected a finite number >= 0")
             if value > 0 and self.guide != "map":
                 raise ValueError(
@@ -179,8 +178,7 @@ class FitConfig:
                 f"{self.neftune_alpha}: expected one kind of noise, the other 0"
             )
         share = self.noise_probability
-        number = isinstance(share, int | float) and not isinstance(share, bool)
-        if not (number and 0 < share <= 1):
+        if not (isinstance(share, int | float) and is_positive(share) and share <= 1):
             raise ValueError(f"fit.noise_probability is {share!r}: expected a number in (0, 1]")
         if share < 1 and self.embedding_noise == self.neftune_alpha == 0:
             raise ValueError(

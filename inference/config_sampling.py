@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from probattn.arguments import is_positive
+from probattn.arguments import check_switches, is_positive
 from probattn.models import LanguageModelConfig, LatentEmbeddingsConfig, ObjectiveConfig
 from probattn.models.checks import check_integers
 from probattn.text.corpora import DataConfig
@@ -107,10 +107,11 @@ class SampleConfig:
             check_integers(self, "sample", steps=1)
         if self.seed >= 2**32:
             raise ValueError(f"sample.seed is {self.seed}: expected an integer below 2^32")
-        if not 0 < self.target_accept < 1:
+        if not (is_positive(self.target_accept) and self.target_accept < 1):
             raise ValueError(
-                f"sample.target_accept is {self.target_accept}: expected a number between 0 and 1"
+                f"sample.target_accept is {self.target_accept!r}: expected a number between 0 and 1"
             )
+        check_switches(self, "sample", "adjusted", "cyclical", "preconditioned", "full_density")
         for name in ("temperature", "energy_variance", "step_size", "friction"):
             value = getattr(self, name)
             if not is_positive(value):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from numpyro.infer.reparam import TransformReparam
 
 from probattn import CausalAttention
-from probattn.arguments import is_positive
+from probattn.arguments import check_switches, is_positive
 from probattn.blocks.promotion import default_promotion
 from probattn.models.attention_sites import record_margins
 from probattn.models.checks import check_integers, check_symbols
@@ -46,6 +46,7 @@ class LatentEmbeddingsConfig:
     def __post_init__(self) -> None:
         """Refuse sizes and names that make no model."""
         check_integers(self, "latent", width=1, sequences=1, length=3)
+        check_switches(self, "latent", "centred")
         if self.coupling not in get_args(Coupling):
             raise ValueError(
                 f"latent.coupling is {self.coupling!r}: "

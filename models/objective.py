@@ -1,8 +1,9 @@
 """What a language model is fitted to: cross-entropy, and an attention barrier or process."""
 
-import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
+
+from probattn.arguments import check_switches, is_non_negative, is_positive
 
 ObjectiveName = Literal["ce", "margin", "full", "latent"]
 AttentionPlacement = Literal["separate", "first_layer", "normalised"]
@@ -70,8 +71,8 @@ class ObjectiveConfig:
             weight = getattr(self, field)
             if weight is None:
                 continue
-            if not (weight >= 0 and math.isfinite(weight)):
-                raise ValueError(f"objective.{field} is {weight}: expected a finite number >= 0")
+            if not is_non_negative(weight):
+                raise ValueError(f"objective.{field} is {weight!r}: expected a finite number >= 0")
             if not self.has_barrier and weight > 0:
                 raise ValueError(
                     f"objective.{field} is {weight} with objective {self.name}, which has no such "
@@ -79,8 +80,9 @@ class ObjectiveConfig:
                 )
         for field in ("residual_scale", "delta", "beta", "guide_scale"):
             value = getattr(self, field)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"objective.{field} is {value}: expected a finite number > 0")
+            if not is_positive(value):
+                raise ValueError(f"objective.{field} is {value!r}: expected a finite number > 0")
+        check_switches(self, "objective", "one_sided", "learn_guide_scale")
         self._check_use(_OF_BARRIER, self.has_barrier, "margin or full")
         self._check_use(_OF_LATENT, self.name == "latent", "latent")
 

@@ -1,7 +1,7 @@
-"""Checks of what the public functions take: x, W_Q, W_K and the bound."""
+"""Checks of what the public functions take: x, W_Q, W_K, the bound, numbers and switches."""
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,11 +74,36 @@ def check_bound(bound: ArrayLike | None) -> None:
 
 
 def is_positive(value: object) -> bool:
-    """Tell whether something is a finite number > 0; texts, lists and complex numbers are none."""
+    """Tell whether something is a finite number > 0; texts, lists and truth values are none."""
+    return _as_finite(value) > 0
+
+
+def is_non_negative(value: object) -> bool:
+    """Tell whether something is a finite number >= 0; texts, lists and truth values are none."""
+    return _as_finite(value) >= 0
+
+
+def _as_finite(value: object) -> float:
+    """Return a finite number as a float, and NaN for anything that is none."""
+    if isinstance(value, str | bytes | bool):
+        return math.nan
     try:
-        return not isinstance(value, str | bytes) and 0 < float(cast(float, value)) < math.inf
+        number = float(cast(float, value))
     except (TypeError, ValueError, OverflowError):
-        return False
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def check_switches(config: Any, table: str, /, *names: str) -> None:
+    """Refuse fields that are not True or False: a text such as "no" would count as True.
+
+    Raises:
+        ValueError: naming the field as a configuration file does, `table.field`.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not bool:
+            raise ValueError(f"{table}.{name} is {value!r}: expected True or False")
 
 
 def floating(name: str, array: ArrayLike) -> Float[Array, "..."]:

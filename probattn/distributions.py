@@ -9,6 +9,7 @@ density where the process is proper (`is_proper`, `certificate`); where the map 
 some regions more than once, and its total mass exceeds one (`conditional_mass`).
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float
 # numpyro.distributions` would load that package twice, the second time without its submodules.
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
+from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 
@@ -71,7 +73,7 @@ class AttentionResidual(Transform):
 
     def solve(self, e: ArrayLike) -> AncestralSolution:
         """Solve for the sequence of given residuals, and tell which positions converged."""
-        return solve_residual(e, self.w_query, self.w_key, bound=self.bound)
+        return AncestralSolution(*self._apply(solve_residual, "(t,d),(t),(t)", e))
 
     def log_abs_det_jacobian(
         self, x: ArrayLike, y: ArrayLike, intermediates: Any = None
@@ -195,10 +197,7 @@ class CausalAttention(dist.TransformedDistribution):
         self.scale = with_rank(self.scale, len(batch))
         self.w_query, self.w_key, self.bound = transform.w_query, transform.w_key, bound
         shape = (*batch, int(length), self.w_query.shape[-2])
-        noise = dist.Normal(jnp.zeros((), self.w_query.dtype), self.scale[..., None, None])
-        super().__init__(
-            noise.expand(shape).to_event(2), transform.inv, validate_args=validate_args
-        )
+        super().__init__(_noise(self.scale, shape), transform.inv, validate_args=validate_args)
 
     @default_promotion()
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Float[Array, "*batch T d"]:
@@ -224,6 +223,23 @@ class CausalAttention(dist.TransformedDistribution):
         noise = self.base_dist.log_prob(transform(value))
         sign, log_abs = transform._sign_and_log_det(value)
         return jnp.where(jnp.all(sign > 0, axis=-1), noise + log_abs, -jnp.inf)
+
+
+@promote_batch_shape.register
+def _promoted(process: CausalAttention) -> CausalAttention:
+    """Return what vmap or scan has stacked with its leading axes as a batch, and noise for each."""
+    batch = jnp.broadcast_shapes(process.w_query.shape[:-2], process.scale.shape)
+    promoted = copy.copy(process)
+    promoted._batch_shape = batch
+    promoted.base_dist = _noise(process.scale, (*batch, *process.event_shape))
+    return promoted
+
+
+@default_promotion()
+def _noise(scale: Float[Array, "*batch"], shape: tuple[int, ...]) -> dist.Distribution:
+    """Return independent normal residuals of sequences, of this shape (..., T, d) in all."""
+    normal = dist.Normal(jnp.zeros((), scale.dtype), scale[..., None, None])
+    return normal.expand(shape).to_event(2)
 
 
 def _holds(condition: Callable[[np.ndarray], np.ndarray], values: ArrayLike) -> bool:

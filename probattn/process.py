@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from probattn.arguments import check_arguments
+from probattn.arguments import check_arguments, floating
 from probattn.blocks.promotion import default_promotion
 from probattn.distributions import CausalAttention
 from probattn.quadrature import integrate
@@ -56,10 +56,11 @@ def marginal_ratio(
     What is narrower than about 1 / 8,000 of the interval may be overlooked.
 
     Raises:
-        ValueError: if x is not (n, 1), the limits are not in order or x has density zero.
+        ValueError: if x is not (n, 1) or not floating point, the limits are not in order or x has
+            density zero.
         RuntimeError: if the integral does not reach the tolerance.
     """
-    x = jnp.asarray(x)
+    x = floating("x", x)
     if x.ndim != 2 or x.shape[0] < 1 or x.shape[1] != 1:
         raise ValueError(f"x has shape {x.shape}: expected (n, 1) with n >= 1")
     if not low < high:
@@ -96,9 +97,10 @@ def marginal_ratio_monte_carlo(
         num_samples: draws from the proposal, at least 2.
 
     Raises:
-        ValueError: if the shapes do not fit, num_samples is too small or x has density zero.
+        ValueError: if the shapes do not fit, x is not floating point, num_samples is too small or
+            x has density zero.
     """
-    x = jnp.asarray(x)
+    x = floating("x", x)
     if x.ndim != 2 or proposal.event_shape != x.shape[1:]:
         raise ValueError(
             f"x has shape {x.shape} and the proposal event shape {proposal.event_shape}: "

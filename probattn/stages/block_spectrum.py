@@ -63,8 +63,8 @@ def block_spectrum(x: Float[Array, "*batch T d"], layer: AttentionLayer) -> Bloc
         or a token before it is not finite.
 
     Raises:
-        ValueError: if the shapes do not fit, the arrays are not floating point, or w_value or w_out
-            is missing.
+        ValueError: if the shapes do not fit, the arrays are not floating point, scale, cap or
+            window is out of its range, or w_value or w_out is missing.
     """
     w_value, w_out = layer.w_value, layer.w_out
     if w_value is None or w_out is None:

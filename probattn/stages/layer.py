@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from probattn.arguments import floating
 from probattn.stages.projections import Norm, Projected, Rotary, project
-from probattn.stages.stage import AttentionStage
+from probattn.stages.stage import AttentionStage, check_logits
 
 _MATRICES = ("w_query", "w_key", "w_value", "w_out")
 _BIASES = ("query_bias", "key_bias", "value_bias", "out_bias")
@@ -116,7 +116,8 @@ class AttentionLayer:
             A stage with the axes (..., H); functions of it return (..., H, T).
 
         Raises:
-            ValueError: if the shapes do not fit or the arrays are not floating point.
+            ValueError: if the shapes do not fit, the arrays are not floating point, or scale, cap
+                or window is out of its range.
         """
         tokens = self.normalised(x)
         queries, keys = self.queries(tokens), self.keys(tokens)
@@ -134,17 +135,19 @@ class AttentionLayer:
 
 
 def checked_input(layer: AttentionLayer, x: Array) -> Float[Array, "*batch T d"]:
-    """Return the stream as an array of a floating dtype, and check the layer's shapes by it.
+    """Return the stream as an array of a floating dtype, and check the layer by it.
 
     Raises:
-        ValueError: if they do not fit together.
+        ValueError: if their shapes do not fit together, an array is not floating point, or scale,
+            cap or window is out of its range.
     """
     x = floating("x", x)
     w_query, w_key = jnp.shape(layer.w_query), jnp.shape(layer.w_key)
-    if x.ndim < 2 or len(w_query) != 3 or len(w_key) != 3 or min(w_query + w_key) < 1:
+    ranks = min(x.ndim, 2), len(w_query), len(w_key)
+    if ranks != (2, 3, 3) or min(x.shape[-2], *w_query, *w_key) < 1:
         raise ValueError(
             f"x has shape {x.shape}, w_query {w_query} and w_key {w_key}: expected (..., T, d), "
-            "(H, d, r) and (G, d, r)"
+            "(H, d, r) and (G, d, r), none of them empty"
         )
     (heads, width, rank), groups = w_query, w_key[0]
     if heads % groups:
@@ -154,6 +157,7 @@ def checked_input(layer: AttentionLayer, x: Array) -> Float[Array, "*batch T d"]
     inner = rank if layer.w_value is None else jnp.shape(layer.w_value)[-1]
     expected = {
         "x": (*x.shape[:-1], width),
+        "w_query": w_query,
         "w_key": (groups, width, rank),
         "w_value": (groups, width, inner),
         "w_out": (heads, inner, width),
@@ -168,10 +172,22 @@ def checked_input(layer: AttentionLayer, x: Array) -> Float[Array, "*batch T d"]
     }
     for name, shape in expected.items():
         given = x if name == "x" else getattr(layer, name)
-        given = given.gain if isinstance(given, Norm) else given
-        if given is not None and jnp.shape(given) != shape:
+        arrays = {name: given}
+        if isinstance(given, Norm):
+            arrays = {f"the gain of {name}": given.gain, f"the bias of {name}": given.bias}
+        for called, array in arrays.items():
+            if array is not None and floating(called, array).shape != shape:
+                raise ValueError(
+                    f"{called} has shape {jnp.shape(array)}: expected {shape}, to fit w_query of "
+                    f"shape {w_query}"
+                )
+    if layer.rotary is not None:
+        frequencies = floating("the frequencies of rotary", layer.rotary.frequencies).shape
+        if len(frequencies) != 1 or 2 * frequencies[0] > rank:
             raise ValueError(
-                f"{name} has shape {jnp.shape(given)}: expected {shape}, to fit w_query of shape "
-                f"{w_query}"
+                f"the frequencies of rotary have shape {frequencies}: expected (p,) with 2 p <= "
+                f"{rank}, to fit w_query of shape {w_query}"
             )
+    # The block that runs has the own token beside the window; a stage, which has not, needs one.
+    check_logits(layer.scale, layer.cap, layer.window, shortest_window=0)
     return x

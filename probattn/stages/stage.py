@@ -187,14 +187,23 @@ def checked(
         name: floating(name, array) for name, array in given.items() if array is not None
     }
     _check_shapes(**{name: array.shape for name, array in arrays.items()})
-    for name in ("scale", "cap"):
-        value = getattr(stage, name)
+    check_logits(stage.scale, stage.cap, stage.window, shortest_window=1)
+    return replace(stage, **arrays)
+
+
+def check_logits(
+    scale: float | None, cap: float | None, window: int | None, *, shortest_window: int
+) -> None:
+    """Refuse numbers that make no logits: None stands for the default of each.
+
+    Raises:
+        ValueError: it names the number.
+    """
+    for name, value in (("scale", scale), ("cap", cap)):
         if value is not None and not is_positive(value):
             raise ValueError(f"{name} is {value!r}: expected a finite number > 0, or None")
-    window = stage.window
-    if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f"window is {window!r}: expected an integer >= 1, or None")
-    return replace(stage, **arrays)
+    if window is not None and (type(window) is not int or window < shortest_window):
+        raise ValueError(f"window is {window!r}: expected an integer >= {shortest_window}, or None")
 
 
 def weights_alone(name: str, w_query: Tokens, w_key: ArrayLike | None) -> tuple[Array, Array]:

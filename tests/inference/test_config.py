@@ -172,6 +172,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
 # Fields of [fit]
 
 NO_INTEGER = (True, 1.5, "3", None)
+HUGE = 10**400  # no float holds it
 REGULARISERS = ("weight_decay", "embedding_noise", "neftune_alpha", "sam_rho")
 
 
@@ -182,16 +183,19 @@ REGULARISERS = ("weight_decay", "embedding_noise", "neftune_alpha", "sam_rho")
         *((name, 0) for name in ("eval_every", "checkpoint_every")),
         *(("evaluation_tokens", value) for value in (0, -1, True, 1.5, "3")),
         *(("warmup", value) for value in (-1, 2000, 2001, True, 1.5, "3")),
-        *(("learning_rate", value) for value in (0, -1e-3, math.nan, math.inf, "fast", None)),
+        *(("learning_rate", value) for value in (0, -1e-3, math.nan, math.inf, HUGE)),
+        *(("learning_rate", value) for value in ("fast", True, None)),
         *(("seed", value) for value in (-1, 2**32, *NO_INTEGER)),
         *(("precision", value) for value in ("float16", "", 32)),
         *(
             (name, value)
             for name in REGULARISERS
-            for value in (-0.1, math.nan, math.inf, True, "1")
+            for value in (-0.1, math.nan, math.inf, HUGE, True, "1", None)
         ),
-        *(("noise_probability", value) for value in (0, -0.1, 1.1, math.nan, True, "1", 0.5)),
+        *(("noise_probability", value) for value in (0, -0.1, 1.1, math.nan, HUGE, True, "1", 0.5)),
+        *(("rematerialise", value) for value in ("no", 0, 1, None)),
     ],
+    ids=lambda value: "huge" if value is HUGE else None,
 )
 def test_fit_config_names_the_field_and_what_it_got(field, value):
     with pytest.raises(ValueError, match=rf"^fit.{field} is .*: expected ") as raises:
@@ -220,6 +224,8 @@ def test_what_changes_the_objective_is_for_a_point(name, guide):
     [
         ({"hessian_init": 0.0}, r"^fit\.hessian_init is 0\.0: expected a finite number > 0$"),
         ({"hessian_init": math.inf}, r"^fit\.hessian_init is inf: expected a finite number > 0$"),
+        ({"hessian_init": HUGE}, r"^fit\.hessian_init is 10+: expected a finite number > 0$"),
+        ({"hessian_init": None}, r"^fit\.hessian_init is None: expected a finite number > 0$"),
         ({"hessian_decay": 1}, r"^fit\.hessian_decay is 1: expected a number between 0 and 1$"),
         ({"hessian_decay": 0.0}, r"^fit\.hessian_decay is 0\.0: expected a number between"),
         ({"hessian_decay": True}, r"^fit\.hessian_decay is True: expected a number between"),
@@ -288,6 +294,13 @@ def test_a_configuration_cannot_be_changed(part):
     name = dataclasses.fields(part)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(part, name, getattr(part, name))
+
+
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_latent_embeddings_are_centred_or_not(value):
+    expected = rf"^latent\.centred is {value!r}: expected True or False$"
+    with pytest.raises(ValueError, match=expected):
+        LatentEmbeddingsConfig(centred=value)
 
 
 # Differences

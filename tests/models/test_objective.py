@@ -7,6 +7,7 @@ import pytest
 from probattn.models import ObjectiveConfig
 
 NAMES = ["ce", "margin", "full", "latent"]
+NO_NUMBERS = [pytest.param(10**400, id="huge"), "1", True, [1.0], 1j]  # no float holds the first
 WEIGHTS = {"ce": (0.0, 0.0), "margin": (0.05, 0.0), "full": (1.0, 1.0), "latent": (0.0, 0.0)}
 
 
@@ -90,9 +91,9 @@ def test_an_unknown_attention_stage_is_refused():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("field", ["barrier_weight", "residual_weight"])
-@pytest.mark.parametrize("weight", [-0.05, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("weight", [-0.05, float("nan"), float("inf"), -float("inf"), *NO_NUMBERS])
 def test_a_weight_that_is_negative_or_not_finite_is_refused(name, field, weight):
-    expected = f"objective.{field} is {weight}: expected a finite number >= 0"
+    expected = f"objective.{field} is {weight!r}: expected a finite number >= 0"
     assert refusal(name=name, **{field: weight}) == expected
 
 
@@ -128,7 +129,15 @@ def test_a_setting_of_another_objective_is_refused(field, value, default, names,
 
 
 @pytest.mark.parametrize("field", ["residual_scale", "delta", "beta", "guide_scale"])
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), None, *NO_NUMBERS])
 def test_a_scale_that_is_not_positive_is_refused(field, value):
-    expected = f"objective.{field} is {value}: expected a finite number > 0"
+    expected = f"objective.{field} is {value!r}: expected a finite number > 0"
     assert refusal(**{field: value}) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("field", ["one_sided", "learn_guide_scale"])
+@pytest.mark.parametrize("value", ["no", "", 0, 1, None])
+def test_a_switch_that_is_neither_on_nor_off_is_refused(name, field, value):
+    expected = f"objective.{field} is {value!r}: expected True or False"
+    assert refusal(name=name, **{field: value}) == expected

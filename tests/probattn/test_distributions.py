@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
+from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.infer import MCMC, NUTS, Predictive
 from numpyro.infer.reparam import TransformReparam
 from numpyro.infer.util import log_density
@@ -317,6 +318,31 @@ def test_vmap_over_distributions():
         one = make_one(w_query[i], w_key[i], scales[i], bounds[i])
         np.testing.assert_allclose(values[i], density(one, x[i]), rtol=1e-12)
         np.testing.assert_allclose(samples[i], sample(one, 4), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bounds", [None, np.array([0.5, 1.0, 2.0])], ids=["unbounded", "bounded"])
+def test_a_stack_of_distributions_that_numpyro_promotes(bounds):
+    """As what leaves NumPyro's scan: the residuals of its draws are those of its own weights."""
+    w_query, w_key = weights(3)
+    scales = np.array([0.1, 1.0, 10.0])
+
+    def make_one(w_query, w_key, scale, bound):
+        return pa.CausalAttention(w_query, w_key, scale, LENGTH, bound=bound)
+
+    axes = 0, 0, 0, None if bounds is None else 0
+    many = promote_batch_shape(jax.vmap(make_one, axes)(w_query, w_key, scales, bounds))
+    assert many.batch_shape == many.base_dist.batch_shape == (3,)
+    x = np.asarray(sample(many, 40))
+    assert x.shape == (40, 3, LENGTH, WIDTH)
+    values = density(many, x)
+    for i in range(3):
+        bound = None if bounds is None else bounds[i]
+        e = dense.residual(x[:, i], w_query[i], w_key[i], bound) / scales[i]
+        assert abs(e.mean()) < 5 / np.sqrt(e.size)
+        assert abs(e.std() - 1) < 5 / np.sqrt(2 * e.size)
+        one = pa.CausalAttention(w_query[i], w_key[i], scales[i], LENGTH, bound=bound)
+        np.testing.assert_allclose(values[:, i], density(one, x[:, i]), rtol=1e-10)
 
 
 # ---- in a model -------------------------------------------------------------------------------

@@ -248,3 +248,14 @@ def test_a_conditional_much_narrower_than_the_interval_is_found():
 
     for x, low, high in (([[0.3], [0.31]], -10, 10), ([[0.0], [0.005]], -50, 60)):
         assert marginal_ratio(narrow, jnp.array(x), low, high).value == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize("x", [np.array([[1]]), np.array([[True]])], ids=["integer", "boolean"])
+def test_a_sequence_that_is_not_floating_point_is_refused_in_one_line(x):
+    proposal = dist.Normal(jnp.zeros(1), 1.0).to_event(1)
+    for call in (
+        lambda: marginal_ratio(causal(0.2), x, -1, 1),
+        lambda: marginal_ratio_monte_carlo(jax.random.key(0), causal(0.2), x, proposal),
+    ):
+        with pytest.raises(ValueError, match=r"^x has dtype \w+: expected a floating-point dtype$"):
+            call()

@@ -551,6 +551,12 @@ def test_folders_are_not_overwritten_by_mistake(stored, tmp_path):
         ("draws", 1.5, r"sample.draws is 1\.5: expected an integer >= 1"),
         ("seed", 2**32, r"sample.seed is 4294967296: expected an integer below 2\^32"),
         ("target_accept", 1.0, r"sample.target_accept is 1\.0: expected a number between 0 and 1"),
+        (
+            "target_accept",
+            "0.8",
+            r"sample.target_accept is '0\.8': expected a number between 0 and 1",
+        ),
+        ("adjusted", "no", "sample.adjusted is 'no': expected True or False"),
         ("chain_method", "serial", "expected one of parallel, vectorized"),
         ("precision", "half", "expected one of float64, float32"),
     ],

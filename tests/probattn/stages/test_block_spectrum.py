@@ -1,5 +1,6 @@
 """The block that really runs against the Jacobian of the whole causal map."""
 
+import dataclasses
 import functools
 
 import jax
@@ -31,6 +32,16 @@ def test_the_spectrum_is_that_of_the_whole_causal_map(name):
     np.testing.assert_allclose(got.log_abs, log_abs, atol=1e-12)
     np.testing.assert_allclose(got.smallest, sizes[:, -1], atol=1e-13)
     np.testing.assert_allclose(got.largest, sizes[:, 0], rtol=1e-13)
+
+
+def test_a_window_of_no_past_leaves_a_token_to_itself():
+    """A network whose window has one token, the own one: attention is then a linear map."""
+    options = dataclasses.replace(real.OPTIONS["bare"], window=0)
+    n = real.numbers(options)
+    got = pa.block_spectrum(n["x"], real.layer(options, n))
+    sizes = np.linalg.svd(np.eye(real.D) + n["w_value"][0] @ n["w_out"][0], compute_uv=False)
+    np.testing.assert_allclose(got.smallest, np.full(real.T, sizes[-1]), rtol=1e-12)
+    np.testing.assert_allclose(got.largest, np.full(real.T, sizes[0]), rtol=1e-12)
 
 
 def test_the_reference_is_causal():

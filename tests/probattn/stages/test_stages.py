@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -213,10 +214,27 @@ def test_layers_that_do_not_fit_are_refused():
         ({"w_key": n["w_key"][:, :, :1]}, "w_key has shape"),
         ({"w_key": np.zeros((3, real.D, real.R))}, "expected a number that divides 2"),
         ({"query_bias": n["query_bias"][:1]}, "query_bias has shape"),
-        ({"norm": pa.Norm(np.ones(real.D + 1))}, "norm has shape"),
+        ({"w_value": n["w_value"].astype(int)}, "w_value has dtype int64"),
+        ({"norm": pa.Norm(np.ones(real.D + 1))}, "the gain of norm has shape"),
+        ({"norm": pa.Norm(np.ones(real.D), np.ones(1))}, "the bias of norm has shape"),
+        ({"query_norm": pa.Norm(np.ones(real.R), np.ones(2))}, "the bias of query_norm has shape"),
+        ({"rotary": pa.Rotary(np.ones(real.R // 2 + 1))}, r"rotary have shape \(3,\): expected"),
+        ({"rotary": pa.Rotary(np.ones((1, 2)))}, r"rotary have shape \(1, 2\): expected \(p,\)"),
+        ({"rotary": pa.Rotary(np.ones(2, int))}, "frequencies of rotary has dtype int64"),
+        ({"scale": math.nan}, "scale is nan: expected a finite number > 0, or None"),
+        ({"scale": 0.0}, "scale is 0.0"),
+        ({"cap": -1.0}, "cap is -1.0: expected a finite number > 0, or None"),
+        ({"window": -1}, "window is -1: expected an integer >= 0, or None"),
+        ({"window": True}, "window is True"),
     ):
-        with pytest.raises(ValueError, match=said):
-            dataclasses.replace(layer, **changed).stage(n["x"])
+        wrong = dataclasses.replace(layer, **changed)
+        for call in (wrong.stage, functools.partial(pa.block_spectrum, layer=wrong)):
+            with pytest.raises(ValueError, match=said) as refused:
+                call(n["x"])
+            assert "\n" not in str(refused.value)
+    for call in (layer.stage, functools.partial(pa.block_spectrum, layer=layer)):
+        with pytest.raises(ValueError, match=r"x has shape \(0, 6\).* none of them empty"):
+            call(n["x"][:0])
     with pytest.raises(ValueError, match="no w_value"):
         pa.block_spectrum(n["x"], dataclasses.replace(layer, w_value=None))
     with pytest.raises(ValueError, match="an even number"):
