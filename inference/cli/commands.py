@@ -24,7 +24,7 @@ from probattn.inference.evaluation.noise_sweeps import (
     SUBSTITUTED,
 )
 from probattn.inference.evaluation.perturbations import NoiseKind
-from probattn.inference.figures.pages import posterior_page
+from probattn.inference.figures.pages import check_margins, posterior_page
 from probattn.inference.figures.report import (
     comparison_figures,
     posterior_report,
@@ -134,6 +134,8 @@ class Sample:
             config = SampleRunConfig(
                 self.data, self.sample, model=self.model, objective=self.objective
             )
+        if self.html is not None:
+            check_margins(config.objective)
         run, _ = sample_run(
             config,
             self.out,

@@ -120,8 +120,8 @@ def comparison_page(
     sequences = with_margins[0].sequences
     assert sequences is not None  # of those runs alone
     shown = [run for run in with_margins if run.sequences == sequences]
-    others = [run.label for run in with_margins if run not in shown]
-    bare = [run.label for run in compared if run not in with_margins]
+    others = [run.label for run in with_margins if run.sequences != sequences]
+    bare = [run.label for run in compared if run.sequences is None]
     notes = [f"Sequences of other runs are others: {', '.join(others)}."] if others else []
     if bare:
         notes.append(f"{' and '.join(bare)} {'has' if len(bare) == 1 else 'have'} no margins.")

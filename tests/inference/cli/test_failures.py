@@ -138,6 +138,10 @@ ERRORS = {
         ["fit", "--out", "RUN", "--resume", "--fit.steps", "300", "--objective", "ce"],
         ["fit.steps: 200 -> 300", "objective.name: margin -> ce"],
     ),
+    "a page of a posterior without margins": (
+        ["sample", "--kind", "language", "--objective", "ce", "--html", "HTML", "--out", "OUT"],
+        ["--html: objective ce has no attention stage", "expected objective margin or full"],
+    ),
     "resume by another command": (
         ["sample", "--out", "RUN", "--resume"],
         ["is a run of `probattn fit`: resume it with that command"],
@@ -193,7 +197,12 @@ def test_bad_input_is_one_line_and_status_2(probattn, tiny_run, tmp_path, case):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     places = {Path(name).stem.upper(): tmp_path / name for name in files}
-    places |= {"RUN": tiny_run.path, "OUT": tmp_path / "out", "FOLDER": tmp_path / "folder"}
+    places |= {
+        "HTML": tmp_path / "page.html",
+        "RUN": tiny_run.path,
+        "OUT": tmp_path / "out",
+        "FOLDER": tmp_path / "folder",
+    }
     before = files_of(tiny_run.path), files_of(tmp_path)
     status, out, err = probattn(*(places.get(argument, argument) for argument in arguments))
     assert status == 2

@@ -4,11 +4,13 @@ import base64
 import json
 import re
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from probattn.inference import (
+    ComparedRun,
     FitResult,
     compare,
     comparison_page,
@@ -17,7 +19,11 @@ from probattn.inference import (
     text_margins,
     to_datatree,
 )
+from probattn.inference.figures import pages
+from probattn.inference.figures.pages import check_margins
+from probattn.inference.pages.page import Series
 from probattn.inference.sampling.posterior_runs import load_posterior, posterior_data
+from probattn.models import ObjectiveConfig
 from tests.support.tiny_posterior import fitted_by_hand
 
 pytestmark = pytest.mark.slow
@@ -70,6 +76,8 @@ def test_the_page_of_a_posterior_has_medians_intervals_and_probabilities(languag
     likely = np.arange(0, support.size, length) + support.argmax(1)
     assert data["series"][0]["support"] == likely.tolist()
     assert data["breaks"] == list(range(length, support.size, length))
+    assert not data["inText"]
+    assert "begins a sequence" in path.read_text("ascii")
 
 
 def test_the_page_of_a_comparison_has_the_runs_side_by_side(
@@ -97,6 +105,41 @@ def test_a_run_without_draws_has_no_intervals(tiny_run, tmp_path):
     with pytest.raises(ValueError, match="is a MAP run, a point without draws, so its margins"):
         posterior_page(tiny_run, tmp_path / "posterior.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_posterior_without_margins_is_refused_before_it_is_drawn(
+    tiny_run, language_run, tmp_path, monkeypatch
+):
+    guide = fitted_by_hand(tiny_run, tmp_path / "run", guide="mean_field", name="ce")
+    without = replace(language_run.config, objective=ObjectiveConfig(name="ce"))
+    monkeypatch.setattr(pages, "to_datatree", lambda *_, **__: pytest.fail("draws"))
+    for run in (guide, replace(language_run, config=without)):
+        expected = rf"^{re.escape(str(run.path))}: objective ce has no attention stage, so its post"
+        with pytest.raises(ValueError, match=expected):
+            posterior_page(run, tmp_path / "posterior.html")
+    assert not (tmp_path / "posterior.html").exists()
+    with pytest.raises(ValueError, match=r"^--html: objective ce has no attention stage"):
+        check_margins(ObjectiveConfig(name="ce"))
+    for objective in (None, ObjectiveConfig(name="margin"), ObjectiveConfig(name="full")):
+        check_margins(objective)
+
+
+@pytest.mark.parametrize(
+    ("bare", "said"), [(["ce"], "ce has no margins."), (["ce", "d"], "ce and d have no margins.")]
+)
+def test_runs_without_margins_are_said_to_have_none(bare, said, tmp_path):
+    def with_margins(label, text):
+        values = {"margin": np.array([1.0, 1.0, 0.5])}
+        series = Series(label, "trained", values, np.array([False, False, True]))
+        return ComparedRun(label, "language", sequences=(tuple(text),), series=(series,))
+
+    compared = [
+        with_margins("map", "abc"),
+        *(ComparedRun(label, "language") for label in bare),
+        with_margins("latent", "xyz"),
+    ]
+    page = comparison_page(compared, tmp_path / "compared.html").read_text("ascii")
+    assert f"<p>Sequences of other runs are others: latent.</p><p>{said}</p>" in page
 
 
 def test_a_guide_has_draws(tiny_run, tmp_path):

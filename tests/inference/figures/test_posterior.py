@@ -66,10 +66,35 @@ def test_reliability_leaves_empty_bins_out():
     assert len(other.get_xdata()) == 1
 
 
-@pytest.mark.parametrize("draws", [np.zeros(3), np.zeros((0, 5)), np.full((1, 2), np.nan)])
+@pytest.mark.parametrize(
+    "draws", [np.zeros(3), np.zeros((0, 5)), np.full((1, 2), np.nan), np.full((1, 2), np.inf)]
+)
 def test_draws_that_cannot_be_drawn(draws):
-    with pytest.raises(ValueError, match=r"draws have shape .*: expected finite \(chain, draw\)"):
+    with pytest.raises(
+        ValueError, match=r"draws have shape .*: expected \(chain, draw\), at least"
+    ):
         plots.smallest_margin(draws)
+
+
+def test_draws_whose_margin_is_not_known_are_left_out_and_counted():
+    draws = DRAWS.copy()
+    draws[1, :100] = np.nan
+    draws[3] = np.nan
+    for figure in (
+        plots.smallest_margin(draws, {"ce": 0.5}),
+        plots.barrier_weights(draws, {0.1: 0.5, 0.3: 0.6}, {}),
+    ):
+        axes = figure.axes[0]
+        assert legend(figure)[0] == "posterior without 600 of 2000 draws: not known"
+        (area,) = axes.patches
+        heights, edges, _ = area.get_data()
+        middles = (edges[1:] + edges[:-1]) / 2
+        known = np.concatenate([DRAWS[0], DRAWS[1, 100:], DRAWS[2]])
+        assert np.sum(heights * np.diff(edges)) == pytest.approx(1)
+        assert np.sum(heights * np.diff(edges) * middles) == pytest.approx(known.mean(), abs=0.005)
+        chains = [line for line in axes.lines if len(line.get_xdata()) == len(middles)]
+        assert len(chains) == 3
+    assert figure.axes[1].lines[0].get_ydata()[0] == pytest.approx(np.median(known))
 
 
 def test_weights_and_probabilities_that_cannot_be_drawn():

@@ -134,6 +134,12 @@ def test_texts_that_no_page_shows():
         check_length("long", MOST_TOKENS + 1)
 
 
+def test_a_page_without_series_is_refused():
+    expected = "^a text: has no margins: a page shows values of at least one attention stage$"
+    with pytest.raises(ValueError, match=expected):
+        page_html(dataclasses.replace(made_page(["x"] * 32), series=[]))
+
+
 def test_a_notebook_shows_the_beginning_of_a_text():
     tokens = ["<b>", "\n", "", "\x1b", "x"] * 100
     values = np.linspace(-0.5, 1, 500)
