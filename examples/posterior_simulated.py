@@ -32,8 +32,8 @@ parser.add_argument("--draws", type=int, default=2000)
 parser.add_argument("--out", type=Path, default=Path("runs/simulated"))
 options = parser.parse_args()
 
-# The model: c^2 times the largest eigenvalue of (A + A^T)/2 is below 1, so that every conditional is
-# a density.
+# The model: c^2 times the largest eigenvalue of (A + A^T)/2 is below 1, so every conditional is a
+# density.
 config = LatentEmbeddingsConfig(
     width=3, coupling="bounded", bound=1.0, sequences=options.sequences, length=options.length
 )
