@@ -72,7 +72,8 @@ def test_losses_under_noise(parameters, noise, precision):
 def test_the_next_token(parameters):
     def drawn(parameters, window):
         scores = generation._last_scores(parameters, window, 3, network=TransformerNetwork(MODEL))
-        return generation._draw(scores, jnp.float32(0.5), jax.random.key(0), greedy=False, top_k=3)
+        options = {"greedy": False, "top_k": 3, "symbols": len(scores)}
+        return generation._draw(scores, jnp.float32(0.5), jax.random.key(0), **options)
 
     assert_lowers(drawn, parameters, shape(1, MODEL.block, dtype=jnp.int32))
 
