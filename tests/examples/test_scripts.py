@@ -112,7 +112,7 @@ def test_posterior_text_names_support_tokens(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_posterior_language_model_weighs_the_modes_of_its_posterior(monkeypatch, tmp_path, capsys):
     cheap_post_hoc(monkeypatch)
-    few = ["--steps", "60", "--warmup", "50", "--draws", "25", "--weights", "0.1"]
+    few = ["--steps", "60", "--warmup", "50", "--draws", "30", "--weights", "0.1"]
     few += ["--starts", "2"]
     names = run(monkeypatch, "posterior_language_model.py", *few, "--out", str(tmp_path))
     assert set(names["runs"]) == {"ce", "full", "margin 0.1"}
