@@ -99,13 +99,7 @@ class DecoderNetwork:
 
     def embed(self, parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T d"]:
         """Return what enters the stack: embeddings, with positions where those are added."""
-        if not self.prefix:
-            return decoder.embed(parameters, tokens, self.config)
-        before = jnp.broadcast_to(
-            jnp.asarray(self.prefix, tokens.dtype), (*tokens.shape[:-1], len(self.prefix))
-        )
-        read = jnp.concatenate([before, tokens], axis=-1)
-        return decoder.embed(parameters, read, self.config)[..., len(self.prefix) :, :]
+        return decoder.embed(parameters, tokens, self.config, first=len(self.prefix))
 
     def read_with_prefix(
         self, parameters: Parameters, x: Float[Array, "B T d"]

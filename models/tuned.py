@@ -246,8 +246,8 @@ def tuned_decoder(
         perturb: function from the embeddings to the network's input, such as noise to add.
 
     Raises:
-        ValueError: if inputs are not (B, T) with T <= network.block, targets differ in shape, one
-            of both holds no tokens, num_sequences is no integer >= B, or the objective is another.
+        ValueError: if inputs are not (B, T) with T <= network.block, targets differ in shape, an
+            id is no token's, num_sequences is no integer >= B, or the objective is another one.
     """
     tuning = TuningConfig() if tuning is None else tuning
     objective = ObjectiveConfig("ce") if objective is None else objective

@@ -202,7 +202,7 @@ def _margins(run: FittedRun, prior: Any, tokens: np.ndarray, bar: Bar) -> tuple[
 
 
 def _summary(margins: StageMargins, reported: Bool[np.ndarray, "windows T-2"]) -> MarginSummary:
-    """Summarise positions >= 2 that are reported: the last window repeats some of others."""
+    """Summarise the reported positions >= 2: the last window repeats some of the one before."""
     margin, log_det = margins.margin[:, 2:][reported], margins.log_det[:, 2:][reported]
     known = margin[~np.isnan(margin)]
     positive = np.isfinite(log_det)

@@ -176,33 +176,26 @@ class _CachedReader:
     """The same by a decoder that keeps the keys and values of the tokens it has read."""
 
     def __init__(self, run: DecoderRun) -> None:
-        self._run, self._start = run, -1
+        self._run, self._start, self._read = run, -1, 0
 
     def scores(self, tokens: list[int], start: int) -> Float[Array, " V"]:
         """Return the logits of the token that follows all tokens from `start` on.
 
         Successive calls have one token more each, or another start, whose tokens are read anew.
         """
-        decoder = self._run.network.config
+        network, unread = self._run.network, tokens[self._read :]
         if start != self._start:
-            prefix = self._run.network.prefix
-            self._cache = init_cache(decoder, (), len(prefix) + self._run.network.block)
-            self._start, self._read = start, start
-            if prefix:
-                self._extend(list(prefix))
-        scores = self._extend(tokens[self._read :])
+            room = len(network.prefix) + network.block
+            self._cache = init_cache(network.config, (), room)
+            self._start, unread = start, [*network.prefix, *tokens[start:]]
         self._read = len(tokens)
-        return scores
-
-    def _extend(self, tokens: list[int]) -> Float[Array, " V"]:
-        """Read more tokens, and return the logits of the token that follows the last of them."""
-        decoder, read = self._run.network.config, 0
-        while read < len(tokens):
+        while unread:
             # Of two sizes, so that two programs serve every prompt.
-            size = _CHUNK if len(tokens) - read >= _CHUNK else 1
-            chunk = np.asarray(tokens[read : read + size], np.int32)
-            scores, self._cache = _extend(self._run.parameters, self._cache, chunk, decoder=decoder)
-            read += size
+            size = _CHUNK if len(unread) >= _CHUNK else 1
+            chunk, unread = np.asarray(unread[:size], np.int32), unread[size:]
+            scores, self._cache = _extend(
+                self._run.parameters, self._cache, chunk, decoder=network.config
+            )
         return scores[-1]
 
 

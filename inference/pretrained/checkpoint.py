@@ -15,9 +15,9 @@ from probattn.inference.pretrained.architectures import decoder_config
 from probattn.inference.pretrained.errors import (
     PretrainedError,
     parse_object,
+    read_bytes,
     read_object,
     short,
-    system_says,
 )
 from probattn.inference.pretrained.gguf_files import GgufFile, open_gguf
 from probattn.inference.pretrained.gguf_models import gguf_model
@@ -184,13 +184,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _read_beside(path: Path) -> bytes:
     if path.exists() and not path.is_file():  # a pipe could be read for ever
         raise PretrainedError(path, "is no file: expected one, or nothing of this name")
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(_MOST_BESIDE + 1)
-    except OSError as error:
-        raise PretrainedError(path, system_says(error)) from None
-    if len(data) > _MOST_BESIDE:
-        raise PretrainedError(path, f"has more than {_MOST_BESIDE} bytes: expected a smaller file")
+    data = read_bytes(path, _MOST_BESIDE)
     if path.suffix == ".json":
         parse_object(path, data)
         return data

@@ -48,14 +48,23 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         PretrainedError: if the file cannot be read, is larger or holds something else.
     """
+    return parse_object(path, read_bytes(path, MOST_JSON))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Read a file of at most so many bytes.
+
+    Raises:
+        PretrainedError: if the file cannot be read or is larger.
+    """
     try:
         with path.open("rb") as stream:
-            data = stream.read(MOST_JSON + 1)
+            data = stream.read(most + 1)
     except OSError as error:
         raise PretrainedError(path, system_says(error)) from None
-    if len(data) > MOST_JSON:
-        raise PretrainedError(path, f"has more than {MOST_JSON} bytes: expected a smaller file")
-    return parse_object(path, data)
+    if len(data) > most:
+        raise PretrainedError(path, f"has more than {most} bytes: expected a smaller file")
+    return data
 
 
 def parse_object(path: Path, data: bytes) -> dict[str, Any]:

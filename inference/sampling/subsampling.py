@@ -76,7 +76,7 @@ class rows_of(Messenger):  # noqa: N801, the name of a handler, as NumPyro's are
             msg["args"], msg["value"] = (size, rows.shape[0]), rows
 
 
-class _first_minibatch(Messenger):  # noqa: N801
+class _FirstMinibatch(Messenger):
     """Let plates take their first rows where they would draw some: shapes are the same."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ def contents(model: Callable, arguments: Sequence) -> Contents:
     def run() -> None:
         # Some priors, such as ImproperUniform, cannot be drawn from.
         start = substitute(
-            seed(_first_minibatch(model), jax.random.key(0)), substitute_fn=init_to_sample
+            seed(_FirstMinibatch(model), jax.random.key(0)), substitute_fn=init_to_sample
         )
         sites = trace(start).get_trace(*arguments[0], **arguments[1])
         for name, site in sites.items():

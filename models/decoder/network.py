@@ -52,16 +52,26 @@ def decoder_logits(
 
 
 def embed(
-    parameters: Parameters, tokens: Int[Array, "*batch T"], config: DecoderConfig
+    parameters: Parameters,
+    tokens: Int[Array, "*batch T"],
+    config: DecoderConfig,
+    *,
+    first: int = 0,
 ) -> Float[Array, "*batch T d"]:
     """Return what enters the stack: embeddings, with their positions where those are a table.
 
+    Args:
+        parameters: a tree in the layout of `parameter_shapes`.
+        tokens: token ids (..., T).
+        config: the decoder.
+        first: position of the first of them.
+
     Raises:
-        ValueError: if there are more tokens than the context holds, or ids outside the vocabulary.
+        ValueError: if the positions are more than the context holds, or ids outside the vocabulary.
     """
-    _check_length(jnp.shape(tokens)[-1], config.context, "context")
+    _check_length(first + jnp.shape(tokens)[-1], config.context, "context")
     tokens = _checked(tokens, config)
-    return _embed(parameters, tokens, jnp.arange(tokens.shape[-1]), config)
+    return _embed(parameters, tokens, first + jnp.arange(tokens.shape[-1]), config)
 
 
 def apply_layer(
