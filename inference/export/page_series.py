@@ -95,4 +95,5 @@ def sequences_page(
         notes=notes,
         summary=summary,
         outlined="support token of its sequence; of draws, the most probable one",
+        sequences=True,
     )

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from probattn.inference.comparison.compare import ComparedRun
 from probattn.inference.export.page_series import drawn_series, sequences_page
 from probattn.inference.export.to_arviz import to_datatree
 from probattn.inference.figures.report import compared_row
-from probattn.inference.pages.page import Page, Summary, page_html
+from probattn.inference.pages.page import Summary, page_html
 from probattn.inference.runs.files import check_new, write_text
 from probattn.inference.runs.run import PosteriorRun, Run
 from probattn.inference.sampling.posterior_runs import posterior_data, training_sequences
@@ -88,7 +87,8 @@ def posterior_page(
         drawn_series(run.path.resolve().name, tree),
         notes=[f"{sizes['chain']} chains of {sizes['draw']} draws. Margins are medians over them."],
     )
-    return _write(page, path)
+    write_text(path, page_html(page))
+    return path
 
 
 def comparison_page(
@@ -132,11 +132,7 @@ def comparison_page(
         notes=notes,
         summary=_summary(compared),
     )
-    return _write(page, path)
-
-
-def _write(page: Page, path: Path) -> Path:
-    write_text(path, page_html(replace(page, sequences=True)))
+    write_text(path, page_html(page))
     return path
 
 

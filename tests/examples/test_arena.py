@@ -17,7 +17,7 @@ from probattn.models import LanguageModelConfig, ObjectiveConfig
 from probattn.models.decoder import layers
 from probattn.models.language import language_model, sample_parameters
 from probattn.models.priors import starting_point
-from tests.support.project import ROOT, scripts
+from tests.support.project import ROOT, scripts_fixture
 from tests.support.tiny_run import tiny_text
 
 FOLDER = ROOT / "examples" / "arena"
@@ -52,10 +52,7 @@ bits = 3
 """
 
 
-@pytest.fixture(scope="module", name="scripts")
-def scripts_fixture():
-    with scripts(FOLDER, NAMES) as modules:
-        yield modules
+scripts = scripts_fixture(FOLDER, NAMES)
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)

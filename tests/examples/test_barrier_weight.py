@@ -14,17 +14,14 @@ from scipy.stats import lognorm, norm
 from probattn import _reference
 from probattn.models import LatentEmbeddingsConfig, observed_embeddings
 from probattn.models.coupling import attention_weights_of
-from tests.support.project import ROOT, scripts
+from tests.support.project import ROOT, scripts_fixture
 from tests.support.tiny_run import tiny_text
 
 FOLDER = ROOT / "examples" / "barrier_weight"
 NAMES = ("compare_weights", "measured", "observed", "weighted_maps", "weighted_report")
 
 
-@pytest.fixture(scope="module", name="scripts")
-def scripts_fixture():
-    with scripts(FOLDER, NAMES) as modules:
-        yield modules
+scripts = scripts_fixture(FOLDER, NAMES)
 
 
 def model_of(width, sequences, length):

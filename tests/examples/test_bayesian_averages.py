@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 
 from probattn.inference import compare, load_run
-from tests.support.project import ROOT, scripts
+from tests.support.project import ROOT, scripts_fixture
 
 FOLDER = ROOT / "examples" / "bayesian_averages"
 NAMES = ("averages", "averages_plan", "averages_report", "one_average")
 
 
-@pytest.fixture(scope="module", name="scripts")
-def scripts_fixture():
-    with scripts(FOLDER, NAMES) as modules:
-        yield modules
+scripts = scripts_fixture(FOLDER, NAMES)
 
 
 def test_committed_tables_are_made_from_the_committed_results(scripts):

@@ -10,7 +10,7 @@ from scipy import stats
 from probattn.inference import generate
 from probattn.inference.evaluation.attention_stages import stage_margins, stages
 from tests.support.numpy_llama import NumpyLlama, jacobian
-from tests.support.project import ROOT, scripts
+from tests.support.project import ROOT, scripts_fixture
 from tests.support.tiny_decoder import imported
 from tests.support.tiny_run import log_softmax, tiny_text
 
@@ -23,10 +23,7 @@ COMMITTED = sorted(path.parent for path in FOLDER.glob("results/**/generated.csv
 ARTICLES = 3
 
 
-@pytest.fixture(scope="module", name="scripts")
-def scripts_fixture():
-    with scripts(FOLDER, NAMES) as modules:
-        yield modules
+scripts = scripts_fixture(FOLDER, NAMES)
 
 
 @pytest.fixture(scope="module", name="model")

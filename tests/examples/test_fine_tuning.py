@@ -10,7 +10,7 @@ import pytest
 from probattn.inference import load_run
 from probattn.models import ObjectiveConfig
 from tests.support.numpy_llama import NumpyLlama, jacobian
-from tests.support.project import ROOT, scripts
+from tests.support.project import ROOT, scripts_fixture
 from tests.support.tiny_decoder import imported
 from tests.support.tiny_run import tiny_text
 
@@ -28,10 +28,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", name="scripts")
-def scripts_fixture():
-    with scripts(FOLDER, NAMES) as modules:
-        yield modules
+scripts = scripts_fixture(FOLDER, NAMES)
 
 
 @pytest.fixture(scope="module", name="model")

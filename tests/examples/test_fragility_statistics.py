@@ -5,15 +5,12 @@ import pytest
 from scipy import stats
 
 from tests.support.fragility_tables import FOLDER, table_of, tokens_of
-from tests.support.project import ROOT, scripts
+from tests.support.project import ROOT, scripts_fixture
 
 COMMITTED = sorted(path.parent for path in FOLDER.glob("results/**/tokens.csv.gz"))
 
 
-@pytest.fixture(scope="module", name="scripts")
-def scripts_fixture():
-    with scripts(FOLDER, ("questions", "associations", "summarise")) as modules:
-        yield modules
+scripts = scripts_fixture(FOLDER, ("questions", "associations", "summarise"))
 
 
 def drawn(tokens=300, types=12, documents=7, seed=0):

@@ -15,7 +15,7 @@ from probattn.inference.evaluation.texts import text_tokens
 from probattn.inference.evaluation.token_margins import text_margins
 from probattn.models.decoder.network import decoder_logits
 from tests.support.fragility_tables import FOLDER, table_of, tokens_of
-from tests.support.project import scripts
+from tests.support.project import scripts_fixture
 from tests.support.tiny_decoder import imported
 from tests.support.tiny_run import fit_tiny_run, tiny_text
 
@@ -26,10 +26,7 @@ NAMES = (
 TOKENS = 160
 
 
-@pytest.fixture(scope="module", name="scripts")
-def scripts_fixture():
-    with scripts(FOLDER, NAMES) as modules:
-        yield modules
+scripts = scripts_fixture(FOLDER, NAMES)
 
 
 def test_the_token_constraint_bound_is_that_of_the_dense_jacobian(scripts):

@@ -19,7 +19,7 @@ from probattn.inference.evaluation.scoring import Scorer
 from probattn.inference.fitting.svi import Trainer
 from probattn.inference.runtime.task_processes import run_apart
 from tests.support import tiny_run
-from tests.support.project import ROOT, scripts
+from tests.support.project import ROOT, scripts_fixture
 from tests.support.tiny_run import tiny_text
 
 FOLDER = ROOT / "examples" / "reproduce"
@@ -65,10 +65,7 @@ grid = [{ "objective.barrier_weight" = 0.05 }]
 COMMAND_SEEDS = 2
 
 
-@pytest.fixture(scope="module", name="scripts")
-def scripts_fixture():
-    with scripts(FOLDER, NAMES) as modules:
-        yield modules
+scripts = scripts_fixture(FOLDER, NAMES)
 
 
 @pytest.fixture(scope="module", name="command")

@@ -21,6 +21,17 @@ def scripts(folder, names):
             sys.modules.pop(name, None)
 
 
+def scripts_fixture(folder, names):
+    """Make a fixture of a test module, `scripts`, that is modules of a folder by name."""
+
+    @pytest.fixture(scope="module", name="scripts")
+    def modules():
+        with scripts(folder, names) as found:
+            yield found
+
+    return modules
+
+
 @contextmanager
 def benchmark(name):
     """Import a module of `benchmarks/`; they import each other from there."""
