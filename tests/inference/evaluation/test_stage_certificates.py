@@ -77,16 +77,18 @@ def test_a_table_too_large_for_the_memory_is_not_made(tiny_run, trained, monkeyp
     assert folding_texts(tiny_run, everything) == {}
 
 
+def fitted(folder, steps, **model):
+    """Fit a tiny run for some steps, with this of the model changed."""
+    config = tiny_config(folder)
+    times = {"steps": steps, "eval_every": steps // 2, "checkpoint_every": steps // 2}
+    changed = {"model": replace(config.model, **model), "fit": replace(config.fit, **times)}
+    return fit(replace(config, **changed), folder / "run").run
+
+
 @pytest.mark.slow
 def test_nothing_is_proved_of_heads_behind_another_layer(tmp_path):
     """What enters them depends on the whole context, and not on a symbol and its position."""
-    config = tiny_config(tmp_path)
-    config = replace(
-        config,
-        model=replace(config.model, layers=2),
-        fit=replace(config.fit, steps=20, eval_every=20, checkpoint_every=20),
-    )
-    run = fit(config, tmp_path / "run").run
+    run = fitted(tmp_path, 20, layers=2)
     margins = text_margins(run, all_layers=True)
     rho = {proved.label: proved.rho for proved in margins.certificates}
     assert not math.isnan(rho["layer 1 head 1"])
@@ -96,13 +98,7 @@ def test_nothing_is_proved_of_heads_behind_another_layer(tmp_path):
 
 @pytest.mark.slow
 def test_a_capped_run_goes_on_and_every_stage_of_it_is_proved(tmp_path):
-    config = tiny_config(tmp_path)
-    config = replace(
-        config,
-        model=replace(config.model, spectral_cap=0.9),
-        fit=replace(config.fit, steps=100, eval_every=50, checkpoint_every=50),
-    )
-    path = fit(config, tmp_path / "run").run.path
+    path = fitted(tmp_path, 100, spectral_cap=0.9).path
     file = path / "config.toml"
     file.write_text(file.read_text("utf-8").replace("\nsteps = 100\n", "\nsteps = 150\n"), "utf-8")
     longer = load_run(path).config
