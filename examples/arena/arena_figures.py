@@ -20,6 +20,7 @@ from probattn.inference.evaluation.intervals import Interval, interval, paired_c
 from probattn.inference.figures.style import (
     COLOURS,
     DOUBLE,
+    SINGLE,
     add_legend,
     label_axes,
     new_figure,
@@ -54,22 +55,23 @@ def rates_figure(results: Results, labels: dict[str, str], clip: float) -> Figur
         for title, methods in _PANELS.items()
     }
     panels = {title: found for title, found in panels.items() if found}
-    rows = max(1, -(-len(panels) // 2))
-    figure = new_figure(DOUBLE, 3.1 * rows, layout="constrained")
+    columns = 2 if len(panels) > 1 else 1
+    rows = max(1, -(-len(panels) // columns))
+    figure = new_figure(DOUBLE if columns > 1 else SINGLE, 3.1 * rows, layout="constrained")
     means: list[float] = []
     for place, (title, found) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, 2, 1 + place)
+        axes = figure.add_subplot(rows, columns, 1 + place)
         for number, (subject, losses) in enumerate(found.items()):
             moved = _APART ** (number - (len(found) - 1) / 2)
             label = _label(results, subject, labels, rate=False)
             means += _curve(axes, losses, _style(results, subject), label, moved=moved)
         if reference:  # last, and so above the others
-            _curve(axes, reference, _style(results, results.reference), "ce")
+            means += _curve(axes, reference, _style(results, results.reference), "ce")
         axes.set_xscale("log")
         label_axes(axes, place, "learning rate", "bits per character", title=title)
         axes.legend(loc="upper left")
     for axes in figure.axes:
-        axes.set_ylim(min(means) - 0.2, max(means) + 0.4)
+        axes.set_ylim(min(means) - 0.3, max(means) + 0.4)
     return figure
 
 
