@@ -4,11 +4,13 @@ With PROBATTN_REQUIRE_BROWSER=1, as in CI, they fail instead.
 """
 
 import importlib.metadata
+import json
 import os
 import shutil
 from contextlib import contextmanager
 from functools import cache
 
+import numpy as np
 import pytest
 
 FLAGS = (
@@ -97,8 +99,6 @@ def violations(driver):
 
 def requests(driver):
     """Every address that was asked for since the last call, but the page itself and about:."""
-    import json
-
     events = [json.loads(each["message"])["message"] for each in driver.get_log("performance")]
     sent = [
         each["params"]["request"]["url"]
@@ -111,3 +111,46 @@ def requests(driver):
 def console(driver):
     """What the browser has said since the last call."""
     return [entry["message"] for entry in driver.get_log("browser")]
+
+
+def number(shown):
+    """The number that a cell shows."""
+    plain = shown.replace("\u2212", "-").replace("\u221e", "inf").replace("\u2013", "nan")
+    return float(plain)
+
+
+def three_digits(values):
+    return [float(f"{value:.2e}") for value in np.asarray(values).tolist()]
+
+
+def press(driver, key, *, times=1, shown="null", control=False):
+    """Press a key in the text so many times, and return what an expression gives after each."""
+    return driver.execute_script(
+        "const text = document.getElementById('text'), found = [];"
+        f"for (let i = 0; i < {times}; i++) {{"
+        f"text.dispatchEvent(new KeyboardEvent('keydown', {{key: {json.dumps(key)}, "
+        f"ctrlKey: {str(control).lower()}, cancelable: true, bubbles: true}}));"
+        f"found.push({shown}); }} return found;"
+    )
+
+
+def current(driver):
+    return int(
+        driver.execute_script("return document.querySelector('#rows .c, #rows .p').dataset.token")
+    )
+
+
+def choose(driver, name, value):
+    """Set a control as a user does, and let the page know."""
+    driver.execute_script(
+        "const one = document.getElementById(arguments[0]);"
+        "one.value = arguments[1];"
+        "for (const kind of ['input', 'change'])"
+        " one.dispatchEvent(new Event(kind, {bubbles: true}));",
+        name,
+        value,
+    )
+
+
+def click(driver, selector):
+    driver.execute_script("document.querySelector(arguments[0]).click()", selector)

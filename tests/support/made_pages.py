@@ -32,6 +32,11 @@ HOSTILE = [
     " ",
 ]
 WINDOW = 32
+COUNT = 160
+TOKENS = [HOSTILE[i % len(HOSTILE)] for i in range(64)] + list(
+    "the margin of a token, and so on" * 3
+)
+"""Tokens of a page: of the hostile kind, then of characters."""
 
 
 def past(rng, positions, most=8):
